@@ -1,0 +1,3 @@
+"""mdpgrpo_fast: MDP-GRPO, reinforcement learning on many checkable constraints."""
+
+__version__ = "0.1.0"
