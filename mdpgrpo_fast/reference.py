@@ -1,0 +1,253 @@
+"""The whole objective in plain PyTorch, one function per equation: the truth every fast path is proven against.
+
+P prompts, G completions per prompt, B = P * G, L completion tokens, V vocabulary. Arithmetic is float32, or float64
+for float64 input.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import MDPGRPOConfig
+
+# exp(20) = 4.9e8: far above any useful penalty, far below float32 overflow.
+KL_EXPONENT_MAX = 20.0
+
+
+@dataclass(frozen=True)
+class Advantages:
+    """Group statistics and what follows from them. mean, std: (P,); the others (P, G)."""
+
+    mean: Tensor
+    std: Tensor
+    z: Tensor
+    delta: Tensor
+    advantage: Tensor
+    kl_beta: Tensor
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """loss: scalar with gradient; all else detached. logprobs, entropy, kl, ratio, clipped_low, clipped_high: (B, L)."""
+
+    loss: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+    kl: Tensor
+    ratio: Tensor
+    clipped_low: Tensor
+    clipped_high: Tensor
+    kl_clamped: Tensor  # scalar count of tokens whose k3 exponent was clamped
+
+
+def _float(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+# ---- advantages -----------------------------------------------------------------------------------------------------
+
+
+def group_statistics(rewards: Tensor, valid: Tensor, group_std: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and standard deviation over the valid completions of each group, and whether they are all equal: (P,) each.
+
+    A constant group has its own reward as mean and a deviation of exactly 0, whatever rounding a sum would leave.
+    """
+    n = valid.sum(1)
+    top = rewards.masked_fill(~valid, -torch.inf).amax(1)
+    constant = (top == rewards.masked_fill(~valid, torch.inf).amin(1)) | (n == 0)
+    kept = rewards.masked_fill(~valid, 0)
+    mean = torch.where(constant & (n > 0), top, kept.sum(1) / n.clamp(min=1))
+    divisor = n if group_std == "population" else n - 1
+    square = ((kept - mean[:, None]) * valid).square().sum(1)
+    std = torch.where(constant, 0, (square / divisor.clamp(min=1)).sqrt())
+    return mean, std, constant
+
+
+def relative_anchor(rewards: Tensor, mean: Tensor, std: Tensor, constant: Tensor, group_std: str) -> Tensor:
+    """z = (r - μ) / max(σ, 1e-8), or TRL's (r - μ) / (s + 1e-4); exactly 0 in a constant group. (P, G)"""
+    scale = std.clamp(min=1e-8) if group_std == "population" else std + 1e-4
+    return torch.where(constant[:, None], 0, (rewards - mean[:, None]) / scale[:, None])
+
+
+def goal_anchor(rewards: Tensor, mean: Tensor, num_constraints: Tensor, goal_mean: str, goal_std: str) -> Tensor:
+    """δ = (r - m) / s (paper Eq. 4; s = sqrt(G/(4K)) as released, or the binomial sqrt(1/(4K))). (P, G)"""
+    half = torch.full_like(mean, 0.5)
+    m = {"half": half, "max_half_mean": torch.maximum(half, mean), "mean": mean}[goal_mean]
+    factor = rewards.shape[1] if goal_std == "released" else 1
+    s = (factor / (4 * num_constraints.to(rewards.dtype))).sqrt()
+    return (rewards - m[:, None]) / s[:, None]
+
+
+def prospect_shape(v: Tensor, beta: float, gain: float, loss: float) -> Tensor:
+    """ψ(v) = λ₊ tanh(βv) for v >= 0, λ₋ tanh(βv) below (Kahneman and Tversky's loss aversion where λ₋ > λ₊)."""
+    t = torch.tanh(beta * v)
+    return torch.where(v >= 0, gain * t, loss * t)
+
+
+def kl_coefficient(advantage: Tensor, beta_pos: float, beta_neg: float) -> Tensor:
+    """β₊ where A >= 0, zero included; β₋ where A < 0."""
+    return torch.full_like(advantage, beta_pos).masked_fill(advantage < 0, beta_neg)
+
+
+def advantages(
+    rewards: Tensor, num_constraints: Tensor, config: MDPGRPOConfig, valid: Tensor | None = None
+) -> Advantages:
+    """A = (1 - α) ψ(z) + α ψ(δ) and the KL coefficient of every completion.
+
+    rewards (P, G) float; num_constraints (P,); valid (P, G) bool: completions whose reward counts (default all). The
+    others get z = δ = A = 0 and take no part in the group's statistics.
+    """
+    rewards = _float(rewards)
+    valid = torch.ones_like(rewards, dtype=torch.bool) if valid is None else valid
+    mean, std, constant = group_statistics(rewards, valid, config.group_std)
+    z = relative_anchor(rewards, mean, std, constant, config.group_std).masked_fill(~valid, 0)
+    delta = goal_anchor(rewards, mean, num_constraints, config.goal_mean, config.goal_std).masked_fill(~valid, 0)
+
+    def shape(v: Tensor, on: bool) -> Tensor:
+        return prospect_shape(v, config.prospect_beta, config.prospect_gain, config.prospect_loss) if on else v
+
+    goal = shape(delta, config.prospect and config.prospect_on_goal)
+    advantage = (1 - config.alpha) * shape(z, config.prospect) + config.alpha * goal
+    return Advantages(mean, std, z, delta, advantage, kl_coefficient(advantage, *config.betas))
+
+
+# ---- token objective ------------------------------------------------------------------------------------------------
+
+
+def scaled_logits(logits: Tensor, temperature: Tensor | float, softcap: float | None) -> Tensor:
+    """Soft-cap, then division by each completion's temperature. logits (B, L, V), temperature (B,) or a number."""
+    x = _float(logits)
+    if softcap is not None:
+        x = softcap * torch.tanh(x / softcap)
+    if isinstance(temperature, Tensor):
+        return x / temperature.to(x.dtype)[:, None, None]
+    return x if temperature == 1 else x / temperature
+
+
+def token_logprobs(
+    logits: Tensor, tokens: Tensor, temperature: Tensor | float = 1.0, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """ℓ = log softmax(x/τ)[token] and the detached entropy of each row's distribution: (B, L) each."""
+    x = scaled_logits(logits, temperature, softcap)
+    lse = x.logsumexp(-1)
+    target = x.gather(-1, tokens[..., None].long()).squeeze(-1)
+    with torch.no_grad():
+        p = (x - lse[..., None]).exp()
+        # p * x with x = -inf is 0 in the limit, NaN in arithmetic.
+        entropy = lse - torch.where(p > 0, p * x, 0).sum(-1)
+    return target - lse, entropy
+
+
+def completion_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean over each completion's own tokens, 0 for an empty one: (B, L), (B, L) -> (B, 1)."""
+    return (x * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+
+
+def importance_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, level: str) -> Tensor:
+    """ρ = exp(ℓ - ℓ_old) per token (B, L), or exp of its completion mean (B, 1) at sequence level (GSPO)."""
+    log_ratio = (logprobs - old_logprobs).masked_fill(mask == 0, 0)
+    return (completion_mean(log_ratio, mask) if level == "sequence" else log_ratio).exp()
+
+
+def clipped_objective(
+    ratio: Tensor, advantage: Tensor, epsilon_low: float, epsilon_high: float, delta: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """J = min(ρA, clip(ρ)A), ρ capped at delta first; and where the lower or the upper clip holds. advantage (B, 1)."""
+    clipped = ratio.clamp(1 - epsilon_low, 1 + epsilon_high) * advantage
+    capped = ratio if delta is None else ratio.clamp(max=delta)
+    free = capped * advantage
+    low = (ratio < 1 - epsilon_low) & (advantage < 0)
+    high = (ratio > 1 + epsilon_high) & (advantage > 0)
+    return torch.where(clipped < free, clipped, free), low, high
+
+
+def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
+    """k1 = ℓ - ℓ_ref, k2 = (ℓ - ℓ_ref)²/2, k3 = exp(ℓ_ref - ℓ) - (ℓ_ref - ℓ) - 1 (Schulman, "Approximating KL").
+
+    Second: where k3's exponent was clamped at KL_EXPONENT_MAX.
+    """
+    d = ref_logprobs - logprobs
+    if estimator == "k1":
+        return -d, torch.zeros_like(d, dtype=torch.bool)
+    if estimator == "k2":
+        return d.square() / 2, torch.zeros_like(d, dtype=torch.bool)
+    return d.clamp(max=KL_EXPONENT_MAX).exp() - d - 1, d > KL_EXPONENT_MAX
+
+
+def default_denominator(mask: Tensor, aggregation: str, max_completion_length: int) -> Tensor:
+    """What `aggregate` divides by when this batch is the whole batch: completions, tokens or B * max length.
+
+    A completion without an unmasked token counts in none of them.
+    """
+    completions = (mask.sum(1) > 0).sum()
+    if aggregation == "grpo":
+        return completions
+    if aggregation == "dr_grpo":
+        return completions * max_completion_length
+    return mask.sum()
+
+
+def aggregate(per_token: Tensor, mask: Tensor, aggregation: str, denominator: Tensor | float) -> Tensor:
+    """Sum of the tokens (`grpo`: of the completions' token means) over the denominator of the whole batch."""
+    total = completion_mean(per_token, mask).sum() if aggregation == "grpo" else (per_token * mask).sum()
+    return total / torch.as_tensor(denominator, device=per_token.device).clamp(min=1)
+
+
+def token_loss(
+    logits: Tensor,
+    tokens: Tensor,
+    mask: Tensor,
+    advantage: Tensor,
+    kl_beta: Tensor,
+    config: MDPGRPOConfig,
+    *,
+    max_completion_length: int,
+    old_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    importance_weight: Tensor | None = None,
+    temperature: Tensor | float = 1.0,
+    softcap: float | None = None,
+    denominator: Tensor | float | None = None,
+) -> TokenLoss:
+    """-w·J + β·KL of every token, aggregated. See `ops.token_loss`, the public door, for shapes and meaning."""
+    mask = mask.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    keep = mask > 0
+    advantage, kl_beta = advantage[:, None].to(mask.dtype), kl_beta[:, None].to(mask.dtype)
+    logprobs, entropy = token_logprobs(logits, tokens, temperature, softcap)
+    # A masked position may hold any number, -inf included: it is taken out before it meets arithmetic.
+    logprobs = logprobs.masked_fill(~keep, 0)
+    old = logprobs.detach() if old_logprobs is None else old_logprobs.to(mask.dtype)
+    ratio = importance_ratio(logprobs, old, mask, config.importance_level)
+    objective, low, high = clipped_objective(ratio, advantage, config.epsilon_low, config.epsilon_high, config.delta)
+    if config.rescale_per_row:
+        tau = torch.as_tensor(temperature, dtype=mask.dtype, device=mask.device)
+        objective = objective * (tau[:, None] if tau.ndim else tau)
+    if importance_weight is not None:
+        objective = importance_weight.detach().to(mask.dtype) * objective
+    per_token = -objective.expand_as(mask)
+
+    kl = torch.zeros_like(mask)
+    clamped = torch.zeros((), dtype=torch.long, device=mask.device)
+    if ref_logprobs is not None:
+        per_row = config.temperature_objective == "per_row"
+        at_kl = token_logprobs(logits, tokens, config.kl_temperature, softcap)[0] if per_row else logprobs
+        at_kl, ref = at_kl.masked_fill(~keep, 0), ref_logprobs.to(mask.dtype).masked_fill(~keep, 0)
+        kl, over = kl_penalty(at_kl, ref, config.kl_estimator)
+        clamped = (over & keep).sum()
+        per_token = per_token + kl_beta * kl
+
+    if denominator is None:
+        denominator = default_denominator(mask, config.aggregation, max_completion_length)
+    return TokenLoss(
+        loss=aggregate(per_token.masked_fill(~keep, 0), mask, config.aggregation, denominator),
+        logprobs=logprobs.detach(),
+        entropy=entropy.masked_fill(~keep, 0),
+        kl=kl.detach() * mask,
+        ratio=ratio.detach().expand_as(mask),
+        clipped_low=low.expand_as(mask) & keep,
+        clipped_high=high.expand_as(mask) & keep,
+        kl_clamped=clamped,
+    )
