@@ -1,0 +1,190 @@
+"""Checks on layout: sections, paragraphs, bullets, JSON, XML, what comes first and last.
+
+Each follows google-research `instruction_following_eval` (rules "ifeval") and m-salmani78/MDP-GRPO (rules "mdpgrpo").
+Where their patterns are quadratic, ours are rewritten to read every character a bounded number of times.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Mapping
+from typing import Any
+
+from .registry import count, instruction, pattern, phrase, request
+
+_OPTIONS = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
+_POSTSCRIPTS = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}
+_PERSIAN_POSTSCRIPT = {"\u067e.\u0646.": "\u067e\\.\\s?\u0646\\."}
+_STAR_BULLET = re.compile(r"^[^\S\n]*\*[^*].*", re.MULTILINE)
+_DASH_BULLET = re.compile(r"^[^\S\n]*-", re.MULTILINE)
+_PLACEHOLDER = re.compile(r"\[[^\]\n]*(\]?)")  # an unclosed one eats its line, so no character is read twice
+_HIGHLIGHT = re.compile(r"\*([^\n*]*)\*")
+_DOUBLE_HIGHLIGHT = re.compile(r"\*\*([^\n*]*)\*\*")
+_DIVIDER = re.compile(r"\s?\*\*\*\s?")
+_XML_FENCE = re.compile(r"```(?:[xX][mM][lL])?\s*\n")
+_XML_DECLARATION = re.compile(r"<\?xml\s[^?]*\?>\s*")
+_XML_NAME = re.compile(r"[A-Za-z_][\w\-.:]*")
+_WORD_EDGE = re.compile(r"\b")
+
+
+@instruction("detectable_content:number_placeholders", num_placeholders=count)
+def placeholders(text: str, rules: str, num_placeholders: int) -> bool:
+    return _PLACEHOLDER.findall(text).count("]") >= num_placeholders
+
+
+@instruction("detectable_content:postscript", postscript_marker=pattern)
+def postscript(text: str, rules: str, postscript_marker: str) -> bool:
+    marker = postscript_marker.strip()
+    known = _POSTSCRIPTS if rules == "ifeval" else _POSTSCRIPTS | _PERSIAN_POSTSCRIPT
+    return re.search(known.get(marker, marker.lower()), text.lower(), re.MULTILINE) is not None
+
+
+@instruction("detectable_format:number_bullet_lists", num_bullets=count)
+def bullets(text: str, rules: str, num_bullets: int) -> bool:
+    return len(_STAR_BULLET.findall(text)) + len(_DASH_BULLET.findall(text)) == num_bullets
+
+
+@instruction("detectable_format:constrained_response")
+def constrained_response(text: str, rules: str) -> bool:
+    return any(option in text for option in _OPTIONS)
+
+
+@instruction("detectable_format:number_highlighted_sections", num_highlights=count)
+def highlights(text: str, rules: str, num_highlights: int) -> bool:
+    found = _HIGHLIGHT.findall(text) + _DOUBLE_HIGHLIGHT.findall(text)
+    return sum(1 for inner in found if inner and not inner.isspace()) >= num_highlights
+
+
+@instruction("detectable_format:multiple_sections", section_spliter=pattern, num_sections=count)
+def sections(text: str, rules: str, section_spliter: str, num_sections: int) -> bool:
+    return len(re.split(rf"\s?{section_spliter.strip()}\s?\d+\s?", text)) - 1 >= num_sections
+
+
+@instruction("length_constraints:number_paragraphs", num_paragraphs=count)
+def paragraphs(text: str, rules: str, num_paragraphs: int) -> bool:
+    pieces = _DIVIDER.split(text)
+    blank = [index for index, piece in enumerate(pieces) if not piece.strip()]
+    if any(0 < index < len(pieces) - 1 for index in blank):
+        return False
+    return len(pieces) - len(blank) == num_paragraphs
+
+
+def _nth_within(arguments: Mapping[str, Any]) -> None:
+    nth, total = arguments["nth_paragraph"], arguments["num_paragraphs"]
+    if not 1 <= nth <= total:
+        raise ValueError(f"nth_paragraph: expected 1 to num_paragraphs ({total}), got {nth}")
+
+
+@instruction(
+    "length_constraints:nth_paragraph_first_word",
+    num_paragraphs=count,
+    nth_paragraph=count,
+    first_word=phrase,
+    agree=_nth_within,
+)
+def nth_first_word(text: str, rules: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
+    pieces = text.split("\n\n")
+    if sum(1 for piece in pieces if piece.strip()) != num_paragraphs:
+        return False
+    # Blank pieces do not count above but do here, as in the original.
+    piece = pieces[nth_paragraph - 1].strip()
+    if not piece:
+        return False
+    word = re.split(r"[.,?!'\"]", piece.split(None, 1)[0].lstrip("'").lstrip('"'), maxsplit=1)[0]
+    return "".join(map(str.lower, word)) == first_word.lower()  # letter by letter: a final sigma stays plain
+
+
+@instruction("detectable_format:json_format")
+def json_format(text: str, rules: str) -> bool:
+    text = text.strip()
+    for fence in ("```json", "```Json", "```JSON", "```"):
+        text = text.removeprefix(fence)
+    try:
+        json.loads(text.removesuffix("```").strip())
+    except ValueError:
+        return False
+    return True
+
+
+@instruction("detectable_format:title")
+def title(text: str, rules: str) -> bool:
+    start = text.find("<<")
+    while start >= 0:
+        line_end = text.find("\n", start)
+        line_end = len(text) if line_end < 0 else line_end
+        # The longest match runs to the last >> of the line, and nothing after it can match.
+        close = text.rfind(">>", start + 3, line_end)
+        if close >= 0 and text[start : close + 2].lstrip("<").rstrip(">").strip():
+            return True
+        start = text.find("<<", line_end)
+    return False
+
+
+@instruction("combination:two_responses")
+def two_responses(text: str, rules: str) -> bool:
+    pieces = [piece.strip() for piece in text.split("******")]
+    if not all(pieces[1:-1]):
+        return False
+    answers = [piece for piece in pieces if piece]
+    return len(answers) == 2 and answers[0] != answers[1]
+
+
+@instruction("combination:repeat_prompt", prompt_to_repeat=request)
+def repeat_prompt(text: str, rules: str, prompt_to_repeat: str) -> bool:
+    wanted = prompt_to_repeat.strip().lower()
+    quotes = ("",) if rules == "ifeval" else ("", "'", '"')
+    return text.strip().lower().startswith(tuple(quote + wanted for quote in quotes))
+
+
+@instruction("startend:quotation")
+def quotation(text: str, rules: str) -> bool:
+    text = text.strip()
+    return len(text) > 1 and text[0] == text[-1] == '"'
+
+
+class _Discard:
+    """A target for the XML parser that keeps no tree."""
+
+    def close(self) -> None:
+        return None
+
+
+@instruction("detectable_format:xml_format", rules=("mdpgrpo",))
+def xml_format(text: str, rules: str) -> bool:
+    text = _without_xml_fence(text.strip())
+    parser = ET.XMLParser(target=_Discard())
+    try:
+        parser.feed(text)
+        parser.close()
+    except ET.ParseError:
+        return _looks_like_xml(text)
+    return True
+
+
+def _without_xml_fence(text: str) -> str:
+    opening = _XML_FENCE.match(text)
+    if opening:
+        text = text[opening.end() :]
+    else:
+        for fence in ("```xml", "```Xml", "```XML", "```"):
+            text = text.removeprefix(fence)
+    return text.removesuffix("```").strip()
+
+
+def _looks_like_xml(text: str) -> bool:
+    """Whether an optional declaration and one outer element are all there is, whatever lies between its tags."""
+    declaration = _XML_DECLARATION.match(text)
+    start = declaration.end() if declaration else 0
+    close = text.rfind("</")
+    name = text[close + 2 : -1]
+    after_name = start + 1 + len(name)
+    return (
+        text.startswith("<", start)
+        and close >= after_name
+        and text.endswith(">")
+        and _XML_NAME.fullmatch(name) is not None
+        and text.startswith(name, start + 1)
+        and _WORD_EDGE.match(text, after_name) is not None
+    )

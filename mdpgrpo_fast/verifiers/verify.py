@@ -1,0 +1,77 @@
+"""Answering whether a response follows its instructions, strictly or loosely."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from . import layout, wording  # noqa: F401  both fill INSTRUCTIONS
+from .registry import clean, lookup
+
+MODES = ("strict", "loose")
+Kwargs = Mapping[str, Any] | None
+
+
+def validate(instruction_id: str, kwargs: Kwargs, rules: str = "ifeval") -> None:
+    """Check one instruction of a data line, without a response.
+
+    Raises UnknownInstructionError (naming the nearest known id) or ArgumentError (naming the argument), both
+    ValueErrors. None values in `kwargs` are as if absent.
+    """
+    clean(lookup(instruction_id, rules), kwargs, rules)
+
+
+def verify(
+    instruction_id: str, response: str, kwargs: Kwargs, *, prompt: str = "", mode: str = "strict", rules: str = "ifeval"
+) -> bool:
+    """Whether `response` follows one instruction; see `verify_all`."""
+    return verify_all([instruction_id], response, [kwargs], prompt=prompt, mode=mode, rules=rules)[0]
+
+
+def verify_all(
+    instruction_ids: Sequence[str],
+    response: str,
+    kwargs_list: Sequence[Kwargs],
+    *,
+    prompt: str = "",
+    mode: str = "strict",
+    rules: str = "ifeval",
+) -> list[bool]:
+    """Whether `response` follows each instruction, by position: an id that comes twice is answered twice.
+
+    `mode` "loose" accepts if any of IFEval's eight variants of the response does (first line, last line, stars
+    removed, in all combinations). A blank text follows nothing. `rules` are those of google-research
+    `instruction_following_eval` ("ifeval") or of m-salmani78/MDP-GRPO ("mdpgrpo"). `prompt` is IFEval's
+    interface; no instruction here reads it.
+
+    Raises InstructionError, a ValueError, as `validate` does, ValueError for an unknown mode or rule set or lists
+    of unequal length, TypeError for a response that is no str. Nothing in a response raises.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
+    if not isinstance(response, str):
+        raise TypeError(f"response: expected str, got {type(response).__name__}")
+    if len(instruction_ids) != len(kwargs_list):
+        raise ValueError(f"kwargs_list: expected {len(instruction_ids)} items, one per id, got {len(kwargs_list)}")
+    texts = _loose_variants(response) if mode == "loose" else [response]
+    texts = [text for text in texts if text.strip()]
+    return [_follows(id, texts, kwargs, rules) for id, kwargs in zip(instruction_ids, kwargs_list, strict=True)]
+
+
+def _follows(instruction_id: str, texts: list[str], kwargs: Kwargs, rules: str) -> bool:
+    entry = lookup(instruction_id, rules)
+    arguments = clean(entry, kwargs, rules)
+    try:
+        return any(entry.check(text, rules, **arguments) for text in texts)
+    except (RecursionError, UnicodeError):
+        # JSON nested too deep, XML with half a surrogate pair: MDP-GRPO counts an error as not followed, whatever
+        # the variants left to try; IFEval stops there, and a trainer must not.
+        return False
+
+
+def _loose_variants(response: str) -> list[str]:
+    """IFEval's eight variants in its order, each once."""
+    lines = response.split("\n")
+    cuts = [response] + ["\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1])]
+    bare = [cut.replace("*", "") for cut in cuts]
+    return list(dict.fromkeys([cuts[0], bare[0], *cuts[1:], *bare[1:]]))
