@@ -205,7 +205,7 @@ class TrainConfig:
 
     prompts_per_step: int = knob(4, "P, prompts per optimiser batch and process")
     micro_batch_size: int = knob(8, "completions per forward and backward pass")
-    generation_batch_size: int = knob(64, "completions generated at once")
+    eval_batch_size: int = knob(64, "held-out prompts answered at once")
     steps: int | None = knob(None, "optimiser batches; unset: as many as one epoch has")
     epochs: float = knob(1.0, "passes over the prompts when steps is unset")
     updates_per_rollout: int = knob(1, "optimiser updates on each batch of completions")
@@ -234,7 +234,7 @@ class TrainConfig:
         for name in (
             "prompts_per_step",
             "micro_batch_size",
-            "generation_batch_size",
+            "eval_batch_size",
             "updates_per_rollout",
             "max_prompt_length",
             "max_completion_length",

@@ -232,8 +232,8 @@ def token_loss(
     kl = torch.zeros_like(mask)
     clamped = torch.zeros((), dtype=torch.long, device=mask.device)
     if ref_logprobs is not None:
-        per_row = config.temperature_objective == "per_row"
-        at_kl = token_logprobs(logits, tokens, config.kl_temperature, softcap)[0] if per_row else logprobs
+        same = not isinstance(temperature, Tensor) and temperature == config.kl_temperature
+        at_kl = logprobs if same else token_logprobs(logits, tokens, config.kl_temperature, softcap)[0]
         at_kl, ref = at_kl.masked_fill(~keep, 0), ref_logprobs.to(mask.dtype).masked_fill(~keep, 0)
         kl, over = kl_penalty(at_kl, ref, config.kl_estimator)
         clamped = (over & keep).sum()

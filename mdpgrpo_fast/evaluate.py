@@ -1,0 +1,165 @@
+"""Held-out evaluation: greedy answers, strict and loose accuracy, SSR, HSR, per instruction type.
+
+`python -m mdpgrpo_fast.evaluate --model DIR --file held.jsonl` prints a table and writes JSON.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from .config import ConfigError, knob
+
+if TYPE_CHECKING:
+    from .data import Example
+    from .rewards import Score, Scorer
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What to evaluate."""
+
+    model: str | None = knob(None, "model directory or hub id; unset: the embedded seed policy")
+    file: str | None = knob(None, "JSON lines of prompts with constraints; unset: the embedded held-out prompts")
+    output: str | None = knob(None, "write the result as JSON here")
+    completions: str | None = knob(None, "write prompts, responses and verdicts as JSON lines here")
+    rules: Literal["ifeval", "mdpgrpo"] = knob("ifeval", "verifier rules: Google's IFEval or the MDP-GRPO authors'")
+    samples: int = knob(0, "prompts to use, from the first; 0: all")
+    batch_size: int = knob(64, "prompts answered at once")
+    max_prompt_length: int = knob(1024, "longest prompt in tokens; a longer one is an error")
+    max_completion_length: int = knob(1024, "most new tokens of a completion")
+    workers: int = knob(2, "processes that check responses")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "dtype the weights are loaded in")
+    cpu: bool = knob(False, "stay on the CPU even where a GPU is present")
+
+
+def answer(
+    model: Any, tokenizer: Any, prompts: list[list[int]], eos: list[int], max_new_tokens: int, batch_size: int
+) -> tuple[list[str], list[bool]]:
+    """Greedy responses to tokenised prompts, and whether each ended by itself; in the order of the prompts."""
+    from .rollout import decode, generate
+
+    texts, finished = [""] * len(prompts), [False] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together: less padding
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        out = generate(model, [prompts[i] for i in rows], temperature=None, eos=eos, max_new_tokens=max_new_tokens)
+        for i, text, done in zip(rows, decode(out, tokenizer), out.finished.tolist(), strict=True):
+            texts[i], finished[i] = text, done
+    return texts, finished
+
+
+def accuracy(examples: list[Example], flags: list[list[bool]]) -> dict[str, Any]:
+    """Shares of satisfied constraints: by prompt (hsr), averaged over prompts (ssr), by instruction, by type.
+
+    Prompts without constraints are left out; all values are None where none has any.
+    """
+    counted = [(e, f) for e, f in zip(examples, flags, strict=True) if f]
+    if not counted:
+        return {"hsr": None, "ssr": None, "instruction": None, "count": 0, "types": {}}
+    tally: dict[str, list[bool]] = {}
+    for example, row in counted:
+        for instruction_id, ok in zip(example.instruction_ids, row, strict=True):
+            tally.setdefault(instruction_id, []).append(ok)
+    everything = [ok for row in tally.values() for ok in row]
+    return {
+        "hsr": sum(all(f) for _, f in counted) / len(counted),
+        "ssr": sum(sum(f) / len(f) for _, f in counted) / len(counted),
+        "instruction": sum(everything) / len(everything),
+        "count": len(counted),
+        "types": {t: {"rate": sum(row) / len(row), "count": len(row)} for t, row in sorted(tally.items())},
+    }
+
+
+def from_scores(examples: list[Example], scores: list[Score]) -> dict[str, Any]:
+    """`accuracy` of scored responses, with their mean reward; a dropped sample counts as nothing satisfied."""
+    flags = [s.satisfied or [False] * len(e.instruction_ids) for e, s in zip(examples, scores, strict=True)]
+    totals = [s.total for s in scores if s.total is not None]
+    return {**accuracy(examples, flags), "reward": sum(totals) / len(totals) if totals else None}
+
+
+def strict_and_loose(scorer: Scorer, examples: list[Example], responses: list[str]) -> dict[str, Any]:
+    """The four accuracies of IFEval (prompt and instruction level, strict and loose), SSR, HSR and per-type rates."""
+    strict = accuracy(examples, scorer.verify(examples, responses, "strict"))
+    loose = accuracy(examples, scorer.verify(examples, responses, "loose"))
+    return {
+        "prompt_strict": strict["hsr"],
+        "instruction_strict": strict["instruction"],
+        "prompt_loose": loose["hsr"],
+        "instruction_loose": loose["instruction"],
+        "hsr": strict["hsr"],
+        "ssr": strict["ssr"],
+        "count": strict["count"],
+        "types": {
+            t: {"strict": row["rate"], "loose": loose["types"][t]["rate"], "count": row["count"]}
+            for t, row in strict["types"].items()
+        },
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result of `strict_and_loose` as plain text."""
+    lines = [
+        f"{result['count']} prompts",
+        f"{'':42}{'strict':>8}{'loose':>8}",
+        f"{'prompt level (all constraints, HSR)':42}{result['prompt_strict']:8.3f}{result['prompt_loose']:8.3f}",
+        f"{'instruction level':42}{result['instruction_strict']:8.3f}{result['instruction_loose']:8.3f}",
+        f"{'share per prompt (SSR)':42}{result['ssr']:8.3f}",
+    ]
+    lines += [
+        f"  {t:34}{row['count']:5} {row['strict']:8.3f}{row['loose']:8.3f}" for t, row in result["types"].items()
+    ]
+    return "\n".join(lines)
+
+
+def run(config: EvaluateConfig) -> dict[str, Any]:
+    """Load, answer, check. Raises ConfigError for anything that cannot be used, before a token is generated."""
+    import json
+
+    import torch
+
+    from .data import DEMO_DIR, read_prompts, tokenize
+    from .models import load
+    from .rewards import Scorer
+    from .rollout import eos_ids
+
+    for path in (config.output, config.completions):
+        if path is not None and not Path(path).parent.is_dir():
+            raise ConfigError(f"the folder of {path!r} does not exist")
+    examples = read_prompts(config.file or DEMO_DIR / "heldout.jsonl", config.rules)
+    examples = examples[: config.samples or None]
+    if not any(e.instruction_ids for e in examples):
+        raise ConfigError(f"no prompt of {config.file!r} has an instruction_id_list: there is nothing to check")
+    model, tokenizer = load(config.model, config.dtype)
+    model.to("cuda" if torch.cuda.is_available() and not config.cpu else "cpu").eval()
+    prompts = tokenize(examples, tokenizer, config.max_prompt_length)
+    eos = eos_ids(model, tokenizer)
+    responses, finished = answer(model, tokenizer, prompts, eos, config.max_completion_length, config.batch_size)
+    with Scorer(["constraints"], rules=config.rules, workers=config.workers) as scorer:
+        result = strict_and_loose(scorer, examples, responses)
+        flags = scorer.verify(examples, responses, "strict") if config.completions else []
+    result = {**result, "finished": sum(finished) / len(finished), "model": config.model, "file": config.file}
+    if config.output:
+        Path(config.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if config.completions:
+        with open(config.completions, "w", encoding="utf-8") as f:
+            for e, response, row in zip(examples, responses, flags, strict=True):
+                line = {"prompt": e.prompt, "response": response, "instruction_ids": e.instruction_ids, "strict": row}
+                f.write(json.dumps(line) + "\n")
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    from .cli import parse, report_errors
+
+    with report_errors():
+        (config,) = parse(argv, EvaluateConfig, prog="python -m mdpgrpo_fast.evaluate")
+        result = run(config)
+        print(table(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""What a step says about itself: group health, per-temperature slots, token statistics, and why a gradient is zero."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import MDPGRPOConfig
+from .reference import Advantages, TokenLoss
+from .rollout import Rollout
+
+
+def group_health(
+    rewards: Tensor, valid: Tensor, adv: Advantages, config: MDPGRPOConfig, has_kl: bool
+) -> dict[str, float]:
+    """Shares of the P groups with a known weakness of z-score GRPO, and reward statistics. rewards, valid: (P, G)."""
+    best = rewards.masked_fill(~valid, -torch.inf).amax(1)
+    still = (adv.advantage == 0).all(1)
+    kept = rewards[valid]
+    return {
+        "reward": kept.mean().item() if kept.numel() else 0.0,
+        "reward_std": kept.std(correction=0).item() if kept.numel() else 0.0,
+        "advantage_mean": adv.advantage[valid].mean().item() if kept.numel() else 0.0,
+        "zero_variance_groups": (adv.std == 0).float().mean().item(),
+        "large_z_groups": (adv.z.abs().amax(1) > 2).float().mean().item(),
+        # All members under the goal, and yet plain z would reinforce the best of them.
+        "gain_below_goal_groups": ((best < 0.5) & (adv.z.amax(1) > 0)).float().mean().item(),
+        "zero_gradient_groups": 0.0 if has_kl else still.float().mean().item(),
+    }
+
+
+def slot_statistics(
+    rewards: Tensor, valid: Tensor, config: MDPGRPOConfig, weight: Tensor | None, mask: Tensor
+) -> list[dict[str, Any]]:
+    """Reward mean and spread of each temperature of the group; with an importance weight (B, L), its effective sample
+    size as a share of the tokens."""
+    rows = []
+    slots = torch.tensor(config.slot_temperatures, device=rewards.device)
+    for tau in sorted(set(config.slot_temperatures)):
+        pick = (slots == slots.new_tensor(tau)).expand_as(rewards)
+        r = rewards[pick & valid]
+        ess = None
+        if weight is not None:
+            w = weight[pick.flatten()][mask[pick.flatten()]]
+            ess = (w.sum().square() / (w.square().sum() * w.numel()).clamp(min=1e-12)).item() if w.numel() else None
+        rows.append(
+            {
+                "temperature": tau,
+                "reward": r.mean().item() if r.numel() else None,
+                "reward_std": r.std(correction=0).item() if r.numel() else None,
+                "ess": ess,
+            }
+        )
+    return rows
+
+
+class TokenStatistics:
+    """Token-weighted means over the micro-batches of a step, read from the device once."""
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None
+        self._ratio_max: Tensor | None = None
+
+    def add(self, out: TokenLoss, mask: Tensor) -> None:
+        n = mask.sum()
+        sums = [out.kl.sum(), out.entropy.sum(), out.clipped_low.sum(), out.clipped_high.sum()]
+        stack = torch.stack([*(s.float() for s in sums), (out.ratio * mask).sum().float(), out.kl_clamped.float(), n])
+        top = (out.ratio.float() * mask).amax() if mask.numel() else stack.new_zeros(())
+        self._sums = stack if self._sums is None else self._sums + stack
+        self._ratio_max = top if self._ratio_max is None else torch.maximum(self._ratio_max, top)
+
+    def read(self) -> dict[str, float]:
+        assert self._sums is not None and self._ratio_max is not None, "read before add"
+        kl, entropy, low, high, ratio, clamped, n = self._sums.tolist()
+        n = max(n, 1.0)
+        return {
+            "kl": kl / n,
+            "entropy": entropy / n,
+            "clip_low": low / n,
+            "clip_high": high / n,
+            "ratio_mean": ratio / n,
+            "ratio_max": self._ratio_max.item(),
+            "kl_clamped": clamped,
+        }
+
+
+def why_zero(
+    loss: float, grad_norm: float, rollout_tokens: int, adv: Advantages, config: MDPGRPOConfig, has_kl: bool
+) -> str | None:
+    """One line on why the loss or the gradient is 0 at this step; None where neither is."""
+    if rollout_tokens == 0:
+        return "no token counts: every completion was dropped or masked as truncated"
+    if grad_norm == 0:
+        if bool((adv.advantage == 0).all()):
+            anchor = "the goal anchor is off" if config.alpha == 0 else "the goal anchor is 0 too"
+            kl = "the policy still equals the reference" if has_kl else "there is no KL term"
+            return f"the gradient is 0: the rewards of every group are all equal, so z = 0, {anchor} and {kl}"
+        return "the gradient is 0 although advantages are not: every token's ratio is clipped, or gradients underflow"
+    if abs(loss) < 1e-7:
+        return "the loss is 0 but its gradient is not: on-policy the ratio is 1 and the advantages cancel in the mean"
+    return None

@@ -1,0 +1,97 @@
+"""The run directory and everything that watches a run: JSON lines, trackers, the progress bar, sample tables."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .config import ConfigError, MDPGRPOConfig, TrainConfig
+
+
+def move_aside(path: Path) -> Path | None:
+    """Rename an earlier run of this name to the first free `name.1`, `name.2` …; returns where it went."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return None
+    number = 1
+    while (old := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    path.rename(old)
+    return old
+
+
+class RunDir:
+    """Files of one run; JSON lines are flushed line by line, so that a killed run keeps what it had."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            self.moved = move_aside(self.path)
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise ConfigError(f"output_dir {str(path)!r} cannot be made: {e.strerror or e}") from None
+
+    def write_config(self, run: TrainConfig, method: MDPGRPOConfig) -> None:
+        text = yaml.safe_dump({"run": asdict(run), "method": asdict(method)}, sort_keys=False)
+        (self.path / "config.yaml").write_text(text, encoding="utf-8")
+
+    def append(self, name: str, row: dict[str, Any]) -> None:
+        with (self.path / name).open("a", encoding="utf-8") as f:
+            f.write(json.dumps(row) + "\n")
+
+    def write_json(self, name: str, value: dict[str, Any]) -> None:
+        (self.path / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def check_trackers(names: list[str]) -> None:
+    """Raises ConfigError for a tracker that accelerate does not know or whose package is missing."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known, available = [str(n) for n in LOGGER_TYPE_TO_CLASS], [str(n) for n in get_available_trackers()]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"report_to must be among {', '.join(known)}; got {name!r}")
+        if name not in available:
+            raise ConfigError(f"report_to {name!r} needs the package {name}, which is not installed")
+
+
+def tracker_values(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """A metrics row flattened to numbers with slash-separated names."""
+    flat: dict[str, float] = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            flat.update(tracker_values(value, f"{prefix}{key}/"))
+        elif key == "slots":
+            for slot in value:
+                numbers = {k: v for k, v in slot.items() if k != "temperature"}
+                flat.update(tracker_values(numbers, f"{prefix}slot_{slot['temperature']:g}/"))
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and key != "step":
+            flat[prefix + key] = value
+    return flat
+
+
+def progress_values(row: dict[str, Any], hsr: float | None, ssr: float | None) -> str:
+    """The numbers of the progress bar."""
+    shares = "" if hsr is None or ssr is None else f"HSR {hsr:.2f} SSR {ssr:.2f} "
+    return (
+        f"{shares}r {row['reward']:.2f} KL {row['kl']:.4f} clip {row['clip_low'] + row['clip_high']:.3f} "
+        f"H {row['entropy']:.2f} {row['tokens_per_second']:.0f} tok/s"
+    )
+
+
+def sample_table(rows: list[dict[str, Any]], limit: int = 4) -> str:
+    """A few completions of a step as a plain-text table that fits the terminal."""
+    width = max(40, shutil.get_terminal_size((120, 20)).columns)
+    lines = []
+    for row in rows[:limit]:
+        marks = "".join("+" if ok else "-" for ok in row["satisfied"] or [])
+        reward = "dropped" if row["reward"] is None else f"{row['reward']:.2f}"
+        head = f"  τ {row['temperature']:<4g} r {reward:<5} {marks:<6} "
+        text = " ".join(row["response"].split())
+        room = width - len(head) - 1
+        lines.append(head + (text if len(text) <= room else text[: room - 1] + "…"))
+    return "\n".join(lines)
