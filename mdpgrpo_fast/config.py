@@ -58,7 +58,7 @@ class MDPGRPOConfig:
         PAPER_TEMPERATURES, "sampling temperatures of the group's slots; the list is repeated to fill G"
     )
     temperature: float = knob(1.0, "the one sampling temperature when multi_temperature is off")
-    top_p: float = knob(1.0, "nucleus sampling: keep the smallest set of tokens with this probability (paper runs: 0.9)")
+    top_p: float = knob(1.0, "nucleus sampling: keep the smallest token set of this probability (paper runs: 0.9)")
     top_k: int = knob(0, "keep only the k most likely tokens; 0 keeps all (paper runs: 50)")
     min_p: float = knob(0.0, "drop tokens less likely than this share of the most likely one; 0 keeps all")
 
@@ -87,10 +87,10 @@ class MDPGRPOConfig:
 
     temperature_objective: Literal["paper", "per_row", "corrected"] = knob(
         "paper",
-        "log-probs at temperature 1 uncorrected (paper), at each completion's own temperature (per_row), or at 1 with a "
-        "truncated importance weight (corrected)",
+        "log-probs at temperature 1 uncorrected (paper), at each completion's own temperature (per_row), or at 1 with "
+        "a truncated importance weight (corrected)",
     )
-    rescale_per_row: bool = knob(False, "per_row only: multiply the policy term by the temperature, its gradient's 1/tau")
+    rescale_per_row: bool = knob(False, "per_row only: multiply the policy term by the temperature, undoing 1/tau")
     importance_weight_cap: float = knob(2.0, "corrected only: w_max, the bound of the importance weight")
     importance_level: Literal["token", "sequence"] = knob("token", "ratio per token, or per completion (GSPO)")
     epsilon_low: float = knob(0.2, "lower clip range of the ratio")
@@ -167,6 +167,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "prospect_loss": 1.25,
         "prospect_on_goal": False,
     },
+    # The embedded demonstration: full-vocabulary sampling and the exact log-probs of each row's own temperature.
+    "demo": {"temperatures": [0.8, 1.0], "temperature_objective": "per_row"},
     # Plain z-score GRPO as TRL computes it.
     "grpo": {
         "multi_temperature": False,
@@ -189,7 +191,7 @@ def preset(name: str, **overrides: Any) -> MDPGRPOConfig:
 class TrainConfig:
     """The run: model, data, rewards, optimiser, logging. Counts are per process; lengths are in tokens."""
 
-    preset: str = knob("paper", f"method settings to start from: {', '.join(PRESETS)} or demo")
+    preset: str = knob("paper", f"method settings to start from: {', '.join(PRESETS)}")
     model: str | None = knob(None, "model directory or hub id; unset: the embedded seed policy")
     train_file: str | None = knob(None, "JSON lines of prompts; unset: the embedded ones")
     eval_file: str | None = knob(None, "JSON lines of held-out prompts, scored greedily before and after; unset: none")

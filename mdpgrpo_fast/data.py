@@ -109,8 +109,9 @@ def tokenize(examples: list[Example], tokenizer: Any, max_prompt_length: int) ->
         else:
             raise ConfigError(f"prompt {index + 1} is chat messages, but the tokenizer has no chat template")
         if len(row) > max_prompt_length:
+            start = repr(example.text[:60])
             raise ConfigError(
-                f"prompt {index + 1} has {len(row)} tokens, over the limit of {max_prompt_length}: {example.text[:60]!r}"
+                f"prompt {index + 1} has {len(row)} tokens, over the limit of {max_prompt_length}: {start}"
             )
         ids.append(row)
     return ids

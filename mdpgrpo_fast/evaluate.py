@@ -108,9 +108,7 @@ def table(result: dict[str, Any]) -> str:
         f"{'instruction level':42}{result['instruction_strict']:8.3f}{result['instruction_loose']:8.3f}",
         f"{'share per prompt (SSR)':42}{result['ssr']:8.3f}",
     ]
-    lines += [
-        f"  {t:34}{row['count']:5} {row['strict']:8.3f}{row['loose']:8.3f}" for t, row in result["types"].items()
-    ]
+    lines += [f"  {t:34}{row['count']:5} {row['strict']:8.3f}{row['loose']:8.3f}" for t, row in result["types"].items()]
     return "\n".join(lines)
 
 

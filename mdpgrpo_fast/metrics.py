@@ -9,7 +9,6 @@ from torch import Tensor
 
 from .config import MDPGRPOConfig
 from .reference import Advantages, TokenLoss
-from .rollout import Rollout
 
 
 def group_health(

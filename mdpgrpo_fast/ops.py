@@ -101,7 +101,7 @@ def token_loss(
         importance_weight: (B, L), multiplies the policy term only; detached.
         temperature: (B,) or a number, of the policy term's log-probs.
         softcap: final logit soft-cap still to be applied (a model's own forward has applied it).
-        denominator: what the sum is divided by, for the whole batch over micro-batches and ranks; default: this batch's.
+        denominator: what the sum is divided by, for the whole batch of all micro-batches and ranks; default: this one's.
         backend: "auto" or "torch".
 
     Returns: TokenLoss; `.loss` is a scalar with gradient.
@@ -159,4 +159,4 @@ def _check_logits(logits: Tensor, tokens: Tensor, temperature: Tensor | float) -
     # On an accelerator the look would stall the stream; there the gather itself asserts.
     if tokens.device.type == "cpu" and tokens.numel():
         low, high = int(tokens.min()), int(tokens.max())
-        _check(0 <= low and high < logits.shape[2], "tokens", f"range {low} to {high}", f"in [0, {logits.shape[2]})")
+        _check(low >= 0 and high < logits.shape[2], "tokens", f"range {low} to {high}", f"in [0, {logits.shape[2]})")

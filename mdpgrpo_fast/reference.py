@@ -31,7 +31,7 @@ class Advantages:
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """loss: scalar with gradient; all else detached. logprobs, entropy, kl, ratio, clipped_low, clipped_high: (B, L)."""
+    """loss: scalar with gradient; all else detached and (B, L), but for the scalar kl_clamped."""
 
     loss: Tensor
     logprobs: Tensor

@@ -82,7 +82,7 @@ def _score_one(specs: list[str], rules: str, example: Example, response: str) ->
             chat = not isinstance(example.prompt, str)
             completion: Any = [{"role": "assistant", "content": response}] if chat else response
             values = load_reward(spec)(prompts=[example.prompt], completions=[completion], **columns)
-            parts.append(list(values)[0])
+            parts.append(next(iter(values)))
     return parts, flags
 
 
@@ -162,14 +162,15 @@ class Scorer:
         except ProcessExpired as e:
             return self._drop(f"the scoring process died with exit code {e.exitcode}")
         except Exception as e:
-            return self._drop(f"the scorer raised {type(e).__name__}: {e}")
+            reason = " ".join(str(e).split())[:200]
+            return self._drop(f"the scorer raised {type(e).__name__}: {reason}")
         values = [None if p is None or not math.isfinite(p) else float(p) for p in parts]
         if None in values:
             spec = self.specs[values.index(None)]
-            row = f"reward {spec!r} gave {parts[values.index(None)]!r} for prompt {example.text[:80]!r}, response {response[:80]!r}"
+            got, pair = parts[values.index(None)], f"prompt {example.text[:80]!r}, response {response[:80]!r}"
             if not self.drop_bad:
-                raise RewardError(f"{row}; on_bad_reward = drop leaves such samples out")
-            return self._drop(row)
+                raise RewardError(f"reward {spec!r} gave {got!r} for {pair}; on_bad_reward = drop leaves it out")
+            return self._drop(f"reward {spec!r} gave {got!r} for {pair}")
         total = sum(w * v for w, v in zip(self.weights, values, strict=True) if v is not None)
         return Score(total, values, flags)
 
