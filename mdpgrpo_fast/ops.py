@@ -101,7 +101,7 @@ def token_loss(
         importance_weight: (B, L), multiplies the policy term only; detached.
         temperature: (B,) or a number, of the policy term's log-probs.
         softcap: final logit soft-cap still to be applied (a model's own forward has applied it).
-        denominator: what the sum is divided by, for the whole batch of all micro-batches and ranks; default: this one's.
+        denominator: what the sum is divided by, for the batch of all micro-batches and ranks; default: this one's.
         backend: "auto" or "torch".
 
     Returns: TokenLoss; `.loss` is a scalar with gradient.
