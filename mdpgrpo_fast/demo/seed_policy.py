@@ -48,6 +48,7 @@ class Recipe:
     warmup_steps: int = 100
     weight_decay: float = 0.05
     vocab_size: int = 1024
+    vocab_pairs: int = 12000  # pairs that the tokenizer is trained on
     hidden_size: int = 128
     layers: int = 3
     heads: int = 4
@@ -195,12 +196,13 @@ def make(output: Path, recipe: Recipe) -> float:
     torch.use_deterministic_algorithms(True)
     rng = random.Random(f"pairs {recipe.seed}")
     exclude = {prompt.prompt for prompt in shipped(recipe.seed)["heldout.jsonl"]}
-    pairs = [sample_pair(recipe, rng, exclude) for _ in range(recipe.steps * recipe.batch_size)]
-    texts = [text for prompt, response in pairs[:12000] for text in (prompt.prompt, response)]
+    needed = recipe.steps * recipe.batch_size
+    pairs = [sample_pair(recipe, rng, exclude) for _ in range(max(needed, recipe.vocab_pairs))]
+    texts = [text for prompt, response in pairs[: recipe.vocab_pairs] for text in (prompt.prompt, response)]
     tokenizer = train_tokenizer(texts, recipe.vocab_size)
     check_tokenizer(tokenizer)
     model = build_model(recipe, tokenizer)
-    loss = train(model, [encode(tokenizer, prompt, response) for prompt, response in pairs], recipe)
+    loss = train(model, [encode(tokenizer, prompt, response) for prompt, response in pairs[:needed]], recipe)
     output.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
