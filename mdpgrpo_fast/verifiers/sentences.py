@@ -1,30 +1,87 @@
-"""Sentences and words, by NLTK's English Punkt model where its data are installed."""
+"""Sentences of a text: by NLTK's English Punkt model where its data are found."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+import logging
+import re
+from collections.abc import Iterator
+from itertools import islice
+from typing import NamedTuple
+
+from .punkt import Splitter, Tables
+
+DATA = "tokenizers/punkt_tab/english/"
+_LOG = logging.getLogger(__name__)
+
+
+class _Model(NamedTuple):
+    source: str
+    splitter: Splitter
+
+
+def spans(text: str) -> Iterator[tuple[int, int]]:
+    """The (start, stop) of each sentence of `text`."""
+    return _model().splitter.spans(text)
 
 
 def count(text: str, stop: int) -> int:
     """The number of sentences in `text`, at most `stop`."""
-    number = 0
-    for _ in _punkt().span_tokenize(text):
-        number += 1
-        if number >= stop:
-            break
-    return number
+    return sum(1 for _ in islice(spans(text), stop))
 
 
-def words(text: str) -> list[str]:
-    """The word tokens of `text`, as `nltk.word_tokenize` splits them."""
+def punkt_source() -> str:
+    """Which sentence model answers: NLTK's data, and where they lie, or the built-in one."""
+    return _model().source
+
+
+def get_punkt() -> str:
+    """Fetch NLTK's `punkt_tab` with NLTK's own downloader and return `punkt_source()`.
+
+    Raises RuntimeError where the data cannot be fetched. Nothing else in this package downloads anything.
+    """
     import nltk
 
-    return nltk.word_tokenize(text)
+    try:
+        fetched = nltk.download("punkt_tab", quiet=True)
+    except Exception as error:
+        raise RuntimeError(f"punkt_tab could not be fetched: {error}") from error
+    _model.cache_clear()
+    if not fetched or _load() is None:
+        raise RuntimeError("punkt_tab could not be fetched: NLTK's server did not answer or refused")
+    return punkt_source()
 
 
 @functools.lru_cache(maxsize=1)
-def _punkt() -> Any:
-    from nltk.tokenize.punkt import PunktTokenizer
+def _model() -> _Model:
+    model = _load()
+    if model is None:
+        from .english import TABLES
 
-    return PunktTokenizer("english")
+        model = _Model("built-in English model (NLTK's punkt_tab not found)", Splitter(TABLES))
+        _LOG.warning(
+            "NLTK's punkt_tab is not installed: sentences are split by a built-in model that agrees on most texts but"
+            " not all; `python -m mdpgrpo_fast.verifiers --get-punkt` fetches it"
+        )
+    return model
+
+
+def _load() -> _Model | None:
+    """The model from NLTK's data folders; None where it is not installed."""
+    from nltk.data import find
+    from nltk.tokenize.punkt import PunktLanguageVars, load_punkt_params
+
+    try:
+        folder = find(DATA)
+        learned = load_punkt_params(folder)
+    except (LookupError, OSError):
+        return None
+    knows_curly = re.match(PunktLanguageVars.re_boundary_realignment.pattern, "\u2019") is not None
+    tables = Tables(
+        abbreviations=learned.abbrev_types,
+        collocations=learned.collocations,
+        starters=learned.sent_starters,
+        met=dict(learned.ortho_context),
+        curly="\u2018\u2019\u201c\u201d\xab\xbb" if knows_curly else "",
+    )
+    return _Model(f"NLTK punkt_tab, {folder}", Splitter(tables))

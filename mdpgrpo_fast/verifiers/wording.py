@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from itertools import islice
 
-from . import sentences
+from . import capitals, sentences
 from .language import detect
 from .registry import RELATIONS, count, instruction, language, letter, pattern, patterns, phrase, relation
 
@@ -54,8 +54,8 @@ def number_words(text: str, rules: str, num_words: int, relation: str) -> bool:
 
 @instruction("change_case:capital_word_frequency", capital_frequency=count, capital_relation=relation)
 def capital_words(text: str, rules: str, capital_frequency: int, capital_relation: str) -> bool:
-    words = sentences.words(text) if rules == "ifeval" else _HYPHENATED.findall(text)
-    return RELATIONS[capital_relation](sum(map(str.isupper, words)), capital_frequency)
+    number = capitals.count(text) if rules == "ifeval" else sum(map(str.isupper, _HYPHENATED.findall(text)))
+    return RELATIONS[capital_relation](number, capital_frequency)
 
 
 @instruction("change_case:english_capital")
