@@ -1,0 +1,318 @@
+"""What each component does to one group: python -m mdpgrpo_fast.explain --rewards 0.5,0.5,0.5,0.75 --constraints 4"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+import math
+import sys
+from typing import Any, NoReturn, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+
+from . import ops, reference
+from .cli import report_errors
+from .config import PRESETS, ConfigError, MDPGRPOConfig, preset, unknown_name
+
+ADVANTAGE_KNOBS = (
+    "group_std",
+    "dual_anchor",
+    "dual_anchor_alpha",
+    "goal_mean",
+    "goal_std",
+    "prospect",
+    "prospect_beta",
+    "prospect_gain",
+    "prospect_loss",
+    "prospect_on_goal",
+    "asymmetric_kl",
+    "kl_beta_pos",
+    "kl_beta_neg",
+)
+MAX_CONSTRAINTS = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Explained:
+    """One group under a configuration and under plain GRPO. Vectors are (G,) float64, the rest numbers."""
+
+    config: MDPGRPOConfig
+    num_constraints: int
+    rewards: Tensor
+    mean: float
+    std: float
+    goal_mean: float
+    goal_std: float
+    z: Tensor
+    delta: Tensor
+    shaped_z: Tensor
+    shaped_delta: Tensor
+    advantage: Tensor
+    kl_beta: Tensor
+    grpo_std: float
+    grpo_advantage: Tensor
+    grpo_kl_beta: Tensor
+
+
+def explain_group(rewards: list[float], num_constraints: int, config: MDPGRPOConfig) -> Explained:
+    """All quantities of one group of G = config.num_generations rewards of a prompt with K constraints.
+
+    Raises: ValueError for a number of rewards other than G, a non-finite reward or K < 1.
+    """
+    r, k = torch.tensor([rewards], dtype=torch.float64), torch.tensor([num_constraints])
+    ours = ops.advantages(r, k, config)
+    plain = preset("grpo", num_generations=config.num_generations, kl_beta_pos=config.kl_beta_pos)
+    grpo = ops.advantages(r, k, plain)
+
+    def shape(v: Tensor, on: bool) -> Tensor:
+        knobs = (config.prospect_beta, config.prospect_gain, config.prospect_loss)
+        return reference.prospect_shape(v, *knobs) if on else v
+
+    # The goal anchor is affine in the reward: what it makes of rewards 0 and 1 tells the m and s that were used.
+    probe = torch.zeros_like(r)
+    probe[0, 1] = 1
+    low, high = reference.goal_anchor(probe, ours.mean, k, config.goal_mean, config.goal_std)[0, :2].tolist()
+    return Explained(
+        config=config,
+        num_constraints=num_constraints,
+        rewards=r[0],
+        mean=float(ours.mean),
+        std=float(ours.std),
+        goal_mean=-low / (high - low),
+        goal_std=1 / (high - low),
+        z=ours.z[0],
+        delta=ours.delta[0],
+        shaped_z=shape(ours.z, config.prospect)[0],
+        shaped_delta=shape(ours.delta, config.prospect and config.prospect_on_goal)[0],
+        advantage=ours.advantage[0],
+        kl_beta=ours.kl_beta[0],
+        grpo_std=float(grpo.std),
+        grpo_advantage=grpo.advantage[0],
+        grpo_kl_beta=grpo.kl_beta[0],
+    )
+
+
+def _signed(value: float) -> str:
+    # Adding 0.0 turns the -0.0 of rounding into 0.0.
+    return f"{round(value, 4) + 0.0:+.4f}" if round(value, 4) else "0.0000"
+
+
+def table(x: Explained) -> str:
+    """One row per completion, aligned; the last two columns are plain GRPO's."""
+    columns: list[tuple[str, list[str]]] = [
+        ("#", [str(i) for i in range(1, len(x.rewards) + 1)]),
+        ("reward", [f"{r:.4f}" for r in x.rewards.tolist()]),
+        ("z", [_signed(v) for v in x.z.tolist()]),
+        ("δ", [_signed(v) for v in x.delta.tolist()]),
+        ("ψ(z)", [_signed(v) for v in x.shaped_z.tolist()]),
+        ("ψ(δ)", [_signed(v) for v in x.shaped_delta.tolist()]),
+        ("A", [_signed(v) for v in x.advantage.tolist()]),
+        ("β", [f"{v:g}" for v in x.kl_beta.tolist()]),
+        ("│", ["│"] * len(x.rewards)),
+        ("GRPO A", [_signed(v) for v in x.grpo_advantage.tolist()]),
+        ("GRPO β", [f"{v:g}" for v in x.grpo_kl_beta.tolist()]),
+    ]
+    widths = [max(map(len, [name, *cells])) for name, cells in columns]
+    rows = [[name for name, _ in columns], *zip(*(cells for _, cells in columns), strict=True)]
+    lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
+    rule = "".join("┼" if name == "│" else "─" * w for (name, _), w in zip(columns, _padded(widths), strict=True))
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def _padded(widths: list[int]) -> list[int]:
+    # Two spaces stand between cells; around the bar they belong to the rule of its neighbours.
+    return [w + 2 for w in widths[:7]] + [widths[7] + 2, 1, widths[9] + 4, widths[10]]
+
+
+def _which(chosen: Tensor) -> str:
+    picked = [str(i + 1) for i, on in enumerate(chosen.tolist()) if on]
+    if len(picked) == len(chosen):
+        return f"all {len(picked)} completions"
+    listed = picked[0] if len(picked) == 1 else f"{', '.join(picked[:-1])} and {picked[-1]}"
+    return f"completion{'s' if len(picked) > 1 else ''} {listed}"
+
+
+def _spread_sentences(x: Explained) -> list[str]:
+    """What the relative anchor does: a collapse to zero, or how far one constraint is stretched."""
+    c, a = x.config, float(x.advantage[0])
+    if x.std == 0:
+        out = [
+            f"{'Both' if len(x.rewards) == 2 else f'All {len(x.rewards)}'} rewards are {x.mean:g}: the spread is zero, "
+            "so z = 0 and plain GRPO has no policy gradient for this group."
+        ]
+        if a:
+            direction = "less" if a < 0 else "more"
+            out.append(
+                f"The goal anchor still gives A = {_signed(a)} to each of them (δ = {_signed(float(x.delta[0]))}, "
+                f"weight α = {c.alpha:g}): all of them become {direction} likely."
+            )
+        elif c.alpha == 0:
+            out.append("The goal anchor has no weight (α = 0), so A = 0 here too: this group teaches nothing.")
+        else:
+            out.append(f"The rewards lie exactly on the goal mean {x.goal_mean:g}: δ = 0, so A = 0 here too.")
+        return out
+    top = int(x.z.abs().argmax())
+    z, gap = float(x.z[top]), float(x.rewards[top] - x.mean) * x.num_constraints
+    out = [
+        f"Completion {top + 1} is {abs(gap):.2f} constraints {'above' if gap > 0 else 'below'} the group mean; divided "
+        f"by a standard deviation worth {x.std * x.num_constraints:.2f} constraints that becomes z = {_signed(z)}"
+        f"{', low variance amplified' if abs(z) > 2 else ''}."
+    ]
+    if c.prospect:
+        shaped = float(x.shaped_z[top])
+        name, bound = ("λ₊", c.prospect_gain) if z >= 0 else ("λ₋", c.prospect_loss)
+        out.append(
+            f"Shaping makes it ψ(z) = {_signed(shaped)}, {abs(shaped) / bound:.0%} of the bound {name} = {bound:g}; "
+            f"plain GRPO uses {_signed(float(x.grpo_advantage[top]))}, unbounded."
+        )
+    else:
+        out.append("Prospect shaping is off: nothing bounds z.")
+    return out
+
+
+def _goal_sentences(x: Explained) -> list[str]:
+    """Where the group stands against the goal, and what the goal anchor changes because of it."""
+    c, pull = x.config, x.config.alpha * x.shaped_delta
+    side = "at" if math.isclose(x.mean, x.goal_mean) else "below" if x.mean < x.goal_mean else "above"
+    out = [f"The group mean {x.mean:.4f} is {side} the goal mean {x.goal_mean:.4f}."]
+    if c.alpha > 0 and x.std > 0:
+        low, high = _signed(float(pull.min())), _signed(float(pull.max()))
+        out.append(f"The goal anchor adds α ψ(δ) to A: from {low} to {high}.")
+    for verb, chosen, place in (
+        ("reinforces", (x.rewards < x.goal_mean) & (x.z > 0), "below"),
+        ("punishes", (x.rewards > x.goal_mean) & (x.z < 0), "above"),
+    ):
+        if not bool(chosen.any()):
+            continue
+        most = int(torch.where(chosen, x.z.abs(), -1.0).argmax())
+        text = f"z alone {verb} {_which(chosen)} although {place} the goal"
+        if c.alpha > 0:
+            change = f"{_signed(float(x.shaped_z[most]))} into A = {_signed(float(x.advantage[most]))}"
+            text += f"; mixing in the goal anchor turns ψ(z) = {change} for completion {most + 1}"
+        out.append(text + ".")
+    if c.alpha == 0:
+        out.append("The goal anchor has no weight (α = 0): the distance to the goal changes nothing.")
+    return out
+
+
+def sentences(x: Explained) -> list[str]:
+    """What happened to this group, computed from its numbers."""
+    out = [*_spread_sentences(x), *_goal_sentences(x)]
+    flipped = (x.advantage * x.grpo_advantage) < 0
+    if bool(flipped.any()):
+        out.append(f"Against plain GRPO the sign of A changes for {_which(flipped)}.")
+    negative, (pos, neg) = int((x.advantage < 0).sum()), x.config.betas
+    if pos == neg:
+        out.append(f"One KL coefficient for all: β = {pos:g}.")
+    else:
+        out.append(
+            f"A < 0 for {negative} of {len(x.rewards)} completions: KL coefficient β = {neg:g} there, {pos:g} "
+            f"elsewhere; plain GRPO uses {float(x.grpo_kl_beta[0]):g} for all."
+        )
+    return out
+
+
+def render(x: Explained) -> str:
+    c = x.config
+    kind = "divisor G" if c.group_std == "population" else "divisor G - 1"
+    bounds = f"bounds λ₊ = {c.prospect_gain:g}, λ₋ = {c.prospect_loss:g}"
+    shaping = f"slope {c.prospect_beta:g}, {bounds}" if c.prospect else "off"
+    if c.prospect and not c.prospect_on_goal:
+        shaping += ", relative anchor only: ψ(δ) = δ"
+    facts = [
+        ("group", f"G = {len(x.rewards)} completions, K = {x.num_constraints} constraints"),
+        ("relative anchor", f"mean {x.mean:.4f}, standard deviation {x.std:.4f} ({kind}; plain GRPO {x.grpo_std:.4f})"),
+        ("goal anchor", f"mean {x.goal_mean:.4f}, standard deviation {x.goal_std:.4f}, weight α = {c.alpha:g}"),
+        ("shaping ψ", shaping),
+    ]
+    head = "\n".join(f"{name:<16} {text}" for name, text in facts)
+    return "\n\n".join([head, table(x), "\n".join(f"- {s}" for s in sentences(x))])
+
+
+# ---- command line ---------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="python -m mdpgrpo_fast.explain",
+        description="Show what each component of MDP-GRPO makes of one group of rewards, beside plain GRPO.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--rewards", nargs="+", metavar="R", help="rewards of the group, by commas or spaces")
+    parser.add_argument("--constraints", type=int, metavar="K", help="number of constraints of the prompt")
+    parser.add_argument("--preset", default="paper", help=f"start from {', '.join(PRESETS)} (default: paper)")
+    hints = get_type_hints(MDPGRPOConfig)
+    for f in dataclasses.fields(MDPGRPOConfig):
+        if f.name not in ADVANTAGE_KNOBS:
+            continue
+        kind: dict[str, Any] = {"type": float}
+        if hints[f.name] is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif get_args(hints[f.name]):
+            kind = {"choices": get_args(hints[f.name])}
+        flag = "--" + f.name.replace("_", "-")
+        parser.add_argument(flag, default=argparse.SUPPRESS, help=f.metadata["help"], **kind)
+    return parser
+
+
+def _rewards(words: list[str]) -> list[float]:
+    rewards = []
+    for word in ",".join(words).split(","):
+        try:
+            value = float(word)
+        except ValueError:
+            raise ConfigError(f"--rewards must be numbers, by commas; got {word.strip()!r}") from None
+        if not math.isfinite(value):
+            raise ConfigError(f"--rewards must be finite; got {word.strip()!r}")
+        rewards.append(value)
+    if len(rewards) < 2:
+        raise ConfigError("--rewards needs at least two: a group of one has no relative anchor")
+    return rewards
+
+
+def _warnings(rewards: list[float], k: int) -> list[str]:
+    out = []
+    outside = [r for r in rewards if not 0 <= r <= 1]
+    if outside:
+        out.append(f"reward {outside[0]:g} is outside [0, 1]: the goal anchor takes rewards for shares of constraints")
+    between = [r for r in rewards if 0 <= r <= 1 and not math.isclose(r * k, round(r * k), abs_tol=0.005 * k)]
+    if between:
+        out.append(f"reward {between[0]:g} is no whole number of {k} constraints")
+    return out
+
+
+def main(argv: list[str] | None = None) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # Greek letters on a terminal without them
+    with report_errors():
+        parser = _parser()
+        args, unknown = parser.parse_known_args(argv)
+        if unknown:
+            if not unknown[0].startswith("-"):
+                raise ConfigError(f"unexpected argument {unknown[0]!r}")
+            raise unknown_name("flag", unknown[0].split("=")[0], [s for a in parser._actions for s in a.option_strings])
+        options = vars(args)
+        words, k, name = options.pop("rewards"), options.pop("constraints"), options.pop("preset")
+        if words is None or k is None:
+            raise ConfigError(f"{'--rewards' if words is None else '--constraints'} is required")
+        if not 1 <= k <= MAX_CONSTRAINTS:
+            raise ConfigError(f"--constraints must be from 1 to {MAX_CONSTRAINTS}; got {k}")
+        rewards = _rewards(words)
+        # Temperatures play no part here, and their list need not divide this G.
+        config = preset(name, **{**options, "num_generations": len(rewards), "multi_temperature": False})
+        text = render(explain_group(rewards, k, config))
+    for warning in _warnings(rewards, k):
+        print(f"warning: {warning}", file=sys.stderr)
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
