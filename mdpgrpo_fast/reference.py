@@ -15,6 +15,8 @@ from .config import MDPGRPOConfig
 
 # exp(20) = 4.9e8: far above any useful penalty, far below float32 overflow.
 KL_EXPONENT_MAX = 20.0
+# exp(80) = 5.5e34 is finite in float32: the zero gradient of a clipped ratio must not meet an infinite one.
+RATIO_EXPONENT_MAX = 80.0
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,14 @@ def _float(x: Tensor) -> Tensor:
 def group_statistics(rewards: Tensor, valid: Tensor, group_std: str) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and standard deviation over the valid completions of each group, and whether they are all equal: (P,) each.
 
-    A constant group has its own reward as mean and a deviation of exactly 0, whatever rounding a sum would leave.
+    Rewards a few units in the last place apart are equal. A constant group has its own reward as mean and a deviation
+    of exactly 0, whatever rounding a sum would leave.
     """
     n = valid.sum(1)
     top = rewards.masked_fill(~valid, -torch.inf).amax(1)
-    constant = (top == rewards.masked_fill(~valid, torch.inf).amin(1)) | (n == 0)
+    bottom = rewards.masked_fill(~valid, torch.inf).amin(1)
+    noise = 4 * torch.finfo(rewards.dtype).eps * torch.maximum(top.abs(), bottom.abs())
+    constant = (top - bottom <= noise) | (n == 0)
     kept = rewards.masked_fill(~valid, 0)
     mean = torch.where(constant & (n > 0), top, kept.sum(1) / n.clamp(min=1))
     divisor = n if group_std == "population" else n - 1
@@ -103,6 +108,8 @@ def advantages(
     rewards = _float(rewards)
     valid = torch.ones_like(rewards, dtype=torch.bool) if valid is None else valid
     mean, std, constant = group_statistics(rewards, valid, config.group_std)
+    # Else the rounding between equal rewards would decide the sign of A, and with it the KL coefficient.
+    rewards = torch.where(constant[:, None], mean[:, None], rewards)
     z = relative_anchor(rewards, mean, std, constant, config.group_std).masked_fill(~valid, 0)
     delta = goal_anchor(rewards, mean, num_constraints, config.goal_mean, config.goal_std).masked_fill(~valid, 0)
 
@@ -123,7 +130,7 @@ def scaled_logits(logits: Tensor, temperature: Tensor | float, softcap: float | 
     if softcap is not None:
         x = softcap * torch.tanh(x / softcap)
     if isinstance(temperature, Tensor):
-        return x / temperature.to(x.dtype)[:, None, None]
+        return x / temperature.to(x.dtype).view(-1, 1, 1)
     return x if temperature == 1 else x / temperature
 
 
@@ -149,7 +156,8 @@ def completion_mean(x: Tensor, mask: Tensor) -> Tensor:
 def importance_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, level: str) -> Tensor:
     """ρ = exp(ℓ - ℓ_old) per token (B, L), or exp of its completion mean (B, 1) at sequence level (GSPO)."""
     log_ratio = (logprobs - old_logprobs).masked_fill(mask == 0, 0)
-    return (completion_mean(log_ratio, mask) if level == "sequence" else log_ratio).exp()
+    exponent = completion_mean(log_ratio, mask) if level == "sequence" else log_ratio
+    return exponent.clamp(max=RATIO_EXPONENT_MAX).exp()
 
 
 def clipped_objective(
@@ -167,14 +175,17 @@ def clipped_objective(
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
     """k1 = ℓ - ℓ_ref, k2 = (ℓ - ℓ_ref)²/2, k3 = exp(ℓ_ref - ℓ) - (ℓ_ref - ℓ) - 1 (Schulman, "Approximating KL").
 
-    Second: where k3's exponent was clamped at KL_EXPONENT_MAX.
+    Second: where k3's ℓ_ref - ℓ was clamped at KL_EXPONENT_MAX; its gradient is 0 there.
     """
     d = ref_logprobs - logprobs
     if estimator == "k1":
         return -d, torch.zeros_like(d, dtype=torch.bool)
     if estimator == "k2":
         return d.square() / 2, torch.zeros_like(d, dtype=torch.bool)
-    return d.clamp(max=KL_EXPONENT_MAX).exp() - d - 1, d > KL_EXPONENT_MAX
+    over = d > KL_EXPONENT_MAX
+    # All of d: the exponential alone would leave the gradient of -d, which pushes ℓ further down.
+    d = d.clamp(max=KL_EXPONENT_MAX)
+    return d.exp() - d - 1, over
 
 
 def default_denominator(mask: Tensor, aggregation: str, max_completion_length: int) -> Tensor:
@@ -213,11 +224,12 @@ def token_loss(
     denominator: Tensor | float | None = None,
 ) -> TokenLoss:
     """-w·J + β·KL of every token, aggregated. See `ops.token_loss`, the public door, for shapes and meaning."""
-    mask = mask.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
-    keep = mask > 0
+    keep = mask != 0
+    mask = keep.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    # A masked position may hold any number, NaN included: it is taken out before it meets arithmetic.
+    logits = logits.masked_fill(~keep[..., None], 0)
     advantage, kl_beta = advantage[:, None].to(mask.dtype), kl_beta[:, None].to(mask.dtype)
     logprobs, entropy = token_logprobs(logits, tokens, temperature, softcap)
-    # A masked position may hold any number, -inf included: it is taken out before it meets arithmetic.
     logprobs = logprobs.masked_fill(~keep, 0)
     old = logprobs.detach() if old_logprobs is None else old_logprobs.to(mask.dtype)
     ratio = importance_ratio(logprobs, old, mask, config.importance_level)
@@ -226,7 +238,7 @@ def token_loss(
         tau = torch.as_tensor(temperature, dtype=mask.dtype, device=mask.device)
         objective = objective * (tau[:, None] if tau.ndim else tau)
     if importance_weight is not None:
-        objective = importance_weight.detach().to(mask.dtype) * objective
+        objective = importance_weight.detach().to(mask.dtype).masked_fill(~keep, 0) * objective
     per_token = -objective.expand_as(mask)
 
     kl = torch.zeros_like(mask)

@@ -1,0 +1,727 @@
+"""The reference against the golden groups, an oracle in plain Python, its closed-form gradient, and known traps."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import LossInputs, make_inputs
+
+from mdpgrpo_fast import ops, reference
+from mdpgrpo_fast.config import MDPGRPOConfig, preset
+
+GOLDEN = Path(__file__).parent / "data" / "method_golden.jsonl"
+AGGREGATIONS = ("grpo", "dapo", "dr_grpo", "bnpo")
+MAX_LENGTH = 7
+
+
+# ---- advantages -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def golden() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in GOLDEN.read_text().split("\n") if line]
+
+
+@pytest.mark.parametrize(("dtype", "budget"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_golden_groups(golden: list[dict[str, Any]], dtype: torch.dtype, budget: float) -> None:
+    assert len(golden) == 1500
+    names = {"mean": "mean", "std": "std", "z": "z", "delta": "delta", "advantage": "advantage", "beta_kl": "kl_beta"}
+    batches: dict[Any, list[dict[str, Any]]] = {}
+    for row in golden:
+        knobs = {k: v for k, v in row.items() if k not in ("rewards", "num_constraints", "expected")}
+        batches.setdefault((len(row["rewards"]), *sorted(knobs.items())), []).append(row)
+    for (g, *knobs), rows in batches.items():
+        config = MDPGRPOConfig(num_generations=g, multi_temperature=False, **dict(knobs))
+        k = torch.tensor([r["num_constraints"] for r in rows])
+        got = ops.advantages(torch.tensor([r["rewards"] for r in rows], dtype=dtype), k, config)
+        for theirs, ours in names.items():
+            expected = torch.tensor([r["expected"][theirs] for r in rows], dtype=torch.float64)
+            error = (getattr(got, ours).double() - expected).abs().max()
+            assert error <= budget, f"{ours} is off by {error:.1e} with G = {g}, {dict(knobs)}"
+
+
+def advantage_oracle(rewards: list[float], k: int, c: MDPGRPOConfig) -> list[tuple[float, ...]]:
+    """(z, δ, A, β) of each completion of one group, term by term as METHOD has them."""
+    n, out = len(rewards), []
+    mean = math.fsum(rewards) / n
+    square = math.fsum((r - mean) ** 2 for r in rewards)
+    for r in rewards:
+        if max(rewards) == min(rewards):
+            z = 0.0
+        elif c.group_std == "population":
+            z = (r - mean) / max(math.sqrt(square / n), 1e-8)
+        else:
+            z = (r - mean) / (math.sqrt(square / (n - 1)) + 1e-4)
+        m = {"half": 0.5, "max_half_mean": max(0.5, mean), "mean": mean}[c.goal_mean]
+        delta = (r - m) / math.sqrt((n if c.goal_std == "released" else 1) / (4 * k))
+
+        def psi(v: float) -> float:
+            return (c.prospect_gain if v >= 0 else c.prospect_loss) * math.tanh(c.prospect_beta * v)
+
+        goal = psi(delta) if c.prospect and c.prospect_on_goal else delta
+        alpha = c.dual_anchor_alpha if c.dual_anchor else 0.0
+        a = (1 - alpha) * (psi(z) if c.prospect else z) + alpha * goal
+        out.append((z, delta, a, c.kl_beta_neg if a < 0 and c.asymmetric_kl else c.kl_beta_pos))
+    return out
+
+
+@pytest.mark.parametrize("group_std", ["population", "sample"])
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {},
+        {"prospect_on_goal": False, "goal_mean": "max_half_mean", "prospect_gain": 2.0, "prospect_loss": 1.25},
+        {"prospect": False, "goal_std": "binomial", "goal_mean": "mean"},
+        {"dual_anchor": False, "asymmetric_kl": False},
+        {"dual_anchor_alpha": 1.0, "prospect_beta": 0.3},
+    ],
+)
+def test_advantages_follow_the_equations(group_std: Any, knobs: dict[str, Any]) -> None:
+    config = MDPGRPOConfig(num_generations=4, group_std=group_std, **knobs)
+    groups = [[0.25, 0.5, 0.5, 1.0], [0.0, 0.0, 0.0, 0.25], [1.0, 0.75, 1.0, 1.0], [0.5, 0.0, 1.0, 0.5]]
+    k = [4, 4, 4, 2]
+    got = ops.advantages(torch.tensor(groups, dtype=torch.float64), torch.tensor(k), config)
+    table = torch.stack([got.z, got.delta, got.advantage, got.kl_beta], -1)
+    expected = torch.tensor([advantage_oracle(g, n, config) for g, n in zip(groups, k, strict=True)])
+    torch.testing.assert_close(table, expected.double(), rtol=0, atol=1e-6)
+    exact = [advantage_oracle(g, n, config) for g, n in zip(groups, k, strict=True)]
+    torch.testing.assert_close(table, torch.tensor(exact, dtype=torch.float64), rtol=0, atol=1e-13)
+
+
+def test_hand_computed_group() -> None:
+    """r = 0, 0, 0, 1 with K = 4: μ = 1/4, σ = √3/4, z = -1/√3 and √3; s = 1/2, δ = -1 and 1."""
+    got = ops.advantages(
+        torch.tensor([[0.0, 0.0, 0.0, 1.0]], dtype=torch.float64), torch.tensor([4]), MDPGRPOConfig(num_generations=4)
+    )
+    low = 0.8 * 2.0 * math.tanh(-0.8 / math.sqrt(3)) + 0.2 * 2.0 * math.tanh(-0.8)
+    high = 0.8 * 1.25 * math.tanh(0.8 * math.sqrt(3)) + 0.2 * 1.25 * math.tanh(0.8)
+    assert got.advantage[0].tolist() == pytest.approx([low, low, low, high], abs=1e-15)
+    assert got.kl_beta[0].tolist() == [0.025, 0.025, 0.025, 0.01]
+
+
+REPEATED = (0.1 + 0.2, 0.7, 1 / 3, 0.95, 1e-3, 1 - 1e-7, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("group_std", ["population", "sample"])
+def test_constant_group_has_z_exactly_zero(dtype: torch.dtype, group_std: Any) -> None:
+    """NeMo-RL#4158: the rounding of a mean must not become a deviation that a z-score then amplifies."""
+    for size in (2, 3, 6, 7, 8):
+        rewards = torch.tensor(REPEATED, dtype=dtype)[:, None].expand(-1, size)
+        k = torch.full((len(REPEATED),), 4)
+        config = preset("grpo", num_generations=size, group_std=group_std, asymmetric_kl=True)
+        got = ops.advantages(rewards, k, config)
+        assert (got.z == 0).all() and (got.std == 0).all() and (got.advantage == 0).all()
+        assert torch.equal(got.mean, rewards[:, 0])
+        assert (got.kl_beta == torch.tensor(config.kl_beta_pos, dtype=dtype)).all(), "A = 0 takes β₊"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rewards_equal_but_for_rounding_are_a_constant_group(dtype: torch.dtype) -> None:
+    """A sum of rewards in another order ends one unit in the last place away: no advantage, and no β₋, from that."""
+    one = torch.tensor(0.3, dtype=dtype)
+    up = torch.nextafter(one, torch.ones_like(one))
+    rewards = torch.stack([one, up, one, up])[None]
+    assert rewards.unique().numel() == 2
+    for knobs in ({"goal_mean": "mean"}, {"dual_anchor": False}, {"dual_anchor": False, "group_std": "sample"}):
+        config = MDPGRPOConfig(num_generations=4, **knobs)
+        got = ops.advantages(rewards, torch.tensor([4]), config)
+        assert (got.z == 0).all() and (got.std == 0).all() and (got.advantage == 0).all(), knobs
+        assert (got.kl_beta == torch.tensor(config.kl_beta_pos, dtype=dtype)).all()
+    # The smallest step of a real reward is far above it.
+    real = ops.advantages(torch.tensor([[0.7, 0.7, 0.7, 0.7001]], dtype=dtype), torch.tensor([4]), config)
+    assert real.z[0, 3] > 0.4
+
+
+def test_constant_group_still_learns_from_the_goal() -> None:
+    """Zero-variance collapse is repaired: an all-fail group is pushed down, an all-pass group up."""
+    rewards = torch.tensor([[0.0] * 4, [1.0] * 4, [0.5] * 4], dtype=torch.float64)
+    got = ops.advantages(rewards, torch.tensor([3, 3, 2]), MDPGRPOConfig(num_generations=4))
+    assert (got.z == 0).all()
+    assert (got.advantage[0] < 0).all() and (got.advantage[1] > 0).all() and (got.advantage[2] == 0).all()
+    assert got.kl_beta[:, 0].tolist() == [0.025, 0.01, 0.01]
+
+
+def test_population_and_sample_deviation() -> None:
+    rewards = torch.tensor([[0.0, 1.0, 1.0]], dtype=torch.float64)
+    k = torch.tensor([1])
+    population = ops.advantages(rewards, k, MDPGRPOConfig(num_generations=3, multi_temperature=False))
+    sample = ops.advantages(rewards, k, preset("grpo", num_generations=3))
+    assert population.std.item() == pytest.approx(math.sqrt(2) / 3, abs=1e-15)
+    assert sample.std.item() == pytest.approx(math.sqrt(1 / 3), abs=1e-15)
+    assert sample.advantage[0, 0].item() == pytest.approx(-(2 / 3) / (math.sqrt(1 / 3) + 1e-4), abs=1e-14)
+
+
+def test_advantages_do_not_depend_on_order() -> None:
+    g = torch.Generator().manual_seed(3)
+    rewards, k = torch.randint(0, 5, (6, 8), generator=g).double() / 4, torch.randint(1, 6, (6,), generator=g)
+    config = MDPGRPOConfig()
+    base = ops.advantages(rewards, k, config).advantage
+    prompts, slots = torch.randperm(6, generator=g), torch.randperm(8, generator=g)
+    moved = ops.advantages(rewards[prompts][:, slots], k[prompts], config).advantage
+    torch.testing.assert_close(moved, base[prompts][:, slots], rtol=0, atol=1e-14)
+    bound = max(config.prospect_gain, config.prospect_loss)
+    assert base.abs().max() <= bound
+
+
+@pytest.mark.parametrize("group_std", ["population", "sample"])
+@pytest.mark.parametrize("lost", [(0,), (1, 3), (0, 1, 2, 3)])
+def test_invalid_samples_are_as_if_they_were_not_there(group_std: Any, lost: tuple[int, ...]) -> None:
+    rewards, k = torch.tensor([[0.25, 1.0, 0.25, 0.75]], dtype=torch.float64), torch.tensor([4])
+    valid = torch.ones(1, 4, dtype=torch.bool)
+    valid[0, list(lost)] = False
+    knobs: dict[str, Any] = {"group_std": group_std, "goal_std": "binomial", "multi_temperature": False}
+    got = ops.advantages(
+        rewards.masked_fill(~valid, math.nan), k, MDPGRPOConfig(num_generations=4, **knobs), valid=valid
+    )
+    for name in ("z", "delta", "advantage"):
+        assert (getattr(got, name)[~valid] == 0).all(), name
+        assert getattr(got, name).isfinite().all(), name
+    assert (got.kl_beta[~valid] == 0.01).all()
+    kept = rewards[valid][None]
+    if kept.shape[1] < 2:  # no group of one: its z is 0 and the goal anchor is all there is
+        assert (got.z == 0).all() and got.mean.isfinite().all()
+        return
+    small = ops.advantages(kept, k, MDPGRPOConfig(num_generations=kept.shape[1], **knobs))
+    torch.testing.assert_close(got.advantage[valid], small.advantage[0], rtol=0, atol=1e-15)
+    torch.testing.assert_close(got.z[valid], small.z[0], rtol=0, atol=1e-15)
+    torch.testing.assert_close(torch.stack([got.mean, got.std]), torch.stack([small.mean, small.std]), rtol=0, atol=0)
+
+
+def test_released_goal_scale_is_that_of_the_configured_group() -> None:
+    """s = √(G/(4K)) names the knob G: a dropped sample does not change it."""
+    rewards = torch.tensor([[0.0, 1.0, 1.0, 0.0]], dtype=torch.float64)
+    valid = torch.tensor([[True, True, True, False]])
+    got = ops.advantages(rewards, torch.tensor([4]), MDPGRPOConfig(num_generations=4), valid=valid)
+    assert got.delta[0].tolist() == pytest.approx([-1.0, 1.0, 1.0, 0.0])
+
+
+def test_half_precision_rewards_are_computed_in_float32() -> None:
+    rewards = torch.tensor([[0.0, 0.25, 0.5, 1.0]])
+    k, config = torch.tensor([4]), MDPGRPOConfig(num_generations=4)
+    low = ops.advantages(rewards.bfloat16(), k, config)
+    assert low.advantage.dtype == torch.float32
+    assert torch.equal(low.advantage, ops.advantages(rewards, k, config).advantage)
+
+
+# ---- token objective: the oracle ------------------------------------------------------------------------------------
+
+
+def log_softmax(row: list[float], tau: float, cap: float | None) -> list[float]:
+    x = [(cap * math.tanh(v / cap) if cap else v) / tau for v in row]
+    top = max(x)
+    lse = top + math.log(math.fsum(math.exp(v - top) for v in x))
+    return [v - lse for v in x]
+
+
+def oracle(batch: LossInputs, c: MDPGRPOConfig) -> tuple[float, list[list[list[float]]]]:
+    """Loss and closed-form gradient ∂loss/∂x = (c/τ)(onehot(y) - p) of METHOD.md, in loops over Python floats."""
+    logits, tokens, mask, advantage, kl_beta = (x.tolist() for x in batch)
+    kw = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in batch.kwargs.items()}
+    b, width, vocab = len(tokens), len(tokens[0]), len(logits[0][0])
+    cap, old, ref, weight = (kw.get(n) for n in ("softcap", "old_logprobs", "ref_logprobs", "importance_weight"))
+    taus = kw.get("temperature", 1.0)
+    taus = taus if isinstance(taus, list) else [taus] * b
+    lengths = [sum(bool(m) for m in row) for row in mask]
+    full = sum(n > 0 for n in lengths)
+    loss, grad = 0.0, [[[0.0] * vocab for _ in range(width)] for _ in range(b)]
+    for i, tau in enumerate(taus):
+        mine = [t for t in range(width) if mask[i][t]]
+        if not mine:
+            continue
+        divisor = {"grpo": full * len(mine), "dr_grpo": full * MAX_LENGTH}.get(c.aggregation, sum(lengths))
+        if kw.get("denominator") is not None:
+            divisor = kw["denominator"] * (len(mine) if c.aggregation == "grpo" else 1)
+        logp = {t: log_softmax(logits[i][t], tau, cap) for t in mine}
+        gap = {t: logp[t][tokens[i][t]] - old[i][t] if old else 0.0 for t in mine}
+        if c.importance_level == "sequence":
+            gap = dict.fromkeys(mine, math.fsum(gap.values()) / len(mine))
+        slope = {}
+        for t in mine:
+            rho, a = math.exp(gap[t]), advantage[i]
+            capped = rho if c.delta is None else min(rho, c.delta)
+            clipped = min(max(rho, 1 - c.epsilon_low), 1 + c.epsilon_high)
+            w = (weight[i][t] if weight else 1.0) * (tau if c.rescale_per_row else 1.0)
+            loss -= w * min(capped * a, clipped * a) / divisor
+            free = capped * a <= clipped * a and (c.delta is None or rho <= c.delta)
+            slope[t] = -w * a * rho * free / divisor
+        if c.importance_level == "sequence":
+            slope = dict.fromkeys(mine, math.fsum(slope.values()) / len(mine))
+        parts = [(slope, logp, tau)]
+        if ref:
+            at_kl, kl_slope = {t: log_softmax(logits[i][t], c.kl_temperature, cap) for t in mine}, {}
+            for t in mine:
+                d = ref[i][t] - at_kl[t][tokens[i][t]]
+                value, slope_kl = {
+                    "k1": (-d, 1.0),
+                    "k2": (d * d / 2, -d),
+                    "k3": (math.exp(d) - d - 1, 1 - math.exp(d)),
+                }[c.kl_estimator]
+                loss += kl_beta[i] * value / divisor
+                kl_slope[t] = kl_beta[i] * slope_kl / divisor
+            parts.append((kl_slope, at_kl, c.kl_temperature))
+        for weights, logps, temperature in parts:
+            for t, v in product(mine, range(vocab)):
+                chain = 1 - math.tanh(logits[i][t][v] / cap) ** 2 if cap else 1.0
+                onehot = float(v == tokens[i][t])
+                grad[i][t][v] += weights[t] / temperature * (onehot - math.exp(logps[t][v])) * chain
+    return loss, grad
+
+
+def config_for(**knobs: Any) -> MDPGRPOConfig:
+    return MDPGRPOConfig(num_generations=2, multi_temperature=False, **knobs)
+
+
+def run(batch: LossInputs, config: MDPGRPOConfig, **more: Any) -> tuple[reference.TokenLoss, torch.Tensor]:
+    """The loss through the public door and its gradient."""
+    logits = batch.logits.detach().requires_grad_()
+    out = ops.token_loss(
+        logits, *list(batch)[1:], config, **{"max_completion_length": MAX_LENGTH, **batch.kwargs, **more}
+    )
+    (grad,) = torch.autograd.grad(out.loss, logits)
+    return out, grad
+
+
+def assert_follows_oracle(batch: LossInputs, config: MDPGRPOConfig) -> None:
+    out, grad = run(batch, config)
+    loss, expected = oracle(batch, config)
+    assert out.loss.item() == pytest.approx(loss, abs=1e-13, rel=1e-13)
+    torch.testing.assert_close(grad, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("delta", [None, 1.3])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_loss_and_gradient_follow_the_equations(aggregation: Any, level: Any, delta: float | None) -> None:
+    config = config_for(
+        aggregation=aggregation, importance_level=level, delta=delta, epsilon_low=0.1, epsilon_high=0.15
+    )
+    assert_follows_oracle(make_inputs(1, lengths=(5, 3, 0, 1, 4, 5)), config)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("kl_temperature", [1.0, 0.6])
+def test_kl_estimators_at_their_own_temperature(estimator: Any, kl_temperature: float) -> None:
+    batch = make_inputs(2)
+    batch.kwargs["temperature"] = torch.tensor([0.4, 0.7, 1.0, 1.3], dtype=torch.float64)
+    assert_follows_oracle(batch, config_for(kl_estimator=estimator, kl_temperature=kl_temperature))
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("objective", ["paper", "per_row", "rescaled", "corrected"])
+def test_temperature_objectives(objective: str, level: Any) -> None:
+    batch, knobs = make_inputs(4, vocab=7), {"importance_level": level}
+    if objective in ("per_row", "rescaled"):
+        batch.kwargs["temperature"] = torch.tensor([0.1, 0.4, 0.7, 1.0], dtype=torch.float64)
+        knobs["rescale_per_row"] = objective == "rescaled"
+    if objective == "corrected":
+        batch.kwargs["importance_weight"] = make_inputs(5).kwargs["ref_logprobs"].exp().clamp(max=2.0)
+    assert_follows_oracle(batch, config_for(temperature_objective=objective.replace("rescaled", "per_row"), **knobs))
+
+
+@pytest.mark.parametrize("softcap", [2.0, 30.0])
+def test_softcap(softcap: float) -> None:
+    batch = make_inputs(6)
+    batch.kwargs |= {"softcap": softcap, "temperature": 0.7}
+    assert_follows_oracle(batch, config_for())
+
+
+def test_on_policy_and_no_reference() -> None:
+    """Absent old log-probs mean ratio 1, absent reference log-probs no KL: the loss is the mean of -A."""
+    batch = make_inputs(7)
+    batch.kwargs.clear()
+    assert_follows_oracle(batch, config_for())
+    out, _ = run(batch, config_for())
+    assert (out.ratio == 1).all() and (out.kl == 0).all() and not (out.clipped_low | out.clipped_high).any()
+    assert out.loss.item() == pytest.approx(-batch.advantage.mean().item(), abs=1e-15)
+
+
+def test_statistics_are_those_of_the_tokens() -> None:
+    batch, config = make_inputs(8), config_for(epsilon_low=0.1, epsilon_high=0.1)
+    out, _ = run(batch, config)
+    logp = batch.logits.log_softmax(-1)
+    at = logp.gather(-1, batch.tokens[..., None]).squeeze(-1)
+    rho, a, keep = (at - batch.kwargs["old_logprobs"]).exp(), batch.advantage[:, None], batch.mask
+    gap = batch.kwargs["ref_logprobs"] - at
+    torch.testing.assert_close(out.logprobs, at * keep)
+    torch.testing.assert_close(out.entropy, -(logp.exp() * logp).sum(-1) * keep)
+    torch.testing.assert_close(out.ratio[keep], rho[keep])
+    torch.testing.assert_close(out.kl, (gap.exp() - gap - 1) * keep)
+    assert torch.equal(out.clipped_low, (rho < 0.9) & (a < 0) & keep)
+    assert torch.equal(out.clipped_high, (rho > 1.1) & (a > 0) & keep)
+    assert out.clipped_low.any() and out.clipped_high.any() and out.kl_clamped == 0
+    for name in ("logprobs", "entropy", "kl", "ratio"):
+        assert not getattr(out, name).requires_grad, name
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("aggregation", ["grpo", "dapo"])
+def test_gradcheck(level: Any, aggregation: Any) -> None:
+    batch = make_inputs(9, lengths=(3, 2, 0), vocab=5, scale=1.0)
+    config = config_for(importance_level=level, aggregation=aggregation, temperature_objective="per_row")
+    taus = torch.tensor([0.5, 1.2, 1.0], dtype=torch.float64)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return ops.token_loss(x, *list(batch)[1:], config, temperature=taus, softcap=4.0, **batch.kwargs).loss
+
+    assert torch.autograd.gradcheck(loss, batch.logits.requires_grad_(), eps=1e-6, atol=1e-7)
+    assert torch.autograd.gradcheck(
+        lambda x: ops.token_logprobs(x, batch.tokens, temperature=taus)[0], batch.logits, eps=1e-6, atol=1e-7
+    )
+
+
+# ---- token objective: temperature and importance weight -------------------------------------------------------------
+
+
+def test_rescale_takes_the_temperature_out_of_the_gradient() -> None:
+    """per_row: a row's policy gradient carries 1/τ; rescaled, τ = 0.1 weighs no more than τ = 1. KL stays as it is."""
+    taus = torch.tensor([0.1, 0.4, 0.7, 1.0], dtype=torch.float64)
+    batch = make_inputs(10)
+    del batch.kwargs["ref_logprobs"]
+    plain = run(batch, config_for(temperature_objective="per_row"), temperature=taus)[1]
+    rescaled = run(batch, config_for(temperature_objective="per_row", rescale_per_row=True), temperature=taus)[1]
+    torch.testing.assert_close(rescaled, plain * taus[:, None, None], rtol=1e-12, atol=0)
+    no_policy = make_inputs(10)
+    no_policy.advantage.zero_()
+    a, b = (
+        run(no_policy, config_for(temperature_objective="per_row", rescale_per_row=r), temperature=taus)[1]
+        for r in (False, True)
+    )
+    assert torch.equal(a, b) and a.abs().sum() > 0
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_importance_weight_multiplies_the_policy_term_only(level: Any) -> None:
+    """Liger#1082: loss and gradient are w * policy + KL, for a constant w; and the weight is detached."""
+    batch, config = make_inputs(11), config_for(importance_level=level)
+    policy = LossInputs(*batch, kwargs={"old_logprobs": batch.kwargs["old_logprobs"]})
+    kl = LossInputs(*batch, kwargs=batch.kwargs)
+    kl.advantage = torch.zeros_like(batch.advantage)
+    w = torch.full_like(batch.kwargs["old_logprobs"], 1.7).requires_grad_()
+    both, policy_only, kl_only = run(batch, config, importance_weight=w), run(policy, config), run(kl, config)
+    torch.testing.assert_close(both[0].loss, 1.7 * policy_only[0].loss + kl_only[0].loss, rtol=1e-13, atol=0)
+    torch.testing.assert_close(both[1], 1.7 * policy_only[1] + kl_only[1], rtol=1e-11, atol=1e-14)
+    assert w.grad is None and kl_only[1].abs().sum() > 0
+
+
+def test_a_number_a_scalar_tensor_and_a_row_tensor_of_one_temperature_agree() -> None:
+    batch = make_inputs(12)
+    for rescale in (False, True):
+        config = config_for(temperature_objective="per_row", rescale_per_row=rescale)
+        results = [run(batch, config, temperature=t) for t in (0.7, torch.tensor(0.7), torch.full((4,), 0.7))]
+        for out, grad in results[1:]:
+            torch.testing.assert_close(out.loss, results[0][0].loss, rtol=1e-6, atol=0)
+            torch.testing.assert_close(grad, results[0][1], rtol=1e-5, atol=1e-7)
+    a, b = (ops.token_logprobs(batch.logits, batch.tokens, temperature=t)[0] for t in (0.5, torch.tensor(0.5)))
+    assert torch.equal(a, b)
+
+
+# ---- token objective: clipping --------------------------------------------------------------------------------------
+
+
+def one_token(gap: float, advantage: float) -> LossInputs:
+    """One completion of one token whose ratio is exp(gap)."""
+    logits = torch.tensor([[[0.5, -1.0, 2.0]]], dtype=torch.float64)
+    logp = logits.log_softmax(-1)[0, 0, 2].item()
+    return LossInputs(
+        logits,
+        torch.tensor([[2]]),
+        torch.tensor([[True]]),
+        torch.tensor([advantage], dtype=torch.float64),
+        torch.tensor([0.0], dtype=torch.float64),
+        {"old_logprobs": torch.tensor([[logp - gap]], dtype=torch.float64)},
+    )
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "moves"),
+    [(1.3, 1, False), (1.3, -1, True), (0.7, 1, True), (0.7, -1, False), (1.1, 1, True), (1.3, 0, False)],
+)
+def test_clip_stops_the_gradient_where_the_step_was_taken(ratio: float, advantage: float, moves: bool) -> None:
+    out, grad = run(one_token(math.log(ratio), advantage), config_for())
+    assert bool(grad.abs().sum() > 0) == moves
+    assert bool(out.clipped_high) == (ratio > 1.2 and advantage > 0)
+    assert bool(out.clipped_low) == (ratio < 0.8 and advantage < 0)
+
+
+@pytest.mark.parametrize(("ratio", "advantage"), [(1.25, 1.0), (0.75, -1.0)])
+def test_ties_at_the_clip_boundary_take_the_unclipped_branch(ratio: float, advantage: float) -> None:
+    """ρ exactly at the bound: both branches are equal and the gradient still flows."""
+    r = torch.tensor([[ratio]], dtype=torch.float64, requires_grad=True)
+    a = torch.tensor([[advantage]], dtype=torch.float64)
+    objective, low, high = reference.clipped_objective(r, a, 0.25, 0.25, None)
+    assert torch.autograd.grad(objective.sum(), r)[0].item() == advantage
+    assert not low.any() and not high.any()
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_ratio_above_delta_has_zero_gradient(advantage: float) -> None:
+    config = config_for(delta=1.5)
+    out, grad = run(one_token(math.log(1.6), advantage), config)
+    assert (grad == 0).all()
+    assert out.loss.item() == pytest.approx(-1.2 if advantage > 0 else 1.5)
+    _, below = run(one_token(math.log(1.4), -1.0), config)
+    assert below.abs().sum() > 0
+    r = torch.tensor([[1.5]], dtype=torch.float64, requires_grad=True)  # at delta itself: unclipped
+    objective, *_ = reference.clipped_objective(r, torch.tensor([[-1.0]], dtype=torch.float64), 0.2, 0.2, 1.5)
+    assert torch.autograd.grad(objective.sum(), r)[0].item() == -1
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize(("advantage", "delta"), [(1.0, None), (1.0, 4.0), (-1.0, 4.0)])
+def test_a_ratio_beyond_float_range_is_clipped_not_nan(level: Any, advantage: float, delta: float | None) -> None:
+    """exp(ℓ - ℓ_old) = inf has zero gradient where it is clipped; 0 * inf must not be formed on the way."""
+    for gap in (100.0, 1000.0, math.inf):
+        batch = one_token(gap, advantage)
+        for dtype in (torch.float32, torch.float64):
+            batch.logits = batch.logits.to(dtype)
+            out, grad = run(batch, config_for(importance_level=level, delta=delta))
+            assert out.loss.item() == pytest.approx(-1.2 if advantage > 0 else 4.0)
+            assert (grad == 0).all()
+
+
+# ---- token objective: KL --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_k3_overflow_is_clamped_and_counted(dtype: torch.dtype) -> None:
+    """ℓ_ref - ℓ = 100 overflows float32 as exp; clamped, it neither explodes nor pushes the token further away."""
+    logits = torch.zeros(1, 3, 4, dtype=dtype)
+    logits[0, :2, 0] = -100
+    args = (torch.zeros(1, 3, dtype=torch.long), torch.tensor([[True, False, True]]), torch.zeros(1), torch.ones(1))
+    batch = LossInputs(logits, *args, kwargs={"ref_logprobs": torch.full((1, 3), -1.0, dtype=dtype)})
+    out, grad = run(batch, config_for())
+    assert out.kl_clamped.item() == 1, "the masked token is not counted"
+    assert out.kl[0, 0].item() == pytest.approx(math.exp(reference.KL_EXPONENT_MAX) - reference.KL_EXPONENT_MAX - 1)
+    assert (grad[0, 0] == 0).all() and grad[0, 2, 0] != 0
+    assert out.loss.isfinite() and grad.isfinite().all()
+    for estimator in ("k1", "k2"):
+        assert run(batch, config_for(kl_estimator=estimator))[0].kl_clamped == 0
+
+
+def test_kl_is_zero_at_the_reference_and_k3_is_never_negative() -> None:
+    batch = make_inputs(13)
+    at, _ = ops.token_logprobs(batch.logits, batch.tokens)
+    for estimator in ("k1", "k2", "k3"):
+        assert reference.kl_penalty(at, at, estimator)[0].abs().max() == 0
+    assert reference.kl_penalty(at, batch.kwargs["ref_logprobs"], "k3")[0].min() >= 0
+
+
+def test_kl_coefficient_is_per_completion() -> None:
+    batch = make_inputs(14)
+    batch.advantage.zero_()
+    only = batch.rows(slice(None))
+    only.kl_beta = torch.tensor([0.0, 0.3, 0.0, 0.0], dtype=torch.float64)
+    _, grad = run(only, config_for())
+    assert grad[1].abs().sum() > 0 and grad[[0, 2, 3]].abs().sum() == 0
+
+
+# ---- masks ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_masked_positions_may_hold_anything(aggregation: Any, level: Any) -> None:
+    """NeMo-RL#4120: inf * 0 in the backward. Masked log-probs, weights and logits are out before any arithmetic."""
+    batch = make_inputs(15)
+    batch.kwargs["importance_weight"] = torch.ones_like(batch.kwargs["old_logprobs"])
+    config = config_for(aggregation=aggregation, importance_level=level)
+    out, grad = run(batch, config)
+    drop = ~batch.mask
+    for junk in (math.nan, math.inf, -math.inf):
+        dirty = batch.rows(slice(None))
+        dirty.logits = batch.logits.masked_fill(drop[..., None], junk)
+        dirty.tokens = batch.tokens.masked_fill(drop, 10)
+        dirty.kwargs = {k: v.masked_fill(drop, junk) for k, v in batch.kwargs.items()}
+        got, got_grad = run(dirty, config)
+        assert torch.equal(got.loss, out.loss) and torch.equal(got_grad, grad)
+        for name in ("logprobs", "entropy", "kl"):
+            assert (getattr(got, name)[drop] == 0).all(), name
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize(("b", "width"), [(2, 3), (2, 0), (0, 3)])
+def test_a_batch_without_tokens_has_loss_and_gradient_zero(level: Any, b: int, width: int) -> None:
+    junk = torch.full((b, width), math.nan)
+    batch = LossInputs(
+        torch.full((b, width, 4), -math.inf),
+        torch.zeros(b, width, dtype=torch.long),
+        torch.zeros(b, width),
+        torch.ones(b),
+        torch.ones(b),
+        {"old_logprobs": junk, "ref_logprobs": junk},
+    )
+    for aggregation in AGGREGATIONS:
+        out, grad = run(batch, config_for(aggregation=aggregation, importance_level=level))
+        assert out.loss.item() == 0 and (grad == 0).all() and grad.shape == (b, width, 4)
+
+
+def test_minus_infinite_logits_of_real_tokens() -> None:
+    """A banned token has probability 0: no NaN in the log-probs, the entropy or the gradient of the others."""
+    batch = make_inputs(16)
+    banned = (batch.tokens + 1) % 11
+    batch.logits.scatter_(2, banned[..., None], -math.inf)
+    logp, entropy = ops.token_logprobs(batch.logits, batch.tokens)
+    kept = batch.logits.log_softmax(-1)
+    expected = -(kept.exp() * kept.masked_fill(kept == -math.inf, 0)).sum(-1)
+    torch.testing.assert_close(entropy, expected)
+    out, grad = run(batch, config_for())
+    assert logp.isfinite().all() and out.loss.isfinite() and grad.isfinite().all()
+    assert (grad.gather(2, banned[..., None]) == 0).all()
+
+
+def test_any_non_zero_mask_counts_once() -> None:
+    batch, config = make_inputs(17), config_for(aggregation="dapo")
+    out, grad = run(batch, config)
+    for mask in (batch.mask.long(), batch.mask * 3.0, batch.mask * -1, batch.mask.bfloat16() * 0.5):
+        other = LossInputs(batch.logits, batch.tokens, mask, batch.advantage, batch.kl_beta, batch.kwargs)
+        got, got_grad = run(other, config)
+        assert torch.equal(got.loss, out.loss) and torch.equal(got_grad, grad)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_a_completion_without_tokens_is_out_of_the_normaliser(aggregation: Any) -> None:
+    """trl#6439: a truncated completion that is masked out leaves the loss as if it had not been drawn."""
+    batch = make_inputs(18)
+    batch.mask[2] = False
+    rest = torch.tensor([0, 1, 3])
+    out, grad = run(batch, config_for(aggregation=aggregation))
+    got, got_grad = run(batch.rows(rest), config_for(aggregation=aggregation))
+    torch.testing.assert_close(out.loss, got.loss, rtol=1e-14, atol=0)
+    torch.testing.assert_close(grad[rest], got_grad, rtol=1e-13, atol=0)
+    assert (grad[2] == 0).all()
+
+
+# ---- invariances ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("aggregation", ["grpo", "dapo", "dr_grpo"])
+def test_micro_batches_with_the_global_denominator_sum_to_the_batch(aggregation: Any) -> None:
+    """trl#2647: the mean of micro-batch means is another loss; sums over the global count are the same."""
+    batch, config = make_inputs(19, lengths=(5, 3, 1, 4, 0, 2)), config_for(aggregation=aggregation)
+    batch.kwargs["temperature"] = torch.tensor([0.5, 0.8, 1.0] * 2, dtype=torch.float64)
+    whole, grad = run(batch, config)
+    denominator = reference.default_denominator(batch.mask, aggregation, MAX_LENGTH)
+    expected = {"grpo": 5, "dapo": 15, "dr_grpo": 5 * MAX_LENGTH}[aggregation]
+    assert denominator.item() == expected
+    cuts = [slice(0, 1), slice(1, 4), slice(4, 5), slice(5, 6)]
+    pieces = [run(batch.rows(cut), config, denominator=denominator) for cut in cuts]
+    torch.testing.assert_close(sum(p[0].loss for p in pieces), whole.loss, rtol=1e-13, atol=0)
+    torch.testing.assert_close(torch.cat([p[1] for p in pieces]), grad, rtol=1e-12, atol=0)
+    local = sum(run(batch.rows(slice(i, i + 3)), config)[0].loss for i in (0, 3)) / 2
+    assert abs(local - whole.loss) > 1e-4, "the local means are a different number"
+
+
+def test_row_order_does_not_matter_and_rows_do_not_see_each_other() -> None:
+    """verl#6280: a log-prob is the same whatever else is in the batch, to the bit."""
+    batch, config = make_inputs(20, dtype="float32", vocab=1001), config_for()
+    order = torch.tensor([2, 0, 3, 1])
+    out, grad = run(batch, config)
+    moved, moved_grad = run(batch.rows(order), config)
+    torch.testing.assert_close(moved.loss, out.loss, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(moved_grad, grad[order], rtol=1e-6, atol=1e-9)
+    for i in range(4):
+        alone, entropy = ops.token_logprobs(batch.logits[i : i + 1, :3], batch.tokens[i : i + 1, :3])
+        together, entropies = ops.token_logprobs(batch.logits, batch.tokens)
+        assert torch.equal(alone[0], together[i, :3]) and torch.equal(entropy[0], entropies[i, :3])
+
+
+@pytest.mark.parametrize("shift", [100.0, -1000.0])
+def test_shift_of_the_logits_does_not_matter(shift: float) -> None:
+    batch = make_inputs(21)
+    out, grad = run(batch, config_for(), temperature=0.7)
+    batch.logits = batch.logits + shift
+    moved, moved_grad = run(batch, config_for(), temperature=0.7)
+    torch.testing.assert_close(moved.loss, out.loss, rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(moved_grad, grad, rtol=1e-8, atol=1e-11)
+    assert moved_grad.sum(-1).abs().max() < 1e-12, "a gradient row sums to zero"
+
+
+def test_strided_logits() -> None:
+    """Slices like logits[:, :-1] and views of a padded vocabulary are not contiguous."""
+    batch, config = make_inputs(22), config_for()
+    out, grad = run(batch, config)
+    b, width, v = batch.logits.shape
+    wide = torch.full((b, width + 1, v + 5), math.nan, dtype=torch.float64)
+    wide[:, :-1, :v] = batch.logits
+    wide.requires_grad_()
+    view = wide[:, :-1, :v]
+    assert not view.is_contiguous()
+    got = ops.token_loss(view, *list(batch)[1:], config, max_completion_length=MAX_LENGTH, **batch.kwargs)
+    got.loss.backward()
+    assert torch.equal(got.loss, out.loss) and torch.equal(wide.grad[:, :-1, :v], grad)
+    assert (wide.grad[:, -1] == 0).all() and (wide.grad[..., v:] == 0).all()
+
+
+def test_loss_scale_reaches_the_gradient() -> None:
+    """An accumulation factor or an AMP scaler scales the gradient, and the same logits serve a second consumer."""
+    batch = make_inputs(23)
+    logits = batch.logits.clone().requires_grad_()
+    loss = ops.token_loss(logits, *list(batch)[1:], config_for(), **batch.kwargs).loss
+    (one,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    (half,) = torch.autograd.grad(loss, logits, grad_outputs=torch.tensor(0.5, dtype=torch.float64), retain_graph=True)
+    (many,) = torch.autograd.grad(loss * 65536.0 + logits.sum() * 0, logits)
+    assert torch.equal(half, one * 0.5) and torch.equal(many, one * 65536.0)
+
+
+# ---- precision ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_logits_are_computed_in_float32(dtype: str) -> None:
+    """trl#4303: a log-prob rounded in bfloat16 at |logit| ≈ 25 is off by up to 0.06."""
+    batch = make_inputs(24, dtype=dtype, scale=8.0, vocab=257)
+    out, grad = run(batch, config_for())
+    exact = batch.rows(slice(None))
+    exact.logits = batch.logits.float()
+    same, same_grad = run(exact, config_for())
+    assert torch.equal(out.loss, same.loss) and torch.equal(out.logprobs, same.logprobs)
+    assert out.loss.dtype == out.logprobs.dtype == out.entropy.dtype == torch.float32
+    assert grad.dtype == batch.logits.dtype and torch.equal(grad, same_grad.to(grad.dtype))
+    rounded = batch.logits.log_softmax(-1).float().gather(-1, batch.tokens[..., None]).squeeze(-1)
+    truth = batch.logits.double().log_softmax(-1).gather(-1, batch.tokens[..., None]).squeeze(-1)
+    ours = (out.logprobs - truth)[batch.mask].abs().max()
+    assert ours < 1e-5 < (rounded - truth)[batch.mask].abs().max()
+
+
+def test_float32_is_as_exact_as_torch_itself() -> None:
+    """Error against float64 ≤ that of torch's own log_softmax in float32, plus a constant; V is odd and large."""
+    batch = make_inputs(25, dtype="float32", vocab=32003, scale=6.0)
+    truth = batch.logits.double().log_softmax(-1).gather(-1, batch.tokens[..., None]).squeeze(-1)
+    torchs = batch.logits.log_softmax(-1).gather(-1, batch.tokens[..., None]).squeeze(-1)
+    ours, _ = ops.token_logprobs(batch.logits, batch.tokens)
+    assert (ours - truth).abs().max() <= (torchs - truth).abs().max() + 5e-6
+    double = LossInputs(*(x.double() if x.is_floating_point() else x for x in batch), kwargs=batch.kwargs)
+    out, grad = run(batch, config_for())
+    exact, exact_grad = run(double, config_for())
+    assert (out.loss - exact.loss).abs() < 1e-5
+    assert (grad - exact_grad).abs().max() < 1e-5 * exact_grad.abs().max()
+
+
+def test_entropy_of_known_distributions() -> None:
+    uniform, certain = torch.zeros(1, 1, 8, dtype=torch.float64), torch.zeros(1, 1, 8, dtype=torch.float64)
+    certain[..., 3] = 1e4
+    token = torch.full((1, 1), 3)
+    assert ops.token_logprobs(uniform, token)[1].item() == pytest.approx(math.log(8))
+    logp, entropy = ops.token_logprobs(certain.requires_grad_(), token)
+    assert logp.item() == 0 and entropy.item() == 0 and not entropy.requires_grad
+
+
+def test_compiles_without_graph_breaks() -> None:
+    """Liger#1366: the torch path holds nothing that Dynamo cannot trace."""
+    batch, config = make_inputs(26), config_for()
+    rest, kwargs = list(batch)[1:], batch.kwargs
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return reference.token_loss(x, *rest, config, max_completion_length=MAX_LENGTH, **kwargs).loss
+
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
+    x, y = batch.logits.clone().requires_grad_(), batch.logits.clone().requires_grad_()
+    (a,), (b,) = torch.autograd.grad(compiled(x), x), torch.autograd.grad(loss(y), y)
+    torch.testing.assert_close(a, b)
