@@ -64,6 +64,7 @@ def advantages(
            f"(P, G) with G = num_generations = {config.num_generations}")  # fmt: skip
     _check_shape("num_constraints", num_constraints, (rewards.shape[0],))
     _check_shape("valid", valid, tuple(rewards.shape))
+    _check(valid is None or valid.dtype == torch.bool, "valid", valid if valid is None else valid.dtype, "bool")
     counted = rewards if valid is None else rewards.masked_fill(~valid, 0)
     _check(bool(counted.isfinite().all()), "rewards", "NaN or infinity", "finite (pass valid= to leave samples out)")
     _check(bool((num_constraints >= 1).all()), "num_constraints", num_constraints.tolist(), "at least 1")
@@ -107,7 +108,9 @@ def token_loss(
     Returns: TokenLoss; `.loss` is a scalar with gradient.
     Raises: ValueError naming the argument that does not fit; ConfigError for an unknown backend.
     """
-    _check_logits(logits, tokens, temperature)
+    _check_logits(logits, tokens, temperature, softcap)
+    _check(max_completion_length is None or max_completion_length >= 1, "max_completion_length", max_completion_length,
+           "at least 1")  # fmt: skip
     shape, b = tuple(tokens.shape), tokens.shape[0]
     for name, x in (("mask", mask), ("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs),
                     ("importance_weight", importance_weight)):  # fmt: skip
@@ -145,18 +148,23 @@ def token_logprobs(
 
     logits (B, L, V), tokens (B, L) in [0, V), temperature (B,) or a number. Raises as `token_loss` does.
     """
-    _check_logits(logits, tokens, temperature)
+    _check_logits(logits, tokens, temperature, softcap)
     return _backend("token_logprobs", backend)(logits, tokens, temperature, softcap)
 
 
-def _check_logits(logits: Tensor, tokens: Tensor, temperature: Tensor | float) -> None:
+def _check_logits(logits: Tensor, tokens: Tensor, temperature: Tensor | float, softcap: float | None) -> None:
     _check(logits.ndim == 3, "logits", f"shape {tuple(logits.shape)}", "of shape (B, L, V)")
     _check(logits.is_floating_point(), "logits", logits.dtype, "floating point")
     _check_shape("tokens", tokens, tuple(logits.shape[:2]))
     _check(tokens.dtype in (torch.int32, torch.int64), "tokens", tokens.dtype, "int32 or int64")
+    _check(softcap is None or softcap > 0, "softcap", softcap, "above 0, or None")
     if isinstance(temperature, Tensor) and temperature.ndim:
         _check_shape("temperature", temperature, (logits.shape[0],))
     # On an accelerator the look would stall the stream; there the gather itself asserts.
+    if not isinstance(temperature, Tensor):
+        _check(temperature > 0, "temperature", temperature, "above 0")
+    elif temperature.device.type == "cpu":
+        _check(bool((temperature > 0).all()), "temperature", temperature.tolist(), "above 0 in every row")
     if tokens.device.type == "cpu" and tokens.numel():
         low, high = int(tokens.min()), int(tokens.max())
         _check(low >= 0 and high < logits.shape[2], "tokens", f"range {low} to {high}", f"in [0, {logits.shape[2]})")
