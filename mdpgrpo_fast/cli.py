@@ -1,4 +1,4 @@
-"""Command lines from dataclasses: `--config file.yaml` first, flags over it, unknown names with the nearest known."""
+"""Command lines from dataclasses: layers of settings first, flags over them, unknown names with the nearest known."""
 
 from __future__ import annotations
 
@@ -67,6 +67,9 @@ def parse(
             raise ConfigError(message)
 
     parser = Parser(types, prog=prog, allow_abbrev=False)  # type: ignore[arg-type]
+    for action in parser._actions:
+        if action.nargs == "+":
+            action.nargs = "*"  # an empty list is a list
     known = [f.name for t in types for f in fields(t)]
     words = [word for where, values in layers or [] for word in as_flags(values, known, where)]
     argv = sys.argv[1:] if argv is None else argv

@@ -1,0 +1,231 @@
+"""The loop: exact normalisation, the three temperature objectives, old log-probs, the run directory, learning."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mdpgrpo_fast import ops, train
+from mdpgrpo_fast.config import MDPGRPOConfig, TrainConfig, preset
+from mdpgrpo_fast.models import completion_logits
+from mdpgrpo_fast.rewards import RewardError, Scorer
+from mdpgrpo_fast.runlog import RunDir, move_aside, sample_table, tracker_values
+from mdpgrpo_fast.trainer import Trainer, prepare
+
+sys.path.insert(0, str(Path(__file__).parent))  # spawned scoring processes inherit it
+
+SMALL = {"prompts_per_step": 2, "max_completion_length": 12, "steps": 2, "eval_samples": 4, "learning_rate": 1e-3}
+
+
+def run_small(tmp_path: Path, method: MDPGRPOConfig | None = None, name: str = "run", **knobs: Any) -> Trainer:
+    """Trains the embedded seed policy for two short steps; returns the trainer with its model."""
+    run = TrainConfig(**{**SMALL, "log_completions": 2, "output_dir": str(tmp_path / name), **knobs})
+    method = method or preset("demo", num_generations=4)
+    out = RunDir(run.output_dir)
+    with Scorer(run.reward, run.reward_weights, timeout=run.reward_timeout, on_bad_reward=run.on_bad_reward) as scorer:
+        trainer = Trainer(prepare(run), run, method, out, scorer)
+        trainer.train()
+    return trainer
+
+
+def rows(trainer: Trainer, evals: bool = False) -> list[dict[str, Any]]:
+    lines = (trainer.out.path / "metrics.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if ("eval" in r) == evals]
+
+
+def parameters(trainer: Trainer) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+@pytest.mark.parametrize("aggregation", ["grpo", "dapo", "dr_grpo"])
+def test_accumulation_is_exact(tmp_path: Path, aggregation: str) -> None:
+    """Micro-batches of 8 or 3 rows (which split a group) give the same update: normalisers are the whole batch's."""
+    method = preset("demo", num_generations=4, aggregation=aggregation)
+    whole = run_small(tmp_path, method, "whole", micro_batch_size=8, steps=1)
+    parts = run_small(tmp_path, method, "parts", micro_batch_size=3, steps=1)
+    assert rows(whole)[0]["loss"] == pytest.approx(rows(parts)[0]["loss"], abs=1e-6)
+    assert rows(whole)[0]["grad_norm"] == pytest.approx(rows(parts)[0]["grad_norm"], rel=1e-4)
+    assert rows(whole)[0]["kl"] == pytest.approx(rows(parts)[0]["kl"], abs=1e-6)
+
+
+def test_bnpo_is_the_mean_over_local_batches(tmp_path: Path) -> None:
+    method = preset("demo", num_generations=4, aggregation="bnpo")
+    knobs = {"steps": 1, "max_completion_length": 48}
+    (whole,) = rows(run_small(tmp_path, method, "whole", micro_batch_size=8, **knobs))
+    (parts,) = rows(run_small(tmp_path, method, "parts", micro_batch_size=4, **knobs))
+    assert whole["completion_length"] == parts["completion_length"] and whole["truncated"] < 1
+    assert whole["loss"] != pytest.approx(parts["loss"], abs=1e-5), "ragged halves weigh their tokens differently"
+
+
+def test_same_seed_same_run_other_seed_other_run(tmp_path: Path) -> None:
+    a, b = run_small(tmp_path, name="a"), run_small(tmp_path, name="b")
+    c = run_small(tmp_path, name="c", seed=1)
+    assert torch.equal(parameters(a), parameters(b)) and not torch.equal(parameters(a), parameters(c))
+    for x, y in zip(rows(a), rows(b), strict=True):
+        timing = ("seconds", "tokens_per_second", "memory_mb")
+        assert {k: v for k, v in x.items() if k not in timing} == {k: v for k, v in y.items() if k not in timing}
+
+
+def test_on_policy_ratio_is_one_and_later_updates_move_it(tmp_path: Path) -> None:
+    once = run_small(tmp_path, name="once")
+    twice = run_small(tmp_path, name="twice", updates_per_rollout=3, learning_rate=5e-3)
+    assert all(r["ratio_mean"] == 1 and r["clip_low"] == r["clip_high"] == 0 for r in rows(once))
+    assert all(r["ratio_max"] > 1.01 for r in rows(twice)), "the third update is off-policy against the rollout"
+
+
+@pytest.mark.parametrize("objective", ["paper", "per_row", "corrected"])
+def test_temperature_objectives_train(tmp_path: Path, objective: str) -> None:
+    method = preset("demo", num_generations=4, temperatures=[0.4, 1.0], temperature_objective=objective)
+    trainer = run_small(tmp_path, method)
+    cool, plain = rows(trainer)[0]["slots"]
+    assert (cool["temperature"], plain["temperature"]) == (0.4, 1.0)
+    if objective == "corrected":
+        assert cool["ess"] < 1 and plain["ess"] == pytest.approx(1, abs=1e-5)
+    else:
+        assert cool["ess"] is plain["ess"] is None
+
+
+def test_recorded_and_trained_log_probs_agree(tmp_path: Path) -> None:
+    """`per_row`: the loss's own log-probs at each row's temperature are those recorded when sampling."""
+    run = TrainConfig(**SMALL)
+    with Scorer(run.reward) as scorer:
+        method = preset("demo", num_generations=4, temperatures=[0.5, 1.0])
+        trainer = Trainer(prepare(run), run, method, RunDir(tmp_path / "run"), scorer)
+        rollout = trainer.sample([0, 1])
+        (piece,) = trainer.micro_batches(trainer.score(rollout, [0, 1]))
+    with torch.no_grad():
+        logits = completion_logits(trainer.model, *piece["inputs"])
+        ours, _ = ops.token_logprobs(logits, piece["inputs"][2], temperature=piece["temperature"])
+    mask = rollout.mask
+    torch.testing.assert_close(ours[mask], rollout.sampling_logprobs[mask], atol=2e-4, rtol=1e-4)
+
+
+def test_reference_is_skipped_where_both_betas_are_zero(tmp_path: Path) -> None:
+    trainer = run_small(tmp_path, preset("grpo", num_generations=4, kl_beta_pos=0.0))
+    assert trainer.reference is None and all(r["kl"] == 0 for r in rows(trainer))
+    assert run_small(tmp_path, name="kl").reference is not None
+
+
+def test_zero_gradient_says_why(tmp_path: Path) -> None:
+    """A constant reward under plain GRPO without KL moves nothing; with the goal anchor it does."""
+    knobs = {"reward": ["rewards_for_tests:none"], "steps": 1}
+    still = run_small(tmp_path, preset("grpo", num_generations=4, kl_beta_pos=0.0), **knobs)
+    (row,) = rows(still)
+    assert row["grad_norm"] == 0 and row["zero_variance_groups"] == row["zero_gradient_groups"] == 1
+    assert "all equal" in row["note"] and "goal anchor is off" in row["note"] and "no KL" in row["note"]
+    moved = run_small(tmp_path, preset("demo", num_generations=4, goal_mean="half"), "b", reward=["rewards_for_tests:length"], steps=1)  # fmt: skip
+    assert rows(moved)[0]["grad_norm"] > 0
+
+
+def test_truncated_completions_leave_loss_and_normaliser_by_choice(tmp_path: Path) -> None:
+    method = preset("demo", num_generations=4, mask_truncated=True)
+    (row,) = rows(run_small(tmp_path, method, max_completion_length=2, steps=1))
+    assert row["truncated"] == 1 and row["loss"] == 0 and row["grad_norm"] == 0
+    assert "no token counts" in row["note"]
+    kept = rows(run_small(tmp_path, preset("demo", num_generations=4), "kept", max_completion_length=2, steps=1))
+    assert kept[0]["grad_norm"] > 0 and kept[0]["note"] != row["note"]
+
+
+def test_a_failing_scorer_costs_samples_not_the_run(tmp_path: Path) -> None:
+    trainer = run_small(tmp_path, reward=["rewards_for_tests:flaky"], reward_timeout=2.0)
+    dropped = sum(r["dropped"] for r in rows(trainer))
+    summary = json.loads((trainer.out.path / "summary.json").read_text())
+    assert 0 < dropped <= summary["dropped_samples"], "the summary counts the held-out samples too"
+    with pytest.raises(RewardError, match="every sample of this step was dropped; the first because the scorer raised"):
+        run_small(tmp_path, name="all", reward=["rewards_for_tests:always_boom"])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
+def test_real_architectures_train_from_the_command_line(
+    tmp_path: Path, model_dirs: dict[str, str], family: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "trl.jsonl"
+    data.write_text("\n".join(json.dumps({"prompt": f"number {i}", "answer": i}) for i in range(6)) + "\n")
+    out = tmp_path / "run"
+    argv = ["--model", model_dirs[family], "--train-file", str(data), "--eval-file", str(data), "--steps", "2"]
+    argv += ["--reward", "rewards_for_tests:vowels", "--max-completion-length", "6", "--max-prompt-length", "64"]
+    assert train.main([*argv, "--prompts-per-step", "1", "--output-dir", str(out)]) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["steps"] == 2 and summary["hsr_before"] is None
+    from transformers import AutoModelForCausalLM
+
+    before, after = (AutoModelForCausalLM.from_pretrained(p) for p in (model_dirs[family], out / "model"))
+    moved = [not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True)]
+    assert any(moved)
+    if family == "gemma2":
+        assert after.config.final_logit_softcapping == before.config.final_logit_softcapping
+    assert "report" in capsys.readouterr().out
+
+
+def test_run_directory_is_complete(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    argv = ["--steps", "2", "--prompts-per-step", "2", "--eval-samples", "6", "--eval-every", "1"]
+    assert train.main([*argv, "--output-dir", str(out), "--report-to", "tensorboard"]) == 0
+    for name in ("config.yaml", "metrics.jsonl", "summary.json", "completions.jsonl", "report.html", "model"):
+        assert (out / name).exists(), name
+    assert list(out.glob("*.png")) and list(out.rglob("events.out.tfevents*"))
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in metrics] == [0, 1, 1, 2, 2]
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["hsr_before"] == metrics[0]["eval"]["hsr"] and summary["ssr_after"] == metrics[-1]["eval"]["ssr"]
+    wanted = "hsr_before hsr_after ssr_before ssr_after steps train_seconds method device versions".split()
+    assert all(summary[k] is not None for k in wanted)
+    completions = [json.loads(line) for line in (out / "completions.jsonl").read_text().splitlines()]
+    phases = [c["phase"] for c in completions]
+    assert phases.count("before") == phases.count("after") == 6 and phases.count("train") == 16
+    again = train.resolve(["--config", str(out / "config.yaml")])
+    assert again[1] == preset("demo") and again[0].steps == 2
+    assert train.main([*argv, "--output-dir", str(out), "--steps", "1"]) == 0
+    assert (tmp_path / "demo.1" / "summary.json").exists(), "the earlier run is moved aside, not lost"
+
+
+def test_interrupt_keeps_what_was_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Trainer.step
+
+    def interrupted(self: Trainer, number: int, indices: list[int]) -> dict[str, Any]:
+        if number == 2:
+            raise KeyboardInterrupt
+        return step(self, number, indices)
+
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    trainer = run_small(tmp_path, steps=5)
+    summary = json.loads((trainer.out.path / "summary.json").read_text())
+    assert summary["interrupted"] and summary["steps"] == 1 and summary["hsr_after"] is None
+    assert (trainer.out.path / "model" / "model.safetensors").exists()
+
+
+def test_move_aside_takes_the_first_free_number(tmp_path: Path) -> None:
+    for text in ("first", "second"):
+        RunDir(tmp_path / "r").write_json("x.json", {"text": text})
+    assert move_aside(tmp_path / "r") == tmp_path / "r.2"
+    assert json.loads((tmp_path / "r.1" / "x.json").read_text())["text"] == "first"
+    assert move_aside(tmp_path / "none") is None
+
+
+def test_tracker_values_and_sample_table() -> None:
+    row = {"step": 3, "loss": 1.5, "note": None, "slots": [{"temperature": 0.4, "reward": 0.5, "ess": None}]}
+    assert tracker_values(row) == {"loss": 1.5, "slot_0.4/reward": 0.5}
+    text = sample_table(
+        [{"satisfied": [True, False], "reward": 0.5, "temperature": 0.4, "response": "a\nb" * 200}], limit=4
+    )
+    assert text.startswith("  τ 0.4  r 0.50  +-     a b") and "\n" not in text and text.endswith("…")
+
+
+def test_learning_on_the_embedded_prompts(tmp_path: Path) -> None:
+    """Thirty small steps raise the training reward: the mean of the last ten is well above that of the first ten."""
+    trainer = run_small(
+        tmp_path, preset("demo"), steps=30, prompts_per_step=4, max_completion_length=64, micro_batch_size=32, seed=0
+    )
+    reward = [r["reward"] for r in rows(trainer)]
+    assert sum(reward[-10:]) / 10 > sum(reward[:10]) / 10 + 0.05
+
+
+def test_train_config_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TrainConfig().steps = 3  # type: ignore[misc]
