@@ -255,3 +255,5 @@ class TrainConfig:
             raise ConfigError(
                 f"reward_weights must have one weight per reward ({len(self.reward)}); got {self.reward_weights}"
             )
+        for weight in self.reward_weights or []:
+            _require(math.isfinite(weight), "reward_weights", weight, "finite")
