@@ -1,6 +1,7 @@
 """Checkable constraints: IFEval's 25 instruction types, and MDP-GRPO's 26."""
 
 from .registry import INSTRUCTIONS, ArgumentError, Instruction, InstructionError, UnknownInstructionError
+from .sentences import punkt_source
 from .verify import validate, verify, verify_all
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "Instruction",
     "InstructionError",
     "UnknownInstructionError",
+    "punkt_source",
     "validate",
     "verify",
     "verify_all",

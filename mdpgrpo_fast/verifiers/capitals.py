@@ -9,56 +9,68 @@ from __future__ import annotations
 
 import functools
 import re
+from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
 from . import sentences
 
 # The end of a sentence matters inside a run of non-blanks, and where its period hides a clitic: I CAN'T.
-_NEEDS_SENTENCES = re.compile(r"\.'|\.:\d|'\w{0,2}\.|wanna\.", re.IGNORECASE)
+_APOSTROPHE_AND_PERIOD = re.compile(r"'(?:\w{0,2}\.|(?<=\.'))")
+_APOSTROPHE_AND_WORD = re.compile(r"'\w")
+_PERIOD_AND_COLON = re.compile(r"\.:\d")
 _OPENING_QUOTE = re.compile(r"(?<=[ (\[{<])(?:\"|'')")
 _FINAL_PERIOD = re.compile(r"(?<=[^.])\.[\])}>\"'»”’ ]*\s*$")
 _SHORT_CLITIC = re.compile(r"(?<=[^'])(?:'[sSmMdD]|')$")
 _LONG_CLITIC = re.compile(r"(?<=[^'])(?:'ll|'LL|'re|'RE|'ve|'VE|n't|N'T)$")
-# A closing apostrophe before one of these is set apart before clitics are looked for.
-_PARTED_EARLY = re.compile(r"[ «“‘„`:,;@#$%&?!\u2012-\u2015]|\.\.")
 _CONTRACTION = re.compile(
     r"\b(can)(not)\b|\b(d)('ye)\b|\b(gim)(me)\b|\b(gon)(na)\b|\b(got)(ta)\b|\b(lem)(me)\b|\b(more)('n)\b"
     r"|\b(wan)(na)(?=\s)",
     re.IGNORECASE,
 )
 _TIS = re.compile(r" ('t)(is|was)\b", re.IGNORECASE)
-_MAY_CONTRACT = re.compile(r"cannot|d'ye|gimme|gonna|gotta|lemme|more'n|wanna|'tis|'twas", re.IGNORECASE)
+_CONTRACTED = ("cannot", "d'ye", "gimme", "gonna", "gotta", "lemme", "more'n", "wanna", "'tis", "'twas")
 
 
 def count(text: str) -> int:
     """The number of NLTK's word tokens in `text` that are in capitals (`str.isupper`)."""
     nltk = _nltk_rules()
-    if _NEEDS_SENTENCES.search(text):
+    if _needs_sentences(text):
         parts = (_OPENING_QUOTE.sub("``", text[start:stop]) for start, stop in sentences.spans(text))
         text = " ".join(_FINAL_PERIOD.sub(" ", part) for part in parts)
-    if "'" in text:
+    if _APOSTROPHE_AND_WORD.search(text):
         text = nltk.part_apostrophes(text)
-    elif not _MAY_CONTRACT.search(text):
-        return sum(map(str.isupper, nltk.piece.findall(text)))
-    number = 0
-    for match in nltk.piece.finditer(text):
-        piece = match[0]
-        if piece[-1] == "'" and _PARTED_EARLY.match(text, match.end()):
-            piece = piece[:-1]
-        number += sum(map(str.isupper, _words(piece)))
-    return number
+    pieces = nltk.piece.findall(text)
+    lower = text.lower()
+    contracted = any(word in lower for word in _CONTRACTED)
+    if not contracted and "'" not in text:
+        return sum(map(str.isupper, pieces))
+    return sum(
+        times * sum(map(str.isupper, _words(piece, contracted)))
+        for piece, times in Counter(pieces).items()
+        if not piece.islower()
+    )
 
 
-def _words(piece: str) -> list[str]:
+def _needs_sentences(text: str) -> bool:
+    if "wanna." in text.lower() or _PERIOD_AND_COLON.search(text):
+        return True
+    for found in _APOSTROPHE_AND_PERIOD.finditer(text):
+        before, clitic = text[max(found.start() - 2, 0) : found.start()], found[0][1:-1]
+        # Parting don't leaves words with small letters, which do not count however it is parted.
+        if not (len(before) == 2 and before.isalpha() and before.islower() and (clitic.islower() or not clitic)):
+            return True
+    return False
+
+
+def _words(piece: str, contracted: bool) -> list[str]:
     words = [piece]
     for clitic in (_SHORT_CLITIC, _LONG_CLITIC) if "'" in piece else ():
         found = clitic.search(words[0])
         if found and found.start():
             words[:1] = [words[0][: found.start()], found[0]]
-    if _MAY_CONTRACT.search(piece):
-        spaced = _CONTRACTION.sub(_spaced, f" {' '.join(words)} ")
-        words = _TIS.sub(_spaced, spaced).split()
+    if contracted:
+        words = _TIS.sub(_spaced, _CONTRACTION.sub(_spaced, f" {' '.join(words)} ")).split()
     return words
 
 
@@ -77,10 +89,12 @@ def _nltk_rules() -> _Rules:
     from nltk.tokenize import NLTKWordTokenizer
 
     dashes = "\u2012-\u2015" if any(rule.search("\u2014") for rule, _ in NLTKWordTokenizer.PUNCTUATION) else ""
-    # The excluded characters stand apart in NLTK; , and : stay inside before a digit, . - and ' when they come singly.
+    # The excluded characters stand apart in NLTK; , and : stay inside before a digit, . - and ' when they come singly,
+    # but for a closing ' that NLTK sets apart before it looks for clitics.
     inside = rf"[^\s«“‘„`»”’;@#$%&?!*\[\](){{}}<>\"{dashes}:,.'\-]+"
+    parted = rf"[ «“‘„`;@#$%&?!{dashes}]|[:,](?!\d)|\.\."
     rule, replacement = NLTKWordTokenizer.STARTING_QUOTES[-1]
     return _Rules(
-        re.compile(rf"(?:{inside}|[:,](?=\d)|(?<!\.)\.(?!\.)|(?<!-)-(?!-)|(?<!')'(?!'))+"),
+        re.compile(rf"(?:{inside}|[:,](?=\d)|(?<!\.)\.(?!\.)|(?<!-)-(?!-)|(?<!')'(?!'|{parted}))+"),
         functools.partial(re.compile(rule.pattern).sub, replacement),
     )

@@ -13,13 +13,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from .registry import count, instruction, pattern, phrase, request
+from .scan import up_to
 
 _OPTIONS = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
 _POSTSCRIPTS = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}
 _PERSIAN_POSTSCRIPT = {"\u067e.\u0646.": "\u067e\\.\\s?\u0646\\."}
 _STAR_BULLET = re.compile(r"^[^\S\n]*\*[^*].*", re.MULTILINE)
 _DASH_BULLET = re.compile(r"^[^\S\n]*-", re.MULTILINE)
-_PLACEHOLDER = re.compile(r"\[[^\]\n]*(\]?)")  # an unclosed one eats its line, so no character is read twice
+_PLACEHOLDER = re.compile(r"\[[^\[\]\n]*\]")  # the innermost bracket of each: as many, found in one pass
 _HIGHLIGHT = re.compile(r"\*([^\n*]*)\*")
 _DOUBLE_HIGHLIGHT = re.compile(r"\*\*([^\n*]*)\*\*")
 _DIVIDER = re.compile(r"\s?\*\*\*\s?")
@@ -31,7 +32,7 @@ _WORD_EDGE = re.compile(r"\b")
 
 @instruction("detectable_content:number_placeholders", num_placeholders=count)
 def placeholders(text: str, rules: str, num_placeholders: int) -> bool:
-    return _PLACEHOLDER.findall(text).count("]") >= num_placeholders
+    return up_to(num_placeholders, _PLACEHOLDER.finditer(text)) >= num_placeholders
 
 
 @instruction("detectable_content:postscript", postscript_marker=pattern)
@@ -43,7 +44,8 @@ def postscript(text: str, rules: str, postscript_marker: str) -> bool:
 
 @instruction("detectable_format:number_bullet_lists", num_bullets=count)
 def bullets(text: str, rules: str, num_bullets: int) -> bool:
-    return len(_STAR_BULLET.findall(text)) + len(_DASH_BULLET.findall(text)) == num_bullets
+    stars = up_to(num_bullets + 1, _STAR_BULLET.finditer(text))
+    return stars + up_to(num_bullets + 1, _DASH_BULLET.finditer(text)) == num_bullets
 
 
 @instruction("detectable_format:constrained_response")
@@ -54,21 +56,20 @@ def constrained_response(text: str, rules: str) -> bool:
 @instruction("detectable_format:number_highlighted_sections", num_highlights=count)
 def highlights(text: str, rules: str, num_highlights: int) -> bool:
     found = _HIGHLIGHT.findall(text) + _DOUBLE_HIGHLIGHT.findall(text)
-    return sum(1 for inner in found if inner and not inner.isspace()) >= num_highlights
+    return sum(map(bool, map(str.strip, found))) >= num_highlights
 
 
 @instruction("detectable_format:multiple_sections", section_spliter=pattern, num_sections=count)
 def sections(text: str, rules: str, section_spliter: str, num_sections: int) -> bool:
-    return len(re.split(rf"\s?{section_spliter.strip()}\s?\d+\s?", text)) - 1 >= num_sections
+    section = re.compile(rf"\s?{section_spliter.strip()}\s?\d+\s?")
+    # The original counts what re.split returns, groups of the pattern included.
+    return up_to(num_sections, section.finditer(text)) * (1 + section.groups) >= num_sections
 
 
 @instruction("length_constraints:number_paragraphs", num_paragraphs=count)
 def paragraphs(text: str, rules: str, num_paragraphs: int) -> bool:
-    pieces = _DIVIDER.split(text)
-    blank = [index for index, piece in enumerate(pieces) if not piece.strip()]
-    if any(0 < index < len(pieces) - 1 for index in blank):
-        return False
-    return len(pieces) - len(blank) == num_paragraphs
+    pieces = [piece.strip() for piece in _DIVIDER.split(text)]
+    return all(pieces[1:-1]) and sum(map(bool, pieces)) == num_paragraphs
 
 
 def _nth_within(arguments: Mapping[str, Any]) -> None:
@@ -110,16 +111,14 @@ def json_format(text: str, rules: str) -> bool:
 
 @instruction("detectable_format:title")
 def title(text: str, rules: str) -> bool:
-    start = text.find("<<")
-    while start >= 0:
-        line_end = text.find("\n", start)
-        line_end = len(text) if line_end < 0 else line_end
-        # The longest match runs to the last >> of the line, and nothing after it can match.
-        close = text.rfind(">>", start + 3, line_end)
-        if close >= 0 and text[start : close + 2].lstrip("<").rstrip(">").strip():
-            return True
-        start = text.find("<<", line_end)
-    return False
+    if "<<" not in text or ">>" not in text:
+        return False
+    return any(_is_title(line) for line in set(text.split("\n")) if "<<" in line and ">>" in line)
+
+
+def _is_title(line: str) -> bool:
+    start, end = line.find("<<"), line.rfind(">>")
+    return end >= start + 3 and bool(line[start : end + 2].lstrip("<").rstrip(">").strip())
 
 
 @instruction("combination:two_responses")

@@ -82,8 +82,8 @@ def lookup(instruction_id: str, rules: str) -> Instruction:
     if known is not None and rules in known.rules:
         return known
     names = [name for name, entry in INSTRUCTIONS.items() if rules in entry.rules]
-    near = difflib.get_close_matches(str(instruction_id), names, n=1, cutoff=0.0)
-    raise UnknownInstructionError(f"unknown instruction id {instruction_id!r} under rules {rules!r}; nearest: {near[0]}")
+    near = difflib.get_close_matches(str(instruction_id), names, n=1, cutoff=0.0)[0]
+    raise UnknownInstructionError(f"unknown instruction id {instruction_id!r} under rules {rules!r}; nearest: {near}")
 
 
 def clean(entry: Instruction, kwargs: Mapping[str, Any] | None, rules: str) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def language(value: Any, rules: str) -> str:
 
 
 _ESCAPE_OR_CLASS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
-_REPEAT = re.compile(r"[*+]|\{\d*,\d*\}|\{\d+\}")
+_REPEAT = re.compile(r"[*+]|\{\d*,?\d*\}")
 
 
 def pattern(value: Any, rules: str) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import io
 import logging
 import re
 from collections.abc import Iterator
-from itertools import islice
 from typing import NamedTuple
 
 from .punkt import Splitter, Tables
+from .scan import up_to
 
 DATA = "tokenizers/punkt_tab/english/"
 _LOG = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ def spans(text: str) -> Iterator[tuple[int, int]]:
 
 def count(text: str, stop: int) -> int:
     """The number of sentences in `text`, at most `stop`."""
-    return sum(1 for _ in islice(spans(text), stop))
+    return up_to(stop, spans(text))
 
 
 def punkt_source() -> str:
@@ -43,12 +44,12 @@ def get_punkt() -> str:
     import nltk
 
     try:
-        fetched = nltk.download("punkt_tab", quiet=True)
-    except Exception as error:
-        raise RuntimeError(f"punkt_tab could not be fetched: {error}") from error
+        nltk.download("punkt_tab", quiet=True, raise_on_error=True, print_error_to=io.StringIO())
+    except Exception as error:  # the downloader lets through whatever the network or the disk raised
+        raise RuntimeError(f"punkt_tab could not be fetched: {' '.join(str(error).split())}") from error
     _model.cache_clear()
-    if not fetched or _load() is None:
-        raise RuntimeError("punkt_tab could not be fetched: NLTK's server did not answer or refused")
+    if _load() is None:
+        raise RuntimeError("punkt_tab was fetched, but NLTK does not find it in its data folders")
     return punkt_source()
 
 

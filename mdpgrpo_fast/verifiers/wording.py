@@ -11,9 +11,12 @@ from itertools import islice
 from . import capitals, sentences
 from .language import detect
 from .registry import RELATIONS, count, instruction, language, letter, pattern, patterns, phrase, relation
+from .scan import up_to
 
 _WORD = re.compile(r"\w+")
 _HYPHENATED = re.compile(r"\b\w[\w\-]*\b")
+
+# Counts stop at the threshold plus one: there every relation has made up its mind.
 
 
 @instruction("keywords:existence", keywords=patterns)
@@ -23,12 +26,15 @@ def keywords_exist(text: str, rules: str, keywords: list[str]) -> bool:
 
 @instruction("keywords:frequency", keyword=pattern, frequency=count, relation=relation)
 def keyword_frequency(text: str, rules: str, keyword: str, frequency: int, relation: str) -> bool:
-    return RELATIONS[relation](len(re.findall(keyword.strip(), text, re.IGNORECASE)), frequency)
+    found = re.finditer(keyword.strip(), text, re.IGNORECASE)
+    return RELATIONS[relation](up_to(frequency + 1, found), frequency)
 
 
 @instruction("keywords:forbidden_words", forbidden_words=patterns)
 def forbidden_words(text: str, rules: str, forbidden_words: list[str]) -> bool:
-    return not any(re.search(rf"\b{word}\b", text, re.IGNORECASE) for word in forbidden_words)
+    # Without \b the engine skims the text ten times faster, and rules most words out.
+    within = [word for word in forbidden_words if re.search(word, text, re.IGNORECASE)]
+    return not any(re.search(rf"\b{word}\b", text, re.IGNORECASE) for word in within)
 
 
 @instruction("keywords:letter_frequency", letter=letter, let_frequency=count, let_relation=relation)
@@ -43,13 +49,12 @@ def response_language(text: str, rules: str, language: str) -> bool:
 
 @instruction("length_constraints:number_sentences", num_sentences=count, relation=relation)
 def number_sentences(text: str, rules: str, num_sentences: int, relation: str) -> bool:
-    # Past the threshold plus one every relation has made up its mind.
     return RELATIONS[relation](sentences.count(text, stop=num_sentences + 1), num_sentences)
 
 
 @instruction("length_constraints:number_words", num_words=count, relation=relation)
 def number_words(text: str, rules: str, num_words: int, relation: str) -> bool:
-    return RELATIONS[relation](len(_WORD.findall(text)), num_words)
+    return RELATIONS[relation](up_to(num_words + 1, _WORD.finditer(text)), num_words)
 
 
 @instruction("change_case:capital_word_frequency", capital_frequency=count, capital_relation=relation)
