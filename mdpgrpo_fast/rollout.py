@@ -119,7 +119,17 @@ def generate(
 
     prompts: token ids of each row (repeat a prompt for a group). Tokens, lengths, finish reasons and log-probs under
     both the sampling distribution and the policy at temperature 1 are recorded.
+
+    Raises: ValueError where a prompt is empty or temperature is not one number above 0 for each prompt.
     """
+    if not prompts or not all(prompts):
+        got = f"an empty row {prompts.index([])}" if prompts else "no row"
+        raise ValueError(f"prompts must be lists of token ids, at least one and none empty; got {got}")
+    if temperature is not None and (len(temperature) != len(prompts) or not all(tau > 0 for tau in temperature)):
+        raise ValueError(
+            f"temperature must be None (greedy) or one number above 0 for each of the {len(prompts)} prompts; "
+            f"got {temperature!r}"
+        )
     device, pad = model.device, eos[0]
     ids, mask = left_pad(prompts, pad, device)
     greedy = temperature is None
@@ -143,8 +153,8 @@ def generate(
     sampler.record(out[:, -1])
     tokens = out[:, ids.shape[1] :]
     is_eos = torch.isin(tokens, torch.tensor(eos, device=device))
-    finished = is_eos.any(1)
-    lengths = torch.where(finished, is_eos.int().argmax(1) + 1, tokens.shape[1])
+    finished, width = is_eos.any(1), tokens.shape[1]
+    lengths = torch.where(finished, is_eos.int().argmax(1) + 1, width)
     return Rollout(
         prompt_ids=ids,
         prompt_mask=mask,
@@ -152,8 +162,9 @@ def generate(
         lengths=lengths,
         finished=finished,
         temperature=torch.zeros_like(tau) if greedy else tau,
-        sampling_logprobs=torch.stack(sampler.sampling, 1),
-        policy_logprobs=torch.stack(sampler.policy, 1),
+        # generate() may take a step more than it returns: it looks one step late on devices where looking is slow.
+        sampling_logprobs=torch.stack(sampler.sampling[:width], 1),
+        policy_logprobs=torch.stack(sampler.policy[:width], 1),
     )
 
 
