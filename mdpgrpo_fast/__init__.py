@@ -1,3 +1,47 @@
-"""mdpgrpo_fast: MDP-GRPO, reinforcement learning on many checkable constraints."""
+"""MDP-GRPO: stable reinforcement learning of language models on many checkable constraints.
+
+Public names load their module on first use, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import MDPGRPOConfig, TrainConfig, preset
+    from .ops import advantages, token_logprobs, token_loss
+    from .verifiers import verify, verify_all
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "MDPGRPOConfig": "config",
+    "TrainConfig": "config",
+    "preset": "config",
+    "advantages": "ops",
+    "token_loss": "ops",
+    "token_logprobs": "ops",
+    "verify": "verifiers",
+    "verify_all": "verifiers",
+}
+__all__ = [
+    "MDPGRPOConfig",
+    "TrainConfig",
+    "advantages",
+    "preset",
+    "token_logprobs",
+    "token_loss",
+    "verify",
+    "verify_all",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
