@@ -1,0 +1,115 @@
+"""Put the measured numbers and the table of settings into README.md, between its `results:` markers.
+
+`python benchmarks/readme.py` writes; with `--check` it exits 1 where the README differs from the result files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from mdpgrpo_fast.config import MDPGRPOConfig, TrainConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+LEARNING = ROOT / "benchmarks" / "results" / "cpu" / "learning.json"
+LABELS = {"demo": "MDP-GRPO, demonstration settings", "paper": "MDP-GRPO, paper preset", "grpo": "plain GRPO"}
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def spread(values: list[float]) -> str:
+    """Mean and range of the seeds."""
+    return f"{mean(values):.3f} ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else f"{values[0]:.3f}"
+
+
+def by_variant(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for run in result["runs"]:
+        groups.setdefault(run["variant"], []).append(run)
+    return groups
+
+
+def source(result: dict[str, Any]) -> str:
+    versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+    return f"`{result['command']}` at {result['commit'][:10]}; {result['machine']}; {versions}."
+
+
+def claim(result: dict[str, Any]) -> str:
+    runs = by_variant(result)["demo"]
+    before, after = (mean([r[f"hsr_{k}"] for r in runs]) for k in ("before", "after"))
+    minutes = mean([r["total_seconds"] for r in runs]) / 60
+    return (
+        f"**From {before:.0%} to {after:.0%} of held-out prompts with every constraint satisfied, in "
+        f"{runs[0]['steps']} steps and {minutes:.1f} minutes on one CPU core, with one command.** "
+        f"(Mean of {len(runs)} seeds; see What we measured.)"
+    )
+
+
+def learning(result: dict[str, Any]) -> str:
+    lines = [
+        "| settings | seeds | HSR before | HSR after | SSR before | SSR after | entropy | equal-reward groups |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, runs in by_variant(result).items():
+        before = [mean([r[f"{k}_before"] for r in runs]) for k in ("hsr", "ssr")]
+        after = [spread([r[f"{k}_after"] for r in runs]) for k in ("hsr", "ssr")]
+        state = [
+            " → ".join(f"{mean([r[key][i] for r in runs]):.2f}" for i in (0, 1))
+            for key in ("entropy", "zero_variance_groups")
+        ]
+        lines.append(
+            f"| {LABELS.get(name, name)} | {len(runs)} | {before[0]:.3f} | {after[0]} | {before[1]:.3f} | {after[1]} "
+            f"| {state[0]} | {state[1]} |"
+        )
+    steps = result["runs"][0]["steps"]
+    lines += [
+        "",
+        f"Held-out greedy answers after {steps} steps at the same budget: mean over seeds, range in brackets. Entropy "
+        "(nats per sampled token) and the share of groups whose rewards are all equal: first and last tenth of the steps. "
+        + source(result),
+    ]
+    return "\n".join(lines)
+
+
+def knobs() -> str:
+    lines = ["| flag | default | meaning |", "|---|---|---|"]
+    for cls in (MDPGRPOConfig, TrainConfig):
+        for f in dataclasses.fields(cls):
+            value = f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
+            shown = " ".join(map(str, value)) if isinstance(value, list) else value
+            text = "unset" if shown is None else f"`{shown}`" if shown != "" else "none"
+            lines.append(f"| `--{f.name.replace('_', '-')}` | {text} | {f.metadata['help'].replace('|', '/')} |")
+    return "\n".join(lines)
+
+
+def render(text: str) -> str:
+    """The README with every marked section drawn again."""
+    result = json.loads(LEARNING.read_text(encoding="utf-8"))
+    for name, body in (("claim", claim(result)), ("learning", learning(result)), ("knobs", knobs())):
+        start, end = f"<!-- results:{name} -->", f"<!-- /results:{name} -->"
+        pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
+        if not pattern.search(text):
+            raise ValueError(f"README.md lacks the section {start}")
+        text = pattern.sub(lambda _, part=f"{start}\n{body}\n{end}": part, text)
+    return text
+
+
+def main() -> int:
+    path = ROOT / "README.md"
+    old = path.read_text(encoding="utf-8")
+    new = render(old)
+    if "--check" in sys.argv[1:]:
+        print("README.md agrees with the result files" if old == new else "README.md differs: run benchmarks/readme.py")
+        return int(old != new)
+    path.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
