@@ -106,6 +106,13 @@ def test_recorded_and_trained_log_probs_agree(tmp_path: Path) -> None:
     torch.testing.assert_close(ours[mask], rollout.sampling_logprobs[mask], atol=2e-4, rtol=1e-4)
 
 
+def test_bf16_autocast_stays_close_to_float32(tmp_path: Path) -> None:
+    (full,) = rows(run_small(tmp_path, name="full", steps=1))
+    (half,) = rows(run_small(tmp_path, name="half", steps=1, mixed_precision="bf16"))
+    assert half["grad_norm"] > 0 and half["grad_norm"] != full["grad_norm"]
+    assert half["grad_norm"] == pytest.approx(full["grad_norm"], rel=0.1)
+
+
 def test_reference_is_skipped_where_both_betas_are_zero(tmp_path: Path) -> None:
     trainer = run_small(tmp_path, preset("grpo", num_generations=4, kl_beta_pos=0.0))
     assert trainer.reference is None and all(r["kl"] == 0 for r in rows(trainer))
