@@ -245,6 +245,15 @@ def test_language_is_seeded_and_leaves_the_library_alone() -> None:
     assert len(answers) == 1 and langdetect.DetectorFactory.seed == before
 
 
+def test_language_codes_are_those_of_langdetect() -> None:
+    from langdetect import detector_factory
+
+    from mdpgrpo_fast.verifiers.registry import LANGUAGES
+
+    detector_factory.init_factory()
+    assert sorted(LANGUAGES) == sorted(detector_factory._factory.get_lang_list())
+
+
 def test_long_texts_get_langdetects_own_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     import langdetect
 

@@ -21,10 +21,11 @@ IFEVAL = [instruction_id for instruction_id, entry in INSTRUCTIONS.items() if "i
 
 # What the checkers look for, and what nearly is it.
 PIECES = [
-    *["\n"] * 6, *[" "] * 6, "\n\n", "\r\n", "\t", "\u00a0", "***", "******", "*", "**", "* a", "- b",
-    "\n* x\n", "*\n", "<<", ">>", "<<a>>", "[", "]", "[a]", '"', "'", "```", "```json\n", "{}", "[1]",
-    "1", "P.S.", "p. p. s", "P.P.S", "p.s", "Section 1", "Section", "SECTION 2", "My answer is yes.", "My answer is maybe", "zebra", "Zebra.",
-    "island", "islands", "Name a zebra.", ",", ".", "!", "a", "q", "Q", "NASA", "I'M", "The end", "Der Hund ist da und",
+    *["\n"] * 6, *[" "] * 6,
+    "\n\n", "\r\n", "\t", "\u00a0", "***", "******", "*", "**", "* a", "- b", "\n* x\n", "*\n", "<<", ">>", "<<a>>",
+    "[", "]", "[a]", '"', "'", "```", "```json\n", "{}", "[1]", "1", "P.S.", "p. p. s", "P.P.S", "p.s", "Section 1",
+    "Section", "SECTION 2", "My answer is yes.", "My answer is maybe", "zebra", "Zebra.", "island", "islands",
+    "Name a zebra.", ",", ".", "!", "a", "q", "Q", "NASA", "I'M", "The end", "Der Hund ist da und",
     "the cat is here and",
 ]  # fmt: skip
 THRESHOLDS = ("num_", "frequency", "nth_")

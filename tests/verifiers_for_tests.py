@@ -125,6 +125,7 @@ HOSTILE = {
     **{unit: repeated(unit) for unit in ("\n\n", "\r\n", "<a>", "```\n", "p. p. ", "a@", "http://", "A'S. ", "I'M ")},
     "spaces within": "a" + repeated(" ") + "b",
     "spaces behind a fence": "```xml" + repeated(" ") + "x",
+    "spaces behind an abbreviation": "A'S e.g." + repeated(" ") + "x",
     "one open tag": "<a" + repeated(" x='y'"),
     "nested JSON": "[" * (LONG // 2) + "]" * (LONG // 2),
     "new abbreviations": " ".join(f"x{i}. y{i}" for i in range(16_000)),

@@ -15,12 +15,12 @@ from typing import NamedTuple
 
 from . import sentences
 
+_MAY_HOLD_CAPITALS = re.compile(r"(?<!\S)[^\sA-Z\x80-\U0010ffff]*[A-Z\x80-\U0010ffff]\S*\s?")
 # The end of a sentence matters inside a run of non-blanks, and where its period hides a clitic: I CAN'T.
 _APOSTROPHE_AND_PERIOD = re.compile(r"'(?:\w{0,2}\.|(?<=\.'))")
 _APOSTROPHE_AND_WORD = re.compile(r"'\w")
 _PERIOD_AND_COLON = re.compile(r"\.:\d")
 _OPENING_QUOTE = re.compile(r"(?<=[ (\[{<])(?:\"|'')")
-_FINAL_PERIOD = re.compile(r"(?<=[^.])\.[\])}>\"'»”’ ]*\s*$")
 _SHORT_CLITIC = re.compile(r"(?<=[^'])(?:'[sSmMdD]|')$")
 _LONG_CLITIC = re.compile(r"(?<=[^'])(?:'ll|'LL|'re|'RE|'ve|'VE|n't|N'T)$")
 _CONTRACTION = re.compile(
@@ -36,8 +36,9 @@ def count(text: str) -> int:
     """The number of NLTK's word tokens in `text` that are in capitals (`str.isupper`)."""
     nltk = _nltk_rules()
     if _needs_sentences(text):
-        parts = (_OPENING_QUOTE.sub("``", text[start:stop]) for start, stop in sentences.spans(text))
-        text = " ".join(_FINAL_PERIOD.sub(" ", part) for part in parts)
+        text = " ".join(_without_final_period(text[start:stop]) for start, stop in sentences.spans(text))
+    if not text.isupper():
+        text = "".join(_MAY_HOLD_CAPITALS.findall(text))
     if _APOSTROPHE_AND_WORD.search(text):
         text = nltk.part_apostrophes(text)
     pieces = nltk.piece.findall(text)
@@ -61,6 +62,11 @@ def _needs_sentences(text: str) -> bool:
         if not (len(before) == 2 and before.isalpha() and before.islower() and (clitic.islower() or not clitic)):
             return True
     return False
+
+
+def _without_final_period(sentence: str) -> str:
+    words = _OPENING_QUOTE.sub("``", sentence).rstrip().rstrip("])}>\"'»”’ ")
+    return words[:-1] + " " if words.endswith(".") and not words.endswith("..") else sentence
 
 
 def _words(piece: str, contracted: bool) -> list[str]:

@@ -97,7 +97,7 @@ class Splitter:
 
     def _breaks(self, context: str) -> bool:
         """Whether a sentence ends within `context`, which is a word with its end mark and what follows."""
-        words = [word for line in context.split("\n") for word in self._word.findall(line)]
+        words = (found[0] for line in context.split("\n") for found in self._word.finditer(line))
         return any(self._ends(word, after) for word, after in pairwise(words) if word[-1] in ".?!")
 
     def _ends(self, word: str, after: str) -> bool:
