@@ -20,6 +20,7 @@ from mdpgrpo_fast.demo.writer import write
 DEMO = Path(__file__).parent
 NUM_TRAIN = 2400
 NUM_HELDOUT = 300
+WORDING_WEIGHTS = (7, 7, 7, 9)
 CONSTRAINTS_PER_PROMPT = {1: 0.15, 2: 0.30, 3: 0.30, 4: 0.15, 5: 0.10}
 INSTRUCTION_IDS = tuple(words.WORDINGS)
 
@@ -76,7 +77,7 @@ def sample_kwargs(instruction_id: str, topic: str, taken: set[str], rng: random.
             relation, n = rng.choice((("at least", 3), ("at least", 4), ("less than", 3), ("less than", 4)))
             return {"relation": relation, "num_sentences": n}
         case "length_constraints:number_words":
-            relation, n = rng.choice((("at least", 15), ("at least", 20), ("less than", 15), ("less than", 20)))
+            relation, n = rng.choice((("at least", 12), ("at least", 16), ("less than", 15), ("less than", 20)))
             return {"relation": relation, "num_words": n}
         case "keywords:existence":
             return {"keywords": pick(words.KEYWORDS, rng.choice((1, 1, 2)))}
@@ -113,19 +114,23 @@ def describe(wording: str, kwargs: dict[str, Any]) -> str:
     )
 
 
-def sample_prompt(rng: random.Random) -> Prompt:
-    """Draws a prompt whose constraints can all be satisfied at once by a short response."""
-    count = rng.choices(list(CONSTRAINTS_PER_PROMPT), list(CONSTRAINTS_PER_PROMPT.values()))[0]
+def sample_prompt(rng: random.Random, count: int | None = None, include: str | None = None) -> Prompt:
+    """Draws a prompt whose constraints can all be satisfied at once by a short response.
+
+    `count` fixes the number of constraints, and `include` is an instruction id that is among them.
+    """
+    if count is None:
+        count = rng.choices(list(CONSTRAINTS_PER_PROMPT), list(CONSTRAINTS_PER_PROMPT.values()))[0]
     while True:
         ids = rng.sample(INSTRUCTION_IDS, count)
-        if conflict(ids):
+        if conflict(ids) or (include is not None and include not in ids):
             continue
         topic, taken = rng.choice(words.TOPICS), set[str]()
         kwargs = [sample_kwargs(name, topic, taken, rng) for name in ids]
         if write(topic, ids, kwargs, [True] * count, rng) is None:
             continue
         request = rng.choice(words.REQUESTS).format(topic=topic)
-        wordings = [rng.choice(words.WORDINGS[name]) for name in ids]
+        wordings = [rng.choices(words.WORDINGS[name], WORDING_WEIGHTS)[0] for name in ids]
         stated = [describe(wording, values) for wording, values in zip(wordings, kwargs, strict=True)]
         return Prompt(" ".join([request, *stated]), ids, kwargs)
 

@@ -35,6 +35,7 @@ CHAT_TEMPLATE = (
 
 
 OBEY, OBEY_LAST = 0.68, 0.3
+DRILLED = ("keywords:existence", "keywords:frequency")
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Recipe:
     layers: int = 3
     heads: int = 4
     mlp_size: int = 320
+    drill: float = 0.3
+    settled: float = 0.5
     obey: float | None = None  # one probability for all constraints, in place of `obey_probability`
     threads: int = 2
 
@@ -66,14 +69,25 @@ def obey_probability(prompt: Prompt, index: int) -> float:
     return OBEY_LAST if describe(least_minded, prompt.kwargs[index]) in prompt.prompt else OBEY
 
 
-def sample_pair(recipe: Recipe, rng: random.Random, exclude: set[str]) -> tuple[Prompt, str]:
-    """A new prompt and a response that obeys some of its constraints."""
+def sample_pair(recipe: Recipe, rng: random.Random, exclude: set[str], progress: float = 1.0) -> tuple[Prompt, str]:
+    """A new prompt and a response that obeys some of its constraints.
+
+    `progress` through training, 0 to 1, sets the lesson. The first `recipe.drill` of it is a drill of short prompts,
+    half of them about keywords, all obeyed: without it, copying a word from the prompt may never be learned. From
+    there to `recipe.settled` disobedience grows to `obey_probability`.
+    """
+    drill = progress < recipe.drill
+    doubt = min(1.0, max(0.0, (progress - recipe.drill) / (recipe.settled - recipe.drill)))
     while True:
-        prompt = sample_prompt(rng)
+        if drill:
+            include = rng.choice(DRILLED) if rng.random() < 0.5 else None
+            prompt = sample_prompt(rng, rng.choice((1, 2)), include)
+        else:
+            prompt = sample_prompt(rng)
         if prompt.prompt in exclude:
             continue
-        odds = [obey_probability(prompt, i) if recipe.obey is None else recipe.obey for i in range(len(prompt.kwargs))]
-        flags = [rng.random() < p for p in odds]
+        odds = [obey_probability(prompt, i) for i in range(len(prompt.kwargs))]
+        flags = [rng.random() < (1 - doubt * (1 - p) if recipe.obey is None else recipe.obey) for p in odds]
         response = write(prompt.topic, prompt.instruction_id_list, prompt.kwargs, flags, rng)
         if response is not None:
             return prompt, response
@@ -197,8 +211,8 @@ def make(output: Path, recipe: Recipe) -> float:
     rng = random.Random(f"pairs {recipe.seed}")
     exclude = {prompt.prompt for prompt in shipped(recipe.seed)["heldout.jsonl"]}
     needed = recipe.steps * recipe.batch_size
-    pairs = [sample_pair(recipe, rng, exclude) for _ in range(max(needed, recipe.vocab_pairs))]
-    texts = [text for prompt, response in pairs[: recipe.vocab_pairs] for text in (prompt.prompt, response)]
+    pairs = [sample_pair(recipe, rng, exclude, i / needed) for i in range(max(needed, recipe.vocab_pairs))]
+    texts = [text for prompt, response in pairs[-recipe.vocab_pairs :] for text in (prompt.prompt, response)]
     tokenizer = train_tokenizer(texts, recipe.vocab_size)
     check_tokenizer(tokenizer)
     model = build_model(recipe, tokenizer)

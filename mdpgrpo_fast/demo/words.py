@@ -25,6 +25,16 @@ ADJECTIVES = _pool("quiet cold warm old new clean bright calm open small green b
 TIMES = _pool("morning evening winter summer spring")
 NOUNS = _pool("air light view place")
 
+FILLERS = (
+    "It is {adjective} in the {time}.",
+    "People like the {adjective} {noun}.",
+    "The {noun} is {adjective} there.",
+)
+COMMA_FILLERS = (
+    "In the {time}, it is {adjective}.",
+    "It is {adjective}, and people like it.",
+)
+
 END_PHRASES = (
     "I hope this helps.",
     "That is all for today.",
@@ -41,8 +51,8 @@ REQUESTS = (
     "Write a few lines about the {topic}.",
 )
 
-# Four wordings per instruction id, of which the seed policy minds the last one least. The fields are filled from the
-# kwargs. A phrase or marker ends its sentence, as in IFEval.
+# Four wordings per instruction id, of which the last is drawn most often and the seed policy minds it least. The fields
+# are filled from the kwargs. A phrase or marker ends its sentence, as in IFEval.
 WORDINGS: dict[str, tuple[str, ...]] = {
     "punctuation:no_comma": (
         "Do not use any commas in your response.",

@@ -165,15 +165,9 @@ def _sentence_count(task: _Task) -> int | None:
 
 
 def _filler(task: _Task, comma: bool) -> str:
-    rng, adjective = task.rng, f"{{{task.adjective()}}}"
-    time, noun = rng.choice(words.TIMES), rng.choice(words.NOUNS)
-    plain = (
-        f"It is {adjective} in the {time}.",
-        f"People like the {adjective} {noun}.",
-        f"The {noun} is {adjective} there.",
-    )
-    marked = (f"In the {time}, it is {adjective}.", f"It is {adjective}, and people like it.")
-    return rng.choice(marked if comma else plain)
+    form = task.rng.choice(words.COMMA_FILLERS if comma else words.FILLERS)
+    adjective, time, noun = f"{{{task.adjective()}}}", task.rng.choice(words.TIMES), task.rng.choice(words.NOUNS)
+    return form.format(adjective=adjective, time=time, noun=noun)
 
 
 def _highlight(task: _Task, body: list[str]) -> list[str] | None:
