@@ -7,7 +7,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -182,8 +182,10 @@ class TRL:
 
 
 @pytest.fixture(scope="module")
-def trl(peer: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> TRL:
-    return TRL(peer, tmp_path_factory.mktemp("trl"))
+def trl(peer: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[TRL]:
+    yield TRL(peer, tmp_path_factory.mktemp("trl"))
+    # Its precision and device are global state, which would hold for every later test.
+    peer("accelerate.state").AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
