@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from .config import ConfigError, MDPGRPOConfig, TrainConfig
+from .data import Example
+from .rewards import Score
 
 
 def move_aside(path: Path) -> Path | None:
@@ -95,3 +100,51 @@ def sample_table(rows: list[dict[str, Any]], limit: int = 4) -> str:
         room = width - len(head) - 1
         lines.append(head + (text if len(text) <= room else text[: room - 1] + "…"))
     return "\n".join(lines)
+
+
+def completion_row(
+    step: int,
+    phase: str,
+    example: Example,
+    response: str,
+    temperature: float,
+    score: Score,
+    advantage: float | None,
+    finished: bool,
+) -> dict[str, Any]:
+    """A line of completions.jsonl."""
+    return {
+        "step": step,
+        "phase": phase,
+        "prompt": example.prompt,
+        "response": response,
+        "temperature": round(temperature, 6),
+        "reward": score.total,
+        "advantage": advantage,
+        "instruction_ids": example.instruction_ids,
+        "satisfied": score.satisfied,
+        "finished": finished,
+        **({"problem": score.problem} if score.problem else {}),
+    }
+
+
+def flat_config(run: TrainConfig, method: MDPGRPOConfig) -> dict[str, Any]:
+    """All knobs as tracker hyperparameters, which take numbers and text alone."""
+    values = {**asdict(run), **asdict(method)}
+    return {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in values.items()}
+
+
+def peak_memory_mb() -> float:
+    """Peak of this process: the GPU allocator's where one is used, else resident memory, in MB of 10⁶ bytes."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return round(torch.cuda.max_memory_allocated() / 1e6, 1)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
+
+
+def shares(result: dict[str, Any] | None) -> str:
+    if result is None:
+        return "no held-out prompts"
+    if result["hsr"] is None:
+        return f"reward {result['reward']:.3f}" if result["reward"] is not None else "no reward"
+    return f"HSR {result['hsr']:.3f}, SSR {result['ssr']:.3f} over {result['count']} prompts"

@@ -50,7 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         # Heavy imports only now: `--help` and a wrong flag answer at once.
         from .rewards import Scorer
         from .runlog import RunDir
-        from .trainer import Trainer, prepare
+        from .task import prepare
+        from .trainer import Trainer
 
         task = prepare(run)
         scorer = Scorer(

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import resource
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,49 +16,24 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from . import __version__, evaluate, ops
-from .config import ConfigError, MDPGRPOConfig, TrainConfig
-from .data import DEMO_DIR, Example, batches, read_prompts, tokenize
+from .config import MDPGRPOConfig, TrainConfig
+from .data import Example, batches
 from .metrics import TokenStatistics, group_health, slot_statistics, why_zero
-from .models import completion_logits, context_length, disable_dropout, load
+from .models import completion_logits, disable_dropout
 from .reference import Advantages, default_denominator
 from .rewards import RewardError, Score, Scorer
-from .rollout import Rollout, decode, eos_ids, generate
-from .runlog import RunDir, check_trackers, progress_values, sample_table, tracker_values
-
-
-@dataclass
-class Task:
-    """A model and the prompts it is trained and scored on, checked."""
-
-    model: Any
-    tokenizer: Any
-    eos: list[int]
-    train: list[Example]
-    train_ids: list[list[int]]
-    held_out: list[Example]
-    held_out_ids: list[list[int]]
-
-
-def prepare(run: TrainConfig) -> Task:
-    """Everything that can be wrong with the input is found here. Raises ConfigError."""
-    check_trackers(run.report_to)
-    embedded = run.model is None
-    if run.train_file is None and not embedded:
-        raise ConfigError("train_file is required with a model of your own")
-    train = read_prompts(run.train_file or DEMO_DIR / "train.jsonl", run.rules)
-    held_out: list[Example] = []
-    if run.eval_file or (embedded and run.train_file is None):
-        held_out = read_prompts(run.eval_file or DEMO_DIR / "heldout.jsonl", run.rules)[: run.eval_samples or None]
-    model, tokenizer = load(run.model, run.dtype)
-    eos = eos_ids(model, tokenizer)
-    longest = run.max_prompt_length
-    room = context_length(model)
-    if room is not None:
-        longest = min(longest, room - run.max_completion_length)
-        if longest < 1:
-            raise ConfigError(f"max_completion_length must be below the model's {room} positions; got {room - longest}")
-    train_ids, held_out_ids = tokenize(train, tokenizer, longest), tokenize(held_out, tokenizer, longest)
-    return Task(model, tokenizer, eos, train, train_ids, held_out, held_out_ids)
+from .rollout import Rollout, decode, generate
+from .runlog import (
+    RunDir,
+    completion_row,
+    flat_config,
+    peak_memory_mb,
+    progress_values,
+    sample_table,
+    shares,
+    tracker_values,
+)
+from .task import Task
 
 
 @dataclass
@@ -405,51 +379,3 @@ class Trainer:
 
         if self.accelerator.is_main_process:
             tqdm.write(text, file=sys.stderr)
-
-
-def completion_row(
-    step: int,
-    phase: str,
-    example: Example,
-    response: str,
-    temperature: float,
-    score: Score,
-    advantage: float | None,
-    finished: bool,
-) -> dict[str, Any]:
-    """A line of completions.jsonl."""
-    return {
-        "step": step,
-        "phase": phase,
-        "prompt": example.prompt,
-        "response": response,
-        "temperature": round(temperature, 6),
-        "reward": score.total,
-        "advantage": advantage,
-        "instruction_ids": example.instruction_ids,
-        "satisfied": score.satisfied,
-        "finished": finished,
-        **({"problem": score.problem} if score.problem else {}),
-    }
-
-
-def flat_config(run: TrainConfig, method: MDPGRPOConfig) -> dict[str, Any]:
-    """All knobs as tracker hyperparameters, which take numbers and text alone."""
-    values = {**asdict(run), **asdict(method)}
-    return {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in values.items()}
-
-
-def peak_memory_mb() -> float:
-    """Peak of this process: the GPU allocator's where one is used, else resident memory, in MB of 10⁶ bytes."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return round(torch.cuda.max_memory_allocated() / 1e6, 1)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
-
-
-def shares(result: dict[str, Any] | None) -> str:
-    if result is None:
-        return "no held-out prompts"
-    if result["hsr"] is None:
-        return f"reward {result['reward']:.3f}" if result["reward"] is not None else "no reward"
-    return f"HSR {result['hsr']:.3f}, SSR {result['ssr']:.3f} over {result['count']} prompts"

@@ -16,7 +16,8 @@ from mdpgrpo_fast.config import MDPGRPOConfig, TrainConfig, preset
 from mdpgrpo_fast.models import completion_logits
 from mdpgrpo_fast.rewards import RewardError, Scorer
 from mdpgrpo_fast.runlog import RunDir, move_aside, sample_table, tracker_values
-from mdpgrpo_fast.trainer import Trainer, prepare
+from mdpgrpo_fast.task import prepare
+from mdpgrpo_fast.trainer import Trainer
 
 sys.path.insert(0, str(Path(__file__).parent))  # spawned scoring processes inherit it
 

@@ -1,0 +1,47 @@
+"""What a run works on: a model, its tokenizer and its prompts, loaded and checked before any training starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .config import ConfigError, TrainConfig
+from .data import DEMO_DIR, Example, read_prompts, tokenize
+from .models import context_length, load
+from .rollout import eos_ids
+from .runlog import check_trackers
+
+
+@dataclass
+class Task:
+    """A model and the prompts it is trained and scored on, checked."""
+
+    model: Any
+    tokenizer: Any
+    eos: list[int]
+    train: list[Example]
+    train_ids: list[list[int]]
+    held_out: list[Example]
+    held_out_ids: list[list[int]]
+
+
+def prepare(run: TrainConfig) -> Task:
+    """Everything that can be wrong with the input is found here. Raises ConfigError."""
+    check_trackers(run.report_to)
+    embedded = run.model is None
+    if run.train_file is None and not embedded:
+        raise ConfigError("train_file is required with a model of your own")
+    train = read_prompts(run.train_file or DEMO_DIR / "train.jsonl", run.rules)
+    held_out: list[Example] = []
+    if run.eval_file or (embedded and run.train_file is None):
+        held_out = read_prompts(run.eval_file or DEMO_DIR / "heldout.jsonl", run.rules)[: run.eval_samples or None]
+    model, tokenizer = load(run.model, run.dtype)
+    eos = eos_ids(model, tokenizer)
+    longest = run.max_prompt_length
+    room = context_length(model)
+    if room is not None:
+        longest = min(longest, room - run.max_completion_length)
+        if longest < 1:
+            raise ConfigError(f"max_completion_length must be below the model's {room} positions; got {room - longest}")
+    train_ids, held_out_ids = tokenize(train, tokenizer, longest), tokenize(held_out, tokenizer, longest)
+    return Task(model, tokenizer, eos, train, train_ids, held_out, held_out_ids)
