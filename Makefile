@@ -48,7 +48,7 @@ seed-policy: $(VENV)/.setup
 	$(BIN)/python -m mdpgrpo_fast.demo.seed_policy --output mdpgrpo_fast/demo/seed_policy $(ARGS)
 
 bench: $(VENV)/.setup-test
-	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
+	$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-only $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
