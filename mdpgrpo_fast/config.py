@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import math
@@ -184,7 +185,7 @@ def preset(name: str, **overrides: Any) -> MDPGRPOConfig:
     """The named settings as an MDPGRPOConfig, with overrides. Raises ConfigError for an unknown preset."""
     if name not in PRESETS:
         raise unknown_name("preset", name, list(PRESETS))
-    return MDPGRPOConfig(**{**PRESETS[name], **overrides})
+    return MDPGRPOConfig(**copy.deepcopy({**PRESETS[name], **overrides}))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from mdpgrpo_fast import ops, train
 from mdpgrpo_fast.config import MDPGRPOConfig, TrainConfig, preset
@@ -26,6 +27,7 @@ SMALL = {"prompts_per_step": 2, "max_completion_length": 12, "steps": 2, "eval_s
 
 def run_small(tmp_path: Path, method: MDPGRPOConfig | None = None, name: str = "run", **knobs: Any) -> Trainer:
     """Trains the embedded seed policy for two short steps; returns the trainer with its model."""
+    AcceleratorState._reset_state(True)  # one per process; a test may want another precision than the last
     run = TrainConfig(**{**SMALL, "log_completions": 2, "output_dir": str(tmp_path / name), **knobs})
     method = method or preset("demo", num_generations=4)
     out = RunDir(run.output_dir)
