@@ -212,7 +212,8 @@ class Trainer:
         """Sample, score, update; the step's metrics."""
         rank, p = self.accelerator.process_index, self.run.prompts_per_step
         clock = [time.perf_counter()]
-        rows = rows[rank * p : (rank + 1) * p]
+        # Prompts of like length next to each other: micro-batches are cut to their own longest.
+        rows = sorted(rows[rank * p : (rank + 1) * p], key=lambda i: len(self.task.train_ids[i]))
         rollout = self.sample(rows)
         clock.append(time.perf_counter())
         batch = self.score(rollout, rows)
