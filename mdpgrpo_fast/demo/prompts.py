@@ -20,7 +20,7 @@ from mdpgrpo_fast.demo.writer import write
 DEMO = Path(__file__).parent
 NUM_TRAIN = 2400
 NUM_HELDOUT = 300
-WORDING_WEIGHTS = (7, 7, 7, 9)
+WORDING_WEIGHTS = (2, 2, 2, 3)
 CONSTRAINTS_PER_PROMPT = {1: 0.15, 2: 0.30, 3: 0.30, 4: 0.15, 5: 0.10}
 INSTRUCTION_IDS = tuple(words.WORDINGS)
 
@@ -74,13 +74,13 @@ def sample_kwargs(instruction_id: str, topic: str, taken: set[str], rng: random.
 
     match instruction_id:
         case "length_constraints:number_sentences":
-            relation, n = rng.choice((("at least", 3), ("at least", 4), ("less than", 3), ("less than", 4)))
+            relation, n = rng.choice((("at least", 2), ("at least", 3), ("less than", 3), ("less than", 4)))
             return {"relation": relation, "num_sentences": n}
         case "length_constraints:number_words":
-            relation, n = rng.choice((("at least", 12), ("at least", 16), ("less than", 15), ("less than", 20)))
+            relation, n = rng.choice((("at least", 10), ("at least", 14), ("less than", 15), ("less than", 20)))
             return {"relation": relation, "num_words": n}
         case "keywords:existence":
-            return {"keywords": pick(words.KEYWORDS, rng.choice((1, 1, 2)))}
+            return {"keywords": pick(words.KEYWORDS, rng.choice((1, 1, 1, 2)))}
         case "keywords:forbidden_words":
             return {"forbidden_words": pick((topic,) if rng.random() < 0.5 else words.ADJECTIVES)}
         case "keywords:frequency":
@@ -88,9 +88,9 @@ def sample_kwargs(instruction_id: str, topic: str, taken: set[str], rng: random.
         case "startend:end_checker":
             return {"end_phrase": rng.choice(words.END_PHRASES)}
         case "detectable_format:number_bullet_lists":
-            return {"num_bullets": rng.choice((2, 3, 4))}
+            return {"num_bullets": rng.choice((2, 3))}
         case "detectable_format:number_highlighted_sections":
-            return {"num_highlights": rng.choice((1, 2, 3))}
+            return {"num_highlights": rng.choice((1, 2))}
         case "detectable_content:postscript":
             return {"postscript_marker": rng.choice(("P.S.", "P.S.", "P.P.S"))}
         case "detectable_content:number_placeholders":
