@@ -103,7 +103,7 @@ def test_shipped_prompts_regenerate():
 def test_obey_probability_depends_on_the_wording():
     odds = [obey_probability(prompt, i) for prompt in EVERY for i in range(len(prompt.kwargs))]
     assert set(odds) == {OBEY, OBEY_LAST}
-    assert 0.2 < odds.count(OBEY_LAST) / len(odds) < 0.3
+    assert 0.28 < odds.count(OBEY_LAST) / len(odds) < 0.38  # WORDING_WEIGHTS: one third
 
 
 def test_policy_size(model):
