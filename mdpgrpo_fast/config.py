@@ -169,7 +169,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "prospect_on_goal": False,
     },
     # The embedded demonstration: full-vocabulary sampling and the exact log-probs of each row's own temperature.
-    "demo": {"temperatures": [0.8, 1.0], "temperature_objective": "per_row"},
+    "demo": {"temperatures": [0.7, 0.9, 1.0, 1.2], "temperature_objective": "per_row"},
     # Plain z-score GRPO as TRL computes it.
     "grpo": {
         "multi_temperature": False,

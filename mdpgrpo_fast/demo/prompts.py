@@ -77,10 +77,10 @@ def sample_kwargs(instruction_id: str, topic: str, taken: set[str], rng: random.
             relation, n = rng.choice((("at least", 2), ("at least", 3), ("less than", 3), ("less than", 4)))
             return {"relation": relation, "num_sentences": n}
         case "length_constraints:number_words":
-            relation, n = rng.choice((("at least", 12), ("at least", 16), ("less than", 15), ("less than", 20)))
+            relation, n = rng.choice((("at least", 10), ("at least", 14), ("less than", 15), ("less than", 20)))
             return {"relation": relation, "num_words": n}
         case "keywords:existence":
-            return {"keywords": pick(words.KEYWORDS, rng.choice((1, 1, 2)))}
+            return {"keywords": pick(words.KEYWORDS, rng.choice((1, 1, 1, 2)))}
         case "keywords:forbidden_words":
             return {"forbidden_words": pick((topic,) if rng.random() < 0.5 else words.ADJECTIVES)}
         case "keywords:frequency":
@@ -90,7 +90,7 @@ def sample_kwargs(instruction_id: str, topic: str, taken: set[str], rng: random.
         case "detectable_format:number_bullet_lists":
             return {"num_bullets": rng.choice((2, 3))}
         case "detectable_format:number_highlighted_sections":
-            return {"num_highlights": rng.choice((1, 2, 3))}
+            return {"num_highlights": rng.choice((1, 2))}
         case "detectable_content:postscript":
             return {"postscript_marker": rng.choice(("P.S.", "P.S.", "P.P.S"))}
         case "detectable_content:number_placeholders":
