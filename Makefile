@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUTPUT ?= runs/demo
+DEMO   := mdpgrpo_fast/demo
 ARGS   ?=
 
 .PHONY: help setup train test check seed-policy bench clean
@@ -45,7 +46,8 @@ check: $(VENV)/.setup-test
 	$(BIN)/mypy
 
 seed-policy: $(VENV)/.setup
-	$(BIN)/python -m mdpgrpo_fast.demo.seed_policy --output mdpgrpo_fast/demo/seed_policy $(ARGS)
+	$(BIN)/python -m mdpgrpo_fast.demo.prompts --output $(DEMO)
+	$(BIN)/python -m mdpgrpo_fast.demo.seed_policy --output $(DEMO)/seed_policy $(ARGS)
 
 bench: $(VENV)/.setup-test
 	$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-only $(ARGS)
