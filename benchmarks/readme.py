@@ -72,8 +72,7 @@ def learning(result: dict[str, Any]) -> str:
         "",
         f"Held-out greedy answers after {steps} steps at the same budget: mean over seeds, range in brackets. Entropy "
         "(nats per sampled token) and the share of groups whose rewards are all equal: first and last tenth of the "
-        "steps. "
-        + source(result),
+        "steps. " + source(result),
     ]
     return "\n".join(lines)
 

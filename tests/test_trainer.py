@@ -191,7 +191,7 @@ def test_run_directory_is_complete(tmp_path: Path) -> None:
     phases = [c["phase"] for c in completions]
     assert phases.count("before") == phases.count("after") == 6 and phases.count("train") == 16
     again = train.resolve(["--config", str(out / "config.yaml")])
-    assert again[1] == preset("demo") and again[0].steps == 2
+    assert again[1] == preset("demo", num_generations=4) and again[0].steps == 2
     assert train.main([*argv, "--output-dir", str(out), "--steps", "1"]) == 0
     assert (tmp_path / "demo.1" / "summary.json").exists(), "the earlier run is moved aside, not lost"
 

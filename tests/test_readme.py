@@ -1,0 +1,43 @@
+"""The README's numbers and settings are those of the committed result files and of the code."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from types import ModuleType
+
+import pytest
+from conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def readme() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("readme_tool", ROOT / "benchmarks" / "readme.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_readme_agrees_with_the_result_files(readme: ModuleType) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.render(text) == text, "run python benchmarks/readme.py"
+
+
+def test_result_file_says_where_its_numbers_come_from(readme: ModuleType) -> None:
+    result = json.loads(readme.LEARNING.read_text(encoding="utf-8"))
+    assert re.fullmatch(r"[0-9a-f]{40}", result["commit"]) and result["machine"] and result["versions"]["torch"]
+    assert result["command"].startswith("python benchmarks/learning.py")
+    assert {r["variant"] for r in result["runs"]} >= {"demo", "paper", "grpo"}
+
+
+def test_files_that_the_readme_shows_exist() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / target).exists(), target
+
+
+def test_no_section_may_be_lost(readme: ModuleType) -> None:
+    with pytest.raises(ValueError, match="lacks the section <!-- results:claim -->"):
+        readme.render("# nothing here")
