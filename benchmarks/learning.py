@@ -1,7 +1,8 @@
 """Learning curves of the embedded demonstration under several settings and seeds, at the same budget.
 
 `python benchmarks/learning.py` trains each variant of the comparison with every seed and each ablation with the first
-(one thread per run, as many at once as there are cores) and writes benchmarks/results/cpu/learning.json; `python benchmarks/readme.py` puts it into the README.
+(one thread per run, as many at once as there are cores) and writes benchmarks/results/cpu/learning.json;
+`python benchmarks/readme.py` puts it into the README.
 """
 
 from __future__ import annotations
