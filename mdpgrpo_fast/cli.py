@@ -43,12 +43,19 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return flat
 
 
-def as_flags(values: dict[str, Any], known: list[str], where: str) -> list[str]:
-    """Knobs as command-line words, so that one parser converts and checks both. None leaves a knob unset."""
+def as_flags(layers: list[tuple[str, dict[str, Any]]], known: list[str]) -> list[str]:
+    """The layers' knobs, later ones over earlier, as command-line words: one parser converts and checks everything.
+
+    A null takes the knob back to its default.
+    """
+    merged: dict[str, Any] = {}
+    for where, values in layers:
+        for key, value in values.items():
+            if key not in known:
+                raise ConfigError(f"{where}: {unknown_name('key', str(key), known)}")
+            merged[key] = value
     words: list[str] = []
-    for key, value in values.items():
-        if key not in known:
-            raise ConfigError(f"{where}: {unknown_name('key', str(key), known)}")
+    for key, value in merged.items():
         if isinstance(value, (list, tuple)):
             words += [f"--{key}", *map(str, value)]
         elif value is not None:
@@ -71,7 +78,7 @@ def parse(
         if action.nargs == "+":
             action.nargs = "*"  # an empty list is a list
     known = [f.name for t in types for f in fields(t)]
-    words = [word for where, values in layers or [] for word in as_flags(values, known, where)]
+    words = as_flags(layers or [], known)
     argv = sys.argv[1:] if argv is None else argv
     *configs, rest = parser.parse_args_into_dataclasses([*words, *argv], return_remaining_strings=True)
     if rest:

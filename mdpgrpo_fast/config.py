@@ -17,6 +17,7 @@ class ConfigError(ValueError):
 
 
 def knob(default: Any, help: str) -> Any:
+    """A dataclass field with the help text of its command-line flag."""
     if isinstance(default, (list, tuple)):
         return field(default_factory=lambda: list(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})
@@ -28,7 +29,8 @@ def unknown_name(kind: str, name: str, known: list[str]) -> ConfigError:
     return ConfigError(f"unknown {kind} {name!r}{hint}")
 
 
-def _check_choices(config: Any) -> None:
+def check_choices(config: Any) -> None:
+    """Raises ConfigError for a choice that is none and for a number that is not finite."""
     hints = get_type_hints(type(config))
     for f in dataclasses.fields(config):
         choices = get_args(hints[f.name])
@@ -39,7 +41,7 @@ def _check_choices(config: Any) -> None:
             raise ConfigError(f"{f.name} must be finite; got {value!r}")
 
 
-def _require(ok: bool, name: str, value: Any, expected: str) -> None:
+def require(ok: bool, name: str, value: Any, expected: str) -> None:
     if not ok:
         raise ConfigError(f"{name} must be {expected}; got {value!r}")
 
@@ -103,30 +105,30 @@ class MDPGRPOConfig:
     mask_truncated: bool = knob(False, "leave completions that hit the length limit out of the loss and its normaliser")
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        check_choices(self)
         g, taus = self.num_generations, self.temperatures
-        _require(g >= 2, "num_generations", g, "at least 2: a group of one has no relative anchor")
-        _require(self.temperature > 0, "temperature", self.temperature, "above 0")
+        require(g >= 2, "num_generations", g, "at least 2: a group of one has no relative anchor")
+        require(self.temperature > 0, "temperature", self.temperature, "above 0")
         for tau in taus:
-            _require(math.isfinite(tau) and tau > 0, "temperatures", tau, "all above 0")
+            require(math.isfinite(tau) and tau > 0, "temperatures", tau, "all above 0")
         if self.multi_temperature:
-            _require(
+            require(
                 0 < len(taus) <= g and g % len(taus) == 0,
                 "temperatures",
                 taus,
                 f"a list whose length divides num_generations = {g}",
             )
-        _require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
-        _require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or positive")
-        _require(0 <= self.min_p < 1, "min_p", self.min_p, "in [0, 1)")
-        _require(0 <= self.dual_anchor_alpha <= 1, "dual_anchor_alpha", self.dual_anchor_alpha, "in [0, 1]")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
+        require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or positive")
+        require(0 <= self.min_p < 1, "min_p", self.min_p, "in [0, 1)")
+        require(0 <= self.dual_anchor_alpha <= 1, "dual_anchor_alpha", self.dual_anchor_alpha, "in [0, 1]")
         for name in ("prospect_beta", "prospect_gain", "prospect_loss", "kl_temperature", "importance_weight_cap"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+            require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         for name in ("kl_beta_pos", "kl_beta_neg", "epsilon_low", "epsilon_high"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or above")
-        _require(self.epsilon_low < 1, "epsilon_low", self.epsilon_low, "below 1")
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or above")
+        require(self.epsilon_low < 1, "epsilon_low", self.epsilon_low, "below 1")
         if self.delta is not None:
-            _require(self.delta > 1 + self.epsilon_high, "delta", self.delta, "above 1 + epsilon_high")
+            require(self.delta > 1 + self.epsilon_high, "delta", self.delta, "above 1 + epsilon_high")
         if self.rescale_per_row and self.temperature_objective != "per_row":
             raise ConfigError("rescale_per_row needs temperature_objective = per_row")
         if self.temperature_objective == "corrected" and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0):
@@ -222,7 +224,9 @@ class TrainConfig:
     adam_beta2: float = knob(0.999, "second moment decay of AdamW")
     max_grad_norm: float = knob(1.0, "gradient norm clip; 0: none")
     mixed_precision: Literal["no", "bf16", "fp16"] = knob("no", "autocast precision")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "dtype the weights are loaded in")
+    dtype: Literal["float32", "bfloat16", "auto"] = knob(
+        "float32", "dtype of the trained weights; in bfloat16 small updates round away (mixed_precision saves memory)"
+    )
     cpu: bool = knob(False, "stay on the CPU even where a GPU is present")
     seed: int = knob(42, "seed of data order and sampling")
 
@@ -233,7 +237,7 @@ class TrainConfig:
     save_model: bool = knob(True, "write the trained model to the run directory")
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        check_choices(self)
         for name in (
             "prompts_per_step",
             "micro_batch_size",
@@ -244,17 +248,17 @@ class TrainConfig:
             "reward_workers",
             "num_constraints",
         ):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("eval_samples", "eval_every", "log_completions", "warmup_steps", "weight_decay", "max_grad_norm"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or above")
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or above")
         for name in ("learning_rate", "reward_timeout", "epochs"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
-        _require(0 <= self.adam_beta2 < 1, "adam_beta2", self.adam_beta2, "in [0, 1)")
-        _require(self.steps is None or self.steps >= 1, "steps", self.steps, "at least 1")
-        _require(len(self.reward) >= 1, "reward", self.reward, "at least one reward")
+            require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+        require(0 <= self.adam_beta2 < 1, "adam_beta2", self.adam_beta2, "in [0, 1)")
+        require(self.steps is None or self.steps >= 1, "steps", self.steps, "at least 1")
+        require(len(self.reward) >= 1, "reward", self.reward, "at least one reward")
         if self.reward_weights is not None and len(self.reward_weights) != len(self.reward):
             raise ConfigError(
                 f"reward_weights must have one weight per reward ({len(self.reward)}); got {self.reward_weights}"
             )
         for weight in self.reward_weights or []:
-            _require(math.isfinite(weight), "reward_weights", weight, "finite")
+            require(math.isfinite(weight), "reward_weights", weight, "finite")

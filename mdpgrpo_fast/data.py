@@ -33,7 +33,7 @@ class Example:
 
     def num_constraints(self, default: int) -> int:
         """K: the instructions of the prompt, else its `num_constraints` column, else the default."""
-        return len(self.instruction_ids) or int(self.columns.get("num_constraints", default))
+        return len(self.instruction_ids) or self.columns.get("num_constraints") or default
 
 
 def _parse(row: Any, rules: str) -> Example:
@@ -50,13 +50,19 @@ def _parse(row: Any, rules: str) -> Example:
         raise ValueError(f"'prompt' must be text or chat messages; got {type(prompt).__name__}")
     if not prompt:
         raise ValueError("'prompt' is empty")
-    ids = row.get("instruction_id_list", [])
+    ids = [] if row.get("instruction_id_list") is None else row["instruction_id_list"]
     if ids and "kwargs" not in row:
         raise ValueError("column 'kwargs' is missing beside 'instruction_id_list'")
     kwargs = row.get("kwargs", []) if ids else []
     if not isinstance(ids, list) or not isinstance(kwargs, list) or len(kwargs) != len(ids):
         got = len(kwargs) if isinstance(kwargs, list) else type(kwargs).__name__
-        raise ValueError(f"'kwargs' must be a list with one entry per instruction id ({len(ids)}); got {got}")
+        expected = len(ids) if isinstance(ids, list) else "instruction_id_list is no list"
+        raise ValueError(f"'kwargs' must be a list with one entry per instruction id ({expected}); got {got}")
+    if not all(kw is None or isinstance(kw, dict) for kw in kwargs):
+        raise ValueError("each entry of 'kwargs' must be an object with the instruction's arguments, or null")
+    k = row.get("num_constraints")
+    if k is not None and (not isinstance(k, int) or isinstance(k, bool) or k < 1):
+        raise ValueError(f"'num_constraints' must be a whole number of at least 1; got {k!r}")
     kwargs = [{k: v for k, v in (kw or {}).items() if v is not None} for kw in kwargs]
     for instruction_id, kw in zip(ids, kwargs, strict=True):
         verifiers.validate(instruction_id, kw, rules=rules)
@@ -102,7 +108,10 @@ def tokenize(examples: list[Example], tokenizer: Any, max_prompt_length: int) ->
         prompt = example.prompt
         if template:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            try:
+                text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            except Exception as e:  # templates raise what they like, for a system message for one
+                raise ConfigError(f"prompt {index + 1}: the tokenizer's chat template refuses it: {e}") from None
             row = tokenizer(text, add_special_tokens=False).input_ids
         elif isinstance(prompt, str):
             row = tokenizer(prompt).input_ids

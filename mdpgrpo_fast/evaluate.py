@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .config import ConfigError, knob
+from .config import ConfigError, check_choices, knob, require
 
 if TYPE_CHECKING:
     from .data import Example
@@ -29,10 +29,16 @@ class EvaluateConfig:
     samples: int = knob(0, "prompts to use, from the first; 0: all")
     batch_size: int = knob(64, "prompts answered at once")
     max_prompt_length: int = knob(1024, "longest prompt in tokens; a longer one is an error")
-    max_completion_length: int = knob(1024, "most new tokens of a completion")
+    max_completion_length: int = knob(256, "most new tokens of a completion")
     workers: int = knob(2, "processes that check responses")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "dtype the weights are loaded in")
     cpu: bool = knob(False, "stay on the CPU even where a GPU is present")
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        for name in ("batch_size", "max_prompt_length", "max_completion_length", "workers"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(self.samples >= 0, "samples", self.samples, "0 (all) or positive")
 
 
 def answer(
@@ -80,11 +86,17 @@ def from_scores(examples: list[Example], scores: list[Score]) -> dict[str, Any]:
     return {**accuracy(examples, flags), "reward": sum(totals) / len(totals) if totals else None}
 
 
-def strict_and_loose(scorer: Scorer, examples: list[Example], responses: list[str]) -> dict[str, Any]:
-    """The four accuracies of IFEval (prompt and instruction level, strict and loose), SSR, HSR and per-type rates."""
-    strict = accuracy(examples, scorer.verify(examples, responses, "strict"))
+def strict_and_loose(
+    scorer: Scorer, examples: list[Example], responses: list[str]
+) -> tuple[dict[str, Any], list[list[bool]]]:
+    """The four accuracies of IFEval (prompt and instruction level, strict and loose), SSR, HSR and per-type rates.
+
+    Second: the strict verdicts of each response, by position.
+    """
+    verdicts = scorer.verify(examples, responses, "strict")
+    strict = accuracy(examples, verdicts)
     loose = accuracy(examples, scorer.verify(examples, responses, "loose"))
-    return {
+    result = {
         "prompt_strict": strict["hsr"],
         "instruction_strict": strict["instruction"],
         "prompt_loose": loose["hsr"],
@@ -96,7 +108,9 @@ def strict_and_loose(scorer: Scorer, examples: list[Example], responses: list[st
             t: {"strict": row["rate"], "loose": loose["types"][t]["rate"], "count": row["count"]}
             for t, row in strict["types"].items()
         },
+        "unchecked": scorer.dropped,
     }
+    return result, verdicts
 
 
 def table(result: dict[str, Any]) -> str:
@@ -109,6 +123,8 @@ def table(result: dict[str, Any]) -> str:
         f"{'share per prompt (SSR)':42}{result['ssr']:8.3f}",
     ]
     lines += [f"  {t:34}{row['count']:5} {row['strict']:8.3f}{row['loose']:8.3f}" for t, row in result["types"].items()]
+    if result["unchecked"]:
+        lines.append(f"{result['unchecked']} checks ended without an answer and count as not satisfied")
     return "\n".join(lines)
 
 
@@ -116,10 +132,10 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     """Load, answer, check. Raises ConfigError for anything that cannot be used, before a token is generated."""
     import json
 
-    import torch
+    from accelerate import PartialState
 
     from .data import DEMO_DIR, read_prompts, tokenize
-    from .models import load
+    from .models import load, prompt_limit
     from .rewards import Scorer
     from .rollout import eos_ids
 
@@ -131,13 +147,13 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     if not any(e.instruction_ids for e in examples):
         raise ConfigError(f"no prompt of {config.file!r} has an instruction_id_list: there is nothing to check")
     model, tokenizer = load(config.model, config.dtype)
-    model.to("cuda" if torch.cuda.is_available() and not config.cpu else "cpu").eval()
-    prompts = tokenize(examples, tokenizer, config.max_prompt_length)
+    model.to(PartialState(cpu=config.cpu).device).eval()
+    limit = prompt_limit(model, config.max_prompt_length, config.max_completion_length)
+    prompts = tokenize(examples, tokenizer, limit)
     eos = eos_ids(model, tokenizer)
     responses, finished = answer(model, tokenizer, prompts, eos, config.max_completion_length, config.batch_size)
     with Scorer(["constraints"], rules=config.rules, workers=config.workers) as scorer:
-        result = strict_and_loose(scorer, examples, responses)
-        flags = scorer.verify(examples, responses, "strict") if config.completions else []
+        result, flags = strict_and_loose(scorer, examples, responses)
     result = {**result, "finished": sum(finished) / len(finished), "model": config.model, "file": config.file}
     if config.output:
         Path(config.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

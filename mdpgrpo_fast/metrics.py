@@ -10,10 +10,10 @@ from torch import Tensor
 from .config import MDPGRPOConfig
 from .reference import Advantages, TokenLoss
 
+GOAL = 0.5  # the share of constraints under which a response counts as a failure, the paper's goal mean
 
-def group_health(
-    rewards: Tensor, valid: Tensor, adv: Advantages, config: MDPGRPOConfig, has_kl: bool
-) -> dict[str, float]:
+
+def group_health(rewards: Tensor, valid: Tensor, adv: Advantages, has_kl: bool) -> dict[str, float]:
     """Shares of the P groups with a known weakness of z-score GRPO, and reward statistics. rewards, valid: (P, G)."""
     best = rewards.masked_fill(~valid, -torch.inf).amax(1)
     still = (adv.advantage == 0).all(1)
@@ -25,7 +25,7 @@ def group_health(
         "zero_variance_groups": (adv.std == 0).float().mean().item(),
         "large_z_groups": (adv.z.abs().amax(1) > 2).float().mean().item(),
         # All members under the goal, and yet plain z would reinforce the best of them.
-        "gain_below_goal_groups": ((best < 0.5) & (adv.z.amax(1) > 0)).float().mean().item(),
+        "gain_below_goal_groups": ((best < GOAL) & (adv.z.amax(1) > 0)).float().mean().item(),
         "zero_gradient_groups": 0.0 if has_kl else still.float().mean().item(),
     }
 

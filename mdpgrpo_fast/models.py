@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -24,29 +25,27 @@ def load(path: str | None, dtype: str = "auto") -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError, KeyError) as e:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as e:
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise ConfigError(f"model {source!r} cannot be loaded: {reason}") from None
     return model, tokenizer
 
 
-def disable_dropout(model: torch.nn.Module) -> None:
-    """Set every dropout to 0: it would make the ratio differ from 1 on-policy (trl#3234)."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    config = getattr(model, "config", None)
-    for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"):
-        if getattr(config, name, 0):
-            setattr(config, name, 0.0)
-    for module in model.modules():
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
-
-
 def context_length(model: Any) -> int | None:
     """Positions the model was built for, where its configuration says so."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def prompt_limit(model: Any, max_prompt_length: int, max_completion_length: int) -> int:
+    """Longest prompt in tokens that leaves room for a completion. Raises ConfigError where there is none."""
+    room = context_length(model)
+    if room is None:
+        return max_prompt_length
+    if max_completion_length >= room:
+        raise ConfigError(
+            f"max_completion_length must be below the model's {room} positions; got {max_completion_length}"
+        )
+    return min(max_prompt_length, room - max_completion_length)
 
 
 def completion_logits(model: Any, prompt_ids: Tensor, prompt_mask: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -56,15 +55,14 @@ def completion_logits(model: Any, prompt_ids: Tensor, prompt_mask: Tensor, token
     """
     width = tokens.shape[1]
     attention = torch.cat([prompt_mask, mask], 1).long()
-    # Left padding shifts positions unless they are told (trl#3722).
+    # Left padding shifts positions unless they are told (trl#3722); a model without position ids derives its own.
     positions = (attention.cumsum(1) - 1).clamp(min=0)
-    inner = getattr(model, "module", model)
-    keep = {"logits_to_keep": width + 1} if "logits_to_keep" in inspect.signature(inner.forward).parameters else {}
+    accepted = inspect.signature(getattr(model, "module", model).forward).parameters
+    options = {"logits_to_keep": width + 1, "position_ids": positions}
     out = model(
         input_ids=torch.cat([prompt_ids, tokens], 1),
         attention_mask=attention,
-        position_ids=positions,
         use_cache=False,
-        **keep,
+        **{k: v for k, v in options.items() if k in accepted},
     )
     return out.logits[:, -(width + 1) : -1]

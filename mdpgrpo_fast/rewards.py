@@ -47,8 +47,8 @@ def load_reward(spec: str) -> RewardFunction:
         raise ConfigError(f"reward must be 'constraints' or module:function; got {spec!r}")
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as e:
-        raise ConfigError(f"reward {spec!r} cannot be loaded: {e}") from None
+    except Exception as e:  # whatever a user's module does when it is imported
+        raise ConfigError(f"reward {spec!r} cannot be loaded: {' '.join(str(e).split())}") from None
     if not callable(function):
         raise ConfigError(f"reward {spec!r} is not a function")
     return function
@@ -62,6 +62,13 @@ class Score:
     parts: list[float | None]
     satisfied: list[bool] | None
     problem: str | None = None
+
+
+def _load_rewards(specs: list[str]) -> None:
+    """Runs once in each worker: a module's import takes its time before a response's time limit starts."""
+    for spec in specs:
+        if spec != "constraints":
+            load_reward(spec)
 
 
 def _verify_one(rules: str, mode: str, example: Example, response: str) -> list[bool]:
@@ -78,11 +85,13 @@ def _score_one(specs: list[str], rules: str, example: Example, response: str) ->
         if spec == "constraints":
             parts.append(share)
         else:
-            columns = {k: [v] for k, v in example.columns.items() if k not in ("prompt", "completion")}
+            taken = ("prompt", "completion", "prompts", "completions")
+            columns = {k: [v] for k, v in example.columns.items() if k not in taken}
             chat = not isinstance(example.prompt, str)
             completion: Any = [{"role": "assistant", "content": response}] if chat else response
             values = load_reward(spec)(prompts=[example.prompt], completions=[completion], **columns)
-            parts.append(next(iter(values)))
+            value = next(iter(values))
+            parts.append(None if value is None else float(value))
     return parts, flags
 
 
@@ -104,15 +113,18 @@ class Scorer:
         workers: int = 2,
         on_bad_reward: str = "error",
     ) -> None:
-        for spec in specs:
-            if spec != "constraints":
-                load_reward(spec)
+        _load_rewards(specs)
         self.specs, self.rules = list(specs), rules
         self.weights = list(weights) if weights is not None else [1.0] * len(specs)
         self.timeout, self.drop_bad = timeout, on_bad_reward == "drop"
         self.dropped = 0
         # Spawned workers import the verifiers alone: no torch, no threads copied in the middle of a lock.
-        self._pool = ProcessPool(max_workers=workers, context=multiprocessing.get_context("spawn"))
+        self._pool = ProcessPool(
+            max_workers=workers,
+            context=multiprocessing.get_context("spawn"),
+            initializer=_load_rewards,
+            initargs=(self.specs,),
+        )
 
     def __enter__(self) -> Scorer:
         return self
@@ -164,16 +176,16 @@ class Scorer:
         except Exception as e:
             reason = " ".join(str(e).split())[:200]
             return self._drop(f"the scorer raised {type(e).__name__}: {reason}")
-        values = [None if p is None or not math.isfinite(p) else float(p) for p in parts]
+        values = [None if p is None or not math.isfinite(p) else p for p in parts]
         if None in values:
             spec = self.specs[values.index(None)]
             got, pair = parts[values.index(None)], f"prompt {example.text[:80]!r}, response {response[:80]!r}"
             if not self.drop_bad:
                 raise RewardError(f"reward {spec!r} gave {got!r} for {pair}; on_bad_reward = drop leaves it out")
-            return self._drop(f"reward {spec!r} gave {got!r} for {pair}")
+            return self._drop(f"reward {spec!r} gave {got!r} for {pair}", flags)
         total = sum(w * v for w, v in zip(self.weights, values, strict=True) if v is not None)
         return Score(total, values, flags)
 
-    def _drop(self, problem: str) -> Score:
+    def _drop(self, problem: str, satisfied: list[bool] | None = None) -> Score:
         self.dropped += 1
-        return Score(None, [None] * len(self.specs), None, problem)
+        return Score(None, [None] * len(self.specs), satisfied, problem)

@@ -72,16 +72,19 @@ class RowSampler(LogitsProcessor):
 
 
 def eos_ids(model: Any, tokenizer: Any) -> list[int]:
-    """All end-of-sequence ids: the tokenizer's, the model's and those of its generation settings.
+    """All end-of-sequence ids: the tokenizer's, and those of the model's settings that are its special tokens.
 
-    Raises: ConfigError where there is none.
+    (A configuration that names none still has its class's default id, which may be an ordinary token.)
+
+    Raises: ConfigError where the tokenizer has none.
     """
-    ids: set[int] = set()
-    for source in (tokenizer, model.config, model.generation_config):
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("the tokenizer has no end-of-sequence token (eos_token)")
+    ids = {tokenizer.eos_token_id}
+    for source in (model.config, model.generation_config):
         eos = getattr(source, "eos_token_id", None)
-        ids.update(eos if isinstance(eos, (list, tuple)) else [] if eos is None else [eos])
-    if not ids:
-        raise ConfigError("the tokenizer has no end-of-sequence token (eos_token) and the model names none")
+        named = eos if isinstance(eos, (list, tuple)) else [eos]
+        ids.update(i for i in named if i in tokenizer.added_tokens_decoder)
     return sorted(ids)
 
 

@@ -19,9 +19,14 @@ from .rewards import Score
 
 
 def move_aside(path: Path) -> Path | None:
-    """Rename an earlier run of this name to the first free `name.1`, `name.2` …; returns where it went."""
+    """Rename an earlier run of this name to the first free `name.1`, `name.2` …; returns where it went.
+
+    Raises: ConfigError where the path holds something else than a run, which is left alone.
+    """
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return None
+    if not any((path / name).exists() for name in ("config.yaml", "metrics.jsonl", "summary.json")):
+        raise ConfigError(f"output_dir {str(path)!r} exists and is no earlier run")
     number = 1
     while (old := path.with_name(f"{path.name}.{number}")).exists():
         number += 1
@@ -30,12 +35,18 @@ def move_aside(path: Path) -> Path | None:
 
 
 class RunDir:
-    """Files of one run; JSON lines are flushed line by line, so that a killed run keeps what it had."""
+    """Files of one run; JSON lines are flushed line by line, so that a killed run keeps what it had.
 
-    def __init__(self, path: str | Path) -> None:
+    `create` is False on all ranks but the first, which makes the directory and alone writes to it.
+    """
+
+    def __init__(self, path: str | Path, create: bool = True) -> None:
         self.path = Path(path)
+        self.moved: Path | None = None
+        if not create:
+            return
         try:
-            self.moved = move_aside(self.path)
+            self.moved = move_aside(self.path.absolute())
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise ConfigError(f"output_dir {str(path)!r} cannot be made: {e.strerror or e}") from None
@@ -86,6 +97,12 @@ def progress_values(row: dict[str, Any], hsr: float | None, ssr: float | None) -
         f"{shares}r {row['reward']:.2f} KL {row['kl']:.4f} clip {row['clip_low'] + row['clip_high']:.3f} "
         f"H {row['entropy']:.2f} {row['tokens_per_second']:.0f} tok/s"
     )
+
+
+def spread(count: int, limit: int) -> list[int]:
+    """At most `limit` indices below `count`, evenly spaced: rows of like prompts stand next to each other."""
+    limit = min(count, limit)
+    return [i * count // limit for i in range(limit)]
 
 
 def sample_table(rows: list[dict[str, Any]], limit: int = 4) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from .config import ConfigError, TrainConfig
 from .data import DEMO_DIR, Example, read_prompts, tokenize
-from .models import context_length, load
+from .models import load, prompt_limit
 from .rollout import eos_ids
 from .runlog import check_trackers
 
@@ -28,6 +30,8 @@ class Task:
 def prepare(run: TrainConfig) -> Task:
     """Everything that can be wrong with the input is found here. Raises ConfigError."""
     check_trackers(run.report_to)
+    if run.mixed_precision == "fp16" and (run.cpu or not torch.cuda.is_available()):
+        raise ConfigError("mixed_precision fp16 needs a GPU; bf16 works on the CPU too")
     embedded = run.model is None
     if run.train_file is None and not embedded:
         raise ConfigError("train_file is required with a model of your own")
@@ -37,11 +41,6 @@ def prepare(run: TrainConfig) -> Task:
         held_out = read_prompts(run.eval_file or DEMO_DIR / "heldout.jsonl", run.rules)[: run.eval_samples or None]
     model, tokenizer = load(run.model, run.dtype)
     eos = eos_ids(model, tokenizer)
-    longest = run.max_prompt_length
-    room = context_length(model)
-    if room is not None:
-        longest = min(longest, room - run.max_completion_length)
-        if longest < 1:
-            raise ConfigError(f"max_completion_length must be below the model's {room} positions; got {room - longest}")
+    longest = prompt_limit(model, run.max_prompt_length, run.max_completion_length)
     train_ids, held_out_ids = tokenize(train, tokenizer, longest), tokenize(held_out, tokenizer, longest)
     return Task(model, tokenizer, eos, train, train_ids, held_out, held_out_ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import fields
 from typing import Any
 
 from .config import PRESETS, MDPGRPOConfig, TrainConfig
@@ -26,6 +27,10 @@ def resolve(argv: list[str]) -> tuple[TrainConfig, MDPGRPOConfig]:
     early, rest = first.parse_known_args(argv)
     given = {k: v for k, v in (("preset", early.preset), ("model", early.model)) if v is not None}
     from_file = read_yaml(early.config) if early.config else {}
+    if early.preset is not None and early.preset != from_file.get("preset", early.preset):
+        # The file's method settings follow from its own preset; a preset on the command line replaces both.
+        method_knobs = {f.name for f in fields(MDPGRPOConfig)}
+        from_file = {k: v for k, v in from_file.items() if k not in method_knobs}
     model = given.get("model", from_file.get("model"))
     demo = {} if model is not None else read_yaml(DEMO_DIR / "demo.yaml")
     name = given.get("preset", from_file.get("preset", demo.get("preset", "paper")))
@@ -48,7 +53,9 @@ def main(argv: list[str] | None = None) -> int:
         run, method = resolve(sys.argv[1:] if argv is None else argv)
 
         # Heavy imports only now: `--help` and a wrong flag answer at once.
-        from .rewards import Scorer
+        from accelerate import PartialState
+
+        from .rewards import RewardError, Scorer
         from .runlog import RunDir
         from .task import prepare
         from .trainer import Trainer
@@ -63,8 +70,11 @@ def main(argv: list[str] | None = None) -> int:
             on_bad_reward=run.on_bad_reward,
         )
         scorer.check(task.train)
-        out = RunDir(run.output_dir)
-        out.write_config(run, method)
+        scorer.check(task.held_out)
+        state = PartialState(cpu=run.cpu)
+        out = RunDir(run.output_dir, create=state.is_main_process)
+        if state.is_main_process:
+            out.write_config(run, method)
     if out.moved:
         print(f"an earlier {out.path} is now {out.moved}", file=sys.stderr)
     if method.temperature_objective == "paper" and any(t != 1 for t in method.slot_temperatures):
@@ -73,9 +83,13 @@ def main(argv: list[str] | None = None) -> int:
             "the paper does; --temperature-objective per_row or corrected makes the log-probs agree",
             file=sys.stderr,
         )
-    with scorer:
-        trainer = Trainer(task, run, method, out, scorer)
-        summary = trainer.train()
+    try:
+        with scorer:
+            trainer = Trainer(task, run, method, out, scorer)
+            summary = trainer.train()
+    except RewardError as e:
+        print(f"error: {e}; what was learned until then is in {out.path}", file=sys.stderr)
+        return 1
     if trainer.accelerator.is_main_process:
         from .report import write_report
 

@@ -19,7 +19,7 @@ from . import __version__, evaluate, ops
 from .config import MDPGRPOConfig, TrainConfig
 from .data import Example, batches
 from .metrics import TokenStatistics, group_health, slot_statistics, why_zero
-from .models import completion_logits, disable_dropout
+from .models import completion_logits
 from .reference import Advantages, default_denominator
 from .rewards import RewardError, Score, Scorer
 from .rollout import Rollout, decode, generate
@@ -31,6 +31,7 @@ from .runlog import (
     progress_values,
     sample_table,
     shares,
+    spread,
     tracker_values,
 )
 from .task import Task
@@ -61,11 +62,11 @@ class Trainer:
         )
         # Data order is the same on every rank, sampling differs (trl#2824).
         torch.manual_seed(run.seed + self.accelerator.process_index)
-        disable_dropout(task.model)
-        self.reference = copy.deepcopy(task.model).eval().requires_grad_(False) if method.needs_reference else None
+        # Never in training mode: dropout would make the ratio differ from 1 on-policy (trl#3234).
+        task.model.eval()
+        self.reference = copy.deepcopy(task.model).requires_grad_(False) if method.needs_reference else None
         if self.reference is not None:
             self.reference.to(self.accelerator.device)
-        task.model.train()
         parameters = [p for p in task.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             parameters, lr=run.learning_rate, betas=(0.9, run.adam_beta2), weight_decay=run.weight_decay
@@ -73,10 +74,12 @@ class Trainer:
         per_step = run.prompts_per_step * self.accelerator.num_processes
         self.steps = run.steps or max(1, round(run.epochs * len(task.train) / per_step))
         self.model, self.optimizer = self.accelerator.prepare(task.model, optimizer)
+        schedule = "constant_with_warmup" if run.lr_schedule == "constant" else run.lr_schedule
         self.scheduler = transformers.get_scheduler(
-            run.lr_schedule, optimizer, run.warmup_steps, self.steps * run.updates_per_rollout
+            schedule, optimizer, run.warmup_steps, self.steps * run.updates_per_rollout
         )
         self.problem = ""
+        self.done = 0
         self.last_rows: list[dict[str, Any]] = []
         self.order = batches(len(task.train), per_step, self.steps, run.seed)
 
@@ -105,8 +108,6 @@ class Trainer:
         problems = [s.problem for s in scores if s.problem]
         if problems:
             self.problem = problems[0]
-        if len(problems) == len(scores):
-            raise RewardError(f"every sample of this step was dropped; the first because {self.problem}")
         totals = torch.tensor([0.0 if s.total is None else s.total for s in scores], device=device).view(-1, g)
         valid = torch.tensor([s.total is not None for s in scores], device=device).view(-1, g)
         k = torch.tensor([self.task.train[i].num_constraints(self.run.num_constraints) for i in rows], device=device)
@@ -150,13 +151,14 @@ class Trainer:
         if self.reference is None:
             return [None] * len(pieces)
         return [
-            ops.token_logprobs(
-                completion_logits(self.reference, *p["inputs"]),
-                p["inputs"][2],
-                temperature=self.method.kl_temperature,
-            )[0]
+            ops.token_logprobs(self.reference_logits(p), p["inputs"][2], temperature=self.method.kl_temperature)[0]
             for p in pieces
         ]
+
+    def reference_logits(self, piece: dict[str, Any]) -> Tensor:
+        # In the policy's own precision, or the KL of two equal models would not be 0.
+        with self.accelerator.autocast():
+            return completion_logits(self.reference, *piece["inputs"]).float()
 
     def update(self, batch: Batch) -> dict[str, Any]:
         """All optimiser updates on one batch. Normalisers are those of the whole batch, all ranks and micro-batches."""
@@ -223,7 +225,7 @@ class Trainer:
 
         has_kl = self.reference is not None
         quality = evaluate.from_scores(batch.examples, batch.scores)
-        row.update(group_health(batch.rewards, batch.valid, batch.adv, self.method, has_kl))
+        row.update(group_health(batch.rewards, batch.valid, batch.adv, has_kl))
         row.update(
             hsr=quality["hsr"],
             ssr=quality["ssr"],
@@ -260,6 +262,9 @@ class Trainer:
         scores = self.scorer([task.held_out[i] for i in mine], responses)
         gathered = sorted(gather_object(list(zip(mine, responses, finished, scores, strict=True))), key=lambda x: x[0])
         result = evaluate.from_scores([task.held_out[i] for i, *_ in gathered], [s for *_, s in gathered])
+        problems = [s.problem for *_, s in gathered if s.problem]
+        if problems:
+            self.say(f"{len(problems)} held-out samples count as unsatisfied, the first because {problems[0]}")
         self.log({"step": step, "eval": result})
         for i, response, done, score in gathered if phase and acc.is_main_process else []:
             row = completion_row(step, phase or "", task.held_out[i], response, 0.0, score, None, done)
@@ -287,58 +292,75 @@ class Trainer:
                 advantage[i],
                 bool(rollout.finished[i]),
             )
-            for i in range(min(self.run.log_completions, len(batch.responses)))
+            for i in spread(len(batch.responses), self.run.log_completions)
         ]
         for row in self.last_rows:
             self.out.append("completions.jsonl", row)
 
     def train(self) -> dict[str, Any]:
-        """Evaluate, run all steps, evaluate, save. Ctrl-C stops early and keeps what was learned."""
-        from tqdm.auto import tqdm
-
+        """Evaluate, run all steps, save, evaluate. Ctrl-C or an unusable reward stops early and keeps the model."""
         acc, run = self.accelerator, self.run
         if run.report_to:
             acc.init_trackers("mdpgrpo_fast", config=flat_config(run, self.method))
         started = time.perf_counter()
-        before = self.evaluate(0, "before")
-        self.say(f"held-out before: {shares(before)}")
-        train_started, done, interrupted = time.perf_counter(), 0, False
-        bar = tqdm(total=self.steps, disable=not acc.is_main_process, dynamic_ncols=True, mininterval=1.0)
-        said: set[str] = set()
+        before = after = None
+        train_seconds, stopped, failure = 0.0, False, None
         try:
-            for done, rows in enumerate(self.order, 1):
-                row = self.step(done, rows)
+            before = self.evaluate(0, "before")
+            self.say(f"held-out before: {shares(before)}")
+            train_started = time.perf_counter()
+            try:
+                self.loop()
+            finally:
+                train_seconds = time.perf_counter() - train_started
+                self.save()
+            after = self.evaluate(self.done, "after")
+            self.say(f"held-out after: {shares(after)}")
+        except KeyboardInterrupt:
+            stopped = True
+            self.say(f"interrupted after {self.done} steps")
+        except RewardError as e:
+            stopped, failure = True, e
+        summary = self.summary(before, after, self.done, train_seconds, time.perf_counter() - started)
+        summary["interrupted"] = stopped
+        if acc.is_main_process:
+            self.out.write_json("summary.json", summary)
+        if run.report_to:
+            acc.end_training()
+        if failure is not None:
+            raise failure
+        return summary
+
+    def loop(self) -> None:
+        """All steps, each logged as soon as it is done; `done` counts them."""
+        from tqdm.auto import tqdm
+
+        run = self.run
+        bar = tqdm(total=self.steps, disable=not self.accelerator.is_main_process, dynamic_ncols=True, mininterval=1.0)
+        said: set[str] = set()
+        with bar:
+            for number, rows in enumerate(self.order, 1):
+                row = self.step(number, rows)
                 self.log(row)
+                self.done = number
                 bar.update()
                 bar.set_postfix_str(progress_values(row, row["hsr"], row["ssr"]), refresh=False)
                 if row["note"] and row["note"] not in said:
                     said.add(row["note"])
-                    self.say(f"step {done}: {row['note']}")
+                    self.say(f"step {number}: {row['note']}")
                 if row["dropped"] and "dropped" not in said:
                     said.add("dropped")
-                    self.say(f"step {done}: {row['dropped']} samples dropped, the first because {self.problem}")
-                if done % max(1, self.steps // 4) == 0 and run.log_completions:
-                    self.say(f"step {done}, some completions:\n{sample_table(self.last_rows)}")
-                if run.eval_every and done % run.eval_every == 0 and done < self.steps:
-                    self.evaluate(done)
-        except KeyboardInterrupt:
-            interrupted = True
-            self.say(f"interrupted after {done - 1} steps; saving what was learned")
-        bar.close()
-        train_seconds = time.perf_counter() - train_started
-        after = None if interrupted else self.evaluate(done, "after")
-        self.say(f"held-out after: {shares(after)}")
-        summary = self.summary(before, after, done - interrupted, train_seconds, time.perf_counter() - started)
-        summary["interrupted"] = interrupted
-        if acc.is_main_process:
-            if run.save_model:
-                model = acc.unwrap_model(self.model)
-                model.save_pretrained(self.out.path / "model")
-                self.task.tokenizer.save_pretrained(self.out.path / "model")
-            self.out.write_json("summary.json", summary)
-        if run.report_to:
-            acc.end_training()
-        return summary
+                    self.say(f"step {number}: {row['dropped']} samples dropped, the first because {self.problem}")
+                if number % max(1, self.steps // 4) == 0 and run.log_completions:
+                    self.say(f"step {number}, some completions:\n{sample_table(self.last_rows)}")
+                if run.eval_every and number % run.eval_every == 0 and number < self.steps:
+                    self.evaluate(number)
+
+    def save(self) -> None:
+        """The model as it stands, in from_pretrained form."""
+        if self.run.save_model and self.accelerator.is_main_process:
+            self.accelerator.unwrap_model(self.model).save_pretrained(self.out.path / "model")
+            self.task.tokenizer.save_pretrained(self.out.path / "model")
 
     def summary(
         self, before: dict[str, Any] | None, after: dict[str, Any] | None, steps: int, train_s: float, total_s: float

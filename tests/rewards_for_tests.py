@@ -59,3 +59,15 @@ def always_boom(prompts, completions, **columns):
 
 
 NOT_A_FUNCTION = 3
+
+
+def sometimes_nan(prompts, completions, **columns):
+    return [float("nan") if sum(map(ord, completions[0])) % 50 == 0 else 0.5]
+
+
+def text(prompts, completions, **columns):
+    return ["high"]
+
+
+def none_for_bad(prompts, completions, **columns):
+    return [None]

@@ -64,6 +64,20 @@ def test_a_runs_own_config_starts_the_same_run(tmp_path: Path) -> None:
     assert train.resolve(["--config", str(path)]) == (run, method)
 
 
+def test_a_preset_flag_replaces_the_method_of_a_runs_own_config(tmp_path: Path) -> None:
+    run, method = train.resolve(["--seed", "3"])
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"run": dataclasses.asdict(run), "method": dataclasses.asdict(method)}))
+    again, other = train.resolve(["--config", str(path), "--preset", "grpo"])
+    assert again.seed == 3 and again.preset == "grpo" and other == preset("grpo", num_generations=4)
+
+
+def test_null_in_the_file_undoes_a_lower_layer(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("steps: null\n")
+    assert train.resolve([])[0].steps is not None and train.resolve(["--config", str(path)])[0].steps is None
+
+
 def test_every_knob_is_a_flag_with_help() -> None:
     for cls in (TrainConfig, MDPGRPOConfig, evaluate.EvaluateConfig):
         assert all(f.metadata["help"] for f in dataclasses.fields(cls))
@@ -96,6 +110,7 @@ def test_every_knob_is_a_flag_with_help() -> None:
             ["--reward", "constraints", "--reward-weights", "1", "2"],
             "reward_weights must have one weight per reward (1)",
         ),
+        (["--mixed-precision", "fp16", "--cpu"], "mixed_precision fp16 needs a GPU"),
         (["--max-prompt-length", "5"], "over the limit of 5"),
         (["--max-completion-length", "4096"], "max_completion_length must be below the model's"),
         (["--temperature-objective", "corrected", "--top-k", "5"], "temperature_objective = corrected needs full-voc"),
@@ -134,7 +149,6 @@ def test_tokenizer_without_eos(tmp_path: Path, model_dirs: dict[str, str], promp
     model = AutoModelForCausalLM.from_pretrained(model_dirs["llama"])
     tokenizer = AutoTokenizer.from_pretrained(model_dirs["llama"])
     tokenizer.eos_token = None
-    model.config.eos_token_id = model.generation_config.eos_token_id = None
     model.save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")
     with pytest.raises(SystemExit) as stop:
@@ -148,6 +162,9 @@ def test_tokenizer_without_eos(tmp_path: Path, model_dirs: dict[str, str], promp
         (["--fil", "x"], "unknown flag '--fil'; did you mean '--file'?"),
         (["--file", "none.jsonl"], "prompt file 'none.jsonl' does not exist"),
         (["--model", "/no/such/model"], "cannot be loaded"),
+        (["--batch-size", "0"], "batch_size must be at least 1; got 0"),
+        (["--samples", "-1"], "samples must be 0 (all) or positive; got -1"),
+        (["--max-completion-length", "600"], "max_completion_length must be below the model's 512 positions; got 600"),
         (["--output", "/no/such/folder/x.json"], "the folder of '/no/such/folder/x.json' does not exist"),
     ],
 )

@@ -42,6 +42,10 @@ def test_num_constraints_column(tmp_path: Path) -> None:
         ({"prompt": ""}, r":2: 'prompt' is empty"),
         ({"prompt": [{"role": "user"}]}, r":2: each message"),
         ({"prompt": "x", "instruction_id_list": ["punctuation:no_comma"]}, r":2: column 'kwargs' is missing"),
+        ({**GOOD, "kwargs": ["a"]}, r":2: each entry of 'kwargs' must be an object"),
+        ({**GOOD, "instruction_id_list": 3}, r":2: 'kwargs' must be a list .*instruction_id_list is no list"),
+        ({"prompt": "x", "num_constraints": 0}, r":2: 'num_constraints' must be a whole number of at least 1; got 0"),
+        ({"prompt": "x", "num_constraints": "x"}, r":2: 'num_constraints' must be a whole number"),
         ({**GOOD, "kwargs": [{}, {}]}, r":2: 'kwargs' must be a list with one entry per instruction id \(1\); got 2"),
         ({**GOOD, "instruction_id_list": ["punctuation:no_coma"]}, r":2: unknown instruction id .*no_comma"),
         ({**GOOD, "instruction_id_list": ["length_constraints:number_words"]}, r":2: .*(num_words|relation)"),
@@ -50,6 +54,12 @@ def test_num_constraints_column(tmp_path: Path) -> None:
 def test_bad_line_is_named(tmp_path: Path, line: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read_prompts(write(tmp_path / "p.jsonl", GOOD, line))
+
+
+def test_null_columns_are_absent_columns(tmp_path: Path) -> None:
+    row = {"prompt": "x", "instruction_id_list": None, "kwargs": None, "num_constraints": None}
+    (example,) = read_prompts(write(tmp_path / "p.jsonl", row))
+    assert example.instruction_ids == [] and example.num_constraints(2) == 2
 
 
 def test_missing_and_empty_files(tmp_path: Path) -> None:
@@ -84,6 +94,13 @@ def test_chat_template_is_applied_where_there_is_one(tmp_path: Path) -> None:
     assert "".join(map(chr, messages)) == "[system]S[user]U[assistant]"
     with pytest.raises(ConfigError, match="prompt 1 has 24 tokens, over the limit of 23"):
         tokenize(examples, tokenizer, 23)
+
+    def refuse(*args: object, **kwargs: object) -> str:
+        raise KeyError("system role not supported")
+
+    tokenizer.apply_chat_template = refuse  # type: ignore[method-assign]
+    with pytest.raises(ConfigError, match=r"prompt 1: the tokenizer's chat template refuses it: .*system role"):
+        tokenize(examples, tokenizer, 100)
 
 
 def test_batches_visit_every_prompt_once_an_epoch_in_seeded_order() -> None:

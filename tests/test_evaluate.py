@@ -32,7 +32,8 @@ def test_a_dropped_sample_counts_as_nothing_satisfied() -> None:
 def test_strict_and_loose_and_their_table() -> None:
     responses = ['Sure:\n"Hi."', "No, no", "x"]
     with Scorer(["constraints"]) as scorer:
-        result = evaluate.strict_and_loose(scorer, EXAMPLES, responses)
+        result, verdicts = evaluate.strict_and_loose(scorer, EXAMPLES, responses)
+    assert verdicts == [[True, False], [False], []]
     assert (result["prompt_strict"], result["prompt_loose"]) == (0.0, 0.5)
     assert result["instruction_strict"] == pytest.approx(1 / 3) and result["instruction_loose"] == pytest.approx(2 / 3)
     text = evaluate.table(result)

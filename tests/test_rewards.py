@@ -57,6 +57,16 @@ def test_a_broken_scorer_costs_its_own_sample(name: str, reason: str) -> None:
     assert reason in (rows[1].problem or "")
 
 
+def test_a_reward_that_is_no_number_costs_its_sample() -> None:
+    (row,), dropped = score(["rewards_for_tests:text"], ["a"])
+    assert row.total is None and dropped == 1 and "ValueError" in (row.problem or "")
+
+
+def test_a_dropped_sample_keeps_its_verdicts() -> None:
+    (row,), _ = score(["constraints", "rewards_for_tests:none_for_bad"], ['"Hi."'], on_bad_reward="drop")
+    assert row.total is None and row.satisfied == [True, True, True]
+
+
 @pytest.mark.parametrize("name", ["none", "nan"])
 def test_none_and_nan_are_errors_unless_dropped(name: str) -> None:
     spec = [f"rewards_for_tests:{name}"]

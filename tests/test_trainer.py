@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
-from mdpgrpo_fast import ops, train
-from mdpgrpo_fast.config import MDPGRPOConfig, TrainConfig, preset
+from mdpgrpo_fast import evaluate, ops, train
+from mdpgrpo_fast.config import ConfigError, MDPGRPOConfig, TrainConfig, preset
 from mdpgrpo_fast.models import completion_logits
 from mdpgrpo_fast.rewards import RewardError, Scorer
 from mdpgrpo_fast.runlog import RunDir, move_aside, sample_table, tracker_values
@@ -116,6 +117,26 @@ def test_bf16_autocast_stays_close_to_float32(tmp_path: Path) -> None:
     assert half["grad_norm"] == pytest.approx(full["grad_norm"], rel=0.1)
 
 
+@pytest.mark.parametrize(("family", "precision"), [("gpt2", "no"), ("opt", "no"), ("llama", "bf16")])
+def test_kl_to_an_equal_reference_is_zero(
+    tmp_path: Path, model_dirs: dict[str, str], family: str, precision: str
+) -> None:
+    """No dropout, whatever way a model has it (trl#3234), and the reference in the policy's own precision."""
+    path, data = model_dirs.get(family), tmp_path / "p.jsonl"
+    if family == "opt":
+        path = str(tmp_path / "opt")
+        tokenizer = AutoTokenizer.from_pretrained(model_dirs["llama"])
+        sizes = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        config = OPTConfig(vocab_size=len(tokenizer), dropout=0.5, word_embed_proj_dim=32, eos_token_id=1, **sizes)
+        OPTForCausalLM(config).save_pretrained(path)
+        tokenizer.save_pretrained(path)
+    data.write_text(json.dumps({"prompt": "hello"}) + "\n")
+    knobs = {"model": path, "train_file": str(data), "reward": ["rewards_for_tests:vowels"], "prompts_per_step": 1}
+    trainer = run_small(tmp_path, steps=1, mixed_precision=precision, max_prompt_length=64, **knobs)
+    assert rows(trainer)[0]["kl"] == 0 and rows(trainer)[0]["kl_clamped"] == 0
+    assert not any(m.training for m in trainer.model.modules())
+
+
 def test_reference_is_skipped_where_both_betas_are_zero(tmp_path: Path) -> None:
     trainer = run_small(tmp_path, preset("grpo", num_generations=4, kl_beta_pos=0.0))
     assert trainer.reference is None and all(r["kl"] == 0 for r in rows(trainer))
@@ -148,8 +169,16 @@ def test_a_failing_scorer_costs_samples_not_the_run(tmp_path: Path) -> None:
     dropped = sum(r["dropped"] for r in rows(trainer))
     summary = json.loads((trainer.out.path / "summary.json").read_text())
     assert 0 < dropped <= summary["dropped_samples"], "the summary counts the held-out samples too"
-    with pytest.raises(RewardError, match="every sample of this step was dropped; the first because the scorer raised"):
-        run_small(tmp_path, name="all", reward=["rewards_for_tests:always_boom"])
+    nothing = run_small(tmp_path, name="all", reward=["rewards_for_tests:always_boom"])
+    assert [r["dropped"] for r in rows(nothing)] == [8, 8] and "no token counts" in rows(nothing)[0]["note"]
+    assert "KeyError" in nothing.problem
+
+
+def test_an_unusable_reward_ends_the_run_and_keeps_the_model(tmp_path: Path) -> None:
+    with pytest.raises(RewardError, match="gave nan for prompt"):
+        run_small(tmp_path, reward=["rewards_for_tests:sometimes_nan"], steps=50)
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["interrupted"]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
@@ -164,14 +193,41 @@ def test_real_architectures_train_from_the_command_line(
     assert train.main([*argv, "--prompts-per-step", "1", "--output-dir", str(out)]) == 0
     summary = json.loads((out / "summary.json").read_text())
     assert summary["steps"] == 2 and summary["hsr_before"] is None
-    from transformers import AutoModelForCausalLM
-
     before, after = (AutoModelForCausalLM.from_pretrained(p) for p in (model_dirs[family], out / "model"))
     moved = [not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True)]
     assert any(moved)
     if family == "gemma2":
         assert after.config.final_logit_softcapping == before.config.final_logit_softcapping
     assert "report" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("family", "template"), [("llama", True), ("qwen2", False), ("gemma2", False)])
+def test_real_prompts_train_and_evaluate(
+    tmp_path: Path, model_dirs: dict[str, str], shared_data: Any, family: str, template: bool
+) -> None:
+    """The authors' prompts under their rules, IFEval's held out, with each architecture."""
+    model = AutoModelForCausalLM.from_pretrained(model_dirs[family])
+    model.config.max_position_embeddings = 4096
+    model.save_pretrained(tmp_path / "m")
+    tokenizer = AutoTokenizer.from_pretrained(model_dirs[family])
+    if template:
+        tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
+    tokenizer.save_pretrained(tmp_path / "m")
+    files = []
+    for name in ("mdpgrpo_test.jsonl", "ifeval_prompts.jsonl"):
+        lines = sorted(shared_data(name).read_text(encoding="utf-8").splitlines(), key=len)[:6]
+        files.append(tmp_path / name)
+        files[-1].write_text("\n".join(lines), encoding="utf-8")
+    out = tmp_path / "run"
+    argv = ["--model", str(tmp_path / "m"), "--train-file", str(files[0]), "--eval-file", str(files[1])]
+    argv += ["--rules", "mdpgrpo", "--steps", "1", "--prompts-per-step", "2", "--max-completion-length", "8"]
+    assert train.main([*argv, "--output-dir", str(out)]) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert 0 <= summary["ssr_before"] <= 1 and summary["dropped_samples"] == 0
+    argv = ["--model", str(out / "model"), "--file", str(files[1]), "--max-completion-length", "8"]
+    assert evaluate.main([*argv, "--output", str(tmp_path / "scores.json")]) == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["count"] == 6 and scores["unchecked"] == 0
 
 
 def test_run_directory_is_complete(tmp_path: Path) -> None:
@@ -196,6 +252,21 @@ def test_run_directory_is_complete(tmp_path: Path) -> None:
     assert (tmp_path / "demo.1" / "summary.json").exists(), "the earlier run is moved aside, not lost"
 
 
+def test_interrupt_in_the_last_evaluation_keeps_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluated = Trainer.evaluate
+
+    def interrupted(self: Trainer, step: int, phase: str | None = None) -> dict[str, Any] | None:
+        if phase == "after":
+            raise KeyboardInterrupt
+        return evaluated(self, step, phase)
+
+    monkeypatch.setattr(Trainer, "evaluate", interrupted)
+    trainer = run_small(tmp_path, steps=1)
+    summary = json.loads((trainer.out.path / "summary.json").read_text())
+    assert summary["interrupted"] and summary["steps"] == 1 and summary["hsr_before"] is not None
+    assert (trainer.out.path / "model" / "model.safetensors").exists()
+
+
 def test_interrupt_keeps_what_was_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step = Trainer.step
 
@@ -211,11 +282,20 @@ def test_interrupt_keeps_what_was_learned(tmp_path: Path, monkeypatch: pytest.Mo
     assert (trainer.out.path / "model" / "model.safetensors").exists()
 
 
+def test_only_an_earlier_run_is_moved(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("mine")
+    with pytest.raises(ConfigError, match="exists and is no earlier run"):
+        RunDir(tmp_path / "thesis")
+    assert (tmp_path / "thesis" / "chapter.tex").exists()
+    assert RunDir(tmp_path / "thesis", create=False).moved is None, "the other ranks touch nothing"
+
+
 def test_move_aside_takes_the_first_free_number(tmp_path: Path) -> None:
     for text in ("first", "second"):
-        RunDir(tmp_path / "r").write_json("x.json", {"text": text})
+        RunDir(tmp_path / "r").write_json("summary.json", {"text": text})
     assert move_aside(tmp_path / "r") == tmp_path / "r.2"
-    assert json.loads((tmp_path / "r.1" / "x.json").read_text())["text"] == "first"
+    assert json.loads((tmp_path / "r.1" / "summary.json").read_text())["text"] == "first"
     assert move_aside(tmp_path / "none") is None
 
 
