@@ -25,14 +25,14 @@ RESULT = ROOT / "benchmarks" / "results" / "cpu" / "learning.json"
 FULL = ["--top-p", "1", "--top-k", "0"]
 # name -> flags; the first three are the comparison, the others take the paper's settings apart.
 VARIANTS: dict[str, list[str]] = {
-    "demo": ["--preset", "demo"],
     "paper": ["--preset", "paper"],
+    "exact": ["--preset", "exact"],
     "grpo": ["--preset", "grpo"],
     "paper, full vocabulary": ["--preset", "paper", *FULL],
     "paper, full vocabulary, per_row": ["--preset", "paper", *FULL, "--temperature-objective", "per_row"],
     "paper, full vocabulary, z only": ["--preset", "paper", *FULL, "--dual-anchor", "false"],
 }
-MAIN = ("demo", "paper", "grpo")
+MAIN = ("paper", "exact", "grpo")
 
 
 def cpu_name() -> str:

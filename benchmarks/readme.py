@@ -16,7 +16,12 @@ from mdpgrpo_fast.config import MDPGRPOConfig, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 LEARNING = ROOT / "benchmarks" / "results" / "cpu" / "learning.json"
-LABELS = {"demo": "MDP-GRPO, demonstration settings", "paper": "MDP-GRPO, paper preset", "grpo": "plain GRPO"}
+LABELS = {
+    "paper": "MDP-GRPO, `--preset paper` (the demonstration)",
+    "exact": "MDP-GRPO, `--preset exact`",
+    "demo": "MDP-GRPO, `--preset exact` (named demo at that commit)",
+    "grpo": "plain GRPO, `--preset grpo`",
+}
 
 
 def mean(values: list[float]) -> float:
@@ -41,7 +46,7 @@ def source(result: dict[str, Any]) -> str:
 
 
 def claim(result: dict[str, Any]) -> str:
-    runs = by_variant(result)["demo"]
+    runs = by_variant(result)["paper"]
     before, after = (mean([r[f"hsr_{k}"] for r in runs]) for k in ("before", "after"))
     minutes = mean([r["total_seconds"] for r in runs]) / 60
     return (

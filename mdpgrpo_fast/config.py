@@ -170,8 +170,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "prospect_loss": 1.25,
         "prospect_on_goal": False,
     },
-    # The embedded demonstration: full-vocabulary sampling and the exact log-probs of each row's own temperature.
-    "demo": {"temperatures": [0.7, 0.9, 1.0, 1.2], "temperature_objective": "per_row"},
+    # Full-vocabulary sampling near temperature 1, with the exact log-probs of each row's own temperature.
+    "exact": {"temperatures": [0.7, 0.9, 1.0, 1.2], "temperature_objective": "per_row"},
     # Plain z-score GRPO as TRL computes it.
     "grpo": {
         "multi_temperature": False,

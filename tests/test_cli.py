@@ -29,15 +29,15 @@ def prompts(tmp_path: Path) -> str:
 def test_embedded_default_takes_the_demo_settings() -> None:
     run, method = train.resolve([])
     demo = read_yaml(Path(train.__file__).parent / "demo" / "demo.yaml")
-    assert run.preset == "demo" and run.steps == demo["steps"] and run.learning_rate == demo["learning_rate"]
-    assert method == preset("demo", num_generations=demo["num_generations"])
+    assert run.preset == demo["preset"] and run.steps == demo["steps"] and run.learning_rate == demo["learning_rate"]
+    assert method == preset(demo["preset"], num_generations=demo["num_generations"])
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_a_preset_flag_changes_the_method_alone(name: str) -> None:
     run, method = train.resolve(["--preset", name])
     assert method == preset(name, num_generations=4), "the demonstration's budget stays"
-    assert dataclasses.replace(run, preset="demo") == train.resolve([])[0]
+    assert dataclasses.replace(run, preset="paper") == train.resolve([])[0]
 
 
 def test_own_model_starts_from_the_papers_settings() -> None:

@@ -201,7 +201,7 @@ def test_delta_has_to_exceed_the_clip() -> None:
 
 
 def test_presets_are_complete_and_valid() -> None:
-    assert set(PRESETS) == {"paper", "released_code", "demo", "grpo"}
+    assert set(PRESETS) == {"paper", "released_code", "exact", "grpo"}
     fields = {f.name for f in dataclasses.fields(MDPGRPOConfig)}
     for name, values in PRESETS.items():
         assert set(values) <= fields

@@ -30,7 +30,7 @@ def run_small(tmp_path: Path, method: MDPGRPOConfig | None = None, name: str = "
     """Trains the embedded seed policy for two short steps; returns the trainer with its model."""
     AcceleratorState._reset_state(True)  # one per process; a test may want another precision than the last
     run = TrainConfig(**{**SMALL, "log_completions": 2, "output_dir": str(tmp_path / name), **knobs})
-    method = method or preset("demo", num_generations=4)
+    method = method or preset("exact", num_generations=4)
     out = RunDir(run.output_dir)
     with Scorer(run.reward, run.reward_weights, timeout=run.reward_timeout, on_bad_reward=run.on_bad_reward) as scorer:
         trainer = Trainer(prepare(run), run, method, out, scorer)
@@ -50,7 +50,7 @@ def parameters(trainer: Trainer) -> torch.Tensor:
 @pytest.mark.parametrize("aggregation", ["grpo", "dapo", "dr_grpo"])
 def test_accumulation_is_exact(tmp_path: Path, aggregation: str) -> None:
     """Micro-batches of 8 or 3 rows (which split a group) give the same update: normalisers are the whole batch's."""
-    method = preset("demo", num_generations=4, aggregation=aggregation)
+    method = preset("exact", num_generations=4, aggregation=aggregation)
     whole = run_small(tmp_path, method, "whole", micro_batch_size=8, steps=1)
     parts = run_small(tmp_path, method, "parts", micro_batch_size=3, steps=1)
     assert rows(whole)[0]["loss"] == pytest.approx(rows(parts)[0]["loss"], abs=1e-6)
@@ -59,7 +59,7 @@ def test_accumulation_is_exact(tmp_path: Path, aggregation: str) -> None:
 
 
 def test_bnpo_is_the_mean_over_local_batches(tmp_path: Path) -> None:
-    method = preset("demo", num_generations=4, aggregation="bnpo")
+    method = preset("exact", num_generations=4, aggregation="bnpo")
     knobs = {"steps": 1, "max_completion_length": 48}
     (whole,) = rows(run_small(tmp_path, method, "whole", micro_batch_size=8, **knobs))
     (parts,) = rows(run_small(tmp_path, method, "parts", micro_batch_size=4, **knobs))
@@ -85,7 +85,7 @@ def test_on_policy_ratio_is_one_and_later_updates_move_it(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("objective", ["paper", "per_row", "corrected"])
 def test_temperature_objectives_train(tmp_path: Path, objective: str) -> None:
-    method = preset("demo", num_generations=4, temperatures=[0.4, 1.0], temperature_objective=objective)
+    method = preset("exact", num_generations=4, temperatures=[0.4, 1.0], temperature_objective=objective)
     trainer = run_small(tmp_path, method)
     cool, plain = rows(trainer)[0]["slots"]
     assert (cool["temperature"], plain["temperature"]) == (0.4, 1.0)
@@ -99,7 +99,7 @@ def test_recorded_and_trained_log_probs_agree(tmp_path: Path) -> None:
     """`per_row`: the loss's own log-probs at each row's temperature are those recorded when sampling."""
     run = TrainConfig(**SMALL)
     with Scorer(run.reward) as scorer:
-        method = preset("demo", num_generations=4, temperatures=[0.5, 1.0])
+        method = preset("exact", num_generations=4, temperatures=[0.5, 1.0])
         trainer = Trainer(prepare(run), run, method, RunDir(tmp_path / "run"), scorer)
         rollout = trainer.sample([0, 1])
         (piece,) = trainer.micro_batches(trainer.score(rollout, [0, 1]))
@@ -151,16 +151,16 @@ def test_zero_gradient_says_why(tmp_path: Path) -> None:
     assert row["grad_norm"] == 0 and row["zero_variance_groups"] == row["zero_gradient_groups"] == 1
     assert "all equal" in row["note"] and "goal anchor is off" in row["note"] and "no KL" in row["note"]
     knobs["reward"] = ["rewards_for_tests:length"]
-    (row,) = rows(run_small(tmp_path, preset("demo", num_generations=4), "moved", **knobs))
+    (row,) = rows(run_small(tmp_path, preset("exact", num_generations=4), "moved", **knobs))
     assert row["grad_norm"] > 0 and row["zero_gradient_groups"] < 1
 
 
 def test_truncated_completions_leave_loss_and_normaliser_by_choice(tmp_path: Path) -> None:
-    method = preset("demo", num_generations=4, mask_truncated=True)
+    method = preset("exact", num_generations=4, mask_truncated=True)
     (row,) = rows(run_small(tmp_path, method, max_completion_length=2, steps=1))
     assert row["truncated"] == 1 and row["loss"] == 0 and row["grad_norm"] == 0
     assert "no token counts" in row["note"]
-    kept = rows(run_small(tmp_path, preset("demo", num_generations=4), "kept", max_completion_length=2, steps=1))
+    kept = rows(run_small(tmp_path, preset("exact", num_generations=4), "kept", max_completion_length=2, steps=1))
     assert kept[0]["grad_norm"] > 0 and kept[0]["note"] != row["note"]
 
 
@@ -247,7 +247,7 @@ def test_run_directory_is_complete(tmp_path: Path) -> None:
     phases = [c["phase"] for c in completions]
     assert phases.count("before") == phases.count("after") == 6 and phases.count("train") == 16
     again = train.resolve(["--config", str(out / "config.yaml")])
-    assert again[1] == preset("demo", num_generations=4) and again[0].steps == 2
+    assert again[1] == preset("paper", num_generations=4) and again[0].steps == 2
     assert train.main([*argv, "--output-dir", str(out), "--steps", "1"]) == 0
     assert (tmp_path / "demo.1" / "summary.json").exists(), "the earlier run is moved aside, not lost"
 
@@ -311,7 +311,7 @@ def test_tracker_values_and_sample_table() -> None:
 def test_learning_on_the_embedded_prompts(tmp_path: Path) -> None:
     """Thirty small steps raise the training reward: the mean of the last ten is well above that of the first ten."""
     trainer = run_small(
-        tmp_path, preset("demo"), steps=30, prompts_per_step=4, max_completion_length=64, micro_batch_size=32, seed=0
+        tmp_path, preset("exact"), steps=30, prompts_per_step=4, max_completion_length=64, micro_batch_size=32, seed=0
     )
     reward = [r["reward"] for r in rows(trainer)]
     assert sum(reward[-10:]) / 10 > sum(reward[:10]) / 10 + 0.05
