@@ -37,7 +37,8 @@ def by_variant(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for run in result["runs"]:
         groups.setdefault(run["variant"], []).append(run)
-    return groups
+    names = [*LABELS, *groups]
+    return dict(sorted(groups.items(), key=lambda item: names.index(item[0])))
 
 
 def source(result: dict[str, Any]) -> str:
