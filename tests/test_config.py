@@ -232,7 +232,7 @@ def test_preset_overrides_and_unknown_names() -> None:
     assert preset("paper").num_generations == 8
     with pytest.raises(ConfigError, match="unknown preset 'papr'; did you mean 'paper'"):
         preset("papr")
-    with pytest.raises(ConfigError, match="unknown preset 'xyz'; known: demo, grpo, paper, released_code"):
+    with pytest.raises(ConfigError, match="unknown preset 'xyz'; known: exact, grpo, paper, released_code"):
         preset("xyz")
     with pytest.raises(ConfigError, match="top_p must be"):
         preset("paper", top_p=2.0)

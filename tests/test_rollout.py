@@ -327,11 +327,10 @@ def test_decode_keeps_what_looks_like_padding(tokenizer: Any) -> None:
 def test_eos_ids_come_from_everywhere(llama: Any, tokenizer: Any) -> None:
     model = copy.copy(llama)
     model.config, model.generation_config = copy.deepcopy(llama.config), copy.deepcopy(llama.generation_config)
-    model.config.eos_token_id, model.generation_config.eos_token_id = 7, [9, 5]
-    assert eos_ids(model, tokenizer) == [1, 5, 7, 9]
+    model.config.eos_token_id, model.generation_config.eos_token_id = 0, [2, 9]
+    assert eos_ids(model, tokenizer) == [0, 1, 2], "9 is an ordinary token: a class's default id, say"
     bare = copy.deepcopy(tokenizer)
     bare.eos_token = None
-    model.config.eos_token_id = model.generation_config.eos_token_id = None
     with pytest.raises(ConfigError, match="no end-of-sequence token"):
         eos_ids(model, bare)
 
