@@ -52,10 +52,10 @@ def claim(result: dict[str, Any]) -> str:
     run = json.loads(DEMO.read_text(encoding="utf-8"))
     seeds = [r["hsr_after"] for r in by_variant(result)["paper"]]
     return (
-        f"**From {run['hsr_before']:.0%} to {run['hsr_after']:.0%} of held-out prompts with every constraint satisfied, in "
-        f"{run['total_seconds'] / 60:.1f} minutes on two CPU cores, with one command.** ({run['steps']} steps of "
-        f"`make train`, {run['peak_memory_mb']:.0f} MB at the peak: [summary]({DEMO.relative_to(ROOT)}); other seeds end at "
-        f"{mean(seeds):.0%} on average, see What we measured.)"
+        f"**From {run['hsr_before']:.0%} to {run['hsr_after']:.0%} of held-out prompts with every constraint met, "
+        f"in {run['total_seconds'] / 60:.1f} minutes on two CPU cores, with one command.** ({run['steps']} steps of "
+        f"`make train`, {run['peak_memory_mb']:.0f} MB at the peak: [summary]({DEMO.relative_to(ROOT)}); other seeds "
+        f"end at {mean(seeds):.0%} on average, see What we measured.)"
     )
 
 
