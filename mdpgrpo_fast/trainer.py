@@ -14,6 +14,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from . import __version__, evaluate, ops
 from .config import MDPGRPOConfig, TrainConfig
@@ -333,8 +334,6 @@ class Trainer:
 
     def loop(self) -> None:
         """All steps, each logged as soon as it is done; `done` counts them."""
-        from tqdm.auto import tqdm
-
         run = self.run
         bar = tqdm(total=self.steps, disable=not self.accelerator.is_main_process, dynamic_ncols=True, mininterval=1.0)
         said: set[str] = set()
@@ -398,7 +397,5 @@ class Trainer:
         }
 
     def say(self, text: str) -> None:
-        from tqdm.auto import tqdm
-
         if self.accelerator.is_main_process:
             tqdm.write(text, file=sys.stderr)

@@ -111,7 +111,7 @@ def test_frozen() -> None:
 
 
 def test_edges_of_the_ranges_are_allowed() -> None:
-    MDPGRPOConfig(
+    edge = MDPGRPOConfig(
         num_generations=2,
         temperatures=[1e-3, 5.0],
         top_p=1.0,
@@ -122,6 +122,7 @@ def test_edges_of_the_ranges_are_allowed() -> None:
         epsilon_high=0.0,
         delta=1.001,
     )
+    assert edge.slot_temperatures == [1e-3, 5.0] and not edge.needs_reference and edge.alpha == 1
     MDPGRPOConfig(dual_anchor_alpha=0.0, top_p=1e-3, min_p=0.99, top_k=1)
     MDPGRPOConfig(multi_temperature=False, temperatures=[0.1, 0.4, 0.7], num_generations=5)
     TrainConfig(reward=["constraints", "a:b"], reward_weights=[1.0, 0.5], max_grad_norm=0.0, adam_beta2=0.0)

@@ -282,7 +282,10 @@ def test_lengths_and_ends(scripted: Any, greedy: bool, plan: Any, eos: Any, leng
 
 def test_a_step_that_generate_takes_back_is_not_recorded(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers looks for the end one step late on some devices, then drops that step from what it returns."""
-    utils = pytest.importorskip("transformers.generation.utils")
+    from transformers.generation import utils
+
+    if not hasattr(utils, "StopCheck"):
+        pytest.skip("this release of transformers looks for the end at once")
     plain = sample(llama, eos=list(range(150)))
     assert plain.finished.all() and plain.tokens.shape[1] < 9
 
