@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .backends import backend_report
     from .config import MDPGRPOConfig, TrainConfig, preset
     from .ops import advantages, token_logprobs, token_loss
     from .verifiers import verify, verify_all
@@ -20,6 +21,7 @@ _HOME = {
     "TrainConfig": "config",
     "preset": "config",
     "advantages": "ops",
+    "backend_report": "backends",
     "token_loss": "ops",
     "token_logprobs": "ops",
     "verify": "verifiers",
@@ -29,6 +31,7 @@ __all__ = [
     "MDPGRPOConfig",
     "TrainConfig",
     "advantages",
+    "backend_report",
     "preset",
     "token_logprobs",
     "token_loss",

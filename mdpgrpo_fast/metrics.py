@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .config import MDPGRPOConfig
-from .reference import Advantages, TokenLoss
+from .reference import TOTALS, Advantages, TokenLoss
 
 GOAL = 0.5  # the share of constraints under which a response counts as a failure, the paper's goal mean
 
@@ -59,30 +59,20 @@ class TokenStatistics:
     """Token-weighted means over the micro-batches of a step, read from the device once."""
 
     def __init__(self) -> None:
-        self._sums: Tensor | None = None
-        self._ratio_max: Tensor | None = None
+        self._totals: list[Tensor] = []
 
-    def add(self, out: TokenLoss, mask: Tensor) -> None:
-        n = mask.sum()
-        sums = [out.kl.sum(), out.entropy.sum(), out.clipped_low.sum(), out.clipped_high.sum()]
-        stack = torch.stack([*(s.float() for s in sums), (out.ratio * mask).sum().float(), out.kl_clamped.float(), n])
-        top = (out.ratio.float() * mask).amax() if mask.numel() else stack.new_zeros(())
-        self._sums = stack if self._sums is None else self._sums + stack
-        self._ratio_max = top if self._ratio_max is None else torch.maximum(self._ratio_max, top)
+    def add(self, out: TokenLoss) -> None:
+        self._totals.append(out.totals)
 
     def read(self) -> dict[str, float]:
-        assert self._sums is not None and self._ratio_max is not None, "read before add"
-        kl, entropy, low, high, ratio, clamped, n = self._sums.tolist()
-        n = max(n, 1.0)
-        return {
-            "kl": kl / n,
-            "entropy": entropy / n,
-            "clip_low": low / n,
-            "clip_high": high / n,
-            "ratio_mean": ratio / n,
-            "ratio_max": self._ratio_max.item(),
-            "kl_clamped": clamped,
-        }
+        assert self._totals, "read before add"
+        table = torch.stack(self._totals).double()
+        column = {name: table[:, i] for i, name in enumerate(TOTALS)}
+        n = column["tokens"].sum().clamp(min=1)
+        means = ("kl", "entropy", "clip_low", "clip_high", "ratio_mean")
+        values = [(column[name] * column["tokens"]).sum() / n for name in means]
+        values += [column["ratio_max"].amax(), column["kl_clamped"].sum()]
+        return dict(zip([*means, "ratio_max", "kl_clamped"], torch.stack(values).tolist(), strict=True))
 
 
 def why_zero(

@@ -2,41 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import reference
-from .config import ConfigError, MDPGRPOConfig, unknown_name
-from .reference import Advantages, TokenLoss
-
-# backend -> op -> function with the reference's signature. A later backend is one more row.
-_BACKENDS: dict[str, dict[str, Callable[..., Any]]] = {
-    "torch": {
-        "advantages": reference.advantages,
-        "token_loss": reference.token_loss,
-        "token_logprobs": reference.token_logprobs,
-    },
-}
-
-
-def _backend(op: str, backend: str) -> Callable[..., Any]:
-    name = "torch" if backend == "auto" else backend
-    if name not in _BACKENDS:
-        raise unknown_name("backend", backend, ["auto", *_BACKENDS])
-    return _BACKENDS[name][op]
-
-
-def _check(ok: bool, name: str, got: Any, expected: str) -> None:
-    if not ok:
-        raise ValueError(f"{name} must be {expected}; got {got}")
-
-
-def _check_shape(name: str, x: Tensor | None, shape: tuple[int, ...]) -> None:
-    if x is not None:
-        _check(tuple(x.shape) == shape, name, f"shape {tuple(x.shape)}", f"of shape {shape}")
+from . import fused, reference
+from .backends import choose
+from .checks import (
+    check_advantages,
+    check_device,
+    check_groups,
+    check_knob,
+    check_logits,
+    check_rewards,
+    check_shape,
+    refuse,
+)
+from .config import ConfigError, MDPGRPOConfig
+from .reference import Advantages, Layout, TokenLoss
 
 
 def advantages(
@@ -45,126 +30,216 @@ def advantages(
     config: MDPGRPOConfig,
     *,
     valid: Tensor | None = None,
+    groups: Tensor | None = None,
+    check_values: bool | None = None,
     backend: str = "auto",
 ) -> Advantages:
     """Dual-anchor, prospect-shaped advantages and the KL coefficient of every completion (paper, Eq. 3 to 6).
 
     Args:
-        rewards: (P, G) float, the G rewards of each prompt's group; G = config.num_generations.
+        rewards: (P, G) float, the G rewards of each prompt's group; G = config.num_generations. With groups: (B,).
         num_constraints: (P,) K, the number of constraints of each prompt, at least 1.
-        valid: (P, G) bool, completions whose reward counts; the others get A = 0. Default: all.
-        backend: "auto" or "torch".
+        valid: bool, of the rewards' shape: completions whose reward counts; the others get A = 0. Default: all.
+        groups: (B,) group 0 .. P-1 of each completion, where completions of a group are not neighbours.
+        check_values: look for non-finite rewards and K < 1; default: where looking is free, on the CPU.
+        backend: "auto", "torch" or "triton"; triton computes in float32.
 
-    Returns: Advantages with mean, std (P,) and z, delta, advantage, kl_beta (P, G).
-    Raises: ValueError for a shape that does not fit, a non-finite reward or K < 1; ConfigError for an unknown backend.
+    Returns: Advantages with mean, std (P,) and z, delta, advantage, kl_beta of the rewards' shape.
+    Raises: ValueError for a shape that does not fit, a non-finite reward, K < 1, a group that is not of size G, or a
+        backend that cannot run here, with the reason; ConfigError for an unknown backend.
     """
-    _check(rewards.ndim == 2, "rewards", f"shape {tuple(rewards.shape)}", "of shape (P, G)")
-    _check(rewards.is_floating_point(), "rewards", rewards.dtype, "floating point")
-    _check(rewards.shape[1] == config.num_generations, "rewards", f"G = {rewards.shape[1]}",
-           f"(P, G) with G = num_generations = {config.num_generations}")  # fmt: skip
-    _check_shape("num_constraints", num_constraints, (rewards.shape[0],))
-    _check_shape("valid", valid, tuple(rewards.shape))
-    _check(valid is None or valid.dtype == torch.bool, "valid", valid if valid is None else valid.dtype, "bool")
-    counted = rewards if valid is None else rewards.masked_fill(~valid, 0)
-    _check(bool(counted.isfinite().all()), "rewards", "NaN or infinity", "finite (pass valid= to leave samples out)")
-    _check(bool((num_constraints >= 1).all()), "num_constraints", num_constraints.tolist(), "at least 1")
-    return _backend("advantages", backend)(counted, num_constraints, config, valid)
+    shape, slots = rewards.shape, None
+    if groups is not None:
+        rewards, valid, slots = _by_group(rewards, valid, groups, config.num_generations)
+    check_rewards(rewards, num_constraints, valid, config.num_generations, check_values)
+    if choose(backend, rewards.device, _as_kernel_dtype(rewards)) == "torch":
+        counted = rewards if valid is None else rewards.masked_fill(~valid, 0)
+        out = reference.advantages(counted, num_constraints, config, valid)
+    else:
+        out = fused.advantages("triton", rewards, num_constraints, config, valid)
+    if slots is None:
+        return out
+    each = {n: getattr(out, n).flatten()[slots].view(shape) for n in ("z", "delta", "advantage", "kl_beta")}
+    return dataclasses.replace(out, **each)
 
 
 def token_loss(
     logits: Tensor,
     tokens: Tensor,
-    mask: Tensor,
-    advantage: Tensor,
-    kl_beta: Tensor,
+    mask: Tensor | None,
     config: MDPGRPOConfig,
     *,
+    rewards: Tensor | None = None,
+    num_constraints: Tensor | None = None,
+    valid: Tensor | None = None,
+    groups: Tensor | None = None,
+    advantage: Tensor | float | None = None,
+    kl_beta: Tensor | float | None = None,
+    completion: Tensor | None = None,
+    num_completions: int | None = None,
     max_completion_length: int | None = None,
     old_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
     importance_weight: Tensor | None = None,
     temperature: Tensor | float = 1.0,
+    epsilon_low: Tensor | float | None = None,
+    epsilon_high: Tensor | float | None = None,
     softcap: float | None = None,
     denominator: Tensor | float | None = None,
+    in_place: bool = False,
+    check_values: bool | None = None,
     backend: str = "auto",
 ) -> TokenLoss:
     """The clipped policy objective with sign-dependent KL over completion tokens, aggregated to one loss.
 
+    Rows are tokens: padded (B, L), or packed (T,) with `completion` saying whose each row is, in any order. A knob is a
+    number, a tensor (B,) with one value per completion, or one of the rows' shape; where B = T it means completions.
+
     Args:
-        logits: (B, L, V) float, row l predicting tokens[:, l]; the only input that gets a gradient.
-        tokens: (B, L) integers in [0, V); masked positions may hold any of them.
-        mask: (B, L) bool or number, non-zero where the token belongs to the completion.
-        advantage, kl_beta: (B,) from `advantages`.
-        config: clip range, estimator, levels, aggregation.
-        max_completion_length: L of the `dr_grpo` normaliser in tokens; default: the width of tokens.
-        old_logprobs: (B, L) of the sampling policy at `temperature`; absent: on-policy, ratio 1.
-        ref_logprobs: (B, L) of the reference policy at config.kl_temperature; absent: no KL term.
-        importance_weight: (B, L), multiplies the policy term only; detached.
-        temperature: (B,) or a number, of the policy term's log-probs.
+        logits: (B, L, V) or (T, V) float, the row at a token predicting it; the only input that gets a gradient. Any
+            strides with unit stride in V (others are copied).
+        tokens: rows of integers in [0, V); masked ones too.
+        mask: rows of bool or number, non-zero where the token belongs to the completion; None: all. What masked rows of
+            float inputs hold does not matter.
+        config: advantages, clip range, estimator, levels, aggregation.
+        rewards, num_constraints, valid, groups: as in `advantages`; B = P * G completions, by groups or with `groups`.
+        advantage, kl_beta: knobs, instead of rewards; of `advantages` or any other estimator.
+        completion: (T,) integers in [0, B), packed rows only, with num_completions = B (default: that of the rewards).
+        max_completion_length: L of the `dr_grpo` normaliser in tokens; default: the width of tokens (padded only).
+        old_logprobs: rows, of the sampling policy at `temperature`; absent: on-policy, ratio 1.
+        ref_logprobs: rows, of the reference policy at config.kl_temperature; absent: no KL term.
+        importance_weight: rows, multiplies the policy term only; detached.
+        temperature: knob, of the policy term's log-probs.
+        epsilon_low, epsilon_high: knobs, clip range; default: the config's.
         softcap: final logit soft-cap still to be applied (a model's own forward has applied it).
         denominator: what the sum is divided by, for the batch of all micro-batches and ranks; default: this one's.
-        backend: "auto" or "torch".
+        in_place: triton only: the gradient overwrites the logits, which no one may use again; saves their memory.
+        check_values: look for tokens, rewards, temperatures out of range; default: where looking is free, on the CPU.
+            Elsewhere they give a NaN loss.
+        backend: "auto", "torch" or "triton".
 
-    Returns: TokenLoss; `.loss` is a scalar with gradient.
-    Raises: ValueError naming the argument that does not fit; ConfigError for an unknown backend.
+    Returns: TokenLoss; `.loss` is a scalar with gradient. triton computes in float32 and writes the gradient in this
+        call, in the dtype of the logits; the backward pass only scales it.
+    Raises: ValueError naming the argument that does not fit, or the reason why the backend cannot run; ConfigError for
+        an unknown backend.
     """
-    _check_logits(logits, tokens, temperature, softcap)
-    _check(max_completion_length is None or max_completion_length >= 1, "max_completion_length", max_completion_length,
-           "at least 1")  # fmt: skip
-    shape, b = tuple(tokens.shape), tokens.shape[0]
-    for name, x in (("mask", mask), ("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs),
-                    ("importance_weight", importance_weight)):  # fmt: skip
-        _check_shape(name, x, shape)
-    _check_shape("advantage", advantage, (b,))
-    _check_shape("kl_beta", kl_beta, (b,))
+    if rewards is not None and num_completions is None and completion is not None:
+        num_completions = rewards.numel()
+    rows, count = check_logits(logits, tokens, mask, completion, num_completions, temperature, softcap, check_values)
+    if max_completion_length is None:
+        if completion is not None and config.aggregation == "dr_grpo" and denominator is None:
+            refuse("max_completion_length", None, "given for packed logits with aggregation = dr_grpo")
+        max_completion_length = max(rows[-1], 1)
+    if max_completion_length < 1:
+        refuse("max_completion_length", max_completion_length, "at least 1")
+    check_shape("old_logprobs", old_logprobs, rows)
+    check_shape("ref_logprobs", ref_logprobs, rows)
+    check_shape("importance_weight", importance_weight, rows)
+    check_knob("epsilon_low", epsilon_low, rows, count, check_values)
+    check_knob("epsilon_high", epsilon_high, rows, count, check_values)
     if config.temperature_objective == "corrected" and importance_weight is None:
         raise ConfigError("importance_weight is required by temperature_objective = corrected")
-    return _backend("token_loss", backend)(
-        logits,
-        tokens,
-        mask,
-        advantage,
-        kl_beta,
-        config,
-        max_completion_length=max_completion_length or tokens.shape[1],
-        old_logprobs=old_logprobs,
-        ref_logprobs=ref_logprobs,
-        importance_weight=importance_weight,
-        temperature=temperature,
-        softcap=softcap,
-        denominator=denominator,
-    )
+    check_device(logits, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, importance_weight=importance_weight,
+                 rewards=rewards, num_constraints=num_constraints, valid=valid, groups=groups, advantage=advantage,
+                 kl_beta=kl_beta, epsilon_low=epsilon_low, epsilon_high=epsilon_high)  # fmt: skip
+    check_advantages(rewards, num_constraints, valid, groups, advantage, kl_beta, rows, count)
+    slots = None
+    if rewards is not None and num_constraints is not None:
+        if groups is not None:
+            rewards, valid, slots = _by_group(rewards, valid, groups, config.num_generations)
+        check_rewards(rewards, num_constraints, valid, config.num_generations, check_values)
+    _refuse_overwritten(logits)
+    name = choose(backend, logits.device, logits.dtype)
+    common: dict[str, Any] = {
+        "completion": completion,
+        "max_completion_length": max_completion_length,
+        "old_logprobs": old_logprobs,
+        "ref_logprobs": ref_logprobs,
+        "importance_weight": importance_weight,
+        "temperature": temperature,
+        "epsilon_low": config.epsilon_low if epsilon_low is None else epsilon_low,
+        "epsilon_high": config.epsilon_high if epsilon_high is None else epsilon_high,
+        "softcap": softcap,
+        "denominator": denominator,
+    }
+    if name == "torch":
+        if in_place:
+            refuse("in_place", True, "left off: backend torch computes the gradient in the backward pass")
+        if rewards is not None:
+            counted = rewards if valid is None else rewards.masked_fill(~valid, 0)
+            adv = reference.advantages(counted, num_constraints, config, valid)  # type: ignore[arg-type]
+            advantage, kl_beta = (x.flatten() if slots is None else x.flatten()[slots]
+                                  for x in (adv.advantage, adv.kl_beta))  # fmt: skip
+        assert advantage is not None and kl_beta is not None  # the door has seen to it
+        return reference.token_loss(
+            logits, tokens, mask, config, advantage=advantage, kl_beta=kl_beta, num_completions=count, **common
+        )  # type: ignore[arg-type]
+    if in_place:
+        if logits.stride(-1) != 1:
+            refuse("in_place", f"True with logits of stride {logits.stride()}", "off without unit stride in V")
+        if logits.is_leaf and logits.requires_grad:
+            refuse("in_place", "True with logits that are a leaf", "off for a leaf, whose gradient would be itself")
+    out = fused.token_loss(
+        name, logits, tokens, mask, config, count=count, rewards=rewards, num_constraints=num_constraints, valid=valid,
+        slots=slots, advantage=advantage, kl_beta=kl_beta, in_place=in_place, **common,
+    )  # fmt: skip
+    if in_place and out.loss.requires_grad:
+        logits._overwritten_version = logits._version  # type: ignore[attr-defined]
+    return out
 
 
 def token_logprobs(
     logits: Tensor,
     tokens: Tensor,
+    mask: Tensor | None = None,
     *,
+    completion: Tensor | None = None,
+    num_completions: int | None = None,
     temperature: Tensor | float = 1.0,
     softcap: float | None = None,
+    check_values: bool | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of given tokens, differentiable, and the detached entropy in nats: (B, L) float each.
+    """Log-probabilities of given tokens, differentiable, and the detached entropy in nats; each of the shape of tokens.
 
-    logits (B, L, V), tokens (B, L) in [0, V), temperature (B,) or a number. Raises as `token_loss` does.
+    logits (B, L, V), or (T, V); tokens, mask, temperature, softcap, check_values and backend as in `token_loss`; masked
+    rows give 0 and cost no read. A temperature of one value per completion needs `completion` (T,) for packed rows.
+    Raises as `token_loss` does.
     """
-    _check_logits(logits, tokens, temperature, softcap)
-    return _backend("token_logprobs", backend)(logits, tokens, temperature, softcap)
+    if logits.ndim == 2 and completion is None:
+        # Without a map every row is its own completion.
+        completion, num_completions = torch.arange(len(logits), device=logits.device), len(logits)
+    _, count = check_logits(logits, tokens, mask, completion, num_completions, temperature, softcap, check_values)
+    _refuse_overwritten(logits)
+    name = choose(backend, logits.device, logits.dtype)
+    if name != "torch":
+        return fused.token_logprobs(name, logits, tokens, mask, completion, count, temperature, softcap)
+    at = Layout(count, completion).knob(temperature, torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    if mask is None:
+        return reference.token_logprobs(logits, tokens, at, softcap)
+    keep = mask != 0
+    logprobs, entropy = reference.token_logprobs(logits.masked_fill(~keep[..., None], 0), tokens, at, softcap)
+    return logprobs.masked_fill(~keep, 0), entropy.masked_fill(~keep, 0)
 
 
-def _check_logits(logits: Tensor, tokens: Tensor, temperature: Tensor | float, softcap: float | None) -> None:
-    _check(logits.ndim == 3, "logits", f"shape {tuple(logits.shape)}", "of shape (B, L, V)")
-    _check(logits.is_floating_point(), "logits", logits.dtype, "floating point")
-    _check_shape("tokens", tokens, tuple(logits.shape[:2]))
-    _check(tokens.dtype in (torch.int32, torch.int64), "tokens", tokens.dtype, "int32 or int64")
-    _check(softcap is None or softcap > 0, "softcap", softcap, "above 0, or None")
-    if isinstance(temperature, Tensor) and temperature.ndim:
-        _check_shape("temperature", temperature, (logits.shape[0],))
-    # On an accelerator the look would stall the stream; there the gather itself asserts.
-    if not isinstance(temperature, Tensor):
-        _check(temperature > 0, "temperature", temperature, "above 0")
-    elif temperature.device.type == "cpu":
-        _check(bool((temperature > 0).all()), "temperature", temperature.tolist(), "above 0 in every row")
-    if tokens.device.type == "cpu" and tokens.numel():
-        low, high = int(tokens.min()), int(tokens.max())
-        _check(low >= 0 and high < logits.shape[2], "tokens", f"range {low} to {high}", f"in [0, {logits.shape[2]})")
+def _as_kernel_dtype(rewards: Tensor) -> torch.dtype:
+    # Rewards of any float dtype are computed in float32 by a kernel, but float64 asks for float64.
+    return rewards.dtype if rewards.dtype == torch.float64 else torch.float32
+
+
+def _by_group(
+    rewards: Tensor, valid: Tensor | None, groups: Tensor, group_size: int
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(B,) rewards as (P, G), with the place of each completion in them."""
+    check_groups(groups, rewards, group_size)
+    check_shape("valid", valid, tuple(rewards.shape))
+    order = groups.argsort(stable=True)
+    slots = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    by_group = None if valid is None else valid[order].view(-1, group_size)
+    return rewards[order].view(-1, group_size), by_group, slots
+
+
+def _refuse_overwritten(logits: Tensor) -> None:
+    version = getattr(logits, "_overwritten_version", None)
+    if version is not None and version == logits._version:
+        refuse("logits", "logits that hold their gradient, after token_loss(in_place=True)", "logits")

@@ -31,9 +31,15 @@ class Advantages:
     kl_beta: Tensor
 
 
+TOTALS = ("tokens", "kl", "entropy", "clip_low", "clip_high", "ratio_mean", "ratio_max", "kl_clamped")
+
+
 @dataclass(frozen=True)
 class TokenLoss:
-    """loss: scalar with gradient; all else detached and (B, L), but for the scalar kl_clamped."""
+    """loss: scalar with gradient. All else is detached: one value per token, (B, L) or (T,), but for the last two.
+
+    At masked tokens logprobs, entropy and kl are 0, the ratio is 1 and no clip holds.
+    """
 
     loss: Tensor
     logprobs: Tensor
@@ -42,7 +48,38 @@ class TokenLoss:
     ratio: Tensor
     clipped_low: Tensor
     clipped_high: Tensor
-    kl_clamped: Tensor  # scalar count of tokens whose k3 exponent was clamped
+    completion_kl: Tensor  # (B,) mean KL estimate over each completion's tokens
+    totals: (
+        Tensor  # (8,) in the order of TOTALS: token count, token means and shares, the largest ratio, clamped tokens
+    )
+
+    def total(self, name: str) -> Tensor:
+        """A member of TOTALS as a scalar tensor, still on the device."""
+        return self.totals[TOTALS.index(name)]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which completion a row belongs to: rows (B, L) of B completions, or rows (T,) with a map to them."""
+
+    count: int  # B
+    completion: Tensor | None = None  # (T,) integers
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over each completion's rows: (B,)."""
+        if self.completion is None:
+            return x.sum(1)
+        return x.new_zeros(self.count).index_add(0, self.completion, x)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """One value per completion (B,), as it broadcasts over the rows."""
+        return x[:, None] if self.completion is None else x[self.completion]
+
+    def knob(self, x: Tensor | float, dtype: torch.dtype) -> Tensor | float:
+        """A number, one value per completion (B,) or one per row, as it broadcasts over the rows."""
+        if not isinstance(x, Tensor) or x.ndim == 0:
+            return x if not isinstance(x, Tensor) else x.to(dtype)
+        return self.spread(x.to(dtype)) if tuple(x.shape) == (self.count,) else x.to(dtype)
 
 
 def _float(x: Tensor) -> Tensor:
@@ -125,19 +162,22 @@ def advantages(
 
 
 def scaled_logits(logits: Tensor, temperature: Tensor | float, softcap: float | None) -> Tensor:
-    """Soft-cap, then division by each completion's temperature. logits (B, L, V), temperature (B,) or a number."""
+    """Soft-cap, then division by the temperature: a number, or a tensor that broadcasts over the rows (..., V)."""
     x = _float(logits)
     if softcap is not None:
         x = softcap * torch.tanh(x / softcap)
     if isinstance(temperature, Tensor):
-        return x / temperature.to(x.dtype).view(-1, 1, 1)
+        return x / temperature.to(x.dtype)[..., None]
     return x if temperature == 1 else x / temperature
 
 
 def token_logprobs(
     logits: Tensor, tokens: Tensor, temperature: Tensor | float = 1.0, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """ℓ = log softmax(x/τ)[token] and the detached entropy of each row's distribution: (B, L) each."""
+    """ℓ = log softmax(x/τ)[token] and the detached entropy of each row's distribution.
+
+    logits (..., V), tokens (...); temperature: a number, or a tensor that broadcasts over the rows.
+    """
     x = scaled_logits(logits, temperature, softcap)
     lse = x.logsumexp(-1)
     target = x.gather(-1, tokens[..., None].long()).squeeze(-1)
@@ -148,27 +188,31 @@ def token_logprobs(
     return target - lse, entropy
 
 
-def completion_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean over each completion's own tokens, 0 for an empty one: (B, L), (B, L) -> (B, 1)."""
-    return (x * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
-
-
-def importance_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, level: str) -> Tensor:
-    """ρ = exp(ℓ - ℓ_old) per token (B, L), or exp of its completion mean (B, 1) at sequence level (GSPO)."""
-    log_ratio = (logprobs - old_logprobs).masked_fill(mask == 0, 0)
-    exponent = completion_mean(log_ratio, mask) if level == "sequence" else log_ratio
+def importance_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, layout: Layout, level: str) -> Tensor:
+    """ρ = exp(ℓ - ℓ_old) per token, or exp of its completion mean at sequence level (GSPO); broadcasts over rows."""
+    exponent = (logprobs - old_logprobs).masked_fill(mask == 0, 0)
+    if level == "sequence":
+        exponent = layout.spread(layout.sum(exponent) / layout.sum(mask).clamp(min=1))
     return exponent.clamp(max=RATIO_EXPONENT_MAX).exp()
 
 
 def clipped_objective(
-    ratio: Tensor, advantage: Tensor, epsilon_low: float, epsilon_high: float, delta: float | None
+    ratio: Tensor,
+    advantage: Tensor | float,
+    epsilon_low: Tensor | float,
+    epsilon_high: Tensor | float,
+    delta: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """J = min(ρA, clip(ρ)A), ρ capped at delta first; and where the lower or the upper clip holds. advantage (B, 1)."""
-    clipped = ratio.clamp(1 - epsilon_low, 1 + epsilon_high) * advantage
+    """J = min(ρA, clip(ρ)A), ρ capped at delta first; and where the lower or the upper clip holds."""
+    low_bound, high_bound = (
+        torch.as_tensor(x, dtype=ratio.dtype, device=ratio.device) for x in (1 - epsilon_low, 1 + epsilon_high)
+    )
+    clipped = ratio.clamp(low_bound, high_bound) * advantage
     capped = ratio if delta is None else ratio.clamp(max=delta)
     free = capped * advantage
-    low = (ratio < 1 - epsilon_low) & (advantage < 0)
-    high = (ratio > 1 + epsilon_high) & (advantage > 0)
+    advantage = torch.as_tensor(advantage)
+    low = (ratio < low_bound) & (advantage < 0)
+    high = (ratio > high_bound) & (advantage > 0)
     return torch.where(clipped < free, clipped, free), low, high
 
 
@@ -188,78 +232,102 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> tuple[
     return d.exp() - d - 1, over
 
 
-def default_denominator(mask: Tensor, aggregation: str, max_completion_length: int) -> Tensor:
+def default_denominator(lengths: Tensor, aggregation: str, max_completion_length: int) -> Tensor:
     """What `aggregate` divides by when this batch is the whole batch: completions, tokens or B * max length.
 
-    A completion without an unmasked token counts in none of them.
+    lengths: (B,) tokens that count of each completion. A completion without any counts in none of them.
     """
-    completions = (mask.sum(1) > 0).sum()
+    completions = (lengths > 0).sum()
     if aggregation == "grpo":
         return completions
     if aggregation == "dr_grpo":
         return completions * max_completion_length
-    return mask.sum()
+    return lengths.sum()
 
 
-def aggregate(per_token: Tensor, mask: Tensor, aggregation: str, denominator: Tensor | float) -> Tensor:
+def aggregate(per_token: Tensor, mask: Tensor, layout: Layout, aggregation: str, denominator: Tensor | float) -> Tensor:
     """Sum of the tokens (`grpo`: of the completions' token means) over the denominator of the whole batch."""
-    total = completion_mean(per_token, mask).sum() if aggregation == "grpo" else (per_token * mask).sum()
-    return total / torch.as_tensor(denominator, device=per_token.device).clamp(min=1)
+    total = layout.sum(per_token * mask)
+    if aggregation == "grpo":
+        total = total / layout.sum(mask).clamp(min=1)
+    return total.sum() / torch.as_tensor(denominator, device=per_token.device).clamp(min=1)
 
 
 def token_loss(
     logits: Tensor,
     tokens: Tensor,
-    mask: Tensor,
-    advantage: Tensor,
-    kl_beta: Tensor,
+    mask: Tensor | None,
     config: MDPGRPOConfig,
     *,
+    advantage: Tensor | float,
+    kl_beta: Tensor | float,
     max_completion_length: int,
+    completion: Tensor | None = None,
+    num_completions: int | None = None,
     old_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
     importance_weight: Tensor | None = None,
     temperature: Tensor | float = 1.0,
+    epsilon_low: Tensor | float | None = None,
+    epsilon_high: Tensor | float | None = None,
     softcap: float | None = None,
     denominator: Tensor | float | None = None,
 ) -> TokenLoss:
     """-w·J + β·KL of every token, aggregated. See `ops.token_loss`, the public door, for shapes and meaning."""
-    keep = mask != 0
+    keep = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask != 0
     mask = keep.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    layout = Layout(tokens.shape[0] if num_completions is None else num_completions, completion)
+    same = not isinstance(temperature, Tensor) and temperature == config.kl_temperature
+    advantage, kl_beta, temperature, epsilon_low, epsilon_high = (
+        layout.knob(x, mask.dtype)
+        for x in (
+            advantage,
+            kl_beta,
+            temperature,
+            config.epsilon_low if epsilon_low is None else epsilon_low,
+            config.epsilon_high if epsilon_high is None else epsilon_high,
+        )
+    )
     # A masked position may hold any number, NaN included: it is taken out before it meets arithmetic.
     logits = logits.masked_fill(~keep[..., None], 0)
-    advantage, kl_beta = advantage[:, None].to(mask.dtype), kl_beta[:, None].to(mask.dtype)
     logprobs, entropy = token_logprobs(logits, tokens, temperature, softcap)
     logprobs = logprobs.masked_fill(~keep, 0)
     old = logprobs.detach() if old_logprobs is None else old_logprobs.to(mask.dtype)
-    ratio = importance_ratio(logprobs, old, mask, config.importance_level)
-    objective, low, high = clipped_objective(ratio, advantage, config.epsilon_low, config.epsilon_high, config.delta)
+    ratio = importance_ratio(logprobs, old, mask, layout, config.importance_level)
+    objective, low, high = clipped_objective(ratio, advantage, epsilon_low, epsilon_high, config.delta)
     if config.rescale_per_row:
-        tau = torch.as_tensor(temperature, dtype=mask.dtype, device=mask.device)
-        objective = objective * (tau[:, None] if tau.ndim else tau)
+        objective = objective * temperature
     if importance_weight is not None:
         objective = importance_weight.detach().to(mask.dtype).masked_fill(~keep, 0) * objective
     per_token = -objective.expand_as(mask)
 
     kl = torch.zeros_like(mask)
-    clamped = torch.zeros((), dtype=torch.long, device=mask.device)
+    over = torch.zeros_like(keep)
     if ref_logprobs is not None:
-        same = not isinstance(temperature, Tensor) and temperature == config.kl_temperature
         at_kl = logprobs if same else token_logprobs(logits, tokens, config.kl_temperature, softcap)[0]
         at_kl, ref = at_kl.masked_fill(~keep, 0), ref_logprobs.to(mask.dtype).masked_fill(~keep, 0)
         kl, over = kl_penalty(at_kl, ref, config.kl_estimator)
-        clamped = (over & keep).sum()
         per_token = per_token + kl_beta * kl
 
+    lengths = layout.sum(mask)
     if denominator is None:
-        denominator = default_denominator(mask, config.aggregation, max_completion_length)
-    return TokenLoss(
-        loss=aggregate(per_token.masked_fill(~keep, 0), mask, config.aggregation, denominator),
-        logprobs=logprobs.detach(),
-        entropy=entropy.masked_fill(~keep, 0),
-        kl=kl.detach() * mask,
-        ratio=ratio.detach().expand_as(mask),
-        clipped_low=low.expand_as(mask) & keep,
-        clipped_high=high.expand_as(mask) & keep,
-        kl_clamped=clamped,
-    )
+        denominator = default_denominator(lengths, config.aggregation, max_completion_length)
+    loss = aggregate(per_token.masked_fill(~keep, 0), mask, layout, config.aggregation, denominator)
+    with torch.no_grad():
+        entropy, kl = entropy.masked_fill(~keep, 0), kl.detach() * mask
+        ratio = ratio.detach().expand_as(mask).masked_fill(~keep, 1)
+        low, high = low.expand_as(mask) & keep, high.expand_as(mask) & keep
+        n = lengths.sum()
+        sums = torch.stack([kl.sum(), entropy.sum(), low.sum(), high.sum(), (ratio * mask).sum()])
+        top = (ratio * mask).amax() if mask.numel() else n
+        return TokenLoss(
+            loss=loss,
+            logprobs=logprobs.detach(),
+            entropy=entropy,
+            kl=kl,
+            ratio=ratio,
+            clipped_low=low,
+            clipped_high=high,
+            completion_kl=layout.sum(kl) / lengths.clamp(min=1),
+            totals=torch.cat([n[None], sums / n.clamp(min=1), top[None], (over & keep).sum()[None]]),
+        )

@@ -159,7 +159,7 @@ class Trainer:
     def reference_logits(self, piece: dict[str, Any]) -> Tensor:
         # In the policy's own precision, or the KL of two equal models would not be 0.
         with self.accelerator.autocast():
-            return completion_logits(self.reference, *piece["inputs"]).float()
+            return completion_logits(self.reference, *piece["inputs"])
 
     def update(self, batch: Batch) -> dict[str, Any]:
         """All optimiser updates on one batch. Normalisers are those of the whole batch, all ranks and micro-batches."""
@@ -168,7 +168,7 @@ class Trainer:
         refs = self.reference_logprobs(pieces)
         olds: list[Tensor | None] = [None] * len(pieces)
         denominator = acc.reduce(
-            default_denominator(batch.mask, method.aggregation, run.max_completion_length).float(), "sum"
+            default_denominator(batch.mask.sum(1), method.aggregation, run.max_completion_length).float(), "sum"
         )
         local = method.aggregation == "bnpo"
         row: dict[str, Any] = {}
@@ -181,9 +181,9 @@ class Trainer:
                         logits,
                         piece["inputs"][2],
                         piece["mask"],
-                        piece["advantage"],
-                        piece["kl_beta"],
                         method,
+                        advantage=piece["advantage"],
+                        kl_beta=piece["kl_beta"],
                         max_completion_length=run.max_completion_length,
                         old_logprobs=olds[i],
                         ref_logprobs=refs[i],
@@ -197,7 +197,7 @@ class Trainer:
                 loss_sum += out.loss.detach() * scale
                 if update == 0:
                     olds[i] = out.logprobs
-                stats.add(out, piece["mask"])
+                stats.add(out)
             norm = acc.clip_grad_norm_(self.model.parameters(), run.max_grad_norm or float("inf"))
             learning_rate = self.scheduler.get_last_lr()[0]
             self.optimizer.step()

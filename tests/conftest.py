@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 # Small shapes are faster on one thread, and nothing here may reach out.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Without a GPU the Triton kernels run in Triton's interpreter, which has to be chosen before they are imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -58,7 +62,7 @@ def peer() -> Callable[[str], Any]:
 
 @dataclass
 class LossInputs:
-    """Arguments of `token_loss`: positional ones by field, the optional ones in `kwargs`."""
+    """Arguments of `token_loss`: those that every call has by field, the optional ones in `kwargs`."""
 
     logits: Any
     tokens: Any
@@ -69,6 +73,10 @@ class LossInputs:
 
     def __iter__(self) -> Any:
         return iter((self.logits, self.tokens, self.mask, self.advantage, self.kl_beta))
+
+    def given(self) -> dict[str, Any]:
+        """The advantages and all optional arguments, by name."""
+        return {"advantage": self.advantage, "kl_beta": self.kl_beta, **self.kwargs}
 
     def rows(self, index: Any) -> LossInputs:
         """The same for some of the completions."""
@@ -84,8 +92,6 @@ def make_inputs(
 
     Advantages alternate in sign, so that both clip bounds and both KL coefficients are met.
     """
-    import torch
-
     g = torch.Generator().manual_seed(seed)
     b, width, real = len(lengths), max(lengths), getattr(torch, dtype)
 
@@ -142,7 +148,6 @@ def make_model(family: str, vocab: int) -> Any:
 
     gpt2 has absolute positions, where a wrong position id shows; gemma2 caps its final logits.
     """
-    import torch
     import transformers as tf
 
     sizes: dict[str, Any] = {

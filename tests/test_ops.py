@@ -29,7 +29,7 @@ def config_for(**knobs: Any) -> MDPGRPOConfig:
 def run(batch: LossInputs, config: MDPGRPOConfig, **more: Any) -> tuple[Any, torch.Tensor]:
     logits = batch.logits.detach().requires_grad_()
     out = ops.token_loss(
-        logits, *list(batch)[1:], config, **{"max_completion_length": MAX_LENGTH, **batch.kwargs, **more}
+        logits, batch.tokens, batch.mask, config, **{"max_completion_length": MAX_LENGTH, **batch.given(), **more}
     )
     (grad,) = torch.autograd.grad(out.loss, logits)
     return out, grad
@@ -45,7 +45,9 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def work(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the check came after the work began")
 
-    monkeypatch.setitem(ops._BACKENDS, "torch", dict.fromkeys(ops._BACKENDS["torch"], work))
+    for module in (ops.reference, ops.fused):
+        for op in ("advantages", "token_loss", "token_logprobs"):
+            monkeypatch.setattr(module, op, work)
 
 
 GOOD_REWARDS = {"rewards": torch.zeros(2, 4), "num_constraints": torch.tensor([1, 3])}
@@ -79,13 +81,13 @@ def test_half_a_group_is_refused() -> None:
 
 
 LOSS_REFUSALS = [
-    ("logits", lambda x: x[0], r"of shape \(B, L, V\); got shape \(5, 11\)"),
+    ("logits", lambda x: x[0, 0], r"of shape \(B, L, V\), or .*; got shape \(11,\)"),
     ("logits", lambda x: x.long(), "floating point; got torch.int64"),
     ("tokens", lambda x: x[:, 1:], r"of shape \(4, 5\); got shape \(4, 4\)"),
     ("tokens", lambda x: x.float(), "int32 or int64; got torch.float32"),
     ("tokens", lambda x: x - 1, r"in \[0, 11\); got range -1 to"),
     ("tokens", lambda x: x + 11, r"in \[0, 11\); got range 11 to"),
-    ("temperature", lambda x: torch.ones(3), r"of shape \(4,\); got shape \(3,\)"),
+    ("temperature", lambda x: torch.ones(3), r"of shape \(4,\) or \(4, 5\); got shape \(3,\)"),
     ("temperature", lambda x: torch.tensor([1.0, 0.0, 1.0, 1.0]), r"above 0 in every row; got \[1.0, 0.0"),
     ("temperature", lambda x: 0.0, "above 0; got 0.0"),
     ("temperature", lambda x: math.nan, "above 0; got nan"),
@@ -98,8 +100,8 @@ LOSS_REFUSALS = [
     [
         *LOSS_REFUSALS,
         ("mask", lambda x: x[:, 0], r"of shape \(4, 5\); got shape \(4,\)"),
-        ("advantage", lambda x: x[:, None], r"of shape \(4,\); got shape \(4, 1\)"),
-        ("kl_beta", lambda x: x[:2], r"of shape \(4,\); got shape \(2,\)"),
+        ("advantage", lambda x: x[:, None], r"of shape \(4,\) or \(4, 5\); got shape \(4, 1\)"),
+        ("kl_beta", lambda x: x[:2], r"of shape \(4,\) or \(4, 5\); got shape \(2,\)"),
         ("old_logprobs", lambda x: x[:, :4], r"of shape \(4, 5\); got shape \(4, 4\)"),
         ("ref_logprobs", lambda x: x[0], r"of shape \(4, 5\); got shape \(5,\)"),
         ("importance_weight", lambda x: torch.ones(4), r"of shape \(4, 5\); got shape \(4,\)"),
@@ -130,19 +132,22 @@ def test_token_logprobs_refuses(name: str, change: Callable[[Any], Any], message
 def test_corrected_needs_its_weight() -> None:
     """An option that a code path would not consume raises."""
     with pytest.raises(ConfigError, match="importance_weight is required by temperature_objective = corrected"):
-        ops.token_loss(*make_inputs(), config_for(temperature_objective="corrected"))
+        batch = make_inputs()
+        ops.token_loss(*list(batch)[:3], config_for(temperature_objective="corrected"), **batch.given())
 
 
 def test_unknown_backend_is_an_error_and_not_a_fallback() -> None:
     batch = make_inputs()
     for call in (
         lambda: ops.token_logprobs(batch.logits, batch.tokens, backend="torhc"),
-        lambda: ops.token_loss(*batch, config_for(), backend="torhc"),
+        lambda: ops.token_loss(*list(batch)[:3], config_for(), backend="torhc", **batch.given()),
         lambda: ops.advantages(torch.zeros(1, 2), torch.ones(1), config_for(), backend="torhc"),
     ):
         with pytest.raises(ConfigError, match="unknown backend 'torhc'; did you mean 'torch'"):
             call()
-    auto, named = (ops.token_loss(*batch, config_for(), backend=b).loss for b in ("auto", "torch"))
+    auto, named = (
+        ops.token_loss(*list(batch)[:3], config_for(), backend=b, **batch.given()).loss for b in ("auto", "torch")
+    )
     assert torch.equal(auto, named)
 
 
@@ -278,7 +283,7 @@ def test_trl_bias_corrected_kl(trl_loss: Callable[..., Any]) -> None:
     batch = equal_beta(make_inputs(35))
     loss, grad, _ = trl_loss(batch, loss_type="grpo", use_bias_correction_kl=True)
     batch.logits.requires_grad_()
-    out = ops.token_loss(*batch, config_for(), **batch.kwargs)
+    out = ops.token_loss(*list(batch)[:3], config_for(), **batch.given())
     at, _ = ops.token_logprobs(batch.logits, batch.tokens)
     gap = batch.kwargs["ref_logprobs"] - at
     ratio = (at - batch.kwargs["old_logprobs"]).exp()
@@ -364,9 +369,9 @@ def test_trl_step_end_to_end(trl: TRL, model_dirs: dict[str, str], family: str) 
         logits,
         tokens,
         mask,
-        adv.advantage.flatten(),
-        adv.kl_beta.flatten(),
         config,
+        advantage=adv.advantage.flatten(),
+        kl_beta=adv.kl_beta.flatten(),
         ref_logprobs=ref,
         temperature=0.7,
     )
@@ -424,7 +429,7 @@ def head_inputs(head: tuple[torch.Tensor, torch.Tensor], tau: Any = 1.0) -> Loss
 def run_head(head: tuple[torch.Tensor, torch.Tensor], batch: LossInputs, config: MDPGRPOConfig, **more: Any) -> Any:
     hidden, weight = (x.clone().requires_grad_() for x in head)
     out = ops.token_loss(
-        hidden @ weight.T, *list(batch)[1:], config, max_completion_length=MAX_LENGTH, **batch.kwargs, **more
+        hidden @ weight.T, batch.tokens, batch.mask, config, max_completion_length=MAX_LENGTH, **batch.given(), **more
     )
     return out.loss, *torch.autograd.grad(out.loss, (hidden, weight))
 

@@ -282,7 +282,7 @@ def run(batch: LossInputs, config: MDPGRPOConfig, **more: Any) -> tuple[referenc
     """The loss through the public door and its gradient."""
     logits = batch.logits.detach().requires_grad_()
     out = ops.token_loss(
-        logits, *list(batch)[1:], config, **{"max_completion_length": MAX_LENGTH, **batch.kwargs, **more}
+        logits, batch.tokens, batch.mask, config, **{"max_completion_length": MAX_LENGTH, **batch.given(), **more}
     )
     (grad,) = torch.autograd.grad(out.loss, logits)
     return out, grad
@@ -355,8 +355,14 @@ def test_statistics_are_those_of_the_tokens() -> None:
     torch.testing.assert_close(out.kl, (gap.exp() - gap - 1) * keep)
     assert torch.equal(out.clipped_low, (rho < 0.9) & (a < 0) & keep)
     assert torch.equal(out.clipped_high, (rho > 1.1) & (a > 0) & keep)
-    assert out.clipped_low.any() and out.clipped_high.any() and out.kl_clamped == 0
-    for name in ("logprobs", "entropy", "kl", "ratio"):
+    assert out.clipped_low.any() and out.clipped_high.any()
+    n = keep.sum()
+    means = (out.kl, out.entropy, out.clipped_low, out.clipped_high, rho * keep)
+    expected = [n, *(x.sum() / n for x in means), rho[keep].max(), torch.tensor(0.0)]
+    torch.testing.assert_close(out.totals, torch.stack([x.double() for x in expected]))
+    torch.testing.assert_close(out.completion_kl, out.kl.sum(1) / keep.sum(1))
+    assert out.total("kl_clamped") == 0
+    for name in ("logprobs", "entropy", "kl", "ratio", "totals", "completion_kl"):
         assert not getattr(out, name).requires_grad, name
 
 
@@ -368,7 +374,7 @@ def test_gradcheck(level: Any, aggregation: Any) -> None:
     taus = torch.tensor([0.5, 1.2, 1.0], dtype=torch.float64)
 
     def loss(x: torch.Tensor) -> torch.Tensor:
-        return ops.token_loss(x, *list(batch)[1:], config, temperature=taus, softcap=4.0, **batch.kwargs).loss
+        return ops.token_loss(x, batch.tokens, batch.mask, config, temperature=taus, softcap=4.0, **batch.given()).loss
 
     assert torch.autograd.gradcheck(loss, batch.logits.requires_grad_(), eps=1e-6, atol=1e-7)
     assert torch.autograd.gradcheck(
@@ -408,7 +414,7 @@ def test_importance_weight_multiplies_the_policy_term_only(level: Any) -> None:
     torch.testing.assert_close(both[0].loss, 1.7 * policy_only[0].loss + kl_only[0].loss, rtol=1e-13, atol=0)
     torch.testing.assert_close(both[1], 1.7 * policy_only[1] + kl_only[1], rtol=1e-11, atol=1e-14)
     assert kl_only[1].abs().sum() > 0
-    assert not ops.token_loss(*batch, config, importance_weight=w, **batch.kwargs).loss.requires_grad
+    assert not ops.token_loss(*list(batch)[:3], config, importance_weight=w, **batch.given()).loss.requires_grad
 
 
 def test_a_number_a_scalar_tensor_and_a_row_tensor_of_one_temperature_agree() -> None:
@@ -498,12 +504,12 @@ def test_k3_overflow_is_clamped_and_counted(dtype: torch.dtype) -> None:
     args = (torch.zeros(1, 3, dtype=torch.long), torch.tensor([[True, False, True]]), torch.zeros(1), torch.ones(1))
     batch = LossInputs(logits, *args, kwargs={"ref_logprobs": torch.full((1, 3), -1.0, dtype=dtype)})
     out, grad = run(batch, config_for())
-    assert out.kl_clamped.item() == 1, "the masked token is not counted"
+    assert out.total("kl_clamped").item() == 1, "the masked token is not counted"
     assert out.kl[0, 0].item() == pytest.approx(math.exp(reference.KL_EXPONENT_MAX) - reference.KL_EXPONENT_MAX - 1)
     assert (grad[0, 0] == 0).all() and grad[0, 2, 0] != 0
     assert out.loss.isfinite() and grad.isfinite().all()
     for estimator in ("k1", "k2"):
-        assert run(batch, config_for(kl_estimator=estimator))[0].kl_clamped == 0
+        assert run(batch, config_for(kl_estimator=estimator))[0].total("kl_clamped") == 0
 
 
 def test_kl_is_zero_at_the_reference_and_k3_is_never_negative() -> None:
@@ -608,7 +614,7 @@ def test_micro_batches_with_the_global_denominator_sum_to_the_batch(aggregation:
     batch, config = make_inputs(19, lengths=(5, 3, 1, 4, 0, 2)), config_for(aggregation=aggregation)
     batch.kwargs["temperature"] = torch.tensor([0.5, 0.8, 1.0] * 2, dtype=torch.float64)
     whole, grad = run(batch, config)
-    denominator = reference.default_denominator(batch.mask, aggregation, MAX_LENGTH)
+    denominator = reference.default_denominator(batch.mask.sum(1), aggregation, MAX_LENGTH)
     expected = {"grpo": 5, "dapo": 15, "dr_grpo": 5 * MAX_LENGTH}[aggregation]
     assert denominator.item() == expected
     cuts = [slice(0, 1), slice(1, 4), slice(4, 5), slice(5, 6)]
@@ -654,7 +660,7 @@ def test_strided_logits() -> None:
     wide.requires_grad_()
     view = wide[:, :-1, :v]
     assert not view.is_contiguous()
-    got = ops.token_loss(view, *list(batch)[1:], config, max_completion_length=MAX_LENGTH, **batch.kwargs)
+    got = ops.token_loss(view, batch.tokens, batch.mask, config, max_completion_length=MAX_LENGTH, **batch.given())
     got.loss.backward()
     assert torch.equal(got.loss, out.loss) and torch.equal(wide.grad[:, :-1, :v], grad)
     assert (wide.grad[:, -1] == 0).all() and (wide.grad[..., v:] == 0).all()
@@ -664,7 +670,7 @@ def test_loss_scale_reaches_the_gradient() -> None:
     """An accumulation factor or an AMP scaler scales the gradient, and the same logits serve a second consumer."""
     batch = make_inputs(23)
     logits = batch.logits.clone().requires_grad_()
-    loss = ops.token_loss(logits, *list(batch)[1:], config_for(), **batch.kwargs).loss
+    loss = ops.token_loss(logits, batch.tokens, batch.mask, config_for(), **batch.given()).loss
     (one,) = torch.autograd.grad(loss, logits, retain_graph=True)
     (half,) = torch.autograd.grad(loss, logits, grad_outputs=torch.tensor(0.5, dtype=torch.float64), retain_graph=True)
     (many,) = torch.autograd.grad(loss * 65536.0 + logits.sum() * 0, logits)
@@ -717,7 +723,7 @@ def test_entropy_of_known_distributions() -> None:
 def test_compiles_without_graph_breaks() -> None:
     """Liger#1366: the torch path holds nothing that Dynamo cannot trace."""
     batch, config = make_inputs(26), config_for()
-    rest, kwargs = list(batch)[1:], batch.kwargs
+    rest, kwargs = (batch.tokens, batch.mask), batch.given()
 
     def loss(x: torch.Tensor) -> torch.Tensor:
         return reference.token_loss(x, *rest, config, max_completion_length=MAX_LENGTH, **kwargs).loss

@@ -414,9 +414,9 @@ def test_ratio_is_one_on_policy(model_dirs: dict[str, str]) -> None:
         teacher_forced(model, r),
         r.tokens,
         r.mask,
-        one,
-        beta,
         config,
+        advantage=one,
+        kl_beta=beta,
         old_logprobs=r.sampling_logprobs,
         temperature=r.temperature,
     )

@@ -1,0 +1,172 @@
+"""Checks at the public doors: a ValueError that names the argument, what came and what is expected.
+
+Shapes and dtypes are always checked. Values are looked at where that is free, on the CPU, and elsewhere on request: on
+a GPU the look would wait for all work before it. Unlooked-at bad values there give NaN, never a plausible number.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, ...]
+
+
+def refuse(name: str, got: Any, expected: str) -> NoReturn:
+    """Called where something does not fit: the words are put together only then, so that checks trace under compile."""
+    raise ValueError(f"{name} must be {expected}; got {got}")
+
+
+def check_shape(name: str, x: Tensor | None, *shapes: Shape) -> None:
+    """x, if there is one, has one of the shapes."""
+    if x is not None and tuple(x.shape) not in shapes:
+        refuse(name, f"shape {tuple(x.shape)}", f"of shape {' or '.join(str(s) for s in dict.fromkeys(shapes))}")
+
+
+def check_integers(name: str, x: Tensor) -> None:
+    if x.dtype not in (torch.int32, torch.int64):
+        refuse(name, x.dtype, "int32 or int64")
+
+
+def check_floating(name: str, x: Tensor) -> None:
+    if not x.is_floating_point():
+        refuse(name, x.dtype, "floating point")
+
+
+def look(x: Tensor, check_values: bool | None) -> bool:
+    """Whether to look at the values of x. Never while compiling, where a look would break the graph."""
+    return (x.device.type == "cpu" if check_values is None else check_values) and not torch.compiler.is_compiling()
+
+
+def check_range(name: str, x: Tensor, count: int, check_values: bool | None) -> None:
+    """Integers in [0, count)."""
+    if look(x, check_values) and x.numel():
+        low, high = int(x.min()), int(x.max())
+        if low < 0 or high >= count:
+            refuse(name, f"range {low} to {high}", f"in [0, {count})")
+
+
+def check_device(reference: Tensor, **others: Tensor | float | None) -> None:
+    for name, x in others.items():
+        if isinstance(x, Tensor) and x.ndim and x.device != reference.device:
+            refuse(name, f"device {x.device}", f"on {reference.device}, as logits are")
+
+
+def check_rewards(
+    rewards: Tensor, num_constraints: Tensor, valid: Tensor | None, group_size: int, check_values: bool | None
+) -> None:
+    """rewards (P, G), num_constraints (P,), valid (P, G)."""
+    if rewards.ndim != 2:
+        refuse("rewards", f"shape {tuple(rewards.shape)}", "of shape (P, G)")
+    check_floating("rewards", rewards)
+    if rewards.shape[1] != group_size:
+        refuse("rewards", f"G = {rewards.shape[1]}", f"(P, G) with G = num_generations = {group_size}")
+    check_shape("num_constraints", num_constraints, (rewards.shape[0],))
+    check_shape("valid", valid, tuple(rewards.shape))
+    if valid is not None and valid.dtype != torch.bool:
+        refuse("valid", valid.dtype, "bool")
+    if look(rewards, check_values):
+        counted = rewards if valid is None else rewards.masked_fill(~valid, 0)
+        if not bool(counted.isfinite().all()):
+            refuse("rewards", "NaN or infinity", "finite (pass valid= to leave samples out)")
+        if not bool((num_constraints >= 1).all()):
+            refuse("num_constraints", num_constraints.tolist(), "at least 1")
+
+
+def check_groups(groups: Tensor, rewards: Tensor, group_size: int) -> None:
+    """groups (B,): each of the groups 0 .. P-1 has exactly G completions.
+
+    Always looked at, also on a GPU: a wrong map gives plausible and wrong statistics.
+    """
+    if rewards.ndim != 1:
+        refuse("rewards", f"shape {tuple(rewards.shape)}", "of shape (B,) where groups are given")
+    check_shape("groups", groups, tuple(rewards.shape))
+    check_integers("groups", groups)
+    ids, sizes = groups.unique(return_counts=True)
+    for group, size in zip(ids.tolist(), sizes.tolist(), strict=True):
+        if size != group_size:
+            expected = f"a map in which every group has G = num_generations = {group_size} completions"
+            refuse("groups", f"group {group} of size {size}", expected)
+    if ids.tolist() != list(range(len(ids))):
+        refuse("groups", f"group ids {ids.tolist()[:8]}", f"numbered 0 to {len(ids) - 1}")
+
+
+def check_logits(
+    logits: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None,
+    completion: Tensor | None,
+    num_completions: int | None,
+    temperature: Tensor | float,
+    softcap: float | None,
+    check_values: bool | None,
+) -> tuple[Shape, int]:
+    """Padded (B, L, V), or packed (T, V) with a completion map. Returns the shape of the rows and B."""
+    if logits.ndim != (3 if completion is None else 2):
+        padded, packed = "of shape (B, L, V), or (T, V) with completion=", "of shape (T, V) with completion="
+        refuse("logits", f"shape {tuple(logits.shape)}", padded if completion is None else packed)
+    check_floating("logits", logits)
+    rows, vocab = tuple(logits.shape[:-1]), logits.shape[-1]
+    if vocab < 1:
+        refuse("logits", f"shape {tuple(logits.shape)}", "of at least one column")
+    check_shape("tokens", tokens, rows)
+    check_integers("tokens", tokens)
+    check_shape("mask", mask, rows)
+    if softcap is not None and not softcap > 0:
+        refuse("softcap", softcap, "above 0, or None")
+    if completion is None:
+        if num_completions is not None:
+            refuse("num_completions", num_completions, "left out for padded logits")
+        count = rows[0]
+    else:
+        check_shape("completion", completion, rows)
+        check_integers("completion", completion)
+        if num_completions is None:
+            refuse("num_completions", None, "given for packed logits, or follow from rewards")
+        count = num_completions
+        check_range("completion", completion, count, check_values)
+    check_knob("temperature", temperature, rows, count, check_values, positive=True)
+    check_range("tokens", tokens, vocab, check_values)
+    check_device(logits, tokens=tokens, mask=mask, completion=completion, temperature=temperature)
+    return rows, count
+
+
+def check_knob(
+    name: str, x: Tensor | float | None, rows: Shape, count: int, check_values: bool | None, positive: bool = False
+) -> None:
+    """A number, or a tensor with one value per completion (B,) or per row."""
+    if isinstance(x, Tensor):
+        if x.ndim:
+            check_shape(name, x, (count,), rows)
+        if positive and look(x, check_values) and not bool((x > 0).all()):
+            refuse(name, x.tolist(), "above 0 in every row")
+    elif positive and (x is None or not x > 0):
+        refuse(name, x, "above 0")
+
+
+def check_advantages(
+    rewards: Tensor | None,
+    num_constraints: Tensor | None,
+    valid: Tensor | None,
+    groups: Tensor | None,
+    advantage: Tensor | float | None,
+    kl_beta: Tensor | float | None,
+    rows: Shape,
+    count: int,
+) -> None:
+    """Either rewards with their num_constraints, or advantage and kl_beta."""
+    for name, x in (("advantage", advantage), ("kl_beta", kl_beta)):
+        if rewards is None and x is None:
+            refuse(name, None, "given, or rewards")
+        if rewards is not None and x is not None:
+            refuse(name, "both it and rewards", "left out where rewards are given")
+        check_knob(name, x, rows, count, None)
+    if rewards is not None and num_constraints is None:
+        refuse("num_constraints", None, "given with rewards")
+    if rewards is not None and rewards.numel() != count:
+        refuse("rewards", f"{rewards.numel()} rewards", f"one for each of {count} completions")
+    for name, extra in (("num_constraints", num_constraints), ("valid", valid), ("groups", groups)):
+        if rewards is None and extra is not None:
+            refuse(name, "a tensor", "given with rewards only")
