@@ -227,6 +227,9 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16", "auto"] = knob(
         "float32", "dtype of the trained weights; in bfloat16 small updates round away (mixed_precision saves memory)"
     )
+    backend: Literal["auto", "torch", "triton"] = knob(
+        "auto", "of the loss: fused Triton kernels, or plain PyTorch; auto takes triton on a GPU"
+    )
     cpu: bool = knob(False, "stay on the CPU even where a GPU is present")
     seed: int = knob(42, "seed of data order and sampling")
 

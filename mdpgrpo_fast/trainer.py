@@ -112,7 +112,7 @@ class Trainer:
         totals = torch.tensor([0.0 if s.total is None else s.total for s in scores], device=device).view(-1, g)
         valid = torch.tensor([s.total is not None for s in scores], device=device).view(-1, g)
         k = torch.tensor([self.task.train[i].num_constraints(self.run.num_constraints) for i in rows], device=device)
-        adv = ops.advantages(totals, k, method, valid=valid)
+        adv = ops.advantages(totals, k, method, valid=valid, backend=self.run.backend)
         counts = valid.flatten() & (rollout.finished | (not method.mask_truncated))
         mask = rollout.mask & counts[:, None]
         weight = None
@@ -151,8 +151,9 @@ class Trainer:
     def reference_logprobs(self, pieces: list[dict[str, Any]]) -> list[Tensor | None]:
         if self.reference is None:
             return [None] * len(pieces)
+        tau, backend = self.method.kl_temperature, self.run.backend
         return [
-            ops.token_logprobs(self.reference_logits(p), p["inputs"][2], temperature=self.method.kl_temperature)[0]
+            ops.token_logprobs(self.reference_logits(p), p["inputs"][2], p["mask"], temperature=tau, backend=backend)[0]
             for p in pieces
         ]
 
@@ -190,6 +191,7 @@ class Trainer:
                         importance_weight=piece["importance_weight"],
                         temperature=piece["temperature"],
                         denominator=None if local else denominator,
+                        backend=run.backend,
                     )
                     # DDP averages gradients over ranks; the denominator has already counted them all.
                     scale = 1 / len(pieces) if local else acc.num_processes

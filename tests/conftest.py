@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 from collections.abc import Callable
@@ -19,6 +20,22 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Without a GPU the Triton kernels run in Triton's interpreter, which has to be chosen before they are imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    # The interpreter patches triton.language again at every call of a device function: half of its time. Once for the
+    # functions of a module is enough, as it never takes those patches back.
+    with contextlib.suppress(ImportError):
+        from triton.runtime import interpreter
+
+        _patched: set[int] = set()
+
+        def _call_device_function(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if id(self.fn.__globals__) not in _patched:
+                _patched.add(id(self.fn.__globals__))
+                interpreter._patch_lang(self.fn)
+            return self.rewrite()(*args, **kwargs)
+
+        interpreter.InterpretedFunction.__call__ = _call_device_function
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"

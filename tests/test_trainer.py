@@ -83,6 +83,23 @@ def test_on_policy_ratio_is_one_and_later_updates_move_it(tmp_path: Path) -> Non
     assert all(r["ratio_max"] > 1.01 for r in rows(twice)), "the third update is off-policy against the rollout"
 
 
+def test_fused_kernels_train_as_the_reference_does(tmp_path: Path) -> None:
+    """Ten steps of the embedded default (fewer prompts a step): every logged metric agrees to 1e-4."""
+    small = ["--steps", "10", "--prompts-per-step", "2", "--max-completion-length", "24", "--eval-samples", "4"]
+    logged = {}
+    for backend in ("torch", "triton"):
+        AcceleratorState._reset_state(True)
+        assert train.main(["--output-dir", str(tmp_path / backend), "--backend", backend, *small]) == 0
+        lines = (tmp_path / backend / "metrics.jsonl").read_text().splitlines()
+        logged[backend] = [r for r in map(json.loads, lines) if "eval" not in r]
+    assert len(logged["torch"]) == len(logged["triton"]) == 10
+    for torchs, tritons in zip(logged["torch"], logged["triton"], strict=True):
+        assert torchs.keys() == tritons.keys()
+        for name, value in torchs.items():
+            if isinstance(value, (int, float)) and name not in ("tokens_per_second", "memory_mb"):
+                assert tritons[name] == pytest.approx(value, abs=1e-4), (torchs["step"], name)
+
+
 @pytest.mark.parametrize("objective", ["paper", "per_row", "corrected"])
 def test_temperature_objectives_train(tmp_path: Path, objective: str) -> None:
     method = preset("exact", num_generations=4, temperatures=[0.4, 1.0], temperature_objective=objective)
