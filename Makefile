@@ -50,7 +50,9 @@ seed-policy: $(VENV)/.setup
 	$(BIN)/python -m mdpgrpo_fast.demo.seed_policy --output $(DEMO)/seed_policy $(ARGS)
 
 bench: $(VENV)/.setup-test
+	$(BIN)/python benchmarks/roofline.py
 	$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-only $(ARGS)
+	$(BIN)/python benchmarks/readme.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,6 +1,6 @@
-"""What the compiled kernels are made of, without a GPU: registers, spills, shared memory, access width, occupancy, bytes.
+"""What the compiled kernels are made of, without a GPU: registers, spills, shared memory, access width, occupancy.
 
-    python benchmarks/kernel_resources.py                  # a table and benchmarks/results/compiled/kernel_resources.json
+    python benchmarks/kernel_resources.py                  # a table, and results/compiled/kernel_resources.json
     python benchmarks/kernel_resources.py --all-tiles      # every tile that tuning may choose
 
 The launchers run on CPU tensors with the launch itself replaced: what they would launch is compiled for each
@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,8 @@ def describe(case: str, kernel: JITFunction, args: tuple[Any, ...], kwargs: dict
     signature, constants, attributes = {}, {}, {}
     for i, p in enumerate(kernel.params):
         value = values[p.name]
-        if p.is_constexpr or value is None or (value is not True and type(value) is int and value == 1
-                                               and not p.do_not_specialize):  # fmt: skip
+        is_one = type(value) is int and value == 1 and not p.do_not_specialize
+        if p.is_constexpr or value is None or is_one:
             signature[p.name], constants[(i,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[p.name] = f"*{TYPES[value.dtype]}"
@@ -114,6 +115,21 @@ def record(case: str, run: Any) -> list[Launch]:
     return launches
 
 
+FLAGS = {
+    "sequence": False,
+    "estimator": 3,
+    "aggregation": 0,
+    "rescale": False,
+    "two_temperatures": False,
+    "group_size": 2,
+    "sample_std": False,
+    "goal_mean": 0,
+    "binomial": False,
+    "prospect": True,
+    "prospect_on_goal": True,
+}
+
+
 def cases(vocab: int, dtype: torch.dtype, tile: tuning.Tile) -> list[Launch]:
     """The leanest and the fullest objective, log-probs and their gradient, scaling, advantages."""
     b, length = 2, 4
@@ -123,43 +139,24 @@ def cases(vocab: int, dtype: torch.dtype, tile: tuning.Tile) -> list[Launch]:
     completion, one, places = torch.zeros(b * length, dtype=torch.long), torch.ones(1), torch.arange(b)
     plain = Numbers(1.0, 0.2, 0.2, 0.0, 0.0, 1.0, 0.2, 0.8, 1.25, 2.0, 0.01, 0.025)
     full = plain._replace(delta=2.0, softcap=30.0)
-    groups = (torch.zeros(b), torch.ones(1), None, None, None, None)
     name = f"V={vocab} {str(dtype).removeprefix('torch.')}"
 
-    def loss(source: Any, *rest: Any, completion: Any = None, into: Any = gradient, **flags: Any) -> Any:
-        *tensors, denominator, numbers = rest
-        method = Flags(**{"sequence": False, "estimator": 3, "aggregation": 0, "rescale": False, "two_temperatures": False,
-                          "group_size": 2, "sample_std": False, "goal_mean": 0, "binomial": False, "prospect": True,
-                          "prospect_on_goal": True, **flags})  # fmt: skip
-        shape = logits if completion is None else logits.view(1, b * length, vocab)
-        return lambda: token_loss.launch_token_loss(
-            shape, into if into is None else into.view_as(shape), tokens, mask, completion, b, *source, *tensors,
-            denominator, length, numbers, method, tile,
-        )  # fmt: skip
+    def loss(*tensors: Any, completion: Any = None, numbers: Numbers = plain, **flags: bool | int) -> Callable[[], Any]:
+        """tensors: rewards to kl_beta (six), old_logprobs to epsilon_high (six), denominator."""
+        x, out = (t if completion is None else t.view(1, b * length, vocab) for t in (logits, gradient))
+        rest = (length, numbers, Flags(**{**FLAGS, **flags}), tile)
+        return lambda: token_loss.launch_token_loss(x, out, tokens, mask, completion, b, *tensors, *rest)
 
-    given = (None, None, None, None, each, each)
-    grouped = (groups[0], groups[1], torch.ones(b, dtype=torch.uint8), places, None, None)
-    runs = {
-        "on-policy, rewards": loss(groups, None, row, None, None, None, None, one, plain),
+    none, six = (None,) * 4, (row,) * 6
+    rewards, valid = (torch.zeros(b), torch.ones(1)), torch.ones(b, dtype=torch.uint8)
+    everything = {"numbers": full, "two_temperatures": True}
+    per_row = {**everything, "completion": completion, "sequence": True, "estimator": 2, "aggregation": 1}
+    runs: dict[str, Callable[[], Any]] = {
+        "on-policy, rewards": loss(*rewards, *none, None, row, *none, one),
         "full, token level": loss(
-            grouped, row, row, row, each, each, each, one, full, two_temperatures=True, rescale=True
+            *rewards, valid, places, None, None, row, row, row, each, each, each, one, rescale=True, **everything
         ),
-        "full, sequence level": loss(
-            given,
-            row,
-            row,
-            row,
-            row,
-            row,
-            row,
-            None,
-            full,
-            completion=completion,
-            sequence=True,
-            two_temperatures=True,
-            estimator=2,
-            aggregation=1,
-        ),  # fmt: skip
+        "full, sequence level": loss(*none, each, each, *six, None, **per_row),
         "log-probs": lambda: logprobs.launch_logprobs(logits, tokens, mask, None, b, each, 1.0, 1.0, 0.0, False),
         "log-probs backward": lambda: logprobs.launch_logprobs_backward(
             row, logits, tokens, mask, None, b, each, 1.0, 30.0, torch.empty(4, b * length)
@@ -241,9 +238,8 @@ def main() -> int:
     args = parser.parse_args()
     tiles = list(tuning.CANDIDATES if args.all_tiles else tuning.CANDIDATES[:1])
     found = measure(args.vocab, [getattr(torch, d) for d in args.dtype], tiles, args.sm)
-    print(
-        f"{'kernel':22}{'sm':>4}{'warps':>6}{'regs':>6}{'spill':>6}{'shared':>8}{'occup.':>8}  loads, stores (bits: count)"
-    )
+    head = f"{'kernel':22}{'sm':>4}{'warps':>6}{'regs':>6}{'spill':>6}{'shared':>8}{'occup.':>8}"
+    print(head + "  loads, stores (bits: count)")
     for r in found:
         print(f"{r.kernel:22}{r.sm:4}{r.warps:6}{r.registers:6}{r.spilled:6}{r.shared:8}{r.occupancy:8.2f}  "
               f"{r.loads} {r.stores}  {r.case}")  # fmt: skip

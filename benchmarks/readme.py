@@ -1,6 +1,7 @@
 """Put the measured numbers and the table of settings into README.md, between its `results:` markers.
 
-`python benchmarks/readme.py` writes; with `--check` it exits 1 where the README differs from the result files.
+`python benchmarks/readme.py` writes, and draws the plots of the operation benchmarks; with `--check` it exits 1 where
+the README differs from the result files.
 """
 
 from __future__ import annotations
@@ -11,6 +12,10 @@ import re
 import sys
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import speed_table
 
 from mdpgrpo_fast.config import MDPGRPOConfig, TrainConfig
 
@@ -99,7 +104,13 @@ def knobs() -> str:
 def render(text: str) -> str:
     """The README with every marked section drawn again."""
     result = json.loads(LEARNING.read_text(encoding="utf-8"))
-    for name, body in (("claim", claim(result)), ("learning", learning(result)), ("knobs", knobs())):
+    bodies = {
+        "claim": claim(result),
+        "learning": learning(result),
+        "speed": speed_table.section(),
+        "knobs": knobs(),
+    }
+    for name, body in bodies.items():
         start, end = f"<!-- results:{name} -->", f"<!-- /results:{name} -->"
         pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
         if not pattern.search(text):
@@ -110,6 +121,8 @@ def render(text: str) -> str:
 
 def main() -> int:
     path = ROOT / "README.md"
+    if "--check" not in sys.argv[1:]:
+        speed_table.plot_all()
     old = path.read_text(encoding="utf-8")
     new = render(old)
     if "--check" in sys.argv[1:]:

@@ -51,7 +51,7 @@ def interpreting() -> bool:
 
 
 @functools.cache
-def _say_once(level: int, message: str) -> None:
+def say_once(level: int, message: str) -> None:
     log.log(level, message)
 
 
@@ -72,10 +72,10 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
         raise ValueError(f"backend 'triton' cannot run: {reason}")
     if backend == "auto" and not torch.compiler.is_compiling():
         if reason is None:
-            _say_once(logging.INFO, f"backend triton: the tensors are {dtype} on {device.type}")
+            say_once(logging.INFO, f"backend triton: the tensors are {dtype} on {device.type}")
         else:
             level = logging.WARNING if device.type == "cuda" else logging.INFO
-            _say_once(level, f"backend torch: {reason}")
+            say_once(level, f"backend torch: {reason}")
     return "torch" if reason else "triton"
 
 

@@ -6,11 +6,13 @@ flat.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .backends import say_once
 from .config import MDPGRPOConfig
 from .reference import Advantages, TokenLoss
 
@@ -47,9 +49,13 @@ def _number(x: Knob) -> float:
 
 
 def _as_rows(logits: Tensor) -> Tensor:
-    """(1, T, V) of packed logits, and unit stride in V, by a copy where it is not."""
+    """(1, T, V) of packed logits, and unit stride in V, by a copy and a notice where it is not."""
     logits = logits if logits.ndim == 3 else logits[None]
-    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
+    if logits.stride(-1) == 1 or logits.shape[-1] == 1:
+        return logits
+    if not torch.compiler.is_compiling():
+        say_once(logging.WARNING, "logits are copied: the kernels need unit stride in the vocabulary")
+    return logits.contiguous()
 
 
 # ---- the objective --------------------------------------------------------------------------------------------------

@@ -149,18 +149,14 @@ class Trainer:
 
     @torch.no_grad()
     def reference_logprobs(self, pieces: list[dict[str, Any]]) -> list[Tensor | None]:
-        if self.reference is None:
-            return [None] * len(pieces)
-        tau, backend = self.method.kl_temperature, self.run.backend
-        return [
-            ops.token_logprobs(self.reference_logits(p), p["inputs"][2], p["mask"], temperature=tau, backend=backend)[0]
-            for p in pieces
-        ]
-
-    def reference_logits(self, piece: dict[str, Any]) -> Tensor:
-        # In the policy's own precision, or the KL of two equal models would not be 0.
-        with self.accelerator.autocast():
-            return completion_logits(self.reference, *piece["inputs"])
+        found: list[Tensor | None] = []
+        for p in pieces if self.reference is not None else []:
+            # In the policy's own precision, or the KL of two equal models would not be 0.
+            with self.accelerator.autocast():
+                logits = completion_logits(self.reference, *p["inputs"])
+            found.append(ops.token_logprobs(logits, p["inputs"][2], p["mask"], temperature=self.method.kl_temperature,
+                                            backend=self.run.backend)[0])  # fmt: skip
+        return found or [None] * len(pieces)
 
     def update(self, batch: Batch) -> dict[str, Any]:
         """All optimiser updates on one batch. Normalisers are those of the whole batch, all ranks and micro-batches."""

@@ -1,0 +1,273 @@
+"""The objective on materialised logits, forward and gradient: ours, the reference eager and compiled, Liger, TRL.
+
+`pytest benchmarks/bench_token_loss.py --benchmark-only`. All compute the same: one β, temperature 1, `grpo`
+aggregation, k3, a KL not weighted by the ratio; but for `gemma`, with a temperature per completion and a soft-cap.
+Each is verified against the reference before it is timed.
+Bytes counted: one read and one write of the logits, whatever moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from harness import (
+    CUDA,
+    Candidate,
+    Measured,
+    Results,
+    Unavailable,
+    clock,
+    own_backends,
+    release,
+    require_backend,
+    require_gpu,
+)
+from problems import Problem, Truth, peer, per_completion, problem, refuse_reference, shapes, trl_logprobs
+from torch import Tensor
+
+from mdpgrpo_fast import ops, reference
+from mdpgrpo_fast.config import MDPGRPOConfig
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+BETA, EPSILON, SOFTCAP = 0.04, 0.2, 30.0
+NAMES = ["reference", "compile", "liger", "trl", *own_backends(), *(f"{name} in place" for name in own_backends())]
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str  # on-policy, off-policy, sequence, gemma
+    tokens: int
+    vocab: int
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.tokens}x{self.vocab}"
+
+    @property
+    def plain(self) -> bool:
+        return self.name != "gemma"
+
+    @property
+    def off_policy(self) -> bool:
+        return self.name in ("off-policy", "sequence")
+
+    @property
+    def config(self) -> MDPGRPOConfig:
+        if not self.plain:
+            return MDPGRPOConfig(multi_temperature=False, temperature_objective="per_row")
+        level = "sequence" if self.name == "sequence" else "token"
+        return MDPGRPOConfig(multi_temperature=False, asymmetric_kl=False, kl_beta_pos=BETA, importance_level=level)
+
+
+def cases() -> list[Case]:
+    found = []
+    for i, (n_tokens, vocab) in enumerate(shapes()):
+        # A compilation takes as long as all else: two sizes.
+        found.append(Case("on-policy", n_tokens, vocab, compiled=i < 2))
+        found += [Case(name, n_tokens, vocab) for name in ("off-policy", "sequence")]
+        if not CUDA or (n_tokens, vocab) == (8192, 256000):
+            found.append(Case("gemma", n_tokens, vocab))
+    return found
+
+
+# ---- the arguments and the answer -----------------------------------------------------------------------------------
+
+
+def knobs(p: Problem, case: Case) -> dict[str, Any]:
+    """What all calls of ours have in common."""
+    more = {} if case.plain else {"temperature": p.temperature, "softcap": SOFTCAP}
+    return {"old_logprobs": p.old_logprobs if case.off_policy else None, "ref_logprobs": p.ref_logprobs, **more}
+
+
+def truth(p: Problem, case: Case) -> Truth:
+    config = case.config
+    adv = reference.advantages(p.rewards.double(), p.num_constraints, config)
+    advantage, beta = adv.advantage.flatten(), adv.kl_beta.flatten()
+
+    def loss(x: Tensor, i: int) -> Tensor:
+        part = {k: v[i : i + 1] if isinstance(v, Tensor) else v for k, v in knobs(p, case).items()}
+        return reference.token_loss(
+            x, p.tokens[i : i + 1], None, config, advantage=advantage[i : i + 1], kl_beta=beta[i : i + 1],
+            max_completion_length=p.tokens.shape[1], denominator=p.count, **part,
+        ).loss  # fmt: skip
+
+    values, gradients = per_completion(p, loss, lambda value, i: value)
+    total = torch.stack(values).double().sum()
+    # Advantages cancel in the sum: an error is one of the terms, not of what is left of them.
+    return Truth(total, gradients, total.abs().item() + advantage.abs().mean().item())
+
+
+# ---- candidates -----------------------------------------------------------------------------------------------------
+
+
+def eager(p: Problem, case: Case, backend: str) -> Candidate:
+    config, more = case.config, knobs(p, case)
+
+    def run() -> tuple[Tensor, Tensor]:
+        x = p.leaf()
+        out = ops.token_loss(
+            x, p.tokens, p.mask, config, rewards=p.rewards, num_constraints=p.num_constraints, backend=backend, **more
+        )
+        return out.loss, torch.autograd.grad(out.loss, x)[0]
+
+    return Candidate(run)
+
+
+def eager_reference(p: Problem, case: Case) -> Candidate:
+    refuse_reference(p)
+    return eager(p, case, "torch")
+
+
+def own(p: Problem, case: Case, backend: str) -> Candidate:
+    require_backend(backend)
+    return eager(p, case, backend)
+
+
+class _Head(torch.autograd.Function):
+    """Logits as a model returns them, neither a leaf nor a view; their gradient is kept as it comes in."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, logits: list[Tensor], caught: list[Tensor]) -> Tensor:
+        ctx.caught = caught
+        return logits[0].detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
+        ctx.caught.append(gradient)
+        return None, None, None
+
+
+def own_in_place(p: Problem, case: Case, backend: str) -> Candidate:
+    """The gradient over the logits, which are put back before every call."""
+    require_backend(backend)
+    config, more = case.config, knobs(p, case)
+    work, weight = torch.empty_like(p.padded), torch.zeros((), device=p.padded.device, requires_grad=True)
+
+    def setup() -> None:
+        work.copy_(p.padded)
+
+    def run() -> tuple[Tensor, Tensor]:
+        caught: list[Tensor] = []
+        x = _Head.apply(weight, [work[:, :-1]], caught)
+        out = ops.token_loss(
+            x, p.tokens, p.mask, config, rewards=p.rewards, num_constraints=p.num_constraints, backend=backend,
+            in_place=True, **more,
+        )  # fmt: skip
+        out.loss.backward()
+        return out.loss, caught[0]
+
+    return Candidate(run, setup)
+
+
+def compiled_reference(p: Problem, case: Case) -> Candidate:
+    if not case.compiled:
+        raise Unavailable("compiled for two sizes only, as a compilation takes long")
+    refuse_reference(p)
+    torch._dynamo.reset()
+    config, more = case.config, knobs(p, case)
+
+    @partial(torch.compile, dynamic=False)
+    def objective(x: Tensor) -> tuple[Tensor, ...]:
+        adv = reference.advantages(p.rewards, p.num_constraints, config)
+        out = reference.token_loss(
+            x, p.tokens, p.mask, config, advantage=adv.advantage.flatten(), kl_beta=adv.kl_beta.flatten(),
+            max_completion_length=p.tokens.shape[1], **more,
+        )  # fmt: skip
+        # All of it, so that nothing which ours computes is optimised away.
+        return (out.loss, out.logprobs, out.entropy, out.kl, out.ratio, out.clipped_low, out.clipped_high,
+                out.completion_kl, out.totals)  # fmt: skip
+
+    def run() -> tuple[Tensor, Tensor]:
+        x = p.leaf()
+        loss, *_ = objective(x)
+        return loss, torch.autograd.grad(loss, x)[0]
+
+    return Candidate(run)
+
+
+def given(p: Problem, case: Case) -> tuple[Tensor, float]:
+    """Advantages (B,) and β as peers take them, computed outside of their time."""
+    if not case.plain:
+        raise Unavailable("has one temperature for all rows and no soft-cap")
+    return reference.advantages(p.rewards, p.num_constraints, case.config).advantage.flatten().contiguous(), BETA
+
+
+def liger(p: Problem, case: Case) -> Candidate:
+    advantage, beta = given(p, case)
+    require_gpu()
+    grpo = peer("liger_kernel.transformers.grpo_loss", "triton_grpo_loss")
+    mask, level = p.mask.long(), case.config.importance_level
+    old = p.old_logprobs if case.off_policy else None
+
+    def run() -> tuple[Tensor, Tensor]:
+        x = p.padded.detach().requires_grad_()
+        loss, _ = grpo(
+            x, old, p.ref_logprobs, p.tokens, advantage, mask, temperature=1.0, beta=beta, eps_low=EPSILON,
+            eps_high=EPSILON, inplace=False, loss_type="grpo", importance_sampling_level=level, reduce=True,
+        )  # fmt: skip
+        return loss, torch.autograd.grad(loss, x)[0]
+
+    return Candidate(run)
+
+
+def trl(p: Problem, case: Case) -> Candidate:
+    """TRL's log-probs of the logits, the rest in PyTorch on (B, L) as its trainer does."""
+    advantage, beta = given(p, case)
+    logprobs_of = trl_logprobs()
+    layout, mask = reference.Layout(p.count), p.mask.float()
+
+    def run() -> tuple[Tensor, Tensor]:
+        x = p.leaf()
+        logprobs, _ = logprobs_of(x, p.tokens)
+        old = p.old_logprobs if case.off_policy else logprobs.detach()
+        ratio = reference.importance_ratio(logprobs, old, mask, layout, case.config.importance_level)
+        objective, _, _ = reference.clipped_objective(ratio, layout.spread(advantage), EPSILON, EPSILON, None)
+        kl, _ = reference.kl_penalty(logprobs, p.ref_logprobs, "k3")
+        loss = reference.aggregate(beta * kl - objective, mask, layout, "grpo", p.count)
+        return loss, torch.autograd.grad(loss, x)[0]
+
+    return Candidate(run)
+
+
+def builders(p: Problem, case: Case) -> dict[str, Callable[[], Candidate]]:
+    found: dict[str, Callable[[], Candidate]] = {
+        "reference": partial(eager_reference, p, case),
+        "compile": partial(compiled_reference, p, case),
+        "liger": partial(liger, p, case),
+        "trl": partial(trl, p, case),
+    }
+    for name in own_backends():
+        found[name] = partial(own, p, case, name)
+        found[f"{name} in place"] = partial(own_in_place, p, case, name)
+    return found
+
+
+@pytest.fixture(scope="module")
+def results() -> Results:
+    return Results("token_loss", "one read and one write of the logits", seconds=140)
+
+
+@pytest.fixture(scope="module", params=cases(), ids=str)
+def measured(request: Any, results: Results) -> Iterator[Measured]:
+    case = request.param
+    if results.late():
+        yield results.skip(str(case), {"case": case.name, "tokens": case.tokens, "vocab": case.vocab}, NAMES)
+        return
+    p = problem(case.tokens, case.vocab)
+    answer = truth(p, case)
+    yield results.measure(
+        str(case), p.row(case.name), builders(p, case), lambda out: answer.check(*out, "loss"),
+        n_bytes=2 * p.logits_bytes, logits_bytes=p.logits_bytes, poison=p.padded,
+    )  # fmt: skip
+    release()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.benchmark(timer=clock)
+def test_token_loss(benchmark: Any, results: Results, measured: Measured, name: str) -> None:
+    results.replay(benchmark, measured, name)

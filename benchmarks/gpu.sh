@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# The GPU's tests, ceilings and benchmarks in one command of under 8 minutes, in the python3 that has torch for it:
+#     bash benchmarks/gpu.sh
+# Peers it lacks (liger-kernel, trl, ...) may lie as wheels in .whl/. Results go to benchmarks/results/<device>/, and
+# with the logs to $OUT where that is set. BENCH_COMMIT names the commit where there is no repository. Exit code 1 if a
+# step failed; the table at the end comes all the same.
+set -u
+cd "$(dirname "$0")/.." || exit 1
+python=${PYTHON:-python3}
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+# Tests and benchmarks tune once.
+export MDPGRPO_CACHE_DIR=$scratch/tiles PYTHONPATH=$PWD PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+unset TRITON_INTERPRET
+failed=()
+total=470
+
+# step NAME SECONDS COMMAND...: its log is kept, its end is shown, its failure is remembered.
+step() {
+    local name=$1 seconds=$2 begin=$SECONDS status
+    shift 2
+    [ "$seconds" -lt $((total - SECONDS)) ] || seconds=$((total - SECONDS))
+    [ "$seconds" -gt 0 ] || seconds=1
+    timeout -k 5 "$seconds" "$@" >"$scratch/$name.log" 2>&1
+    status=$?
+    echo "== $name: exit code $status, $((SECONDS - begin)) s"
+    tail -n 12 "$scratch/$name.log" | cut -c 1-200
+    [ "$status" -eq 0 ] || failed+=("$name")
+}
+
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "gpu.sh: $python has no torch that sees a GPU" >&2
+    exit 1
+fi
+if compgen -G '.whl/*.whl' >/dev/null; then
+    step wheels 60 "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade \
+        --target "$scratch/site" .whl/*.whl
+    export PYTHONPATH=$PWD:$scratch/site
+fi
+
+# Most of the tests' time is the compiler's: one process per core, where pytest-xdist is there.
+workers=()
+"$python" -c 'import xdist' 2>/dev/null && workers=(-n "$(($(nproc) / 2))")
+step tests 240 "$python" -m pytest "${workers[@]}" tests/test_token_loss.py tests/test_logprobs.py tests/test_advantages.py \
+    tests/test_token_loss_contract.py tests/test_backends.py -q -p no:cacheprovider
+step roofline 20 "$python" benchmarks/roofline.py
+# The most important first, and it leaves time to the others. Each stops itself and says what it left out; the limit of
+# a step is for a hang.
+for op in token_loss logprobs advantages; do
+    case $op in token_loss) budget=$((total - SECONDS - 90)) ;; logprobs) budget=40 ;; *) budget=20 ;; esac
+    [ "$budget" -le 150 ] || budget=150
+    BENCH_SECONDS=$budget step "$op" $((budget + 30)) "$python" -m pytest "benchmarks/bench_$op.py" \
+        --benchmark-only -q -p no:cacheprovider --benchmark-columns=median,iqr,rounds
+done
+
+folder=$("$python" benchmarks/speed_table.py --folder) || failed+=(folder)
+if [ -n "${OUT:-}" ]; then
+    mkdir -p "$OUT/${folder##*/}"
+    cp "$folder"/{roofline,token_loss,logprobs,advantages}.json "$OUT/${folder##*/}/" || failed+=(copy)
+    cat "$scratch"/*.log >"$OUT/gpu.log"
+    cp "$scratch/tiles/tiles.json" "$OUT/" 2>/dev/null
+fi
+"$python" benchmarks/speed_table.py || failed+=(table)
+if [ ${#failed[@]} -gt 0 ]; then
+    echo "FAILED: ${failed[*]}"
+    exit 1
+fi
+echo "all passed in $SECONDS s"
