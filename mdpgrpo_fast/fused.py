@@ -88,7 +88,8 @@ class _TokenLoss(torch.autograd.Function):
         if grad_loss is None:
             return None, None, None, None
         gradient = ctx.saved_tensors[0].detach()
-        if not torch.compiler.is_compiling() and _kept_graph():
+        # While compiling there is no asking, and functionalisation would copy what is written to anyway.
+        if torch.compiler.is_compiling() or _kept_graph():
             gradient = gradient.clone()
         _op(ctx.backend, "scale_")(gradient, grad_loss)
         return gradient, None, None, None

@@ -198,14 +198,23 @@ def _value(ptr, number, completion, rows, per_row, mask, HAS: tl.constexpr):
         return number
 
 
+@triton.jit
+def _temperature(ptr, number, completion, row, per_row, HAS: tl.constexpr):
+    """τ of a row; NaN where it is not above 0, which would give plausible numbers."""
+    tau = _value(ptr, number, completion, row, per_row, True, HAS)
+    return tl.where(tau > 0, tau, float("nan"))
+
+
 # ---- objective ------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def _ratio(log_ratio):
     """ρ = exp(log ρ), and dρ/dlog ρ, which is 0 where the exponent was clamped."""
-    ratio = tl.exp(tl.minimum(log_ratio, RATIO_EXPONENT_MAX))
-    return ratio, tl.where(log_ratio > RATIO_EXPONENT_MAX, 0.0, ratio)
+    # Not a minimum, which would make a NaN the bound.
+    over = log_ratio > RATIO_EXPONENT_MAX
+    ratio = tl.exp(tl.where(over, RATIO_EXPONENT_MAX, log_ratio))
+    return ratio, tl.where(over, 0.0, ratio)
 
 
 @triton.jit
@@ -215,16 +224,19 @@ def _policy(ratio, advantage, epsilon_low, epsilon_high, delta, HAS_DELTA: tl.co
     The unclipped branch is taken where both are equal.
     """
     low, high = 1.0 - epsilon_low, 1.0 + epsilon_high
-    clipped = tl.minimum(tl.maximum(ratio, low), high) * advantage
+    inside = tl.minimum(tl.maximum(ratio, low), high)
+    clipped = inside * advantage
     free = ratio * advantage
     free_slope = advantage
     if HAS_DELTA:
         free = tl.minimum(ratio, delta) * advantage
         free_slope = tl.where(ratio > delta, 0.0, advantage)
-    clip_slope = tl.where((ratio < low) | (ratio > high), 0.0, advantage)
     value = tl.where(clipped < free, clipped, free)
-    slope = tl.where(clipped < free, clip_slope, free_slope)
-    return value, slope, (ratio < low) & (advantage < 0), (ratio > high) & (advantage > 0)
+    slope = tl.where(clipped < free, tl.where(inside == ratio, advantage, 0.0), free_slope)
+    # One comparison each, as some of these are scalars and some vectors.
+    clipped_low = tl.where(advantage < 0, ratio, low) < low
+    clipped_high = tl.where(advantage > 0, ratio, high) > high
+    return value, slope, clipped_low, clipped_high
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LOG2E, _completion_of, _read_row, _target, _value, _write_gradient, _write_zeros
+from .common import LOG2E, _completion_of, _read_row, _target, _temperature, _write_gradient, _write_zeros
 from .tuning import grid_for, launch_options, on_device, per_row, tile_for
 
 # Rows of the (4, N) statistics: maximum, log Σ exp, entropy, log Σ exp at the KL temperature.
@@ -33,7 +33,7 @@ def _logprobs_kernel(
         if kept:
             logits = logits_ptr + row // row_length * stride_lb + row % row_length * stride_ll
             completion, known = _completion_of(completion_ptr, row, row_length, n_completions, PACKED)
-            tau = _value(temperature_ptr, temperature, completion, row, temperature_per_row, True, HAS_TEMPERATURE)
+            tau = _temperature(temperature_ptr, temperature, completion, row, temperature_per_row, HAS_TEMPERATURE)
             z = tl.where(known, _target(logits, tl.load(tokens_ptr + row), softcap, HAS_SOFTCAP, V), float("nan"))
             peak, log_total, entropy, log_total_kl = _read_row(
                 logits, tiles, LOG2E / tau, LOG2E / kl_temperature, softcap, TWO, HAS_SOFTCAP, V, BLOCK_V, WIDTH, STAGES
@@ -70,7 +70,7 @@ def _logprobs_backward_kernel(
         else:
             logits = logits_ptr + row // row_length * stride_lb + row % row_length * stride_ll
             completion, _ = _completion_of(completion_ptr, row, row_length, n_completions, PACKED)
-            tau = _value(temperature_ptr, temperature, completion, row, temperature_per_row, True, HAS_TEMPERATURE)
+            tau = _temperature(temperature_ptr, temperature, completion, row, temperature_per_row, HAS_TEMPERATURE)
             peak = tl.load(statistics_ptr + row)
             log_total = tl.load(statistics_ptr + n_rows + row)
             _write_gradient(logits, gradient, tiles, tl.load(tokens_ptr + row), peak, log_total, 0.0, c / tau, 0.0,

@@ -25,6 +25,7 @@ from .common import (
     _ratio,
     _read_row,
     _target,
+    _temperature,
     _value,
     _write_gradient,
     _write_zeros,
@@ -114,7 +115,7 @@ def _token_loss_kernel(
                 beta_neg, HAS_REWARDS, HAS_VALID, HAS_SLOTS, SAMPLE_STD, GOAL_MEAN, BINOMIAL, PROSPECT,
                 PROSPECT_ON_GOAL, BLOCK_G,
             )  # fmt: skip
-            tau = _value(temperature_ptr, temperature, completion, row, temperature_per_row, True, HAS_TEMPERATURE)
+            tau = _temperature(temperature_ptr, temperature, completion, row, temperature_per_row, HAS_TEMPERATURE)
             low = _value(low_ptr, epsilon_low, completion, row, low_per_row, True, HAS_LOW)
             high = _value(high_ptr, epsilon_high, completion, row, high_per_row, True, HAS_HIGH)
             k, k_kl = LOG2E / tau, LOG2E / kl_temperature
@@ -143,7 +144,8 @@ def _token_loss_kernel(
             elif HAS_OLD:
                 ratio, ratio_slope = _ratio(logprob - tl.load(old_ptr + row).to(tl.float32))
             value, slope, clipped_low, clipped_high = _policy(ratio, advantage, low, high, delta, HAS_DELTA)
-            loss = -factor * value
+            # On-policy the ratio is 1 whatever ℓ is: a NaN must not get lost on the way.
+            loss = tl.where(logprob == logprob, -factor * value, logprob)
             c = -tl.load(slope_ptr + completion) if SEQUENCE else -factor * slope * ratio_slope
 
             kl, c_kl, clamped = 0.0, 0.0, False
@@ -152,7 +154,8 @@ def _token_loss_kernel(
                 kl, kl_slope, clamped = _kl(at_kl, tl.load(ref_ptr + row).to(tl.float32), ESTIMATOR)
                 loss += beta * kl
                 c_kl = beta * kl_slope
-            share = 1.0 / tl.maximum(tl.load(denominator_ptr), 1.0)
+            denominator = tl.load(denominator_ptr)
+            share = tl.where(denominator == denominator, 1.0 / tl.maximum(denominator, 1.0), denominator)
             if MEAN_OF_MEANS:
                 share /= tl.load(lengths_ptr + completion)
 
