@@ -92,7 +92,7 @@ def describe(case: str, kernel: JITFunction, args: tuple[Any, ...], kwargs: dict
             signature[p.name], constants[(i,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[p.name] = f"*{TYPES[value.dtype]}"
-            if value.data_ptr() % 16 == 0:
+            if value.data_ptr() % 16 == 0 and not p.do_not_specialize_on_alignment:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[p.name] = "fp32"
@@ -223,7 +223,8 @@ def measure(vocabs: list[int], dtypes: list[torch.dtype], tiles: list[tuning.Til
         for dtype in dtypes:
             for tile in dict.fromkeys(tuning.fit(t, vocab) for t in tiles):
                 for launch in cases(vocab, dtype, tile):
-                    key = (launch.kernel, str(launch.signature), str(launch.constants), str(launch.options))
+                    facts = (launch.signature, launch.constants, launch.attributes, launch.options)
+                    key = (launch.kernel, *map(str, facts))
                     unique.setdefault(key, launch)
     return [compile_for(launch, sm) for launch in unique.values() for sm in sms]
 

@@ -37,11 +37,13 @@ def _flags(x: Tensor | None) -> Tensor | None:
     return None if x is None else (x if x.dtype == torch.bool else x != 0).reshape(-1).contiguous().view(torch.uint8)
 
 
-def _knob(x: Knob, count: int) -> Tensor | None:
+def _knob(x: Knob, count: int, device: torch.device) -> Tensor | None:
     """A tensor of one value per completion or per row; None where it is a number, which goes its own way."""
     if not isinstance(x, Tensor):
         return None
-    return x.detach().reshape(-1).expand(count if x.ndim == 0 else -1).contiguous()
+    if x.ndim == 0:  # a scalar may lie on the CPU, as elsewhere in PyTorch
+        x = x.to(device).expand(count)
+    return x.detach().reshape(-1).contiguous()
 
 
 def _number(x: Knob) -> float:
@@ -77,7 +79,7 @@ class _TokenLoss(torch.autograd.Function):
             gradient, *outputs = _op(backend, "token_loss")(logits, *args)
         # A second backward pass then raises torch's own error, and so does one after someone has written to it.
         ctx.save_for_backward(gradient)
-        ctx.backend = backend
+        ctx.backend, ctx.dtype = backend, logits.dtype
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
         return tuple(outputs)
@@ -88,6 +90,8 @@ class _TokenLoss(torch.autograd.Function):
         if grad_loss is None:
             return None, None, None, None
         gradient = ctx.saved_tensors[0].detach()
+        if gradient.dtype != ctx.dtype:  # float16: rounded only after the loss scale
+            return (gradient * grad_loss).to(ctx.dtype), None, None, None
         # While compiling there is no asking, and functionalisation would copy what is written to anyway.
         if torch.compiler.is_compiling() or _kept_graph():
             gradient = gradient.clone()
@@ -129,7 +133,7 @@ def token_loss(
 
     def per_completion(x: Knob | None) -> Tensor | None:
         if x is None or isinstance(x, Tensor):
-            return None if x is None else _knob(x, count)
+            return None if x is None else _knob(x, count, device)
         return torch.full((count,), float(x), dtype=torch.float32, device=device)
 
     if denominator is not None:
@@ -169,9 +173,9 @@ def token_loss(
         _flat(old_logprobs),
         _flat(ref_logprobs),
         _flat(importance_weight),
-        _knob(temperature, count),
-        _knob(epsilon_low, count),
-        _knob(epsilon_high, count),
+        _knob(temperature, count, device),
+        _knob(epsilon_low, count, device),
+        _knob(epsilon_high, count, device),
         denominator,
         max_completion_length,
         numbers,
@@ -227,8 +231,8 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """`ops.token_logprobs` on a fused backend."""
     args = (
-        _flat(tokens), _flags(mask), _flat(completion), count, _knob(temperature, count), _number(temperature),
-        softcap or 0.0,
+        _flat(tokens), _flags(mask), _flat(completion), count, _knob(temperature, count, logits.device),
+        _number(temperature), softcap or 0.0,
     )  # fmt: skip
     logprobs, entropy = _TokenLogprobs.apply(_as_rows(logits), backend, args)
     return logprobs.view(tokens.shape), entropy.view(tokens.shape)

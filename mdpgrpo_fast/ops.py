@@ -113,7 +113,8 @@ def token_loss(
         epsilon_low, epsilon_high: knobs, clip range; default: the config's.
         softcap: final logit soft-cap still to be applied (a model's own forward has applied it).
         denominator: what the sum is divided by, for the batch of all micro-batches and ranks; default: this one's.
-        in_place: triton only: the gradient overwrites the logits, which no one may use again; saves their memory.
+        in_place: triton only: the gradient overwrites the logits, which no one may use again; saves their memory. Not
+            for float16, whose gradient is kept in float32 until the loss scale has reached it.
         check_values: look for tokens, rewards, temperatures out of range; default: where looking is free, on the CPU.
             Elsewhere they give a NaN loss.
         backend: "auto", "torch" or "triton".
@@ -135,6 +136,8 @@ def token_loss(
     check_shape("old_logprobs", old_logprobs, rows)
     check_shape("ref_logprobs", ref_logprobs, rows)
     check_shape("importance_weight", importance_weight, rows)
+    if isinstance(denominator, Tensor) and denominator.numel() != 1:
+        refuse("denominator", f"shape {tuple(denominator.shape)}", "a number or a scalar tensor")
     check_knob("epsilon_low", epsilon_low, rows, count, check_values)
     check_knob("epsilon_high", epsilon_high, rows, count, check_values)
     if config.temperature_objective == "corrected" and importance_weight is None:
@@ -160,7 +163,7 @@ def token_loss(
         "epsilon_low": config.epsilon_low if epsilon_low is None else epsilon_low,
         "epsilon_high": config.epsilon_high if epsilon_high is None else epsilon_high,
         "softcap": softcap,
-        "denominator": denominator,
+        "denominator": denominator.reshape(()) if isinstance(denominator, Tensor) else denominator,
     }
     if name == "torch":
         if in_place:
@@ -175,16 +178,13 @@ def token_loss(
             logits, tokens, mask, config, advantage=advantage, kl_beta=kl_beta, num_completions=count, **common
         )  # type: ignore[arg-type]
     if in_place:
-        if logits.stride(-1) != 1:
-            refuse("in_place", f"True with logits of stride {logits.stride()}", "off without unit stride in V")
-        if logits.is_leaf and logits.requires_grad:
-            refuse("in_place", "True with logits that are a leaf", "off for a leaf, whose gradient would be itself")
+        _check_in_place(logits)
     out = fused.token_loss(
         name, logits, tokens, mask, config, count=count, rewards=rewards, num_constraints=num_constraints, valid=valid,
         slots=slots, advantage=advantage, kl_beta=kl_beta, in_place=in_place, **common,
     )  # fmt: skip
     if in_place and out.loss.requires_grad:
-        logits._overwritten_version = logits._version  # type: ignore[attr-defined]
+        _mark_overwritten(logits)
     return out
 
 
@@ -239,7 +239,43 @@ def _by_group(
     return rewards[order].view(-1, group_size), by_group, slots
 
 
+# ---- logits that have been overwritten ------------------------------------------------------------------------------
+
+
+def _check_in_place(logits: Tensor) -> None:
+    if logits.stride(-1) != 1:
+        refuse("in_place", f"True with logits of stride {logits.stride()}", "off without unit stride in V")
+    if logits.dtype == torch.float16:
+        refuse("in_place", "True with float16", "off: a float16 gradient underflows before it is scaled")
+    base = logits if logits._base is None else logits._base
+    if base.is_leaf and base.requires_grad:
+        refuse("in_place", "True with logits that are a leaf", "off for a leaf, whose gradient would be itself")
+    extent = 1
+    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
+        if size > 1:
+            if stride < extent:
+                refuse("in_place", f"True with logits of stride {logits.stride()}", "off where rows overlap")
+            extent = stride * size
+
+
+def _place(logits: Tensor) -> tuple[Tensor, tuple[object, ...]]:
+    """The tensor whose memory it is, and where in it: two views of one slice are the same place."""
+    base = logits if logits._base is None else logits._base
+    return base, (logits.storage_offset(), tuple(logits.shape), logits.stride())
+
+
+def _mark_overwritten(logits: Tensor) -> None:
+    base, place = _place(logits)
+    version, places = getattr(base, "_overwritten", (-1, []))
+    # The write has moved the version by one. By more, and someone has filled the memory again.
+    kept: list[object] = places if version + 1 == logits._version else []
+    base._overwritten = (logits._version, [*kept, place])  # type: ignore[attr-defined]
+
+
 def _refuse_overwritten(logits: Tensor) -> None:
-    version = getattr(logits, "_overwritten_version", None)
-    if version is not None and version == logits._version:
+    if torch.compiler.is_compiling():
+        return
+    base, place = _place(logits)
+    version, places = getattr(base, "_overwritten", (-1, []))
+    if version == logits._version and place in places:
         refuse("logits", "logits that hold their gradient, after token_loss(in_place=True)", "logits")

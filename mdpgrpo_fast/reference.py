@@ -76,10 +76,11 @@ class Layout:
         return x[:, None] if self.completion is None else x[self.completion]
 
     def knob(self, x: Tensor | float, dtype: torch.dtype) -> Tensor | float:
-        """A number, one value per completion (B,) or one per row, as it broadcasts over the rows."""
-        if not isinstance(x, Tensor) or x.ndim == 0:
-            return x if not isinstance(x, Tensor) else x.to(dtype)
-        return self.spread(x.to(dtype)) if tuple(x.shape) == (self.count,) else x.to(dtype)
+        """A number, one value per completion (B,) or one per row, as it broadcasts over the rows; detached."""
+        if not isinstance(x, Tensor):
+            return x
+        x = x.detach().to(dtype)
+        return self.spread(x) if tuple(x.shape) == (self.count,) else x
 
 
 def _float(x: Tensor) -> Tensor:
@@ -207,6 +208,8 @@ def clipped_objective(
     low_bound, high_bound = (
         torch.as_tensor(x, dtype=ratio.dtype, device=ratio.device) for x in (1 - epsilon_low, 1 + epsilon_high)
     )
+    # Sequence level has one ratio per completion, but bounds may be per row.
+    ratio = ratio.expand(torch.broadcast_shapes(ratio.shape, low_bound.shape, high_bound.shape))
     clipped = ratio.clamp(low_bound, high_bound) * advantage
     capped = ratio if delta is None else ratio.clamp(max=delta)
     free = capped * advantage
@@ -292,7 +295,7 @@ def token_loss(
     logits = logits.masked_fill(~keep[..., None], 0)
     logprobs, entropy = token_logprobs(logits, tokens, temperature, softcap)
     logprobs = logprobs.masked_fill(~keep, 0)
-    old = logprobs.detach() if old_logprobs is None else old_logprobs.to(mask.dtype)
+    old = logprobs.detach() if old_logprobs is None else old_logprobs.detach().to(mask.dtype)
     ratio = importance_ratio(logprobs, old, mask, layout, config.importance_level)
     objective, low, high = clipped_objective(ratio, advantage, epsilon_low, epsilon_high, config.delta)
     if config.rescale_per_row:
@@ -305,7 +308,7 @@ def token_loss(
     over = torch.zeros_like(keep)
     if ref_logprobs is not None:
         at_kl = logprobs if same else token_logprobs(logits, tokens, config.kl_temperature, softcap)[0]
-        at_kl, ref = at_kl.masked_fill(~keep, 0), ref_logprobs.to(mask.dtype).masked_fill(~keep, 0)
+        at_kl, ref = at_kl.masked_fill(~keep, 0), ref_logprobs.detach().to(mask.dtype).masked_fill(~keep, 0)
         kl, over = kl_penalty(at_kl, ref, config.kl_estimator)
         per_token = per_token + kl_beta * kl
 

@@ -11,7 +11,10 @@ from .common import _group
 from .tuning import on_device
 
 
-@triton.jit(do_not_specialize=["G"])
+@triton.jit(
+    do_not_specialize=["n_prompts", "G"],
+    do_not_specialize_on_alignment=["rewards_ptr", "constraints_ptr", "valid_ptr", "groups_ptr", "completions_ptr"],
+)
 def _advantages_kernel(
     rewards_ptr, constraints_ptr, valid_ptr, groups_ptr, completions_ptr, n_prompts, G, alpha, prospect_beta,
     prospect_gain, prospect_loss, beta_pos, beta_neg, HAS_VALID: tl.constexpr, SAMPLE_STD: tl.constexpr,

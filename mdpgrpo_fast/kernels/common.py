@@ -2,7 +2,9 @@
 
 A row of V logits is read in tiles of BLOCK_V, shaped (BLOCK_V / WIDTH, WIDTH) so that one thread holds WIDTH
 neighbours: WIDTH elements are one 16-byte access, and the running maximum and sums are kept per thread, with no
-exchange between threads until the row ends. The order of every sum depends on V and the tile alone, never on the batch.
+exchange between threads until the row ends. Rows that are not aligned to 16 bytes (AXIS 0) are read element by element
+by neighbouring threads, the rest is the same. The order of every sum depends on V, the tile and the alignment alone,
+never on what else is in the batch.
 
 `tiles`, the whole tiles of a row, is V // BLOCK_V given at run time: known at compile time, the loops would be unrolled
 and their addresses fill the registers.
@@ -38,25 +40,31 @@ def _tanh(x):
 
 @triton.jit
 def _softcap(x, cap):
-    """cap * tanh(x / cap) and its derivative 1 - tanh², the latter without cancellation."""
-    e = tl.exp(-2.0 * tl.abs(x / cap))
-    t = cap * (1.0 - e) / (1.0 + e)
-    return tl.where(x >= 0, t, -t), 4.0 * e / ((1.0 + e) * (1.0 + e))
+    """cap * tanh(x / cap) and its derivative 1 - tanh², the latter without cancellation; one division by element."""
+    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E / cap))
+    r = 1.0 / (1.0 + e)
+    t = cap * (1.0 - e) * r
+    return tl.where(x >= 0, t, -t), 4.0 * e * r * r
 
 
 @triton.jit
-def _columns(start, BLOCK_V: tl.constexpr, WIDTH: tl.constexpr):
+def _columns(start, BLOCK_V: tl.constexpr, WIDTH: tl.constexpr, AXIS: tl.constexpr):
+    """Columns of a tile. AXIS 1: (BLOCK_V / WIDTH, WIDTH), a thread has neighbours; 0: (WIDTH, BLOCK_V / WIDTH)."""
     threads = tl.arange(0, BLOCK_V // WIDTH)
-    return start + threads[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    own = tl.arange(0, WIDTH)
+    if AXIS == 1:
+        return start + threads[:, None] * WIDTH + own[None, :]
+    else:
+        return start + own[:, None] * (BLOCK_V // WIDTH) + threads[None, :]
 
 
 @triton.jit
 def _tile(
     row, start, softcap, EVICT: tl.constexpr, TAIL: tl.constexpr, HAS_SOFTCAP: tl.constexpr, V: tl.constexpr,
-    BLOCK_V: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_V: tl.constexpr, WIDTH: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
     """z and dz/dx of one tile, float32; columns past V are -inf after the cap, so that they have probability 0."""
-    columns = _columns(start, BLOCK_V, WIDTH)
+    columns = _columns(start, BLOCK_V, WIDTH, AXIS)
     if TAIL:
         x = tl.load(row + columns, mask=columns < V, other=NEG_INF, eviction_policy=EVICT).to(tl.float32)
     else:
@@ -70,29 +78,35 @@ def _tile(
 
 
 @triton.jit
-def _accumulate(z, top, total, moment, total_kl, k, k_kl, TWO: tl.constexpr):
+def _gap(top, base):
+    """top - base, finite: 0 where nothing was met yet, and floored for logits as low as float32 goes."""
+    return tl.where(top == NEG_INF, 0.0, tl.maximum(top - base, -3.0e38))
+
+
+@triton.jit
+def _accumulate(z, top, total, moment, total_kl, k, k_kl, TWO: tl.constexpr, AXIS: tl.constexpr):
     """One tile into the running maximum, Σ exp(k d), Σ d exp(k d) and Σ exp(k_kl d) of each thread, d = z - maximum.
 
     Relative to the maximum, so that logits of ±1e4 lose nothing. A maximum of -inf has met nothing yet.
     """
-    new = tl.maximum(top, tl.max(z, axis=1))
+    new = tl.maximum(top, tl.max(z, axis=AXIS))
     base = tl.where(new == NEG_INF, 0.0, new)
-    gap = tl.where(top == NEG_INF, 0.0, top - base)
+    gap = _gap(top, base)
     shrink = tl.exp2(gap * k)
-    d = z - base[:, None]
+    d = z - (base[:, None] if AXIS == 1 else base[None, :])
     e = tl.exp2(d * k)
     # Where exp is 0 the product is 0, also for d = -inf.
-    moment = (moment + gap * total) * shrink + tl.sum(tl.where(e > 0, d, 0.0) * e, axis=1)
-    total = total * shrink + tl.sum(e, axis=1)
+    moment = moment * shrink + (gap * shrink) * total + tl.sum(tl.where(e > 0, d, 0.0) * e, axis=AXIS)
+    total = total * shrink + tl.sum(e, axis=AXIS)
     if TWO:
-        total_kl = total_kl * tl.exp2(gap * k_kl) + tl.sum(tl.exp2(d * k_kl), axis=1)
+        total_kl = total_kl * tl.exp2(gap * k_kl) + tl.sum(tl.exp2(d * k_kl), axis=AXIS)
     return new, total, moment, total_kl
 
 
 @triton.jit
 def _read_row(
-    row, tiles, k, k_kl, softcap, TWO: tl.constexpr, HAS_SOFTCAP: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr,
-    WIDTH: tl.constexpr, STAGES: tl.constexpr,
+    row, tiles, k, k_kl, softcap, EVICT: tl.constexpr, TWO: tl.constexpr, HAS_SOFTCAP: tl.constexpr, V: tl.constexpr,
+    BLOCK_V: tl.constexpr, WIDTH: tl.constexpr, AXIS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The one sweep for the statistics of a row: its maximum, log Σ exp, entropy, and log Σ exp at the KL temperature.
 
@@ -103,15 +117,15 @@ def _read_row(
     moment = tl.zeros((BLOCK_V // WIDTH,), tl.float32)
     total_kl = tl.zeros((BLOCK_V // WIDTH,), tl.float32)
     for i in tl.range(0, tiles, num_stages=STAGES):
-        z, _ = _tile(row, i * BLOCK_V, softcap, "evict_last", False, HAS_SOFTCAP, V, BLOCK_V, WIDTH)
-        top, total, moment, total_kl = _accumulate(z, top, total, moment, total_kl, k, k_kl, TWO)
+        z, _ = _tile(row, i * BLOCK_V, softcap, EVICT, False, HAS_SOFTCAP, V, BLOCK_V, WIDTH, AXIS)
+        top, total, moment, total_kl = _accumulate(z, top, total, moment, total_kl, k, k_kl, TWO, AXIS)
     if V % BLOCK_V != 0:
-        z, _ = _tile(row, V // BLOCK_V * BLOCK_V, softcap, "evict_last", True, HAS_SOFTCAP, V, BLOCK_V, WIDTH)
-        top, total, moment, total_kl = _accumulate(z, top, total, moment, total_kl, k, k_kl, TWO)
+        z, _ = _tile(row, V // BLOCK_V * BLOCK_V, softcap, EVICT, True, HAS_SOFTCAP, V, BLOCK_V, WIDTH, AXIS)
+        top, total, moment, total_kl = _accumulate(z, top, total, moment, total_kl, k, k_kl, TWO, AXIS)
     peak = tl.max(top, axis=0)
-    gap = tl.where(top == NEG_INF, 0.0, top - peak)
+    gap = _gap(top, peak)
     shrink = tl.exp2(gap * k)
-    moment = tl.sum((moment + gap * total) * shrink, axis=0)
+    moment = tl.sum(moment * shrink + (gap * shrink) * total, axis=0)
     total = tl.sum(total * shrink, axis=0)
     log_total = tl.log(total)
     log_total_kl = log_total
@@ -125,9 +139,10 @@ def _read_row(
 def _write_tile(
     row, out, start, token, peak, log_total, log_total_kl, a, a_kl, k, k_kl, softcap, TAIL: tl.constexpr,
     TWO: tl.constexpr, HAS_SOFTCAP: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr, WIDTH: tl.constexpr,
+    AXIS: tl.constexpr,
 ):  # fmt: skip
-    z, slope = _tile(row, start, softcap, "evict_first", TAIL, HAS_SOFTCAP, V, BLOCK_V, WIDTH)
-    columns = _columns(start, BLOCK_V, WIDTH)
+    z, slope = _tile(row, start, softcap, "evict_first", TAIL, HAS_SOFTCAP, V, BLOCK_V, WIDTH, AXIS)
+    columns = _columns(start, BLOCK_V, WIDTH, AXIS)
     d = z - peak
     g = tl.where(columns == token, a + a_kl, 0.0) - a * tl.exp2(d * k - log_total * LOG2E)
     if TWO:
@@ -144,7 +159,8 @@ def _write_tile(
 @triton.jit
 def _write_gradient(
     row, out, tiles, token, peak, log_total, log_total_kl, a, a_kl, k, k_kl, softcap, TWO: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr, WIDTH: tl.constexpr, AXIS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """a (onehot - p) + a_kl (onehot - p_kl), last tile first: what `_read_row` read last is still in the L2 cache.
 
@@ -152,26 +168,38 @@ def _write_gradient(
     """
     if V % BLOCK_V != 0:
         _write_tile(row, out, V // BLOCK_V * BLOCK_V, token, peak, log_total, log_total_kl, a, a_kl, k, k_kl, softcap,
-                    True, TWO, HAS_SOFTCAP, V, BLOCK_V, WIDTH)  # fmt: skip
+                    True, TWO, HAS_SOFTCAP, V, BLOCK_V, WIDTH, AXIS)  # fmt: skip
     for i in tl.range(0, tiles, num_stages=STAGES):
         _write_tile(row, out, (tiles - 1 - i) * BLOCK_V, token, peak, log_total, log_total_kl, a, a_kl, k, k_kl,
-                    softcap, False, TWO, HAS_SOFTCAP, V, BLOCK_V, WIDTH)  # fmt: skip
+                    softcap, False, TWO, HAS_SOFTCAP, V, BLOCK_V, WIDTH, AXIS)  # fmt: skip
 
 
 @triton.jit
-def _write_zeros(out, tiles, V: tl.constexpr, BLOCK_V: tl.constexpr, WIDTH: tl.constexpr):
-    zero = tl.zeros((BLOCK_V // WIDTH, WIDTH), out.dtype.element_ty)
+def _write_zeros(
+    out, tiles, V: tl.constexpr, BLOCK_V: tl.constexpr, WIDTH: tl.constexpr, AXIS: tl.constexpr
+):  # fmt: skip
+    if AXIS == 1:
+        zero = tl.zeros((BLOCK_V // WIDTH, WIDTH), out.dtype.element_ty)
+    else:
+        zero = tl.zeros((WIDTH, BLOCK_V // WIDTH), out.dtype.element_ty)
     for i in range(0, tiles):
-        tl.store(out + _columns(i * BLOCK_V, BLOCK_V, WIDTH), zero, cache_modifier=".cs")
+        tl.store(out + _columns(i * BLOCK_V, BLOCK_V, WIDTH, AXIS), zero, cache_modifier=".cs")
     if V % BLOCK_V != 0:
-        columns = _columns(V // BLOCK_V * BLOCK_V, BLOCK_V, WIDTH)
+        columns = _columns(V // BLOCK_V * BLOCK_V, BLOCK_V, WIDTH, AXIS)
         tl.store(out + columns, zero, mask=columns < V, cache_modifier=".cs")
 
 
 @triton.jit
-def _target(row, token, softcap, HAS_SOFTCAP: tl.constexpr, V: tl.constexpr):
-    """z of the row's own token. A token outside [0, V) gives NaN and touches no memory."""
-    x = tl.load(row + token, mask=(token >= 0) & (token < V), other=float("nan")).to(tl.float32)
+def _token(tokens_ptr, row, V: tl.constexpr):
+    """The token of a row, 32 bits wide as columns are; -1 where it is outside [0, V)."""
+    token = tl.load(tokens_ptr + row)
+    return tl.where((token >= 0) & (token < V), token, -1).to(tl.int32)
+
+
+@triton.jit
+def _target(row, token, softcap, HAS_SOFTCAP: tl.constexpr):
+    """z of the row's own token. A token of -1 gives NaN and touches no memory."""
+    x = tl.load(row + token, mask=token >= 0, other=float("nan")).to(tl.float32)
     if HAS_SOFTCAP:
         x, _ = _softcap(x, softcap)
     return x
@@ -229,9 +257,11 @@ def _policy(ratio, advantage, epsilon_low, epsilon_high, delta, HAS_DELTA: tl.co
     free = ratio * advantage
     free_slope = advantage
     if HAS_DELTA:
-        free = tl.minimum(ratio, delta) * advantage
+        free = tl.where(ratio > delta, delta, ratio) * advantage
         free_slope = tl.where(ratio > delta, 0.0, advantage)
     value = tl.where(clipped < free, clipped, free)
+    # A bound that is NaN makes the value NaN; minimum and maximum would ignore it.
+    value = tl.where(low == low, tl.where(high == high, value, high), low)
     slope = tl.where(clipped < free, tl.where(inside == ratio, advantage, 0.0), free_slope)
     # One comparison each, as some of these are scalars and some vectors.
     clipped_low = tl.where(advantage < 0, ratio, low) < low
@@ -276,6 +306,7 @@ def _group(
     if HAS_VALID:
         valid = inside & (tl.load(valid_ptr + prompt * G + slots, mask=inside, other=0) != 0)
     k = tl.load(constraints_ptr + prompt).to(tl.float32)
+    k = tl.where(k >= 1, k, float("nan"))
     n = tl.sum(valid.to(tl.float32), axis=0)
     kept = tl.where(valid, r, 0.0)
     top = tl.max(tl.where(valid, r, NEG_INF), axis=0)

@@ -10,6 +10,10 @@ import triton.language as tl
 
 from .common import _group, _pick, _policy, _ratio, _value
 
+# Pointers to vectors that may begin anywhere (see token_loss).
+SMALL = """mask_ptr completion_ptr logprobs_ptr old_ptr weight_ptr temperature_ptr low_ptr high_ptr advantage_ptr
+beta_ptr rewards_ptr constraints_ptr valid_ptr slots_ptr lengths_ptr ratio_ptr slope_ptr""".split()
+
 
 @triton.jit
 def _advantage_of(
@@ -54,7 +58,7 @@ def _rows_of(i, completion, n_rows, row_length, mask_ptr, completion_ptr, HAS_MA
     return rows, mine
 
 
-@triton.jit(do_not_specialize=["n_rows", "row_length", "G"])
+@triton.jit(do_not_specialize=["n_rows", "row_length", "G"], do_not_specialize_on_alignment=SMALL)
 def _completions_kernel(
     mask_ptr, completion_ptr, logprobs_ptr, old_ptr, weight_ptr, temperature_ptr, low_ptr, high_ptr, advantage_ptr,
     beta_ptr, rewards_ptr, constraints_ptr, valid_ptr, slots_ptr, lengths_ptr, ratio_ptr, slope_ptr, n_rows,

@@ -37,9 +37,14 @@ SCHEMAS = {
 }
 
 
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float16 has no room for a gradient before the loss scale has reached it."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def _token_loss(logits: Tensor, *args: object) -> tuple[Tensor, ...]:
     *rest, numbers, flags = args
-    gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    gradient = torch.empty(logits.shape, dtype=gradient_dtype(logits.dtype), device=logits.device)
     return gradient, *launch_token_loss(logits, gradient, *rest, Numbers(*numbers), Flags(*flags))  # type: ignore
 
 
@@ -80,7 +85,7 @@ def _fake_token_loss_value(logits: Tensor, *args: object) -> tuple[Tensor, ...]:
 
 
 def _fake_token_loss(logits: Tensor, *args: object) -> tuple[Tensor, ...]:
-    return logits.new_empty(logits.shape), *_fake_token_loss_value(logits, *args)
+    return logits.new_empty(logits.shape, dtype=gradient_dtype(logits.dtype)), *_fake_token_loss_value(logits, *args)
 
 
 def _fake_logprobs(logits: Tensor, *args: object) -> tuple[Tensor, Tensor]:

@@ -7,19 +7,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LOG2E, _completion_of, _read_row, _target, _temperature, _write_gradient, _write_zeros
+from .common import LOG2E, _completion_of, _read_row, _target, _temperature, _token, _write_gradient, _write_zeros
 from .tuning import grid_for, launch_options, on_device, per_row, tile_for
 
-# Rows of the (4, N) statistics: maximum, log Σ exp, entropy, log Σ exp at the KL temperature.
-STATISTICS = 4
+# Pointers to vectors that may begin anywhere (see token_loss).
+SMALL = "tokens_ptr mask_ptr completion_ptr temperature_ptr logprobs_ptr statistics_ptr".split()
+# Rows of the (5, N) statistics: maximum, log Σ exp, entropy, log Σ exp at the KL temperature, z of the token.
+STATISTICS = 5
 
 
-@triton.jit(do_not_specialize=["n_rows", "row_length", "tiles", "n_completions"])
+@triton.jit(do_not_specialize=["n_rows", "row_length", "tiles", "n_completions"], do_not_specialize_on_alignment=SMALL)
 def _logprobs_kernel(
     logits_ptr, tokens_ptr, mask_ptr, completion_ptr, temperature_ptr, logprobs_ptr, statistics_ptr, n_rows,
     row_length, tiles, n_completions, stride_lb, stride_ll, temperature_per_row, temperature, kl_temperature, softcap,
     HAS_MASK: tl.constexpr, PACKED: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    TWO: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
+    TWO: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr, WIDTH: tl.constexpr, AXIS: tl.constexpr,
+    STAGES: tl.constexpr,
     PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     """ℓ and the statistics of rows; masked rows cost no read and give 0."""
@@ -34,27 +37,30 @@ def _logprobs_kernel(
             logits = logits_ptr + row // row_length * stride_lb + row % row_length * stride_ll
             completion, known = _completion_of(completion_ptr, row, row_length, n_completions, PACKED)
             tau = _temperature(temperature_ptr, temperature, completion, row, temperature_per_row, HAS_TEMPERATURE)
-            z = tl.where(known, _target(logits, tl.load(tokens_ptr + row), softcap, HAS_SOFTCAP, V), float("nan"))
+            z = tl.where(known, _target(logits, _token(tokens_ptr, row, V), softcap, HAS_SOFTCAP), float("nan"))
             peak, log_total, entropy, log_total_kl = _read_row(
-                logits, tiles, LOG2E / tau, LOG2E / kl_temperature, softcap, TWO, HAS_SOFTCAP, V, BLOCK_V, WIDTH, STAGES
-            )
+                logits, tiles, LOG2E / tau, LOG2E / kl_temperature, softcap, "evict_first", TWO, HAS_SOFTCAP, V,
+                BLOCK_V, WIDTH, AXIS, STAGES,
+            )  # fmt: skip
             tl.store(logprobs_ptr + row, (z - peak) / tau - log_total)
             tl.store(statistics_ptr + row, peak)
             tl.store(statistics_ptr + n + row, log_total)
             tl.store(statistics_ptr + 2 * n + row, entropy)
             tl.store(statistics_ptr + 3 * n + row, log_total_kl)
+            tl.store(statistics_ptr + 4 * n + row, z)
         else:
             tl.store(logprobs_ptr + row, 0.0)
-            for i in tl.static_range(4):
+            for i in tl.static_range(5):
                 tl.store(statistics_ptr + i * n + row, 0.0)
 
 
-@triton.jit(do_not_specialize=["n_rows", "row_length", "tiles", "n_completions"])
+@triton.jit(do_not_specialize=["n_rows", "row_length", "tiles", "n_completions"], do_not_specialize_on_alignment=SMALL)
 def _logprobs_backward_kernel(
     grad_logprobs_ptr, logits_ptr, tokens_ptr, mask_ptr, completion_ptr, temperature_ptr, statistics_ptr, gradient_ptr,
     n_rows, row_length, tiles, n_completions, stride_lb, stride_ll, stride_gb, stride_gl, temperature_per_row,
     temperature, softcap, HAS_MASK: tl.constexpr, PACKED: tl.constexpr, HAS_TEMPERATURE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr, WIDTH: tl.constexpr, AXIS: tl.constexpr,
+    STAGES: tl.constexpr,
     PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     """∂ℓ/∂x = (onehot - p) / τ, times the incoming gradient of each row's ℓ; zeros where that is 0."""
@@ -66,15 +72,15 @@ def _logprobs_backward_kernel(
         if HAS_MASK:
             c = tl.where(tl.load(mask_ptr + row) != 0, c, 0.0)
         if c == 0.0:
-            _write_zeros(gradient, tiles, V, BLOCK_V, WIDTH)
+            _write_zeros(gradient, tiles, V, BLOCK_V, WIDTH, AXIS)
         else:
             logits = logits_ptr + row // row_length * stride_lb + row % row_length * stride_ll
             completion, _ = _completion_of(completion_ptr, row, row_length, n_completions, PACKED)
             tau = _temperature(temperature_ptr, temperature, completion, row, temperature_per_row, HAS_TEMPERATURE)
             peak = tl.load(statistics_ptr + row)
             log_total = tl.load(statistics_ptr + n_rows + row)
-            _write_gradient(logits, gradient, tiles, tl.load(tokens_ptr + row), peak, log_total, 0.0, c / tau, 0.0,
-                            LOG2E / tau, 0.0, softcap, False, HAS_SOFTCAP, V, BLOCK_V, WIDTH, STAGES)  # fmt: skip
+            _write_gradient(logits, gradient, tiles, _token(tokens_ptr, row, V), peak, log_total, 0.0, c / tau, 0.0,
+                            LOG2E / tau, 0.0, softcap, False, HAS_SOFTCAP, V, BLOCK_V, WIDTH, AXIS, STAGES)  # fmt: skip
 
 
 def launch_logprobs(
@@ -89,7 +95,7 @@ def launch_logprobs(
     softcap: float,
     two: bool,
 ) -> tuple[Tensor, Tensor]:
-    """ℓ (N,) and statistics (4, N), float32, of the N = B * L rows of logits (B, L, V) with unit stride in V.
+    """ℓ (N,) and statistics (5, N), float32, of the N = B * L rows of logits (B, L, V) with unit stride in V.
 
     All else is flat and contiguous: tokens, mask (uint8), completion (N,), temperature (B,) or (N,). softcap 0: none.
     """
@@ -106,7 +112,7 @@ def launch_logprobs(
             n_completions, logits.stride(0), logits.stride(1), per_row(temperature, n_completions), temperature_value,
             kl_temperature, softcap, HAS_MASK=mask is not None, PACKED=completion is not None,
             HAS_TEMPERATURE=temperature is not None, HAS_SOFTCAP=softcap > 0, TWO=two,
-            **launch_options(tile, logits.dtype, vocab),
+            **launch_options(tile, logits),
         )  # fmt: skip
     return logprobs, statistics
 
@@ -135,6 +141,6 @@ def launch_logprobs_backward(
             vocab // tile.block_v, n_completions, logits.stride(0), logits.stride(1), gradient.stride(0),
             gradient.stride(1), per_row(temperature, n_completions), temperature_value, softcap,
             HAS_MASK=mask is not None, PACKED=completion is not None, HAS_TEMPERATURE=temperature is not None,
-            HAS_SOFTCAP=softcap > 0, **launch_options(tile, logits.dtype, vocab),
+            HAS_SOFTCAP=softcap > 0, **launch_options(tile, logits),
         )  # fmt: skip
     return gradient

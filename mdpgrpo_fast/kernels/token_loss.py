@@ -26,6 +26,7 @@ from .common import (
     _read_row,
     _target,
     _temperature,
+    _token,
     _value,
     _write_gradient,
     _write_zeros,
@@ -70,13 +71,21 @@ class Flags(NamedTuple):
     prospect_on_goal: bool
 
 
+# Pointers to vectors that may begin anywhere, as slices of a batch do: read one element at a time, they gain nothing
+# from being aligned, and a kernel for every combination would be compiled.
+SMALL = """tokens_ptr mask_ptr completion_ptr old_ptr ref_ptr weight_ptr temperature_ptr low_ptr high_ptr advantage_ptr
+beta_ptr rewards_ptr constraints_ptr valid_ptr slots_ptr denominator_ptr lengths_ptr ratio_ptr slope_ptr statistics_ptr
+rows_ptr marks_ptr""".split()
+
 # Rows of the (5, N) float32 output and of the (3, N) bool one, and the members of the (8,) totals.
 ROWS = ("logprobs", "entropy", "kl", "ratio", "loss")
 MARKS = ("clipped_low", "clipped_high", "kl_clamped")
 TOTALS = ("tokens", "kl", "entropy", "clip_low", "clip_high", "ratio_mean", "ratio_max", "kl_clamped")
 
 
-@triton.jit(do_not_specialize=["n_rows", "row_length", "tiles", "n_completions", "G"])
+@triton.jit(
+    do_not_specialize=["n_rows", "row_length", "tiles", "n_completions", "G"], do_not_specialize_on_alignment=SMALL
+)
 def _token_loss_kernel(
     logits_ptr, gradient_ptr, tokens_ptr, mask_ptr, completion_ptr, old_ptr, ref_ptr, weight_ptr, temperature_ptr,
     low_ptr, high_ptr, advantage_ptr, beta_ptr, rewards_ptr, constraints_ptr, valid_ptr, slots_ptr, denominator_ptr,
@@ -90,7 +99,8 @@ def _token_loss_kernel(
     HAS_DELTA: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_STATISTICS: tl.constexpr, HAS_REWARDS: tl.constexpr,
     HAS_VALID: tl.constexpr, HAS_SLOTS: tl.constexpr, SAMPLE_STD: tl.constexpr, GOAL_MEAN: tl.constexpr,
     BINOMIAL: tl.constexpr, PROSPECT: tl.constexpr, PROSPECT_ON_GOAL: tl.constexpr, BLOCK_G: tl.constexpr,
-    V: tl.constexpr, BLOCK_V: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr, PERSISTENT: tl.constexpr,
+    V: tl.constexpr, BLOCK_V: tl.constexpr, WIDTH: tl.constexpr, AXIS: tl.constexpr, STAGES: tl.constexpr,
+    PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     """Rows program_id, program_id + programs, ...: the whole objective of each, and its gradient row.
 
@@ -119,17 +129,20 @@ def _token_loss_kernel(
             low = _value(low_ptr, epsilon_low, completion, row, low_per_row, True, HAS_LOW)
             high = _value(high_ptr, epsilon_high, completion, row, high_per_row, True, HAS_HIGH)
             k, k_kl = LOG2E / tau, LOG2E / kl_temperature
-            token = tl.load(tokens_ptr + row)
-            z = tl.where(known, _target(logits, token, softcap, HAS_SOFTCAP, V), float("nan"))
+            token = _token(tokens_ptr, row, V)
             if HAS_STATISTICS:
+                # Not from the logits: nothing here keeps a fast warp from overwriting them before a slow one reads.
+                z = tl.load(statistics_ptr + 4 * tl.cast(n_rows, tl.int64) + row)
                 peak = tl.load(statistics_ptr + row)
                 log_total = tl.load(statistics_ptr + n_rows + row)
                 entropy = tl.load(statistics_ptr + 2 * tl.cast(n_rows, tl.int64) + row)
                 log_total_kl = tl.load(statistics_ptr + 3 * tl.cast(n_rows, tl.int64) + row)
             else:
+                z = tl.where(known, _target(logits, token, softcap, HAS_SOFTCAP), float("nan"))
                 peak, log_total, entropy, log_total_kl = _read_row(
-                    logits, tiles, k, k_kl, softcap, TWO, HAS_SOFTCAP, V, BLOCK_V, WIDTH, STAGES
-                )
+                    logits, tiles, k, k_kl, softcap, "evict_last" if HAS_GRADIENT else "evict_first", TWO, HAS_SOFTCAP,
+                    V, BLOCK_V, WIDTH, AXIS, STAGES,
+                )  # fmt: skip
             logprob = (z - peak) / tau - log_total
 
             # The policy term: value and derivative with respect to ℓ.
@@ -147,6 +160,7 @@ def _token_loss_kernel(
             # On-policy the ratio is 1 whatever ℓ is: a NaN must not get lost on the way.
             loss = tl.where(logprob == logprob, -factor * value, logprob)
             c = -tl.load(slope_ptr + completion) if SEQUENCE else -factor * slope * ratio_slope
+            c = tl.where(logprob == logprob, c, logprob)
 
             kl, c_kl, clamped = 0.0, 0.0, False
             if HAS_REF:
@@ -176,10 +190,10 @@ def _token_loss_kernel(
                 else:
                     a += share * c_kl / tau
                 if (a == 0.0) & (a_kl == 0.0):
-                    _write_zeros(gradient, tiles, V, BLOCK_V, WIDTH)
+                    _write_zeros(gradient, tiles, V, BLOCK_V, WIDTH, AXIS)
                 else:
                     _write_gradient(logits, gradient, tiles, token, peak, log_total, log_total_kl, a, a_kl, k, k_kl,
-                                    softcap, TWO, HAS_SOFTCAP, V, BLOCK_V, WIDTH, STAGES)  # fmt: skip
+                                    softcap, TWO, HAS_SOFTCAP, V, BLOCK_V, WIDTH, AXIS, STAGES)  # fmt: skip
         else:
             n = tl.cast(n_rows, tl.int64)
             for i in tl.static_range(5):
@@ -187,13 +201,13 @@ def _token_loss_kernel(
             for i in tl.static_range(3):
                 tl.store(marks_ptr + i * n + row, False)
             if HAS_GRADIENT:
-                _write_zeros(gradient, tiles, V, BLOCK_V, WIDTH)
+                _write_zeros(gradient, tiles, V, BLOCK_V, WIDTH, AXIS)
 
 
-@triton.jit(do_not_specialize=["n_rows", "row_length", "tiles"])
+@triton.jit(do_not_specialize=["n_rows", "row_length", "tiles"], do_not_specialize_on_alignment=["scale_ptr"])
 def _scale_kernel(
     gradient_ptr, scale_ptr, n_rows, row_length, tiles, stride_gb, stride_gl, V: tl.constexpr, BLOCK_V: tl.constexpr,
-    WIDTH: tl.constexpr, STAGES: tl.constexpr, PERSISTENT: tl.constexpr,
+    WIDTH: tl.constexpr, AXIS: tl.constexpr, STAGES: tl.constexpr, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     """gradient *= scale; a scale of 1 costs the launch and no traffic, and the host never looks."""
     scale = tl.load(scale_ptr).to(tl.float32)
@@ -203,11 +217,11 @@ def _scale_kernel(
             row = tl.cast(index, tl.int64)
             gradient = gradient_ptr + row // row_length * stride_gb + row % row_length * stride_gl
             for i in tl.range(0, tiles, num_stages=STAGES):
-                columns = _columns(i * BLOCK_V, BLOCK_V, WIDTH)
+                columns = _columns(i * BLOCK_V, BLOCK_V, WIDTH, AXIS)
                 g = tl.load(gradient + columns).to(tl.float32) * scale
                 tl.store(gradient + columns, g.to(gradient.dtype.element_ty))
             if V % BLOCK_V != 0:
-                columns = _columns(V // BLOCK_V * BLOCK_V, BLOCK_V, WIDTH)
+                columns = _columns(V // BLOCK_V * BLOCK_V, BLOCK_V, WIDTH, AXIS)
                 g = tl.load(gradient + columns, mask=columns < V, other=0.0).to(tl.float32) * scale
                 tl.store(gradient + columns, g.to(gradient.dtype.element_ty), mask=columns < V)
 
@@ -250,15 +264,15 @@ def launch_token_loss(
     """
     b, length, vocab = logits.shape
     n, device, f = b * length, logits.device, flags
-    loss = torch.zeros((), dtype=torch.float32, device=device)
+    loss = torch.empty((), dtype=torch.float32, device=device)
     rows = torch.empty(len(ROWS), n, dtype=torch.float32, device=device)
     marks = torch.empty(len(MARKS), n, dtype=torch.bool, device=device)
-    completion_kl = torch.zeros(n_completions, dtype=torch.float32, device=device)
-    totals = torch.zeros(len(TOTALS), dtype=torch.float32, device=device)
+    completion_kl = torch.empty(n_completions, dtype=torch.float32, device=device)
+    totals = torch.empty(len(TOTALS), dtype=torch.float32, device=device)
     if n == 0:
-        return loss, rows, marks, completion_kl, totals
+        return loss.zero_(), rows, marks, completion_kl.zero_(), totals.zero_()
     tile = tile or tile_for(vocab, logits.dtype, device)
-    options = launch_options(tile, logits.dtype, vocab)
+    options = launch_options(tile, logits)
     advantage_numbers = numbers[6:]
     knobs = [per_row(x, n_completions) for x in (temperature, epsilon_low, epsilon_high, advantage, kl_beta)]
     method = {
@@ -328,13 +342,15 @@ def launch_scale(gradient: Tensor, scale: Tensor) -> None:
     with on_device(gradient.device):
         _scale_kernel[grid_for(tile, b * length, gradient.device)](
             gradient, scale, b * length, length, vocab // tile.block_v, gradient.stride(0), gradient.stride(1),
-            **launch_options(tile, gradient.dtype, vocab),
+            **launch_options(tile, gradient),
         )  # fmt: skip
 
 
 def scratch_run(vocab: int, dtype: torch.dtype, device: torch.device, n_rows: int) -> Callable[[Tile], None]:
     """The objective on random rows of its own, on-policy with a KL term, as a function of the tile alone."""
-    logits = torch.randn(1, n_rows, vocab, device=device).to(dtype)
+    # A generator of its own: tuning must not move the user's.
+    generator = torch.Generator(device).manual_seed(0)
+    logits = torch.empty(1, n_rows, vocab, device=device, dtype=dtype).normal_(generator=generator)
     gradient, tokens = torch.empty_like(logits), torch.zeros(n_rows, dtype=torch.long, device=device)
     one, ref = torch.ones(1, device=device), torch.full((n_rows,), -10.0, device=device)
     numbers = Numbers(1.0, 0.2, 0.2, 0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+
+from .. import __version__
 
 
 class Tile(NamedTuple):
@@ -40,7 +43,7 @@ CANDIDATES = (
 )
 # A candidate replaces the default only where it wins by more than timings scatter.
 MARGIN = 0.03
-LARGEST_SCRATCH = 256 << 20
+LARGEST_SCRATCH = 512 << 20
 
 
 def interpreted() -> bool:
@@ -52,23 +55,32 @@ def width_of(dtype: torch.dtype) -> int:
     return 16 // dtype.itemsize
 
 
+def aligned(logits: torch.Tensor) -> bool:
+    """Whether every row starts at a multiple of 16 bytes and ends at one."""
+    size = logits.element_size()
+    return all(n * size % 16 == 0 for n in (logits.shape[-1], *logits.stride()[:-1])) and logits.data_ptr() % 16 == 0
+
+
 def fit(tile: Tile, vocab: int) -> Tile:
     """No larger than the row needs, and no more threads than the tile has vectors."""
     block_v = max(128, min(tile.block_v, triton.next_power_of_2(vocab)))
     return tile._replace(block_v=block_v, warps=max(1, min(tile.warps, block_v // 256)))
 
 
-def launch_options(tile: Tile, dtype: torch.dtype, vocab: int) -> dict[str, Any]:
-    """The constexpr arguments and compiler options that a tile stands for."""
+def launch_options(tile: Tile, logits: torch.Tensor) -> dict[str, Any]:
+    """The constexpr arguments and compiler options that a tile stands for, for these rows."""
     # As many registers as the programs of a multiprocessor leave each other: left alone, the assembler may spill to
     # make room for more programs than will ever come.
     registers = {"maxnreg": min(255, 65536 // (32 * tile.warps * tile.programs) // 8 * 8)} if tile.programs else {}
+    is_aligned = aligned(logits)
     return {
         **registers,
-        "V": vocab,
+        "V": logits.shape[-1],
         "BLOCK_V": tile.block_v,
-        "WIDTH": width_of(dtype),
-        "STAGES": tile.stages,
+        "WIDTH": width_of(logits.dtype),
+        "AXIS": int(is_aligned),
+        # Element by element there is nothing to gain from loading ahead, and registers to lose.
+        "STAGES": tile.stages if is_aligned else 1,
         "PERSISTENT": tile.programs > 0,
         "num_warps": tile.warps,
         # Triton's default changes with its version, and with it the last bit.
@@ -102,7 +114,12 @@ def tile_for(vocab: int, dtype: torch.dtype, device: torch.device) -> Tile:
         return tile
     if torch.cuda.is_current_stream_capturing():
         return default  # a capture cannot measure; the next call outside of it does
-    _tuned[_key(vocab, dtype, device)] = tile = _measure(vocab, dtype, device)
+    tile = _measure(vocab, dtype, device)
+    if tile is None:
+        return default
+    # Another process may have been first: ranks that start together end with one tile.
+    tile = _known(vocab, dtype, device) or tile
+    _tuned[_key(vocab, dtype, device)] = tile
     _save(_key(vocab, dtype, device), tile)
     return tile
 
@@ -115,28 +132,30 @@ _tuned: dict[str, Tile] = {}
 @functools.cache
 def _key(vocab: int, dtype: torch.dtype, device: torch.device) -> str:
     p = torch.cuda.get_device_properties(device)
-    return (
-        f"{p.name} sm_{p.major}{p.minor}, triton {triton.__version__}, V {vocab}, {str(dtype).removeprefix('torch.')}"
-    )
+    name = str(dtype).removeprefix("torch.")
+    return f"{__version__}, {p.name} sm_{p.major}{p.minor}, triton {triton.__version__}, V {vocab}, {name}"
 
 
 def cache_file() -> Path:
-    home = os.environ.get("MDPGRPO_CACHE_DIR") or Path.home() / ".cache" / "mdpgrpo_fast"
+    home = os.environ.get("MDPGRPO_CACHE_DIR") or os.path.expanduser("~/.cache/mdpgrpo_fast")
     return Path(home) / "tiles.json"
 
 
-def _read() -> dict[str, list[int]]:
+def _read() -> dict[str, Any]:
     try:
-        return json.loads(cache_file().read_text())
+        found = json.loads(cache_file().read_text())
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _known(vocab: int, dtype: torch.dtype, device: torch.device) -> Tile | None:
+    """What this process or the file has. An entry that is no candidate (any more) counts as none."""
     key = _key(vocab, dtype, device)
     if key not in _tuned:
         saved = _read().get(key)
-        if saved is None:
+        candidates = [list(fit(tile, vocab)) for tile in CANDIDATES]
+        if saved not in candidates:
             return None
         _tuned[key] = Tile(*saved)
     return _tuned[key]
@@ -147,33 +166,43 @@ def _save(key: str, tile: Tile) -> None:
     path = cache_file()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps({**_read(), key: tile}, indent=1, sort_keys=True))
-        temporary.replace(path)
+        handle, temporary = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(handle, "w") as file:
+            json.dump({**_read(), key: list(tile)}, file, indent=1, sort_keys=True)
+        os.replace(temporary, path)
     except OSError:
         pass
 
 
 def choose(candidates: list[Tile], seconds: Callable[[Tile], float]) -> Tile:
-    """The fastest; the first unless another wins by more than MARGIN. Those that do not fit the GPU drop out."""
+    """The fastest; the first unless another wins by more than MARGIN. Those that the GPU cannot run drop out."""
     times = {}
     for tile in candidates:
         try:
             times[tile] = seconds(tile)
         except (triton.runtime.OutOfResources, triton.CompilationError):
             continue
+    if not times:
+        return candidates[0]
     first = next(iter(times))
     best = min(times, key=times.__getitem__)
     return best if times[best] < (1 - MARGIN) * times[first] else first
 
 
-def _measure(vocab: int, dtype: torch.dtype, device: torch.device) -> Tile:
-    """Times the objective with gradient on scratch rows."""
+def _measure(vocab: int, dtype: torch.dtype, device: torch.device) -> Tile | None:
+    """Times the objective with gradient on scratch rows. None where there is no memory for it."""
     from .token_loss import scratch_run
 
     candidates = list(dict.fromkeys(fit(tile, vocab) for tile in CANDIDATES))
     if len(candidates) == 1:
         return candidates[0]
-    with torch.no_grad(), on_device(device):
-        run = scratch_run(vocab, dtype, device, max(1, LARGEST_SCRATCH // (vocab * dtype.itemsize)))
-        return choose(candidates, lambda tile: triton.testing.do_bench(lambda: run(tile), 5, 20, return_mode="median"))
+    # Many rounds of rows for every multiprocessor, or the last round would decide.
+    rows = 16 * torch.cuda.get_device_properties(device).multi_processor_count
+    rows = max(1, min(rows, LARGEST_SCRATCH // (vocab * dtype.itemsize)))
+    try:
+        with torch.no_grad(), on_device(device):
+            run = scratch_run(vocab, dtype, device, rows)
+            bench = triton.testing.do_bench
+            return choose(candidates, lambda tile: bench(lambda: run(tile), 5, 20, return_mode="median"))
+    except torch.cuda.OutOfMemoryError:
+        return None
