@@ -5,6 +5,7 @@ BIN    := $(VENV)/bin
 OUTPUT ?= runs/demo
 DEMO   := mdpgrpo_fast/demo
 ARGS   ?=
+JOBS   ?= $(shell getconf _NPROCESSORS_ONLN)
 
 .PHONY: help setup train test check seed-policy bench clean
 
@@ -38,7 +39,7 @@ train: $(VENV)/.setup
 	$(BIN)/python -m mdpgrpo_fast.train --output-dir $(OUTPUT) $(ARGS)
 
 test: $(VENV)/.setup-test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 check: $(VENV)/.setup-test
 	$(BIN)/ruff format --check .

@@ -231,8 +231,8 @@ def measure(vocabs: list[int], dtypes: list[torch.dtype], tiles: list[tuning.Til
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=inspect.cleandoc(__doc__ or ""))
-    parser.add_argument("--vocab", type=int, nargs="+", default=[32000, 128256])
-    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--vocab", type=int, nargs="+", default=[128256])
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16"])
     parser.add_argument("--sm", type=int, nargs="+", default=list(ARCHITECTURES))
     parser.add_argument("--all-tiles", action="store_true", help="every candidate of tuning, not its default alone")
     parser.add_argument("--output", type=Path, default=RESULT)

@@ -144,7 +144,7 @@ def check_knob(
             check_shape(name, x, (count,), rows)
         if positive and look(x, check_values) and not bool((x > 0).all()):
             refuse(name, x.tolist(), "above 0 in every row")
-    elif positive and (x is None or not x > 0):
+    elif positive and (x is None or not 0 < x < float("inf")):
         refuse(name, x, "above 0")
 
 

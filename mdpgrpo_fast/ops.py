@@ -265,6 +265,8 @@ def _place(logits: Tensor) -> tuple[Tensor, tuple[object, ...]]:
 
 
 def _mark_overwritten(logits: Tensor) -> None:
+    if torch.compiler.is_compiling():
+        return
     base, place = _place(logits)
     version, places = getattr(base, "_overwritten", (-1, []))
     # The write has moved the version by one. By more, and someone has filled the memory again.

@@ -110,3 +110,15 @@ def test_a_scalar_tensor_may_lie_on_the_cpu(backend: str, knob: str) -> None:
     half = (torch.tensor(0.5, device=device) for device in (DEVICE, "cpu"))
     there, here = (ops.token_loss(*args, backend=backend, **{**given, knob: x}).loss for x in half)
     assert torch.equal(here, there)
+
+
+def test_in_place_compiles(backend: str) -> None:
+    batch, config = make_batch(9), config_for()
+
+    def loss(leaf: torch.Tensor, in_place: bool) -> torch.Tensor:
+        return call(backend, replace(batch, logits=leaf * 1), config, in_place=in_place).loss
+
+    leaf = batch.logits.to(DEVICE).requires_grad_()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    (got,), (expected,) = (torch.autograd.grad(f(leaf, p), leaf) for f, p in ((compiled, True), (loss, False)))
+    torch.testing.assert_close(got, expected)

@@ -85,7 +85,7 @@ def test_on_policy_ratio_is_one_and_later_updates_move_it(tmp_path: Path) -> Non
 
 def test_fused_kernels_train_as_the_reference_does(tmp_path: Path) -> None:
     """Ten steps of the embedded default (fewer prompts a step): every logged metric agrees to 1e-4."""
-    small = ["--steps", "10", "--prompts-per-step", "2", "--max-completion-length", "24", "--eval-samples", "4"]
+    small = ["--steps", "10", "--prompts-per-step", "1", "--max-completion-length", "24", "--eval-samples", "4"]
     logged = {}
     for backend in ("torch", "triton"):
         AcceleratorState._reset_state(True)
