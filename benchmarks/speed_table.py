@@ -177,10 +177,10 @@ def compiled() -> list[str]:
     lines += [
         "",
         f"Predicted is arithmetic, not a measurement: T = {FLOOR_TOKENS} rows read once and written once, over "
-        f"{FLOOR_TB_S} TB/s, about what a copy reaches on an H200; the gradient's second look at a row is taken to hit a "
-        "cache, and costs up to half as much again where it does not. Off-policy at sequence level is the sum of its two "
-        "lines. Loads and stores that are not 128 bits wide are of single numbers of a row. The small kernels around "
-        f"them have no spills either. `python benchmarks/kernel_resources.py`; {found}.",
+        f"{FLOOR_TB_S} TB/s, about what a copy reaches on an H200. The gradient's second look at a row is taken to hit "
+        "a cache, and costs up to half as much again where it does not. Off-policy at sequence level is the sum of its "
+        "two lines. Loads and stores that are not 128 bits wide are of single numbers of a row. The small kernels "
+        f"around them have no spills either. `python benchmarks/kernel_resources.py`; {found}.",
     ]
     return lines
 
