@@ -53,8 +53,7 @@ def advantages(
         rewards, valid, slots = _by_group(rewards, valid, groups, config.num_generations)
     check_rewards(rewards, num_constraints, valid, config.num_generations, check_values)
     if choose(backend, rewards.device, _as_kernel_dtype(rewards)) == "torch":
-        counted = rewards if valid is None else rewards.masked_fill(~valid, 0)
-        out = reference.advantages(counted, num_constraints, config, valid)
+        out = _reference_advantages(rewards, num_constraints, config, valid)
     else:
         out = fused.advantages("triton", rewards, num_constraints, config, valid)
     if slots is None:
@@ -102,7 +101,7 @@ def token_loss(
         mask: rows of bool or number, non-zero where the token belongs to the completion; None: all. What masked rows of
             float inputs hold does not matter.
         config: advantages, clip range, estimator, levels, aggregation.
-        rewards, num_constraints, valid, groups: as in `advantages`; B = P * G completions, by groups or with `groups`.
+        rewards, num_constraints, valid, groups: see `advantages`; B = P * G completions, by groups or with `groups`.
         advantage, kl_beta: knobs, instead of rewards; of `advantages` or any other estimator.
         completion: (T,) integers in [0, B), packed rows only, with num_completions = B (default: that of the rewards).
         max_completion_length: L of the `dr_grpo` normaliser in tokens; default: the width of tokens (padded only).
@@ -121,17 +120,15 @@ def token_loss(
 
     Returns: TokenLoss; `.loss` is a scalar with gradient. triton computes in float32 and writes the gradient in this
         call, in the dtype of the logits; the backward pass only scales it.
-    Raises: ValueError naming the argument that does not fit, or the reason why the backend cannot run; ConfigError for
-        an unknown backend.
+    Raises: ValueError naming the argument that does not fit, or why the backend cannot run; ConfigError for an unknown.
     """
     if rewards is not None and num_completions is None and completion is not None:
         num_completions = rewards.numel()
     rows, count = check_logits(logits, tokens, mask, completion, num_completions, temperature, softcap, check_values)
-    if max_completion_length is None:
-        if completion is not None and config.aggregation == "dr_grpo" and denominator is None:
+    if max_completion_length is None and completion is not None:
+        if config.aggregation == "dr_grpo" and denominator is None:
             refuse("max_completion_length", None, "given for packed logits with aggregation = dr_grpo")
-        max_completion_length = max(rows[-1], 1)
-    if max_completion_length < 1:
+    elif max_completion_length is not None and max_completion_length < 1:
         refuse("max_completion_length", max_completion_length, "at least 1")
     check_shape("old_logprobs", old_logprobs, rows)
     check_shape("ref_logprobs", ref_logprobs, rows)
@@ -147,15 +144,15 @@ def token_loss(
                  kl_beta=kl_beta, epsilon_low=epsilon_low, epsilon_high=epsilon_high)  # fmt: skip
     check_advantages(rewards, num_constraints, valid, groups, advantage, kl_beta, rows, count)
     slots = None
+    if rewards is not None and groups is not None:
+        rewards, valid, slots = _by_group(rewards, valid, groups, config.num_generations)
     if rewards is not None and num_constraints is not None:
-        if groups is not None:
-            rewards, valid, slots = _by_group(rewards, valid, groups, config.num_generations)
         check_rewards(rewards, num_constraints, valid, config.num_generations, check_values)
     _refuse_overwritten(logits)
     name = choose(backend, logits.device, logits.dtype)
     common: dict[str, Any] = {
         "completion": completion,
-        "max_completion_length": max_completion_length,
+        "max_completion_length": max_completion_length or max(rows[-1], 1),
         "old_logprobs": old_logprobs,
         "ref_logprobs": ref_logprobs,
         "importance_weight": importance_weight,
@@ -168,12 +165,11 @@ def token_loss(
     if name == "torch":
         if in_place:
             refuse("in_place", True, "left off: backend torch computes the gradient in the backward pass")
-        if rewards is not None:
-            counted = rewards if valid is None else rewards.masked_fill(~valid, 0)
-            adv = reference.advantages(counted, num_constraints, config, valid)  # type: ignore[arg-type]
-            advantage, kl_beta = (x.flatten() if slots is None else x.flatten()[slots]
-                                  for x in (adv.advantage, adv.kl_beta))  # fmt: skip
-        assert advantage is not None and kl_beta is not None  # the door has seen to it
+        if rewards is not None and num_constraints is not None:
+            adv = _reference_advantages(rewards, num_constraints, config, valid)
+            place = slice(None) if slots is None else slots
+            advantage, kl_beta = adv.advantage.flatten()[place], adv.kl_beta.flatten()[place]
+        assert advantage is not None and kl_beta is not None
         return reference.token_loss(
             logits, tokens, mask, config, advantage=advantage, kl_beta=kl_beta, num_completions=count, **common
         )  # type: ignore[arg-type]
@@ -220,6 +216,14 @@ def token_logprobs(
     keep = mask != 0
     logprobs, entropy = reference.token_logprobs(logits.masked_fill(~keep[..., None], 0), tokens, at, softcap)
     return logprobs.masked_fill(~keep, 0), entropy.masked_fill(~keep, 0)
+
+
+def _reference_advantages(
+    rewards: Tensor, num_constraints: Tensor, config: MDPGRPOConfig, valid: Tensor | None
+) -> Advantages:
+    # A reward that does not count may be anything.
+    counted = rewards if valid is None else rewards.masked_fill(~valid, 0)
+    return reference.advantages(counted, num_constraints, config, valid)
 
 
 def _as_kernel_dtype(rewards: Tensor) -> torch.dtype:

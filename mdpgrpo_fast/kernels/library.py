@@ -58,19 +58,9 @@ def _token_loss_in_place(logits: Tensor, *args: object) -> tuple[Tensor, ...]:
     return launch_token_loss(logits, logits, *rest, Numbers(*numbers), Flags(*flags))  # type: ignore
 
 
-def _logprobs(
-    logits: Tensor,
-    tokens: Tensor,
-    mask: Tensor | None,
-    completion: Tensor | None,
-    n_completions: int,
-    temperature: Tensor | None,
-    temperature_value: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:
-    return launch_logprobs(
-        logits, tokens, mask, completion, n_completions, temperature, temperature_value, 1.0, softcap, False
-    )
+def _logprobs(*args: Any) -> tuple[Tensor, Tensor]:
+    *rest, softcap = args
+    return launch_logprobs(*rest, 1.0, softcap, False)  # type: ignore
 
 
 def _fake_token_loss_value(logits: Tensor, *args: object) -> tuple[Tensor, ...]:

@@ -116,7 +116,8 @@ def tile_for(vocab: int, dtype: torch.dtype, device: torch.device) -> Tile:
         return default  # a capture cannot measure; the next call outside of it does
     tile = _measure(vocab, dtype, device)
     if tile is None:
-        return default
+        # Not tried again at every call; the file is left to a process that has the memory.
+        return _tuned.setdefault(_key(vocab, dtype, device), default)
     # Another process may have been first: ranks that start together end with one tile.
     tile = _known(vocab, dtype, device) or tile
     _tuned[_key(vocab, dtype, device)] = tile
