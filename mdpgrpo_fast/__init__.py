@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .backends import backend_report
     from .config import MDPGRPOConfig, TrainConfig, preset
+    from .linear import linear_token_logprobs, linear_token_loss
     from .ops import advantages, token_logprobs, token_loss
     from .verifiers import verify, verify_all
 
@@ -19,6 +20,8 @@ __version__ = "0.1.0"
 _HOME = {
     "MDPGRPOConfig": "config",
     "TrainConfig": "config",
+    "linear_token_logprobs": "linear",
+    "linear_token_loss": "linear",
     "preset": "config",
     "advantages": "ops",
     "backend_report": "backends",
@@ -32,6 +35,8 @@ __all__ = [
     "TrainConfig",
     "advantages",
     "backend_report",
+    "linear_token_logprobs",
+    "linear_token_loss",
     "preset",
     "token_logprobs",
     "token_loss",

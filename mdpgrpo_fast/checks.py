@@ -11,6 +11,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from .config import ConfigError, MDPGRPOConfig
+
 Shape = tuple[int, ...]
 
 
@@ -48,10 +50,10 @@ def check_range(name: str, x: Tensor, count: int, check_values: bool | None) -> 
             refuse(name, f"range {low} to {high}", f"in [0, {count})")
 
 
-def check_device(reference: Tensor, **others: Tensor | float | None) -> None:
+def check_device(reference: Tensor, called: str = "logits", /, **others: Tensor | float | None) -> None:
     for name, x in others.items():
         if isinstance(x, Tensor) and x.ndim and x.device != reference.device:
-            refuse(name, f"device {x.device}", f"on {reference.device}, as logits are")
+            refuse(name, f"device {x.device}", f"on {reference.device}, as {called} are")
 
 
 def check_rewards(
@@ -104,15 +106,22 @@ def check_logits(
     temperature: Tensor | float,
     softcap: float | None,
     check_values: bool | None,
+    name: str = "logits",
+    vocab: int | None = None,
 ) -> tuple[Shape, int]:
-    """Padded (B, L, V), or packed (T, V) with a completion map. Returns the shape of the rows and B."""
+    """Padded (B, L, V), or packed (T, V) with a completion map. Returns the shape of the rows and B.
+
+    For hidden states (B, L, D) or (T, D) with their name, and the vocabulary of the head that comes after.
+    """
+    last = "V" if vocab is None else "D"
     if logits.ndim != (3 if completion is None else 2):
-        padded, packed = "of shape (B, L, V), or (T, V) with completion=", "of shape (T, V) with completion="
-        refuse("logits", f"shape {tuple(logits.shape)}", padded if completion is None else packed)
-    check_floating("logits", logits)
-    rows, vocab = tuple(logits.shape[:-1]), logits.shape[-1]
-    if vocab < 1:
-        refuse("logits", f"shape {tuple(logits.shape)}", "of at least one column")
+        packed = f"of shape (T, {last}) with completion="
+        padded = f"of shape (B, L, {last}), or (T, {last}) with completion="
+        refuse(name, f"shape {tuple(logits.shape)}", padded if completion is None else packed)
+    check_floating(name, logits)
+    rows, width = tuple(logits.shape[:-1]), logits.shape[-1]
+    if width < 1:
+        refuse(name, f"shape {tuple(logits.shape)}", "of at least one column")
     check_shape("tokens", tokens, rows)
     check_integers("tokens", tokens)
     check_shape("mask", mask, rows)
@@ -120,19 +129,55 @@ def check_logits(
         refuse("softcap", softcap, "above 0, or None")
     if completion is None:
         if num_completions is not None:
-            refuse("num_completions", num_completions, "left out for padded logits")
+            refuse("num_completions", num_completions, f"left out for padded {name}")
         count = rows[0]
     else:
         check_shape("completion", completion, rows)
         check_integers("completion", completion)
         if num_completions is None:
-            refuse("num_completions", None, "given for packed logits, or follow from rewards")
+            refuse("num_completions", None, f"given for packed {name}, or follow from rewards")
         count = num_completions
         check_range("completion", completion, count, check_values)
     check_knob("temperature", temperature, rows, count, check_values, positive=True)
-    check_range("tokens", tokens, vocab, check_values)
-    check_device(logits, tokens=tokens, mask=mask, completion=completion, temperature=temperature)
+    check_range("tokens", tokens, width if vocab is None else vocab, check_values)
+    check_device(logits, name, tokens=tokens, mask=mask, completion=completion, temperature=temperature)
     return rows, count
+
+
+def check_objective(
+    like: Tensor,
+    rows: Shape,
+    count: int,
+    config: MDPGRPOConfig,
+    completion: Tensor | None,
+    max_completion_length: int | None,
+    check_values: bool | None,
+    name: str = "logits",
+    *,
+    denominator: Tensor | float | None,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    importance_weight: Tensor | None,
+    epsilon_low: Tensor | float | None,
+    epsilon_high: Tensor | float | None,
+) -> None:
+    """What the objective takes beside the rows. like: the tensor, called name, on whose device all must be."""
+    if max_completion_length is None and completion is not None:
+        if config.aggregation == "dr_grpo" and denominator is None:
+            refuse("max_completion_length", None, f"given for packed {name} with aggregation = dr_grpo")
+    elif max_completion_length is not None and max_completion_length < 1:
+        refuse("max_completion_length", max_completion_length, "at least 1")
+    check_shape("old_logprobs", old_logprobs, rows)
+    check_shape("ref_logprobs", ref_logprobs, rows)
+    check_shape("importance_weight", importance_weight, rows)
+    if isinstance(denominator, Tensor) and denominator.numel() != 1:
+        refuse("denominator", f"shape {tuple(denominator.shape)}", "a number or a scalar tensor")
+    check_knob("epsilon_low", epsilon_low, rows, count, check_values)
+    check_knob("epsilon_high", epsilon_high, rows, count, check_values)
+    if config.temperature_objective == "corrected" and importance_weight is None:
+        raise ConfigError("importance_weight is required by temperature_objective = corrected")
+    check_device(like, name, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, importance_weight=importance_weight,
+                 epsilon_low=epsilon_low, epsilon_high=epsilon_high)  # fmt: skip
 
 
 def check_knob(

@@ -14,13 +14,13 @@ from .checks import (
     check_advantages,
     check_device,
     check_groups,
-    check_knob,
     check_logits,
+    check_objective,
     check_rewards,
     check_shape,
     refuse,
 )
-from .config import ConfigError, MDPGRPOConfig
+from .config import MDPGRPOConfig
 from .reference import Advantages, Layout, TokenLoss
 
 
@@ -125,29 +125,15 @@ def token_loss(
     if rewards is not None and num_completions is None and completion is not None:
         num_completions = rewards.numel()
     rows, count = check_logits(logits, tokens, mask, completion, num_completions, temperature, softcap, check_values)
-    if max_completion_length is None and completion is not None:
-        if config.aggregation == "dr_grpo" and denominator is None:
-            refuse("max_completion_length", None, "given for packed logits with aggregation = dr_grpo")
-    elif max_completion_length is not None and max_completion_length < 1:
-        refuse("max_completion_length", max_completion_length, "at least 1")
-    check_shape("old_logprobs", old_logprobs, rows)
-    check_shape("ref_logprobs", ref_logprobs, rows)
-    check_shape("importance_weight", importance_weight, rows)
-    if isinstance(denominator, Tensor) and denominator.numel() != 1:
-        refuse("denominator", f"shape {tuple(denominator.shape)}", "a number or a scalar tensor")
-    check_knob("epsilon_low", epsilon_low, rows, count, check_values)
-    check_knob("epsilon_high", epsilon_high, rows, count, check_values)
-    if config.temperature_objective == "corrected" and importance_weight is None:
-        raise ConfigError("importance_weight is required by temperature_objective = corrected")
-    check_device(logits, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, importance_weight=importance_weight,
-                 rewards=rewards, num_constraints=num_constraints, valid=valid, groups=groups, advantage=advantage,
-                 kl_beta=kl_beta, epsilon_low=epsilon_low, epsilon_high=epsilon_high)  # fmt: skip
+    check_objective(
+        logits, rows, count, config, completion, max_completion_length, check_values, denominator=denominator,
+        old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, importance_weight=importance_weight,
+        epsilon_low=epsilon_low, epsilon_high=epsilon_high,
+    )  # fmt: skip
+    check_device(logits, rewards=rewards, num_constraints=num_constraints, valid=valid, groups=groups,
+                 advantage=advantage, kl_beta=kl_beta)  # fmt: skip
     check_advantages(rewards, num_constraints, valid, groups, advantage, kl_beta, rows, count)
-    slots = None
-    if rewards is not None and groups is not None:
-        rewards, valid, slots = _by_group(rewards, valid, groups, config.num_generations)
-    if rewards is not None and num_constraints is not None:
-        check_rewards(rewards, num_constraints, valid, config.num_generations, check_values)
+    rewards, valid, slots = grouped_rewards(rewards, num_constraints, valid, groups, config, check_values)
     _refuse_overwritten(logits)
     name = choose(backend, logits.device, logits.dtype)
     common: dict[str, Any] = {
@@ -166,9 +152,7 @@ def token_loss(
         if in_place:
             refuse("in_place", True, "left off: backend torch computes the gradient in the backward pass")
         if rewards is not None and num_constraints is not None:
-            adv = _reference_advantages(rewards, num_constraints, config, valid)
-            place = slice(None) if slots is None else slots
-            advantage, kl_beta = adv.advantage.flatten()[place], adv.kl_beta.flatten()[place]
+            advantage, kl_beta = advantages_of(name, rewards, num_constraints, config, valid, slots)
         assert advantage is not None and kl_beta is not None
         return reference.token_loss(
             logits, tokens, mask, config, advantage=advantage, kl_beta=kl_beta, num_completions=count, **common
@@ -216,6 +200,32 @@ def token_logprobs(
     keep = mask != 0
     logprobs, entropy = reference.token_logprobs(logits.masked_fill(~keep[..., None], 0), tokens, at, softcap)
     return logprobs.masked_fill(~keep, 0), entropy.masked_fill(~keep, 0)
+
+
+def grouped_rewards(
+    rewards: Tensor | None, num_constraints: Tensor | None, valid: Tensor | None, groups: Tensor | None,
+    config: MDPGRPOConfig, check_values: bool | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Checked rewards and valid (P, G), and the place of each completion in them where groups are given."""
+    slots = None
+    if rewards is not None and groups is not None:
+        rewards, valid, slots = _by_group(rewards, valid, groups, config.num_generations)
+    if rewards is not None and num_constraints is not None:
+        check_rewards(rewards, num_constraints, valid, config.num_generations, check_values)
+    return rewards, valid, slots
+
+
+def advantages_of(
+    backend: str, rewards: Tensor, num_constraints: Tensor, config: MDPGRPOConfig, valid: Tensor | None,
+    slots: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A and KL coefficient (B,) of the completions, from what `grouped_rewards` returns."""
+    if backend == "torch":
+        adv = _reference_advantages(rewards, num_constraints, config, valid)
+    else:
+        adv = fused.advantages(backend, rewards, num_constraints, config, valid)
+    place = slice(None) if slots is None else slots
+    return adv.advantage.flatten()[place], adv.kl_beta.flatten()[place]
 
 
 def _reference_advantages(

@@ -248,12 +248,85 @@ def default_denominator(lengths: Tensor, aggregation: str, max_completion_length
     return lengths.sum()
 
 
+def token_shares(lengths: Tensor, layout: Layout, aggregation: str, denominator: Tensor | float) -> Tensor:
+    """What each row's loss is multiplied by before the sum over all: one value per completion, as it broadcasts."""
+    each = lengths if aggregation == "grpo" else torch.ones_like(lengths)
+    return layout.spread(1 / (each.clamp(min=1) * torch.as_tensor(denominator, device=lengths.device).clamp(min=1)))
+
+
 def aggregate(per_token: Tensor, mask: Tensor, layout: Layout, aggregation: str, denominator: Tensor | float) -> Tensor:
     """Sum of the tokens (`grpo`: of the completions' token means) over the denominator of the whole batch."""
-    total = layout.sum(per_token * mask)
-    if aggregation == "grpo":
-        total = total / layout.sum(mask).clamp(min=1)
-    return total.sum() / torch.as_tensor(denominator, device=per_token.device).clamp(min=1)
+    share = token_shares(layout.sum(mask), layout, aggregation, denominator)
+    return layout.sum(per_token * mask * share).sum()
+
+
+@dataclass(frozen=True)
+class Objective:
+    """-w·J + β·KL of every row, and its parts; no share of an aggregation in it yet."""
+
+    per_token: Tensor
+    kl: Tensor
+    ratio: Tensor
+    clipped_low: Tensor
+    clipped_high: Tensor
+    kl_clamped: Tensor
+
+
+def token_objective(
+    logprobs: Tensor,
+    kl_logprobs: Tensor,
+    keep: Tensor,
+    layout: Layout,
+    *,
+    advantage: Tensor | float,
+    kl_beta: Tensor | float,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    importance_weight: Tensor | None,
+    temperature: Tensor | float,
+    epsilon_low: Tensor | float,
+    epsilon_high: Tensor | float,
+    delta: float | None,
+    importance_level: str,
+    kl_estimator: str,
+    rescale_per_row: bool,
+) -> Objective:
+    """The objective as a function of ℓ, differentiable with respect to logprobs and kl_logprobs (ℓ at the KL's τ).
+
+    All of the rows' shape, or broadcasting to it; keep: bool. Rows that are not kept may hold anything but NaN in ℓ.
+    """
+    mask = keep.to(logprobs.dtype)
+    old = logprobs.detach() if old_logprobs is None else old_logprobs.detach().to(mask.dtype)
+    ratio = importance_ratio(logprobs, old, mask, layout, importance_level)
+    objective, low, high = clipped_objective(ratio, advantage, epsilon_low, epsilon_high, delta)
+    if rescale_per_row:
+        objective = objective * temperature
+    if importance_weight is not None:
+        objective = importance_weight.detach().to(mask.dtype).masked_fill(~keep, 0) * objective
+    per_token = -objective.expand_as(mask)
+    kl, over = torch.zeros_like(mask), torch.zeros_like(keep)
+    if ref_logprobs is not None:
+        kl, over = kl_penalty(kl_logprobs, ref_logprobs.detach().to(mask.dtype).masked_fill(~keep, 0), kl_estimator)
+        per_token = per_token + kl_beta * kl
+    return Objective(
+        per_token=per_token.masked_fill(~keep, 0),
+        kl=kl.detach() * mask,
+        ratio=ratio.detach().expand_as(mask).masked_fill(~keep, 1),
+        clipped_low=low.expand_as(mask) & keep,
+        clipped_high=high.expand_as(mask) & keep,
+        kl_clamped=over & keep,
+    )
+
+
+def batch_totals(mask: Tensor, layout: Layout, entropy: Tensor, parts: Objective) -> tuple[Tensor, Tensor]:
+    """(B,) mean KL of each completion, and the (8,) TOTALS. mask, entropy: rows, 0 where a row is not kept."""
+    lengths = layout.sum(mask)
+    n = lengths.sum()
+    marks = (parts.clipped_low.sum(), parts.clipped_high.sum())
+    sums = torch.stack([parts.kl.sum(), entropy.sum(), *marks, (parts.ratio * mask).sum()])
+    top = (parts.ratio * mask).amax() if mask.numel() else n
+    totals = torch.cat([n[None], sums / n.clamp(min=1), top[None], parts.kl_clamped.sum()[None]])
+    return layout.sum(parts.kl) / lengths.clamp(min=1), totals
 
 
 def token_loss(
@@ -294,43 +367,38 @@ def token_loss(
     # A masked position may hold any number, NaN included: it is taken out before it meets arithmetic.
     logits = logits.masked_fill(~keep[..., None], 0)
     logprobs, entropy = token_logprobs(logits, tokens, temperature, softcap)
-    logprobs = logprobs.masked_fill(~keep, 0)
-    old = logprobs.detach() if old_logprobs is None else old_logprobs.detach().to(mask.dtype)
-    ratio = importance_ratio(logprobs, old, mask, layout, config.importance_level)
-    objective, low, high = clipped_objective(ratio, advantage, epsilon_low, epsilon_high, config.delta)
-    if config.rescale_per_row:
-        objective = objective * temperature
-    if importance_weight is not None:
-        objective = importance_weight.detach().to(mask.dtype).masked_fill(~keep, 0) * objective
-    per_token = -objective.expand_as(mask)
-
-    kl = torch.zeros_like(mask)
-    over = torch.zeros_like(keep)
-    if ref_logprobs is not None:
-        at_kl = logprobs if same else token_logprobs(logits, tokens, config.kl_temperature, softcap)[0]
-        at_kl, ref = at_kl.masked_fill(~keep, 0), ref_logprobs.detach().to(mask.dtype).masked_fill(~keep, 0)
-        kl, over = kl_penalty(at_kl, ref, config.kl_estimator)
-        per_token = per_token + kl_beta * kl
-
-    lengths = layout.sum(mask)
+    logprobs = kl_logprobs = logprobs.masked_fill(~keep, 0)
+    if ref_logprobs is not None and not same:
+        kl_logprobs = token_logprobs(logits, tokens, config.kl_temperature, softcap)[0].masked_fill(~keep, 0)
+    parts = token_objective(
+        logprobs, kl_logprobs, keep, layout, advantage=advantage, kl_beta=kl_beta, old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs, importance_weight=importance_weight, temperature=temperature,
+        epsilon_low=epsilon_low, epsilon_high=epsilon_high, delta=config.delta,
+        importance_level=config.importance_level, kl_estimator=config.kl_estimator,
+        rescale_per_row=config.rescale_per_row,
+    )  # fmt: skip
     if denominator is None:
-        denominator = default_denominator(lengths, config.aggregation, max_completion_length)
-    loss = aggregate(per_token.masked_fill(~keep, 0), mask, layout, config.aggregation, denominator)
+        denominator = default_denominator(layout.sum(mask), config.aggregation, max_completion_length)
+    loss = aggregate(parts.per_token, mask, layout, config.aggregation, denominator)
     with torch.no_grad():
-        entropy, kl = entropy.masked_fill(~keep, 0), kl.detach() * mask
-        ratio = ratio.detach().expand_as(mask).masked_fill(~keep, 1)
-        low, high = low.expand_as(mask) & keep, high.expand_as(mask) & keep
-        n = lengths.sum()
-        sums = torch.stack([kl.sum(), entropy.sum(), low.sum(), high.sum(), (ratio * mask).sum()])
-        top = (ratio * mask).amax() if mask.numel() else n
-        return TokenLoss(
-            loss=loss,
-            logprobs=logprobs.detach(),
-            entropy=entropy,
-            kl=kl,
-            ratio=ratio,
-            clipped_low=low,
-            clipped_high=high,
-            completion_kl=layout.sum(kl) / lengths.clamp(min=1),
-            totals=torch.cat([n[None], sums / n.clamp(min=1), top[None], (over & keep).sum()[None]]),
-        )
+        entropy = entropy.masked_fill(~keep, 0)
+        completion_kl, totals = batch_totals(mask, layout, entropy, parts)
+    return TokenLoss(
+        loss=loss,
+        logprobs=logprobs.detach(),
+        entropy=entropy,
+        kl=parts.kl,
+        ratio=parts.ratio,
+        clipped_low=parts.clipped_low,
+        clipped_high=parts.clipped_high,
+        completion_kl=completion_kl,
+        totals=totals,
+    )
+
+
+# ---- the head -------------------------------------------------------------------------------------------------------
+
+
+def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, logit_scale: float = 1.0) -> Tensor:
+    """(..., V) = logit_scale (hidden (..., D) weightᵀ (V, D) + bias (V,)): what `linear_token_loss` never builds."""
+    return logit_scale * torch.nn.functional.linear(hidden, weight, bias)

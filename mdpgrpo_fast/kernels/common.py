@@ -284,6 +284,50 @@ def _kl(logprob, ref_logprob, ESTIMATOR: tl.constexpr):
         return e - capped - 1.0, tl.where(over, 0.0, 1.0 - e), over
 
 
+@triton.jit
+def _objective(
+    logprob, kl_logprob, old_ptr, ref_ptr, weight_ptr, rows, mask, tau, advantage, beta, low, high, delta,
+    sequence_ratio, sequence_slope, SEQUENCE: tl.constexpr, ESTIMATOR: tl.constexpr, RESCALE: tl.constexpr,
+    HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_DELTA: tl.constexpr,
+):  # fmt: skip
+    """-wJ + β KL of rows (one, or a vector of them) and its derivatives: c for ℓ, c_kl for ℓ at the KL's temperature.
+
+    At sequence level ρ and -c are the completion's, given. No share of an aggregation in it yet.
+    """
+    factor = 1.0
+    if HAS_WEIGHT:
+        factor = tl.load(weight_ptr + rows, mask=mask, other=0.0).to(tl.float32)
+    if RESCALE:
+        factor *= tau
+    ratio, ratio_slope = 1.0, 1.0
+    if SEQUENCE:
+        ratio = sequence_ratio
+    elif HAS_OLD:
+        ratio, ratio_slope = _ratio(logprob - tl.load(old_ptr + rows, mask=mask, other=0.0).to(tl.float32))
+    value, slope, clipped_low, clipped_high = _policy(ratio, advantage, low, high, delta, HAS_DELTA)
+    # On-policy the ratio is 1 whatever ℓ is: a NaN must not get lost on the way.
+    loss = tl.where(logprob == logprob, -factor * value, logprob)
+    c = -sequence_slope if SEQUENCE else -factor * slope * ratio_slope
+    c = tl.where(logprob == logprob, c, logprob)
+    kl, c_kl, clamped = 0.0, 0.0, False
+    if HAS_REF:
+        ref = tl.load(ref_ptr + rows, mask=mask, other=0.0).to(tl.float32)
+        kl, kl_slope, clamped = _kl(kl_logprob, ref, ESTIMATOR)
+        loss += beta * kl
+        c_kl = beta * kl_slope
+    return loss, c, kl, c_kl, ratio, clipped_low, clipped_high, clamped
+
+
+@triton.jit
+def _share(denominator_ptr, length, MEAN_OF_MEANS: tl.constexpr):
+    """What the aggregation multiplies a row's loss by; length: the tokens of its completion."""
+    denominator = tl.load(denominator_ptr)
+    share = tl.where(denominator == denominator, 1.0 / tl.maximum(denominator, 1.0), denominator)
+    if MEAN_OF_MEANS:
+        share /= length
+    return share
+
+
 # ---- advantages -----------------------------------------------------------------------------------------------------
 
 

@@ -20,10 +20,9 @@ from .common import (
     LOG2E,
     _columns,
     _completion_of,
-    _kl,
-    _policy,
-    _ratio,
+    _objective,
     _read_row,
+    _share,
     _target,
     _temperature,
     _token,
@@ -33,7 +32,7 @@ from .common import (
 )
 from .completions import _advantage_of, _completions_kernel, _totals_kernel
 from .logprobs import launch_logprobs
-from .tuning import Tile, grid_for, launch_options, on_device, per_row, tile_for
+from .tuning import CANDIDATES, Tile, fit, grid_for, launch_options, on_device, per_row, tile_for
 
 BLOCK_ROWS = 1024  # rows of (N,) vectors that one program of the small kernels takes at a time
 
@@ -145,33 +144,18 @@ def _token_loss_kernel(
                 )  # fmt: skip
             logprob = (z - peak) / tau - log_total
 
-            # The policy term: value and derivative with respect to ℓ.
-            factor = 1.0
-            if HAS_WEIGHT:
-                factor = tl.load(weight_ptr + row).to(tl.float32)
-            if RESCALE:
-                factor *= tau
-            ratio, ratio_slope = 1.0, 1.0
+            kl_logprob = (z - peak) / kl_temperature - log_total_kl if TWO else logprob
+            sequence_ratio, sequence_slope, length = 1.0, 0.0, 1.0
             if SEQUENCE:
-                ratio = tl.load(ratio_ptr + completion)
-            elif HAS_OLD:
-                ratio, ratio_slope = _ratio(logprob - tl.load(old_ptr + row).to(tl.float32))
-            value, slope, clipped_low, clipped_high = _policy(ratio, advantage, low, high, delta, HAS_DELTA)
-            # On-policy the ratio is 1 whatever ℓ is: a NaN must not get lost on the way.
-            loss = tl.where(logprob == logprob, -factor * value, logprob)
-            c = -tl.load(slope_ptr + completion) if SEQUENCE else -factor * slope * ratio_slope
-            c = tl.where(logprob == logprob, c, logprob)
-
-            kl, c_kl, clamped = 0.0, 0.0, False
-            if HAS_REF:
-                at_kl = (z - peak) / kl_temperature - log_total_kl if TWO else logprob
-                kl, kl_slope, clamped = _kl(at_kl, tl.load(ref_ptr + row).to(tl.float32), ESTIMATOR)
-                loss += beta * kl
-                c_kl = beta * kl_slope
-            denominator = tl.load(denominator_ptr)
-            share = tl.where(denominator == denominator, 1.0 / tl.maximum(denominator, 1.0), denominator)
+                sequence_ratio = tl.load(ratio_ptr + completion)
+                sequence_slope = tl.load(slope_ptr + completion)
             if MEAN_OF_MEANS:
-                share /= tl.load(lengths_ptr + completion)
+                length = tl.load(lengths_ptr + completion)
+            loss, c, kl, c_kl, ratio, clipped_low, clipped_high, clamped = _objective(
+                logprob, kl_logprob, old_ptr, ref_ptr, weight_ptr, row, True, tau, advantage, beta, low, high, delta,
+                sequence_ratio, sequence_slope, SEQUENCE, ESTIMATOR, RESCALE, HAS_OLD, HAS_REF, HAS_WEIGHT, HAS_DELTA,
+            )  # fmt: skip
+            share = _share(denominator_ptr, length, MEAN_OF_MEANS)
 
             n = tl.cast(n_rows, tl.int64)
             tl.store(rows_ptr + row, logprob)
@@ -333,12 +317,15 @@ def launch_token_loss(
     return loss, rows, marks, completion_kl, totals
 
 
-def launch_scale(gradient: Tensor, scale: Tensor) -> None:
-    """gradient (B, L, V), unit stride in V, times a scalar on its device, in place."""
+def launch_scale(gradient: Tensor, scale: Tensor, tuned: bool = True) -> None:
+    """gradient (B, L, V), unit stride in V, times a scalar on its device, in place.
+
+    tuned: with the tile of this V; False for matrices of another width than the vocabulary's.
+    """
     b, length, vocab = gradient.shape
     if b * length == 0:
         return
-    tile = tile_for(vocab, gradient.dtype, gradient.device)
+    tile = tile_for(vocab, gradient.dtype, gradient.device) if tuned else fit(CANDIDATES[0], vocab)
     with on_device(gradient.device):
         _scale_kernel[grid_for(tile, b * length, gradient.device)](
             gradient, scale, b * length, length, vocab // tile.block_v, gradient.stride(0), gradient.stride(1),

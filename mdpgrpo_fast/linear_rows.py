@@ -1,0 +1,292 @@
+"""What `linear_token_loss` does with the rows of a chunk, by backend: statistics, weights, gradient in place.
+
+A row's statistics are five numbers, as in the Triton kernels: the maximum m of z (the logit after the soft-cap), log Σ
+exp((z - m) / τ), the entropy, the same log Σ at the KL's temperature, and z of the row's token. ℓ follows from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .reference import Layout, Objective
+
+PEAK, LOG_TOTAL, ENTROPY, LOG_TOTAL_KL, TARGET = range(5)
+# The torch backend works on as many rows at once as stay in a core's cache.
+CACHE_BYTES = 4 << 20
+# exp of it is 0; its product with 0 is 0, which that of -inf is not.
+LOWEST = -1e5
+
+
+class Rows(NamedTuple):
+    """The N rows that take part, in the order of the chunks, one value per row each."""
+
+    tokens: Tensor  # integers; with a vocabulary split over ranks, relative to this rank's part
+    mask: Tensor | None  # bool, where rows that do not count could not be left out
+    completion: Tensor
+    advantage: Tensor | None = None
+    kl_beta: Tensor | None = None
+    old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    importance_weight: Tensor | None = None
+    temperature: Tensor | None = None
+    epsilon_low: Tensor | None = None
+    epsilon_high: Tensor | None = None
+
+    def part(self, start: int, stop: int) -> Rows:
+        return Rows(*(None if x is None else x[start:stop] for x in self))  # type: ignore[arg-type]
+
+
+class Settings(NamedTuple):
+    """The knobs that all rows share; the first five where no tensor says otherwise. 0 is "off" for delta, softcap."""
+
+    temperature: float
+    epsilon_low: float
+    epsilon_high: float
+    delta: float
+    kl_temperature: float
+    softcap: float
+    sequence: bool
+    estimator: int  # 1, 2, 3
+    aggregation: str
+    rescale: bool
+    two: bool  # the KL's log-probs are at another temperature than the policy's
+
+
+class Weighed(NamedTuple):
+    """(5, N) rows and (3, N) marks as of the token_loss ops; weights (1 or 2, N): ∂loss/∂ℓ, and at the KL's τ."""
+
+    rows: Tensor
+    marks: Tensor
+    weights: Tensor
+
+
+def logprobs_of(statistics: Tensor, temperature: Tensor | float) -> Tensor:
+    return (statistics[TARGET] - statistics[PEAK]) / temperature - statistics[LOG_TOTAL]
+
+
+class TorchRows:
+    """In PyTorch, a few rows at a time: any device and dtype; float64 for float64."""
+
+    def __init__(self, settings: Settings, dtype: torch.dtype) -> None:
+        self.settings = settings
+        self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def _blocks(self, z: Tensor) -> Iterator[slice]:
+        size = max(1, CACHE_BYTES // (z.shape[1] * self.dtype.itemsize))
+        for start in range(0, len(z), size):
+            yield slice(start, start + size)
+
+    def _temperature(self, rows: Rows, block: slice) -> Tensor | float:
+        if rows.temperature is None:
+            return self.settings.temperature
+        return rows.temperature[block, None].to(self.dtype)
+
+    def _capped(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """z and dz/dx of some rows, in our own memory or that of x if it has the dtype already."""
+        x, cap = x.to(self.dtype), self.settings.softcap
+        if not cap:
+            return x, None
+        t = torch.tanh(x / cap)
+        return cap * t, 1 - t.square()
+
+    def score(self, z: Tensor, rows: Rows) -> Tensor:
+        """(5, n) statistics; z is only read."""
+        return self._sweep(z, None, rows)
+
+    def unit(self, z: Tensor, gradient: Tensor, rows: Rows) -> Tensor:
+        """(5, n) statistics, and ∂ℓ/∂x of every row into gradient, which may be z."""
+        return self._sweep(z, gradient, rows)
+
+    def _sweep(self, logits: Tensor, gradient: Tensor | None, rows: Rows) -> Tensor:
+        s, n = self.settings, len(logits)
+        found = torch.zeros(5, n, dtype=self.dtype, device=logits.device)
+        for block in self._blocks(logits):
+            z, slope = self._capped(logits[block])
+            token, tau = rows.tokens[block, None].long().clamp(0, z.shape[1] - 1), self._temperature(rows, block)
+            peak = z.amax(1, keepdim=True)
+            found[PEAK, block], found[TARGET, block] = peak.squeeze(1), z.gather(1, token).squeeze(1)
+            gap = z - peak
+            if s.two:
+                found[LOG_TOTAL_KL, block] = (gap / s.kl_temperature).exp_().sum(1).log_()
+            if isinstance(tau, Tensor) or tau != 1:
+                gap /= tau
+            gap.clamp_(min=LOWEST)
+            p = gap.exp()
+            total = p.sum(1, keepdim=True)
+            log_total = total.log()
+            found[LOG_TOTAL, block] = log_total.squeeze(1)
+            found[ENTROPY, block] = log_total.squeeze(1) - torch.linalg.vecdot(p, gap) / total.squeeze(1)
+            if gradient is not None:
+                p.div_(-total if not isinstance(tau, Tensor) and tau == 1 else -total * tau)
+                self._write(p, token, 1 / tau, slope, gradient, rows, block)
+        if not s.two:
+            found[LOG_TOTAL_KL] = found[LOG_TOTAL]
+        return found if rows.mask is None else found.masked_fill_(~rows.mask, 0)
+
+    def mix(self, logits: Tensor, gradient: Tensor, statistics: Tensor, weights: Tensor, rows: Rows) -> None:
+        """Σ w ∂ℓ/∂x over the temperatures into gradient, which may be the logits. weights: (1 or 2, n)."""
+        s, size = self.settings, logits.shape[1]
+        for block in self._blocks(logits):
+            z, slope = self._capped(logits[block])
+            gap = z - statistics[PEAK, block, None]
+            local = (rows.tokens[block] >= 0) & (rows.tokens[block] < size)
+            token, g, own = rows.tokens[block, None].long().clamp(0, size - 1), None, None
+            taus = (self._temperature(rows, block), s.kl_temperature)
+            for w, tau, kind in zip(weights, taus, (LOG_TOTAL, LOG_TOTAL_KL), strict=False):
+                scaled = w[block, None] / tau
+                p = (gap / tau - statistics[kind, block, None]).exp_().mul_(-scaled)
+                g, own = (p, scaled) if g is None or own is None else (g.add_(p), own + scaled)
+            assert g is not None and own is not None
+            self._write(g, token, torch.where(local[:, None], own, 0), slope, gradient, rows, block)
+
+    def _write(
+        self, g: Tensor, token: Tensor, own: Tensor | float, slope: Tensor | None, gradient: Tensor, rows: Rows,
+        block: slice,
+    ) -> None:  # fmt: skip
+        """g plus own at each row's token, through the soft-cap, rounded once."""
+        own = own if isinstance(own, Tensor) else torch.full_like(g[:, :1], own)
+        g.scatter_add_(1, token, own.to(g.dtype).expand_as(token))
+        if slope is not None:
+            g.mul_(slope)
+        if rows.mask is not None:
+            g.masked_fill_(~rows.mask[block, None], 0)
+        gradient[block] = g
+
+    def objective(
+        self, statistics: Tensor, rows: Rows, lengths: Tensor, denominator: Tensor, count: int
+    ) -> Weighed:  # fmt: skip
+        """The reference's objective of these rows, and its derivatives written out."""
+        s, layout = self.settings, Layout(count, rows.completion)
+        keep = torch.ones_like(rows.completion, dtype=torch.bool) if rows.mask is None else rows.mask
+        tau, low, high = (
+            number if x is None else x.to(self.dtype)
+            for x, number in zip(
+                (rows.temperature, rows.epsilon_low, rows.epsilon_high), s[:3], strict=True
+            )
+        )  # fmt: skip
+        logprobs = logprobs_of(statistics, tau).masked_fill(~keep, 0)
+        kl_logprobs = logprobs
+        if s.two:
+            gap = statistics[TARGET] - statistics[PEAK]
+            kl_logprobs = (gap / s.kl_temperature - statistics[LOG_TOTAL_KL]).masked_fill(~keep, 0)
+        assert rows.advantage is not None and rows.kl_beta is not None
+        advantage, beta = (x.to(self.dtype).masked_fill(~keep, 0) for x in (rows.advantage, rows.kl_beta))
+        old = None if rows.old_logprobs is None else rows.old_logprobs.to(self.dtype).masked_fill(~keep, 0)
+        ref = None if rows.ref_logprobs is None else rows.ref_logprobs.to(self.dtype).masked_fill(~keep, 0)
+        parts = reference.token_objective(
+            logprobs, kl_logprobs, keep, layout, advantage=advantage, kl_beta=beta, old_logprobs=old,
+            ref_logprobs=ref, importance_weight=rows.importance_weight, temperature=tau, epsilon_low=low,
+            epsilon_high=high, delta=s.delta or None, importance_level="sequence" if s.sequence else "token",
+            kl_estimator=f"k{s.estimator}", rescale_per_row=s.rescale,
+        )  # fmt: skip
+        c = -policy_slope(parts.ratio, advantage, low, high, s.delta or None)
+        if rows.importance_weight is not None:
+            c = c * rows.importance_weight.to(self.dtype).masked_fill(~keep, 0)
+        if s.rescale:
+            c = c * tau
+        exponent = torch.zeros_like(logprobs) if old is None else logprobs - old
+        if s.sequence:
+            own = layout.sum(keep.to(self.dtype)).clamp(min=1)
+            exponent = layout.spread(layout.sum(exponent) / own)
+            c = layout.spread(layout.sum(c.masked_fill(~keep, 0)) / own)
+        c = torch.where(exponent > reference.RATIO_EXPONENT_MAX, 0, c * parts.ratio)
+        # On-policy the slope does not depend on ℓ, but a NaN of it must not get lost.
+        c = torch.where(logprobs.isnan(), logprobs, c)
+        c_kl = torch.zeros_like(c) if ref is None else beta * kl_slope(kl_logprobs, ref, s.estimator)
+        share = reference.token_shares(lengths, layout, s.aggregation, denominator)
+        weights = torch.stack([c, c_kl]) if s.two else (c + c_kl)[None]
+        loss = torch.where(logprobs.isnan(), logprobs, parts.per_token)
+        per_row = torch.stack([logprobs, statistics[ENTROPY], parts.kl, parts.ratio, loss * share])
+        marks = torch.stack([parts.clipped_low, parts.clipped_high, parts.kl_clamped])
+        return Weighed(per_row, marks, (weights * share).masked_fill(~keep, 0))
+
+    def totals(
+        self, rows: Tensor, marks: Tensor, mask: Tensor | None, completion: Tensor, count: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, (B,) mean KL of each completion, (8,) totals."""
+        counted = torch.ones_like(rows[0]) if mask is None else mask.to(rows.dtype)
+        parts = Objective(rows[4], rows[2], rows[3], *marks)
+        completion_kl, totals = reference.batch_totals(counted, Layout(count, completion), rows[1], parts)
+        return rows[4].sum(), completion_kl, totals
+
+
+def policy_slope(
+    ratio: Tensor, advantage: Tensor, low: Tensor | float, high: Tensor | float, delta: float | None
+) -> Tensor:
+    """dJ/dρ of `reference.clipped_objective`: the unclipped branch where both are equal."""
+    low, high = (torch.as_tensor(x, dtype=ratio.dtype, device=ratio.device) for x in (1 - low, 1 + high))
+    inside = ratio.clamp(low, high)
+    free = advantage if delta is None else torch.where(ratio > delta, 0, advantage)
+    capped = ratio if delta is None else ratio.clamp(max=delta)
+    return torch.where(
+        inside * advantage < capped * advantage, torch.where(inside == ratio, advantage, 0), free
+    )  # fmt: skip
+
+
+def kl_slope(logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
+    """∂KL/∂ℓ of `reference.kl_penalty`."""
+    gap = ref_logprobs - logprobs
+    if estimator == 1:
+        return torch.where(gap.isnan(), gap, 1)
+    if estimator == 2:
+        return -gap
+    return torch.where(gap > reference.KL_EXPONENT_MAX, 0, 1 - gap.clamp(max=reference.KL_EXPONENT_MAX).exp())
+
+
+class TritonRows:
+    """In the kernels of the fused ops; float32 arithmetic."""
+
+    def __init__(self, settings: Settings, dtype: torch.dtype) -> None:
+        from .kernels import logprobs, objective
+
+        self.settings = settings
+        self.logprobs: Any = logprobs
+        self.kernels: Any = objective
+        self.dtype = torch.float32
+
+    def _common(self, z: Tensor, rows: Rows) -> Any:
+        # No map of completions and none of them counted: every knob is one per row.
+        mask = None if rows.mask is None else rows.mask.view(torch.uint8)
+        return z[None], rows.tokens, mask, None, 0, rows.temperature, self.settings.temperature
+
+    def score(self, z: Tensor, rows: Rows) -> Tensor:
+        s = self.settings
+        return self.logprobs.launch_logprobs(*self._common(z, rows), s.kl_temperature, s.softcap, s.two)[1]
+
+    def unit(self, z: Tensor, gradient: Tensor, rows: Rows) -> Tensor:
+        return self.logprobs.launch_logprobs(
+            *self._common(z, rows), 1.0, self.settings.softcap, False, gradient=gradient[None]
+        )[1]
+
+    def mix(self, logits: Tensor, gradient: Tensor, statistics: Tensor, weights: Tensor, rows: Rows) -> None:
+        s, grad_kl = self.settings, weights[1] if len(weights) > 1 else None
+        self.logprobs.launch_logprobs_backward(
+            weights[0], *self._common(logits, rows), s.softcap, statistics, grad_kl, s.kl_temperature, gradient[None]
+        )
+
+    def objective(
+        self, statistics: Tensor, rows: Rows, lengths: Tensor, denominator: Tensor, count: int
+    ) -> Weighed:  # fmt: skip
+        s, mask, completion = self.settings, rows.mask, rows.completion
+        rest: Any = rows[3:]
+        tau = s.temperature if rows.temperature is None else rows.temperature
+        logprobs = logprobs_of(statistics, tau).contiguous() if s.sequence else None
+        found = self.kernels.launch_objective(
+            statistics, logprobs, None if mask is None else mask.view(torch.uint8), completion, count, *rest,
+            lengths, denominator, s[:5], s.sequence, s.estimator, s.aggregation == "grpo", s.rescale, s.two,
+        )  # fmt: skip
+        return Weighed(*found)
+
+    def totals(
+        self, rows: Tensor, marks: Tensor, mask: Tensor | None, completion: Tensor, count: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        bytes_ = None if mask is None else mask.view(torch.uint8)
+        return self.kernels.launch_totals(rows, marks, bytes_, completion, count)
+
+
+ENGINES: dict[str, type[TorchRows] | type[TritonRows]] = {"torch": TorchRows, "triton": TritonRows}
