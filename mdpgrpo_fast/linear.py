@@ -292,13 +292,15 @@ def _check_lengths(
     host = torch.as_tensor(lengths).detach()
     if host.dtype not in (torch.int32, torch.int64) or tuple(host.shape) != (count,):
         refuse("lengths", f"{host.dtype} of shape {tuple(host.shape)}", f"integers of shape ({count},)")
-    where = completion if completion is not None else torch.zeros(0)
-    if look(host, None) and bool((host < 0).any()):
+    if not look(host, None):
+        return host.long()
+    if bool((host < 0).any()):
         refuse("lengths", host.tolist(), "0 or above")
-    if (mask if mask is not None else where).device.type == "cpu" and look(host, None) and rows:
+    on_host = all(x is None or look(x, None) for x in (mask, completion))
+    if on_host:
         keep = torch.ones(rows) if mask is None else (mask != 0).float()
         counts = keep.sum(1) if completion is None else torch.zeros(count).index_add(0, completion, keep)
-        if keep.device.type == "cpu" and bool(((host != counts) & (host != 0)).any()):
+        if bool(((host != counts) & (host != 0)).any()):
             refuse("lengths", host.tolist(), f"what mask keeps of each completion, {counts.long().tolist()}, or 0")
     return host.long()
 

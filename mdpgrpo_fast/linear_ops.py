@@ -28,6 +28,7 @@ from .linear_rows import ENGINES, ENTROPY, Rows, Settings, logprobs_of
 from .reference import TOTALS, Layout, default_denominator, token_shares
 
 AGGREGATION = ("grpo", "dapo", "dr_grpo", "bnpo")
+KNOBS = ("advantage", "kl_beta", "temperature", "epsilon_low", "epsilon_high")
 
 
 def may_look(device: torch.device) -> bool:
@@ -52,7 +53,7 @@ def select(
     count: int,
     row_length: int,
     lengths: Tensor | None,
-    knobs: tuple[Tensor | None, ...],
+    inputs: tuple[Tensor | None, ...],
     skip_idle: bool,
     sequence: bool,
 ) -> Selection:
@@ -60,7 +61,7 @@ def select(
 
     On the CPU the rows are looked at. On a GPU that would wait for the device: there `lengths` says how many rows each
     completion has, 0 where it has none that contribute; without it all rows stay, under a mask.
-    knobs: the members of Rows from advantage on, (B,) or (T,).
+    inputs: the members of Rows from advantage on, (T,) or, of KNOBS, (B,).
     """
     n, device = len(tokens), tokens.device
     looking, packed = may_look(device), completion is not None
@@ -70,7 +71,11 @@ def select(
     keep = torch.ones(n, dtype=torch.bool, device=device) if mask is None else mask != 0
     layout = Layout(count, completion)
     counts = layout.sum(keep.float())
-    each = [x if x is None or x.numel() != count else x[completion] for x in knobs]
+    # Log-probs and importance weights have one value per row, also where there are as many rows as completions.
+    each = [
+        x[completion] if x is not None and name in KNOBS and x.numel() == count else x
+        for x, name in zip(inputs, Rows._fields[3:], strict=False)
+    ]
     kept, violated = keep, None
     idle = torch.zeros_like(keep)
     if skip_idle and each:
@@ -153,13 +158,14 @@ def _token_loss(
     vocab, n = len(weight), len(tokens)
     if group:
         tokens = tokens - sharded.rank_of(group) * vocab
-    per_row = (importance_weight, temperature, epsilon_low, epsilon_high)
+    knobs = (advantage, temperature, epsilon_low, epsilon_high)
     if sequence and old_logprobs is None and not rescale:
         # On-policy every ratio is 1, and where all tokens of a completion are alike, so are their gradients.
-        sequence = any(x is not None and x.numel() != n_completions for x in (advantage, *per_row))
+        sequence = importance_weight is not None or any(x is not None and x.numel() != n_completions for x in knobs)
     chosen = select(
         tokens, mask, completion, n_completions, hidden.shape[1], lengths,
-        (advantage, kl_beta, old_logprobs, ref_logprobs, *per_row), bool(skip_idle), bool(sequence),
+        (advantage, kl_beta, old_logprobs, ref_logprobs, importance_weight, *knobs[1:]), bool(skip_idle),
+        bool(sequence),
     )  # fmt: skip
     index, rows, extents, counts, violated = chosen
     settings = Settings(

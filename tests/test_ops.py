@@ -17,6 +17,7 @@ from conftest import ROOT, LossInputs, make_inputs
 
 from mdpgrpo_fast import models, ops
 from mdpgrpo_fast.config import ConfigError, MDPGRPOConfig, preset
+from mdpgrpo_fast.linear import linear_token_loss
 
 AGGREGATIONS = ("grpo", "dapo", "dr_grpo", "bnpo")
 MAX_LENGTH = 7
@@ -427,11 +428,14 @@ def head_inputs(head: tuple[torch.Tensor, torch.Tensor], tau: Any = 1.0) -> Loss
 
 
 def run_head(head: tuple[torch.Tensor, torch.Tensor], batch: LossInputs, config: MDPGRPOConfig, **more: Any) -> Any:
+    """Our loss and its gradients, through logits; from the head it is the same."""
     hidden, weight = (x.clone().requires_grad_() for x in head)
-    out = ops.token_loss(
-        hidden @ weight.T, batch.tokens, batch.mask, config, max_completion_length=MAX_LENGTH, **batch.given(), **more
-    )
-    return out.loss, *torch.autograd.grad(out.loss, (hidden, weight))
+    rest = {"max_completion_length": MAX_LENGTH, **batch.given(), **more}
+    out = ops.token_loss(hidden @ weight.T, batch.tokens, batch.mask, config, **rest)
+    found = out.loss, *torch.autograd.grad(out.loss, (hidden, weight))
+    fused = linear_token_loss(hidden, weight, batch.tokens, batch.mask, config, workspace_bytes=4 * 37 * 6, **rest)
+    assert_same((fused.loss, *torch.autograd.grad(fused.loss, (hidden, weight))), found)
+    return found
 
 
 def assert_same(ours: Any, theirs: Any) -> None:
