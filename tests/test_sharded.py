@@ -1,0 +1,205 @@
+"""Heads over several processes, with gloo on the CPU: FSDP2 shards, a vocabulary split over ranks, bad splits."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import types
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from kernels_for_tests import EACH, config_for
+from linear_for_tests import BACKENDS, Head, call, gradients, make_linear
+
+from mdpgrpo_fast import sharded
+from mdpgrpo_fast.linear import linear_token_logprobs, linear_token_loss
+
+VOCAB, LENGTHS = 42, (3, 2, 0, 3)
+MORE = {"temperature": EACH, "softcap": 5.0}
+
+
+def start(rank: int, function: Callable[..., None], ranks: int, port: int, folder: str, args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    sys.path.insert(0, str(Path(__file__).parent))
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=ranks)
+    try:
+        torch.save(function(rank, ranks, *args), f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def spawn(function: Callable[..., Any], ranks: int, folder: Path, *args: Any) -> list[Any]:
+    """What the function returns on each of the ranks."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(start, (function, ranks, port, str(folder), args), nprocs=ranks)
+    return [torch.load(folder / f"{i}.pt") for i in range(ranks)]
+
+
+def alone(level: str, more: dict[str, Any], backend: str = "torch") -> tuple[dict[str, Any], dict[str, Any]]:
+    batch, head = make_linear(1, LENGTHS, vocab=VOCAB, bias=True)
+    hidden, leaves = batch.logits.requires_grad_(), head.leaves()
+    found = gradients(call(backend, hidden, leaves, batch, config_for(importance_level=level), **more), hidden, leaves)
+    out = {n: getattr(found.out, n).detach() for n in ("loss", "logprobs", "entropy", "kl", "ratio", "totals")}
+    return out, found.grads
+
+
+# ---- a vocabulary split over ranks ----------------------------------------------------------------------------------
+
+
+def split(rank: int, ranks: int, level: str, backend: str, more: dict[str, Any]) -> Any:
+    batch, head = make_linear(1, LENGTHS, vocab=VOCAB, bias=True)
+    mine = slice(rank * VOCAB // ranks, (rank + 1) * VOCAB // ranks)
+    assert head.bias is not None
+    part = Head(head.weight[mine], head.bias[mine]).leaves()
+    hidden, group = batch.logits.requires_grad_(), dist.group.WORLD
+    out = call(backend, hidden, part, batch, config_for(importance_level=level), vocab_group=group,
+               workspace_bytes=3 * 4 * (VOCAB // ranks), **more)  # fmt: skip
+    found = gradients(out, hidden, part)
+    values = {n: getattr(out, n).detach() for n in ("loss", "logprobs", "entropy", "kl", "ratio", "totals")}
+    scores = {}
+    for frozen in (True, False):
+        again = part.leaves(frozen)
+        ell, entropy = linear_token_logprobs(hidden, again.weight, batch.tokens, batch.mask, bias=again.bias,
+                                             vocab_group=group, backend=backend, softcap=5.0)  # fmt: skip
+        inputs = [hidden] if frozen else [hidden, again.weight]
+        scores[frozen] = (ell.detach(), entropy, torch.autograd.grad(ell.square().sum(), inputs))
+    return values, found.grads, scores
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_split_vocabulary_gives_what_the_whole_one_does(ranks: int, backend: str, tmp_path: Path) -> None:
+    level = "sequence" if ranks == 3 else "token"
+    found = spawn(split, ranks, tmp_path, level, backend, MORE)
+    values, grads = alone(level, MORE)
+    batch, head = make_linear(1, LENGTHS, vocab=VOCAB, bias=True)
+    leaves, hidden = head.leaves(), batch.logits.requires_grad_()
+    whole = linear_token_logprobs(hidden, leaves.weight, batch.tokens, batch.mask, bias=leaves.bias, softcap=5.0)
+    expected = torch.autograd.grad(whole[0].square().sum(), (hidden, leaves.weight))
+    for rank, (ours, own, scores) in enumerate(found):
+        for name, value in ours.items():
+            torch.testing.assert_close(value, values[name], rtol=1e-5, atol=2e-6)
+            assert torch.equal(value, found[0][0][name]), f"{name} differs between ranks"
+        mine = slice(rank * VOCAB // ranks, (rank + 1) * VOCAB // ranks)
+        torch.testing.assert_close(own["hidden"], grads["hidden"], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(own["weight"], grads["weight"][mine], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(own["bias"], grads["bias"][mine], rtol=1e-4, atol=1e-6)
+        for ell, entropy, (d_hidden, *d_weight) in scores.values():
+            torch.testing.assert_close(ell, whole[0].detach(), rtol=1e-5, atol=2e-6)
+            torch.testing.assert_close(entropy, whole[1], rtol=1e-5, atol=2e-6)
+            torch.testing.assert_close(d_hidden, expected[0], rtol=1e-4, atol=1e-5)
+            for g in d_weight:
+                torch.testing.assert_close(g, expected[1][mine], rtol=1e-4, atol=1e-5)
+
+
+def uneven(rank: int, ranks: int) -> list[str]:
+    batch, head = make_linear(1, LENGTHS, vocab=VOCAB)
+    said = []
+    for rows in (slice(0, 20) if rank == 0 else slice(20, 42), slice(0, 21) if rank == 0 else slice(21, 42)):
+        try:
+            call("torch", batch.logits, Head(head.weight[rows]), batch, config_for(), vocab_group=dist.group.WORLD)
+            said.append("")
+        except ValueError as e:
+            said.append(str(e))
+    try:
+        tokens = torch.full_like(batch.tokens, VOCAB)
+        linear_token_logprobs(batch.logits, head.weight[:21], tokens, vocab_group=dist.group.WORLD)
+    except ValueError as e:
+        said.append(str(e))
+    return said
+
+
+def test_an_uneven_split_is_refused_on_every_rank(tmp_path: Path) -> None:
+    for bad, good, tokens in spawn(uneven, 2, tmp_path):
+        assert bad == "weight must be split evenly over them; got [20, 22] rows on the ranks of vocab_group"
+        assert good == "" and tokens == "tokens must be in [0, 42); got range 42 to 42"
+
+
+# ---- shards that are gathered ---------------------------------------------------------------------------------------
+
+
+def fsdp(rank: int, ranks: int, level: str) -> Any:
+    """A small model under FSDP2 whose head is used outside of its module's forward: each rank has its own tokens."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (ranks,))
+    torch.manual_seed(0)
+    body, head = torch.nn.Linear(8, 8), torch.nn.Linear(8, VOCAB)
+    for module in (body, head):
+        fully_shard(module, mesh=mesh)
+    batch, _ = make_linear(1 + rank, LENGTHS, vocab=VOCAB)
+    states = torch.tanh(body(batch.logits))
+    before = [type(p).__name__ for p in head.parameters()]
+    config = config_for(importance_level=level)
+    out = linear_token_loss(states, head.weight, batch.tokens, batch.mask, config, bias=head.bias, **batch.given())
+    out.loss.backward()
+    whole = [p.grad.full_tensor() for p in (*body.parameters(), *head.parameters())]
+    with torch.no_grad():
+        scored = linear_token_logprobs(states, head.weight, batch.tokens, batch.mask, bias=head.bias)[0]
+    return out.loss.detach(), whole, before, scored
+
+
+@pytest.mark.parametrize(("ranks", "level"), [(2, "token"), (3, "sequence")])
+def test_fsdp2_shards_are_gathered_and_gradients_averaged(ranks: int, level: str, tmp_path: Path) -> None:
+    found = spawn(fsdp, ranks, tmp_path, level)
+    torch.manual_seed(0)
+    body, head = torch.nn.Linear(8, 8), torch.nn.Linear(8, VOCAB)
+    losses, scores = [], []
+    for rank in range(ranks):
+        batch, _ = make_linear(1 + rank, LENGTHS, vocab=VOCAB)
+        states = torch.tanh(body(batch.logits))
+        config = config_for(importance_level=level)
+        out = linear_token_loss(states, head.weight, batch.tokens, batch.mask, config, bias=head.bias, **batch.given())
+        losses.append(out.loss)
+        scores.append(linear_token_logprobs(states, head.weight, batch.tokens, batch.mask, bias=head.bias)[0])
+    (sum(losses) / ranks).backward()  # type: ignore[union-attr]
+    expected = [p.grad for p in (*body.parameters(), *head.parameters())]
+    for rank, (loss, grads, kinds, scored) in enumerate(found):
+        assert kinds == ["DTensor", "DTensor"]
+        torch.testing.assert_close(loss, losses[rank].detach())
+        torch.testing.assert_close(scored, scores[rank].detach())
+        for got, want in zip(grads, expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+def test_zero3_parameters_are_gathered_around_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed keeps an empty tensor outside of its gathering; shape checks go by what it was."""
+    batch, head = make_linear(1, LENGTHS, vocab=VOCAB)
+    full, gathered = head.weight.clone(), []
+    weight = torch.nn.Parameter(torch.empty(0))
+    weight.ds_id, weight.ds_shape = 3, full.shape  # type: ignore[attr-defined]
+
+    @contextmanager
+    def gather(parameters: list[Any]) -> Any:
+        gathered.append(list(parameters))
+        weight.data = full
+        yield
+        weight.data = torch.empty(0)
+
+    fake = types.ModuleType("deepspeed")
+    fake.zero = types.SimpleNamespace(GatheredParameters=gather)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "deepspeed", fake)
+    with torch.no_grad():
+        out = linear_token_loss(batch.logits, weight, batch.tokens, batch.mask, config_for(), **batch.given())
+        expected = call("torch", batch.logits, head, batch, config_for())
+    assert torch.equal(out.loss, expected.loss) and gathered == [[weight]] and weight.numel() == 0
+    with pytest.raises(ValueError, match="this rank's plain tensor where vocab_group is given"):
+        monkeypatch.setattr(dist, "get_world_size", lambda group: 1)
+        linear_token_loss(batch.logits, weight, batch.tokens, batch.mask, config_for(), vocab_group=object(),  # type: ignore[arg-type]
+                          **batch.given())  # fmt: skip
+
+
+def test_a_plain_tensor_needs_no_gathering() -> None:
+    x = torch.zeros(2, requires_grad=True)
+    assert sharded.whole(x) is x
