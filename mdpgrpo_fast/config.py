@@ -230,6 +230,12 @@ class TrainConfig:
     backend: Literal["auto", "torch", "triton"] = knob(
         "auto", "of the loss: fused Triton kernels, or plain PyTorch; auto takes triton on a GPU"
     )
+    lm_head: Literal["auto", "fused", "logits"] = knob(
+        "auto",
+        "loss straight from hidden states (fused), or from logits; auto takes logits where the head is not linear",
+    )
+    workspace_mb: int = knob(256, "lm_head fused: MiB that the logits of a chunk of tokens may take")
+    fp32_logits: bool = knob(False, "lm_head fused: keep a chunk's logits in float32 under bf16 and fp16")
     cpu: bool = knob(False, "stay on the CPU even where a GPU is present")
     seed: int = knob(42, "seed of data order and sampling")
 
@@ -250,6 +256,7 @@ class TrainConfig:
             "max_completion_length",
             "reward_workers",
             "num_constraints",
+            "workspace_mb",
         ):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("eval_samples", "eval_every", "log_completions", "warmup_steps", "weight_decay", "max_grad_norm"):

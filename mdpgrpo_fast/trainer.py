@@ -20,7 +20,7 @@ from . import __version__, evaluate, ops
 from .config import MDPGRPOConfig, TrainConfig
 from .data import Example, batches
 from .metrics import TokenStatistics, group_health, slot_statistics, why_zero
-from .models import completion_logits
+from .models import Policy
 from .reference import Advantages, default_denominator
 from .rewards import RewardError, Score, Scorer
 from .rollout import Rollout, decode, generate
@@ -65,7 +65,8 @@ class Trainer:
         torch.manual_seed(run.seed + self.accelerator.process_index)
         # Never in training mode: dropout would make the ratio differ from 1 on-policy (trl#3234).
         task.model.eval()
-        self.reference = copy.deepcopy(task.model).requires_grad_(False) if method.needs_reference else None
+        policy = Policy(task.model, run.lm_head, run.workspace_mb << 20, run.fp32_logits).eval()
+        self.reference = copy.deepcopy(policy).requires_grad_(False) if method.needs_reference else None
         if self.reference is not None:
             self.reference.to(self.accelerator.device)
         parameters = [p for p in task.model.parameters() if p.requires_grad]
@@ -74,7 +75,7 @@ class Trainer:
         )
         per_step = run.prompts_per_step * self.accelerator.num_processes
         self.steps = run.steps or max(1, round(run.epochs * len(task.train) / per_step))
-        self.model, self.optimizer = self.accelerator.prepare(task.model, optimizer)
+        self.model, self.optimizer = self.accelerator.prepare(policy, optimizer)
         schedule = "constant_with_warmup" if run.lr_schedule == "constant" else run.lr_schedule
         self.scheduler = transformers.get_scheduler(
             schedule, optimizer, run.warmup_steps, self.steps * run.updates_per_rollout
@@ -84,13 +85,18 @@ class Trainer:
         self.last_rows: list[dict[str, Any]] = []
         self.order = batches(len(task.train), per_step, self.steps, run.seed)
 
+    @property
+    def lm(self) -> Any:
+        """The language model itself, without what is wrapped around it for training."""
+        return self.accelerator.unwrap_model(self.model).model
+
     # ---- one step ---------------------------------------------------------------------------------------------------
 
     def sample(self, rows: list[int]) -> Rollout:
         """G completions of each prompt in one call, slot g at its own temperature."""
         g, method = self.method.num_generations, self.method
         return generate(
-            self.accelerator.unwrap_model(self.model),
+            self.lm,
             [self.task.train_ids[i] for i in rows for _ in range(g)],
             temperature=method.slot_temperatures * len(rows),
             eos=self.task.eos,
@@ -125,6 +131,7 @@ class Trainer:
         """Row slices cut to their own longest prompt and completion; what a forward pass and its loss need."""
         r, size, pieces = batch.rollout, self.run.micro_batch_size, []
         advantage, kl_beta = batch.adv.advantage.flatten(), batch.adv.kl_beta.flatten()
+        counted, contributing = self.counts(batch)
         per_row = self.method.temperature_objective == "per_row"
         for start in range(0, len(r.tokens), size):
             rows = slice(start, start + size)
@@ -139,6 +146,8 @@ class Trainer:
                         r.mask[rows, :width],
                     ),
                     "mask": batch.mask[rows, :width],
+                    "counted": counted[rows],
+                    "contributing": contributing[rows],
                     "advantage": advantage[rows],
                     "kl_beta": kl_beta[rows],
                     "temperature": r.temperature[rows] if per_row else 1.0,
@@ -147,16 +156,26 @@ class Trainer:
             )
         return pieces
 
-    @torch.no_grad()
+    def counts(self, batch: Batch) -> tuple[list[int], list[int]]:
+        """Tokens of each completion that count; and those that the loss depends on, 0 with A = 0 and no KL term."""
+        idle = batch.adv.advantage == 0
+        if self.reference is not None:
+            idle = idle & (batch.adv.kl_beta == 0)
+        tokens = batch.mask.sum(1)
+        counted, contributing = torch.stack([tokens, tokens.masked_fill(idle.flatten(), 0)]).tolist()
+        return counted, contributing
+
     def reference_logprobs(self, pieces: list[dict[str, Any]]) -> list[Tensor | None]:
-        found: list[Tensor | None] = []
-        for p in pieces if self.reference is not None else []:
-            # In the policy's own precision, or the KL of two equal models would not be 0.
-            with self.accelerator.autocast():
-                logits = completion_logits(self.reference, *p["inputs"])
-            found.append(ops.token_logprobs(logits, p["inputs"][2], p["mask"], temperature=self.method.kl_temperature,
-                                            backend=self.run.backend)[0])  # fmt: skip
-        return found or [None] * len(pieces)
+        if self.reference is None:
+            return [None] * len(pieces)
+        # In the policy's own precision, or the KL of two equal models would not be 0.
+        with self.accelerator.autocast():
+            return [
+                self.reference.logprobs(
+                    p["inputs"], p["mask"], p["counted"], self.method.kl_temperature, self.run.backend
+                )
+                for p in pieces
+            ]
 
     def update(self, batch: Batch) -> dict[str, Any]:
         """All optimiser updates on one batch. Normalisers are those of the whole batch, all ranks and micro-batches."""
@@ -173,12 +192,11 @@ class Trainer:
             stats, loss_sum = TokenStatistics(), torch.zeros((), device=acc.device)
             for i, piece in enumerate(pieces):
                 with nullcontext() if i == len(pieces) - 1 else acc.no_sync(self.model):
-                    logits = completion_logits(self.model, *piece["inputs"])
-                    out = ops.token_loss(
-                        logits,
-                        piece["inputs"][2],
+                    out = self.model(
+                        piece["inputs"],
                         piece["mask"],
                         method,
+                        piece["contributing"],
                         advantage=piece["advantage"],
                         kl_beta=piece["kl_beta"],
                         max_completion_length=run.max_completion_length,
@@ -251,7 +269,7 @@ class Trainer:
             return None
         mine = list(range(acc.process_index, len(task.held_out), acc.num_processes))
         responses, finished = evaluate.answer(
-            acc.unwrap_model(self.model),
+            self.lm,
             task.tokenizer,
             [task.held_out_ids[i] for i in mine],
             task.eos,
@@ -356,7 +374,7 @@ class Trainer:
     def save(self) -> None:
         """The model as it stands, in from_pretrained form."""
         if self.run.save_model and self.accelerator.is_main_process:
-            self.accelerator.unwrap_model(self.model).save_pretrained(self.out.path / "model")
+            self.lm.save_pretrained(self.out.path / "model")
             self.task.tokenizer.save_pretrained(self.out.path / "model")
 
     def summary(

@@ -121,7 +121,7 @@ def test_recorded_and_trained_log_probs_agree(tmp_path: Path) -> None:
         rollout = trainer.sample([0, 1])
         (piece,) = trainer.micro_batches(trainer.score(rollout, [0, 1]))
     with torch.no_grad():
-        logits = completion_logits(trainer.model, *piece["inputs"])
+        logits = completion_logits(trainer.lm, *piece["inputs"])
         ours, _ = ops.token_logprobs(logits, piece["inputs"][2], temperature=piece["temperature"])
     mask = rollout.mask
     torch.testing.assert_close(ours[mask], rollout.sampling_logprobs[mask], atol=2e-4, rtol=1e-4)
