@@ -28,9 +28,10 @@ $(VENV)/.setup: $(VENV)/.python pyproject.toml setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	touch $@
 
-$(VENV)/.setup-test: $(VENV)/.setup constraints-test-nodeps.txt
+$(VENV)/.setup-test: $(VENV)/.setup constraints-test-nodeps.txt constraints-test-deepspeed.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-test-nodeps.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/deepspeed -r constraints-test-deepspeed.txt
 	touch $@
 
 setup: $(VENV)/.setup

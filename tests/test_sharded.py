@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import socket
 import sys
@@ -15,12 +16,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from conftest import unavailable
 from kernels_for_tests import EACH, config_for
 from linear_for_tests import BACKENDS, Head, call, gradients, make_linear
 
 from mdpgrpo_fast import sharded
 from mdpgrpo_fast.linear import linear_token_logprobs, linear_token_loss
 
+DEEPSPEED = Path(sys.prefix) / "deepspeed"
 VOCAB, LENGTHS = 42, (3, 2, 0, 3)
 MORE = {"temperature": EACH, "softcap": 5.0}
 
@@ -147,30 +150,83 @@ def fsdp(rank: int, ranks: int, level: str) -> Any:
     whole = [p.grad.full_tensor() for p in (*body.parameters(), *head.parameters())]
     with torch.no_grad():
         scored = linear_token_logprobs(states, head.weight, batch.tokens, batch.mask, bias=head.bias)[0]
-    return out.loss.detach(), whole, before, scored
+    return out.loss.detach(), whole, before, scored, out.logprobs
+
+
+def together(ranks: int, level: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The loss of every rank's tokens, and the gradients of their mean, in one process."""
+    torch.manual_seed(0)
+    body, head = torch.nn.Linear(8, 8), torch.nn.Linear(8, VOCAB)
+    losses = []
+    for rank in range(ranks):
+        batch, _ = make_linear(1 + rank, LENGTHS, vocab=VOCAB)
+        states, config = torch.tanh(body(batch.logits)), config_for(importance_level=level)
+        out = linear_token_loss(states, head.weight, batch.tokens, batch.mask, config, bias=head.bias, **batch.given())
+        losses.append(out.loss)
+    parameters = [*body.parameters(), *head.parameters()]
+    gradients = torch.autograd.grad(torch.stack(losses).mean(), parameters)
+    return [x.detach() for x in losses], list(gradients)
 
 
 @pytest.mark.parametrize(("ranks", "level"), [(2, "token"), (3, "sequence")])
 def test_fsdp2_shards_are_gathered_and_gradients_averaged(ranks: int, level: str, tmp_path: Path) -> None:
     found = spawn(fsdp, ranks, tmp_path, level)
-    torch.manual_seed(0)
-    body, head = torch.nn.Linear(8, 8), torch.nn.Linear(8, VOCAB)
-    losses, scores = [], []
-    for rank in range(ranks):
-        batch, _ = make_linear(1 + rank, LENGTHS, vocab=VOCAB)
-        states = torch.tanh(body(batch.logits))
-        config = config_for(importance_level=level)
-        out = linear_token_loss(states, head.weight, batch.tokens, batch.mask, config, bias=head.bias, **batch.given())
-        losses.append(out.loss)
-        scores.append(linear_token_logprobs(states, head.weight, batch.tokens, batch.mask, bias=head.bias)[0])
-    (sum(losses) / ranks).backward()  # type: ignore[union-attr]
-    expected = [p.grad for p in (*body.parameters(), *head.parameters())]
-    for rank, (loss, grads, kinds, scored) in enumerate(found):
+    losses, expected = together(ranks, level)
+    for rank, (loss, grads, kinds, scored, logprobs) in enumerate(found):
         assert kinds == ["DTensor", "DTensor"]
-        torch.testing.assert_close(loss, losses[rank].detach())
-        torch.testing.assert_close(scored, scores[rank].detach())
+        torch.testing.assert_close(loss, losses[rank])
+        torch.testing.assert_close(scored, logprobs)
         for got, want in zip(grads, expected, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+def zero3(rank: int, ranks: int) -> Any:
+    """The same under DeepSpeed's ZeRO-3: one step of plain SGD with the gradients that it reduced."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "DS_ACCELERATOR": "cpu"}
+    sys.path.append(str(DEEPSPEED))
+    import deepspeed
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = torch.nn.Linear(8, 8), torch.nn.Linear(8, VOCAB)
+
+        def forward(self, batch: Any) -> torch.Tensor:
+            states = torch.tanh(self.body(batch.logits))
+            return linear_token_loss(states, self.head.weight, batch.tokens, batch.mask, config_for(),
+                                     bias=self.head.bias, **batch.given()).loss  # fmt: skip
+
+    torch.manual_seed(0)
+    model = Model()
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "gradient_clipping": 1e9,
+    }
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    empty = model.head.weight.numel()
+    loss = engine(make_linear(1 + rank, LENGTHS, vocab=VOCAB)[0])
+    engine.backward(loss)
+    engine.step()
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        moved = [(a - p.detach()).clone() for a, p in zip(before, model.parameters(), strict=True)]
+    return loss.detach(), moved, empty
+
+
+def test_zero3_under_the_real_deepspeed(tmp_path: Path) -> None:
+    if importlib.util.find_spec("deepspeed") is None and not (DEEPSPEED / "deepspeed").exists():
+        unavailable(f"peer deepspeed is neither installed nor in {DEEPSPEED} (see constraints-test-deepspeed.txt)")
+    found = spawn(zero3, 2, tmp_path)
+    losses, expected = together(2, "token")
+    for rank, (loss, moved, empty) in enumerate(found):
+        assert empty == 0, "the head is partitioned outside of the call"
+        torch.testing.assert_close(loss, losses[rank])
+        for got, want in zip(moved, expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_zero3_parameters_are_gathered_around_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
