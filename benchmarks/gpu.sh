@@ -43,13 +43,14 @@ workers=()
 "$python" -c 'import xdist' 2>/dev/null && workers=(-n "$(($(nproc) / 2))")
 # They need no measured tile, and would measure it while others compute.
 step tests 240 env MDPGRPO_AUTOTUNE=0 "$python" -m pytest "${workers[@]}" tests/test_token_loss*.py \
-    tests/test_logprobs.py tests/test_advantages.py tests/test_backends.py -q -p no:cacheprovider
+    tests/test_linear_*.py tests/test_logprobs.py tests/test_advantages.py tests/test_backends.py -q -p no:cacheprovider
 step roofline 40 "$python" benchmarks/roofline.py
-# The most important first, and it leaves time to the others. Each stops itself and says what it left out; the limit of
-# a step is for a hang.
-for op in token_loss logprobs advantages; do
-    case $op in token_loss) budget=$((total - SECONDS - 90)) ;; logprobs) budget=40 ;; *) budget=20 ;; esac
-    [ "$budget" -le 150 ] || budget=150
+# Shares of what is left, the most important first. Each stops itself and says what it left out; the limit of a step is
+# for a hang.
+left=$((total - SECONDS - 10))
+[ "$left" -le 300 ] || left=300
+for part in token_loss:32 linear_token_loss:40 logprobs:9 linear_logprobs:11 advantages:5; do
+    op=${part%:*} budget=$((left * ${part#*:} / 100))
     BENCH_SECONDS=$budget step "$op" $((budget + 30)) "$python" -m pytest "benchmarks/bench_$op.py" \
         --benchmark-only -q -p no:cacheprovider --benchmark-columns=median,iqr,rounds
 done
@@ -57,7 +58,7 @@ done
 folder=$("$python" benchmarks/speed_table.py --folder) || failed+=(folder)
 if [ -n "${OUT:-}" ]; then
     mkdir -p "$OUT/${folder##*/}"
-    cp "$folder"/{roofline,token_loss,logprobs,advantages}.json "$OUT/${folder##*/}/" || failed+=(copy)
+    cp "$folder"/{roofline,token_loss,linear_token_loss,logprobs,linear_logprobs,advantages}.json "$OUT/${folder##*/}/" || failed+=(copy)
     cat "$scratch"/*.log >"$OUT/gpu.log"
     cp "$scratch/tiles/tiles.json" "$OUT/" 2>/dev/null
 fi

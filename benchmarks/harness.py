@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import gc
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -219,12 +220,21 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-def peak_mb(candidate: Candidate) -> float | None:
-    """What one call allocates at its peak, beyond what is there before it; None on the CPU, which does not count."""
+def _peak_on_the_cpu(run: Callable[[], Any]) -> int:
+    """Bytes that a call's tensors take at their peak, from the allocator's events in the profiler's trace."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as trace:
+        run()
+    events = trace.profiler.kineto_results.events()  # type: ignore[union-attr]
+    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()) if e.name() == "[memory]"]
+    return max(itertools.accumulate(sizes, initial=0))
+
+
+def peak_mb(candidate: Candidate) -> float:
+    """What one call allocates at its peak, beyond what is there before it."""
     if candidate.setup is not None:
         candidate.setup()
     if not CUDA:
-        return None
+        return _peak_on_the_cpu(candidate.run) / 1e6
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -286,7 +296,7 @@ def _prepare(
         entry: dict[str, Any] = check(candidate.run())
         release()
         peak = peak_mb(candidate)
-        return candidate, entry | {"peak_mb": None if peak is None else short(peak)}
+        return candidate, entry | {"peak_mb": short(peak)}
     except Unavailable as e:
         return None, {"skipped": str(e)}
     except Exception as e:  # a peer that cannot run must not keep the others from running
@@ -345,7 +355,7 @@ class Results:
             if n_bytes is not None:
                 gb_s = n_bytes / ms / 1e6
                 entry |= {"gb_s": short(gb_s), "percent_of_copy": short(100 * gb_s / ceiling_gb_s())}
-            if logits_bytes is not None and entry["peak_mb"] is not None:
+            if logits_bytes is not None:
                 entry["peak_over_logits"] = short(1e6 * entry["peak_mb"] / logits_bytes)
             if "reference" in middle:
                 entry["x_reference"] = short(middle["reference"] / ms)

@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from mdpgrpo_fast.kernels import advantages, logprobs, token_loss, tuning
+from mdpgrpo_fast.kernels import advantages, logprobs, objective, token_loss, tuning
 from mdpgrpo_fast.kernels.token_loss import Flags, Numbers
 
 ARCHITECTURES = (80, 90, 100, 120)
@@ -147,7 +147,7 @@ def cases(vocab: int, dtype: torch.dtype, tile: tuning.Tile) -> list[Launch]:
         rest = (length, numbers, Flags(**{**FLAGS, **flags}), tile)
         return lambda: token_loss.launch_token_loss(x, out, tokens, mask, completion, b, *tensors, *rest)
 
-    none, six = (None,) * 4, (row,) * 6
+    none, six, statistics = (None,) * 4, (row,) * 6, torch.zeros(5, b * length)
     rewards, valid = (torch.zeros(b), torch.ones(1)), torch.ones(b, dtype=torch.uint8)
     everything = {"numbers": full, "two_temperatures": True}
     per_row = {**everything, "completion": completion, "sequence": True, "estimator": 2, "aggregation": 1}
@@ -157,9 +157,34 @@ def cases(vocab: int, dtype: torch.dtype, tile: tuning.Tile) -> list[Launch]:
             *rewards, valid, places, None, None, row, row, row, each, each, each, one, rescale=True, **everything
         ),
         "full, sequence level": loss(*none, each, each, *six, None, **per_row),
+        # The three of `linear_token_loss`, on a chunk's logits in place.
+        "unit gradient": lambda: logprobs.launch_logprobs(
+            logits, tokens, None, None, 0, row, 1.0, 1.0, 30.0, False, gradient=logits
+        ),
+        "two temperatures": lambda: logprobs.launch_logprobs_backward(
+            row, logits, tokens, None, None, 0, row, 1.0, 30.0, statistics, row, 1.0, logits
+        ),
+        "objective, sequence": lambda: objective.launch_objective(
+            statistics,
+            row,
+            None,
+            completion,
+            b,
+            *six,
+            row,
+            row,
+            each,
+            one,
+            (*full[:4], 1.0),
+            True,
+            3,
+            True,
+            True,
+            True,
+        ),
         "log-probs": lambda: logprobs.launch_logprobs(logits, tokens, mask, None, b, each, 1.0, 1.0, 0.0, False),
         "log-probs backward": lambda: logprobs.launch_logprobs_backward(
-            row, logits, tokens, mask, None, b, each, 1.0, 30.0, torch.empty(4, b * length)
+            row, logits, tokens, mask, None, b, each, 1.0, 30.0, statistics
         ),
         "scale": lambda: token_loss.launch_scale(gradient, one),
         "advantages": lambda: advantages.launch_advantages(

@@ -15,6 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import linear_table
 import speed_table
 
 from mdpgrpo_fast.config import MDPGRPOConfig, TrainConfig
@@ -108,6 +109,7 @@ def render(text: str) -> str:
         "claim": claim(result),
         "learning": learning(result),
         "speed": speed_table.section(),
+        "linear": linear_table.section(),
         "knobs": knobs(),
     }
     for name, body in bodies.items():
@@ -123,6 +125,7 @@ def main() -> int:
     path = ROOT / "README.md"
     if "--check" not in sys.argv[1:]:
         speed_table.plot_all()
+        linear_table.plot_all()
     old = path.read_text(encoding="utf-8")
     new = render(old)
     if "--check" in sys.argv[1:]:

@@ -14,6 +14,7 @@ from typing import Any
 RESULTS = Path(__file__).resolve().parent / "results"
 COMPILED = RESULTS / "compiled" / "kernel_resources.json"
 OPS = ("token_loss", "logprobs", "advantages")
+LINEAR_OPS = ("linear_token_loss", "linear_logprobs")  # their tables: linear_table.py
 # What a GPU result is held against, at 8192 tokens of bf16: shown in the headings.
 COLUMNS = {
     "ms": "ms",
@@ -40,7 +41,7 @@ FLOOR_TOKENS, FLOOR_VOCAB, FLOOR_TB_S = 8192, 128256, 4.3
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
     """op -> its result file, for those that are there."""
-    paths = {op: folder / f"{op}.json" for op in ("roofline", *OPS)}
+    paths = {op: folder / f"{op}.json" for op in ("roofline", *OPS, *LINEAR_OPS)}
     return {op: json.loads(path.read_text(encoding="utf-8")) for op, path in paths.items() if path.exists()}
 
 
@@ -135,7 +136,7 @@ def of_device(folder: Path) -> list[str]:
     lines += [""] if inside else []
     if (folder / "speed.png").exists():
         lines += [f"![Speed on {name}](benchmarks/results/{name}/speed.png)", ""]
-    lines += [text for text in (missing(documents),) if text]
+    lines += [text for text in (missing({op: documents[op] for op in OPS if op in documents}),) if text]
     first = next((documents[op] for op in OPS if op in documents), None)
     if first is not None:
         kind = "of the GPU alone, from cold caches" if gpu else "wall-clock"
@@ -163,7 +164,8 @@ def compiled() -> list[str]:
     for k in document["kernels"]:
         if k["sm"] != 90 or "bfloat16" not in k["case"] or f"V={FLOOR_VOCAB}" not in k["case"]:
             continue
-        passes = sum(PASSES.get(k["kernel"], (0, 0)))
+        # With its gradient in the same launch, log-probs write too.
+        passes = 2 if "unit gradient" in k["case"] else sum(PASSES.get(k["kernel"], (0, 0)))
         if not passes:  # no logits pass through it
             continue
         bytes_moved = passes * size
@@ -262,6 +264,8 @@ def text(folder: Path) -> str:
             times = [f"{n} {e['ms']:.4g}" for n, e in row["candidates"].items() if "ms" in e]
             f = figures(row)
             extra = f"  {f['percent_of_copy']} % of copy, peak {f.get('peak', '-')}" if "percent_of_copy" in f else ""
+            bare = [f"{n} {e['x_matmuls']:.2f}" for n, e in row["candidates"].items() if "x_matmuls" in e]
+            extra = f"  x matmuls: {'  '.join(bare)}" if bare else extra
             if "share_percent" in row:
                 extra = f"  share {row['share_percent']:+.2f} %, scatter {row['scatter_percent']:.1f} %"
             lines.append(f"  {row['case']:10} {size:13} {'  '.join(times)}{extra}")

@@ -125,7 +125,7 @@ def linear_token_loss(
                  config.epsilon_high if epsilon_high is None else epsilon_high)  # fmt: skip
     device, real = hidden.device, torch.float64 if dtype == torch.float64 else torch.float32
     if denominator is not None:
-        denominator = torch.as_tensor(denominator, dtype=real, device=device).detach().reshape(())
+        denominator = _scalar(denominator, device, real)
     assert advantage is not None and kl_beta is not None
     with sharded.gathered(weight, bias):
         head = (_as_padded(hidden, dtype), sharded.whole(weight), None if bias is None else sharded.whole(bias))
@@ -321,10 +321,17 @@ def _flat(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.detach().reshape(-1).contiguous()
 
 
+def _scalar(x: Knob, device: torch.device, dtype: torch.dtype) -> Tensor:
+    # Filled on the device: a copy from the host would wait for it.
+    if not isinstance(x, Tensor):
+        return torch.full((), float(x), dtype=dtype, device=device)
+    return x.detach().reshape(()).to(device, dtype)
+
+
 def _knob(x: Knob, count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """One value per completion (B,) or per row (T,), flat."""
     if not isinstance(x, Tensor) or x.ndim == 0:
-        return torch.as_tensor(x, dtype=dtype, device=device).detach().expand(count).contiguous()
+        return _scalar(x, device, dtype).expand(count).contiguous()
     return x.detach().reshape(-1).to(dtype).contiguous()
 
 

@@ -94,7 +94,8 @@ def select(
         if not bool(kept.all()):
             index = kept.nonzero().squeeze(1)
     elif lengths is not None:
-        known = lengths.to(device, non_blocking=True)
+        # From pinned memory the copy is queued behind the work before it, and the host goes on.
+        known = (lengths.pin_memory() if device.type == "cuda" else lengths).to(device, non_blocking=True)
         out = (known == 0)[completion]
         violated = ((known != 0) & (known != counts)).any() | (keep & out & ~idle).any()
         kept, extents = keep & ~out, lengths.tolist()
