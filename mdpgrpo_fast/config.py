@@ -236,6 +236,11 @@ class TrainConfig:
     )
     workspace_mb: int = knob(256, "lm_head fused: MiB that the logits of a chunk of tokens may take")
     fp32_logits: bool = knob(False, "lm_head fused: keep a chunk's logits in float32 under bf16 and fp16")
+    skip_idle: bool = knob(
+        False,
+        "lm_head fused: leave completions with A = 0 and no KL term out of the loss; entropy, ratios and clip shares "
+        "are then logged over the others alone",
+    )
     cpu: bool = knob(False, "stay on the CPU even where a GPU is present")
     seed: int = knob(42, "seed of data order and sampling")
 

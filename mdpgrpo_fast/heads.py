@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .sharded import is_dtensor
+
 # How far logits of a head may be from the model's own, in units of the last place of their dtype.
 TOLERANCE = 16
 
@@ -43,9 +45,13 @@ def effective_weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:
         return effective_weight(_saved(module))
     if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
         return _with_lora(module)
-    if type(module) is not nn.Linear:
+    # Not by its class, which FSDP2 changes: what it computes is what counts.
+    if type(module).forward is not nn.Linear.forward:
         raise UnsupportedHead(f"its head is a {type(module).__name__}, not a linear layer")
-    return module.weight, module.bias
+    for x in (module.weight, module.bias):
+        if x is not None and type(x) not in (Tensor, nn.Parameter) and not is_dtensor(x):
+            raise UnsupportedHead(f"the weight of its head is a {type(x).__name__}")
+    return module.weight, module.bias  # type: ignore[return-value]
 
 
 def _saved(module: Any) -> nn.Module:
@@ -95,24 +101,26 @@ def find_head(model: nn.Module) -> LinearHead:
         scale = 1 / (getattr(config, "logits_scaling", None) or 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
     head = LinearHead(body, module, None if softcap is None else float(softcap), float(scale))
-    _check(head, lm)
+    _check(head, model)
     return head
 
 
 @torch.no_grad()
-def _check(head: LinearHead, lm: Any) -> None:
+def _check(head: LinearHead, model: Any) -> None:
+    """Through all of the model: what peft puts before the prompt would be lost on the way around it."""
     weight, bias = head.parameters()
     given: list[Tensor] = []
     hook = head.module.register_forward_pre_hook(lambda module, args: given.append(args[0]))
-    was_training = lm.training
-    lm.eval()
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
     try:
         ids = torch.arange(3, device=weight.device)[None] % len(weight)
-        logits = lm(input_ids=ids, use_cache=False).logits
+        logits = model(input_ids=ids, use_cache=False).logits
         states = head.body(input_ids=ids, use_cache=False).last_hidden_state
     finally:
         hook.remove()
-        lm.train(was_training)
+        for module, mode in modes.items():
+            module.training = mode
     if len(given) != 1 or given[0].shape != states.shape or not torch.equal(given[0], states):
         raise UnsupportedHead("its head does not see the last hidden states of its body")
     expected = head.logit_scale * nn.functional.linear(states, weight, bias)

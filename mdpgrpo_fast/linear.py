@@ -74,22 +74,26 @@ def linear_token_loss(
 
     Three matmuls where hidden and weight are trained, two where one of them is frozen, one where there is no gradient;
     all of them in this call, and the backward pass only scales what it finds. One more where ρ is a completion's
-    (importance_level = sequence) and one of them has more rows than a chunk. Same bits in every run, and a row's
-    log-prob does not depend on what else is in the batch. Under autocast the matmuls have its dtype.
+    (importance_level = sequence) and a completion has more rows than a chunk, or where its rows are packed on a GPU
+    without `lengths`. Same bits in every run, and a row's log-prob does not depend on what else is in the batch. Under
+    autocast the matmuls have its dtype.
 
     Args:
         hidden: (B, L, D), or packed (T, D) with `completion`, float: the states that lm_head would see, each at the
             position that predicts its token. Any strides. Gets a gradient.
-        weight: (V, D), of the dtype of hidden, or float32 (master weights; the matmuls have the dtype of hidden). Gets
-            a gradient in its own dtype, summed in float32; where it is frozen none is computed or allocated. An FSDP2
-            DTensor or a ZeRO-3 parameter is gathered; a DTensor's gradient is the mean over its mesh.
+        weight: (V, D), of the dtype of hidden, or float32 (master weights: the matmuls have the dtype of hidden, in
+            which a copy is made for the call). Gets a gradient in its own dtype, summed in float32 (V, D) where there
+            is more than one chunk; where it is frozen none is computed or allocated. An FSDP2 DTensor or a ZeRO-3
+            parameter is gathered; a DTensor's gradient is the mean over its mesh.
         bias: (V,), like weight.
         logit_scale: what the head's output is multiplied by, before the soft-cap.
         lengths: how many rows of each completion count (B,), on the host, where mask is on a GPU: what does not count
             is then left out of the matmuls without waiting for the device. 0 leaves a completion out that has A = 0 and
-            no KL term. Numbers that are not the mask's give a NaN loss. On the CPU the mask itself is looked at.
+            no KL term. Numbers that are not the mask's give a NaN loss. On the CPU the mask itself is looked at. On a
+            GPU without lengths every row is multiplied, and those that do not count are ignored.
         skip_idle: leave out rows with A = 0 and no KL term, exact for loss and gradients; they report as masked rows
-            do. False: their log-probs and entropy are computed all the same.
+            do (on a GPU with lengths, those of completions whose length is given as 0). False: their log-probs and
+            entropy are computed all the same.
         workspace_bytes: of the chunk's logits. Beside it and the gradients, memory does not grow with T by more than a
             few numbers a row.
         fp32_logits: keep a chunk's logits in float32 although hidden is bfloat16 or float16.
@@ -223,7 +227,8 @@ def linear_token_logprobs(
             workspace_bytes,
             _group_name(vocab_group),
         )
-        logprobs, entropy = _LinearTokenLogprobs.apply(*head, args)
+        needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in head]
+        logprobs, entropy = _LinearTokenLogprobs.apply(*head, needs, args)
     return logprobs.view(rows), entropy.view(rows)
 
 
@@ -272,13 +277,15 @@ def _check_head(
     needed = bytes_per_row(shape[0], dtype, fp32_logits)
     if workspace_bytes < needed:
         refuse("workspace_bytes", workspace_bytes, f"at least {needed}, what one row of V = {shape[0]} takes")
-    vocab = shape[0] if group is None else shape[0] * dist.get_world_size(group)
-    rows, count = check_logits(hidden, tokens, mask, completion, num_completions, temperature, softcap, check_values,
-                               "hidden", vocab)  # fmt: skip
+    vocab = shape[0]
     if group is not None:
         if sharded.is_dtensor(weight) or hasattr(weight, "ds_id"):
             refuse("weight", f"a {type(weight).__name__}", "this rank's plain tensor where vocab_group is given")
+        # First of all that may differ between ranks: one that raised would leave the others waiting.
         sharded.check_split(shape[0], group)
+        vocab *= dist.get_world_size(group)
+    rows, count = check_logits(hidden, tokens, mask, completion, num_completions, temperature, softcap, check_values,
+                               "hidden", vocab)  # fmt: skip
     return rows, count
 
 
@@ -342,15 +349,17 @@ def _group_name(group: dist.ProcessGroup | None) -> str:
 # ---- autograd -------------------------------------------------------------------------------------------------------
 
 
+def _own(saved: Tensor) -> Tensor:
+    """A saved gradient to write to: its own memory, or a copy where another backward pass may want it."""
+    # While compiling there is no asking.
+    kept = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
+    return saved.detach().clone() if kept else saved.detach()
+
+
 def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-    """A saved gradient times that of the loss, in its own memory unless another backward pass may want it."""
-    gradient = gradient.detach()
-    if gradient.dtype != dtype:  # float16: rounded only after the loss scale
-        return (gradient * scale).to(dtype)
-    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
-        gradient = gradient.clone()
+    gradient = _own(gradient)
     torch.ops.mdpgrpo_fast.linear_scale_(gradient, scale, backend)
-    return gradient
+    return gradient.to(dtype)  # float16: rounded only after the loss scale
 
 
 class _LinearTokenLoss(torch.autograd.Function):
@@ -380,13 +389,15 @@ class _LinearTokenLoss(torch.autograd.Function):
 
 class _LinearTokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, args: tuple[Any, ...]) -> Any:
-        frozen = not any(ctx.needs_input_grad[1:3])
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool], args: tuple[Any, ...]
+    ) -> Any:
+        unit_gradient = needs == [True, False, False]
         logprobs, entropy, statistics, unit = torch.ops.mdpgrpo_fast.linear_token_logprobs(
-            hidden, weight, bias, frozen and ctx.needs_input_grad[0], *args
+            hidden, weight, bias, unit_gradient, *args
         )
-        ctx.frozen, ctx.args, ctx.dtype = frozen, args, hidden.dtype
-        ctx.save_for_backward(*([unit] if frozen else [hidden, weight, bias, statistics]))
+        ctx.unit_gradient, ctx.needs, ctx.args, ctx.dtype = unit_gradient, needs, args, hidden.dtype
+        ctx.save_for_backward(*([unit] if unit_gradient else [hidden, weight, bias, statistics]))
         ctx.mark_non_differentiable(entropy)
         ctx.set_materialize_grads(False)
         return logprobs, entropy
@@ -395,16 +406,18 @@ class _LinearTokenLogprobs(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         if grad_logprobs is None:
-            return None, None, None, None
-        if ctx.frozen:
-            (unit,) = ctx.saved_tensors
-            weights = grad_logprobs.view(*unit.shape[:-1], 1)
-            # A row that does not count has no gradient, whatever comes in.
-            return (unit * weights).to(ctx.dtype), None, None, None
+            return None, None, None, None, None
+        if ctx.unit_gradient:
+            weights, mask = grad_logprobs, ctx.args[1]
+            if mask is not None:
+                # A row that does not count has no gradient, whatever comes in.
+                weights = weights.masked_fill(mask == 0, 0)
+            unit = _own(ctx.saved_tensors[0])
+            return unit.mul_(weights.view(*unit.shape[:-1], 1)).to(ctx.dtype), None, None, None, None
         hidden, weight, bias, statistics = ctx.saved_tensors
-        needs = list(ctx.needs_input_grad[:3])
-        found = torch.ops.mdpgrpo_fast.linear_token_logprobs_backward(
-            grad_logprobs.contiguous(), statistics, hidden, weight, bias, needs, *ctx.args
-        )
+        with sharded.gathered(weight, bias):
+            found = torch.ops.mdpgrpo_fast.linear_token_logprobs_backward(
+                grad_logprobs.contiguous(), statistics, hidden, weight, bias, ctx.needs, *ctx.args
+            )
         dtypes = (hidden.dtype, weight.dtype, weight.dtype)
-        return *(x.to(d) if need else None for x, d, need in zip(found, dtypes, needs, strict=True)), None
+        return *(x.to(d) if need else None for x, d, need in zip(found, dtypes, ctx.needs, strict=True)), None, None

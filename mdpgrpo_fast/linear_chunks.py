@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import sharded
-from .linear_rows import Rows, TorchRows, TritonRows, Weighed
+from .linear_rows import Rows, TorchRows, TritonRows, Weighed, logprobs_of
 
 # Rows of one tile of a GPU's matmul, and the most rows of one matmul for logits. That matmul has the same size for
 # every chunk, the last one padded: the order of its sums, and so a row's log-prob, never depends on the batch.
@@ -36,6 +36,11 @@ class Needs(NamedTuple):
     hidden: bool
     weight: bool
     bias: bool
+
+
+def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of a gradient until the loss scale has reached it: float16 has no room for one before."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def bytes_per_row(vocab: int, dtype: torch.dtype, fp32_logits: bool) -> int:
@@ -134,19 +139,18 @@ class Head:
         vocab, width, device = len(weight), hidden.shape[2], hidden.device
         most = max((stop - start for start, stop in chunks), default=0)
         wide = fp32_logits and hidden.dtype.itemsize == 2
-        self.logits = torch.empty(
+        self.logits: Tensor | None = torch.empty(
             -(-most // size.call) * size.call, vocab, dtype=torch.float32 if wide else hidden.dtype, device=device
         )
         self.gradient = torch.empty(most, vocab, dtype=hidden.dtype, device=device) if wide and any(needs) else None
-        # float16 has no room for a gradient before the loss scale has reached it.
-        kept = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+        kept = kept_dtype(hidden.dtype)
         self.d_hidden = self.d_weight = self.d_bias = None
         if needs.hidden:
             make = torch.empty if index is None else torch.zeros
             self.d_hidden = make(hidden.shape, dtype=kept, device=device)
         # Sums over chunks are kept in float32; a single one is no sum.
         summed = kept if len(chunks) == 1 and weight.dtype == hidden.dtype else torch.promote_types(kept, torch.float32)
-        self.kept = torch.float32 if weight.dtype == torch.float16 else weight.dtype
+        self.weight_dtype = kept_dtype(weight.dtype)
         if needs.weight:
             make = torch.empty if chunks else torch.zeros
             self.d_weight = make(vocab, width, dtype=summed, device=device)
@@ -178,7 +182,7 @@ class Head:
             h = torch.nn.functional.pad(h, (0, 0, 0, -n % call))
         # On the CPU a call is a tile, and all tiles are one matmul.
         step = call if h.device.type == "cuda" else len(h)
-        assert self.weight is not None
+        assert self.weight is not None and self.logits is not None
         for at in range(0, len(h), max(1, step)):
             into_logits(self.logits[at : at + step], h[at : at + step], self.weight, self.bias, self.scale)
         return h[:n], self.logits[:n]
@@ -210,13 +214,15 @@ class Head:
 
     def gradients(self, unit: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of hidden, weight and bias, each empty where it is not needed; float16 ones as float32."""
+        # Room for the copy in another dtype.
+        self.logits = self.gradient = self.weight = None
         if self.d_hidden is not None and self.group:
             sharded.sum_over_ranks(self.d_hidden, self.group)
         found = []
         for x in (self.d_weight, self.d_bias):
             if x is not None:
                 x = x.mul_(unit) if isinstance(unit, Tensor) else x
-                x = x.to(self.kept)
+                x = x.to(self.weight_dtype)
             found.append(self.hidden.new_empty(0) if x is None else x)
         return (self.hidden.new_empty(0) if self.d_hidden is None else self.d_hidden, *found)  # type: ignore[return-value]
 
@@ -227,21 +233,31 @@ class Head:
 Engine = TorchRows | TritonRows
 
 
-def score(head: Head, engine: Engine, z: Tensor, rows: Rows) -> Tensor:
-    """(5, n) statistics of whole rows, wherever their columns are."""
-    statistics = engine.score(z, rows)
+def score(head: Head, engine: Engine, z: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    """ℓ (n,) and (5, n) statistics of whole rows, wherever their columns are; 0 where a row does not count."""
     if not head.group:
-        return statistics
-    s = engine.settings
-    local = (rows.tokens >= 0) & (rows.tokens < z.shape[1])
-    tau = s.temperature if rows.temperature is None else rows.temperature
-    return sharded.merge(statistics, local, tau, s.kl_temperature, head.group)
+        return engine.score(z, rows)
+    s, tau = engine.settings, engine.temperature(rows)
+    statistics = sharded.merge(engine.score(z, rows)[1], rows.tokens, z.shape[1], tau, s.kl_temperature, head.group)
+    logprobs = logprobs_of(statistics, tau)
+    if rows.mask is not None:
+        statistics.masked_fill_(~rows.mask, 0)
+        logprobs.masked_fill_(~rows.mask, 0)
+    return logprobs, statistics
 
 
-def score_all(head: Head, engine: Engine, chunks: list[tuple[int, int]]) -> Tensor:
-    """(5, N) statistics: one matmul."""
-    found = [score(head, engine, head.forward(a, b)[1], head.rows.part(a, b)) for a, b in chunks]
-    return torch.cat(found, 1) if found else head.hidden.new_zeros(5, 0, dtype=engine.dtype)
+def joined(scores: list[tuple[Tensor, Tensor]], like: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """ℓ (N,) and statistics (5, N) of all chunks."""
+    if not scores:
+        return like.new_zeros(0, dtype=dtype), like.new_zeros(5, 0, dtype=dtype)
+    logprobs, statistics = zip(*scores, strict=True)
+    return torch.cat(logprobs), torch.cat(statistics, 1)
+
+
+def score_all(head: Head, engine: Engine, chunks: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    """ℓ (N,) and (5, N) statistics: one matmul."""
+    scores = [score(head, engine, head.forward(a, b)[1], head.rows.part(a, b)) for a, b in chunks]
+    return joined(scores, head.hidden, engine.dtype)
 
 
 def weigh_all(
@@ -260,11 +276,11 @@ def weigh_all(
         g = head.target(z)
         if s.two or head.group:
             # ℓ at two temperatures are mixed by their weights, which follow from the whole row.
-            statistics = score(head, engine, z, rows)
-            weighed = engine.objective(statistics, rows, lengths, denominator, count)
+            logprobs, statistics = score(head, engine, z, rows)
+            weighed = engine.objective(logprobs, statistics, rows, lengths, denominator, count)
             head.backward(g, h, mix(engine, z, g, statistics, weighed.weights, rows), unit, a, b)
         else:
-            weighed = engine.objective(engine.unit(z, g, rows), rows, lengths, denominator, count)
+            weighed = engine.objective(*engine.unit(z, g, rows), rows, lengths, denominator, count)
             head.backward(g, h, weighed.weights[0], unit, a, b)
         yield weighed
 

@@ -5,12 +5,14 @@ As torch.library ops they are opaque to torch.compile, which would unroll the lo
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import sharded
+from .fused import AGGREGATION
 from .linear_chunks import (
     Chunking,
     Head,
@@ -18,16 +20,17 @@ from .linear_chunks import (
     backward_all,
     bytes_per_row,
     chunking,
+    joined,
+    kept_dtype,
     mix,
     plan,
     score,
     score_all,
     weigh_all,
 )
-from .linear_rows import ENGINES, ENTROPY, Rows, Settings, logprobs_of
+from .linear_rows import ENGINES, ENTROPY, Rows, Settings
 from .reference import TOTALS, Layout, default_denominator, token_shares
 
-AGGREGATION = ("grpo", "dapo", "dr_grpo", "bnpo")
 KNOBS = ("advantage", "kl_beta", "temperature", "epsilon_low", "epsilon_high")
 
 
@@ -43,7 +46,7 @@ class Selection(NamedTuple):
     rows: Rows
     extents: list[int] | None
     lengths: Tensor  # (B,) float32 tokens that count, of all rows
-    violated: Tensor | None  # bool scalar: the lengths that were given are not those of the mask
+    violated: Tensor | None  # bool scalar: a completion is unknown, or the lengths given are not those of the mask
 
 
 def select(
@@ -67,7 +70,8 @@ def select(
     looking, packed = may_look(device), completion is not None
     if completion is None:
         completion = torch.arange(n, device=device).div(row_length, rounding_mode="floor")
-    completion = completion.long()
+    known = (completion >= 0) & (completion < count)
+    completion = torch.where(known, completion, 0).long() if packed and count else completion.long()
     keep = torch.ones(n, dtype=torch.bool, device=device) if mask is None else mask != 0
     layout = Layout(count, completion)
     counts = layout.sum(keep.float())
@@ -76,7 +80,7 @@ def select(
         x[completion] if x is not None and name in KNOBS and x.numel() == count else x
         for x, name in zip(inputs, Rows._fields[3:], strict=False)
     ]
-    kept, violated = keep, None
+    kept, violated = keep, (keep & ~known).any() if packed and count else None
     idle = torch.zeros_like(keep)
     if skip_idle and each:
         advantage, kl_beta, _, ref = each[:4]
@@ -95,9 +99,10 @@ def select(
             index = kept.nonzero().squeeze(1)
     elif lengths is not None:
         # From pinned memory the copy is queued behind the work before it, and the host goes on.
-        known = (lengths.pin_memory() if device.type == "cuda" else lengths).to(device, non_blocking=True)
-        out = (known == 0)[completion]
-        violated = ((known != 0) & (known != counts)).any() | (keep & out & ~idle).any()
+        given = (lengths.pin_memory() if device.type == "cuda" else lengths).to(device, non_blocking=True)
+        out = (given == 0)[completion]
+        wrong = ((given != 0) & (given != counts)).any() | (keep & out & ~idle).any()
+        violated = wrong if violated is None else violated | wrong
         kept, extents = keep & ~out, lengths.tolist()
         # Every kept row to the place of its rank among them; the others to one place too many.
         total = sum(extents)
@@ -198,8 +203,8 @@ def _token_loss(
         if found:
             marks = torch.cat([w.marks for w in found], 1)
     else:
-        statistics = score_all(head, engine, ranges)
-        weighed = engine.objective(statistics, rows, counts, denominator, n_completions)
+        logprobs, statistics = score_all(head, engine, ranges)
+        weighed = engine.objective(logprobs, statistics, rows, counts, denominator, n_completions)
         per, marks = weighed.rows, weighed.marks
         if any(needs):
             backward_all(head, engine, ranges, statistics, weighed.weights, unit)
@@ -271,17 +276,13 @@ def _token_logprobs(
             ones = torch.ones(1, b - a, dtype=engine.dtype, device=z.device)
             if call.group:
                 found.append(score(head, engine, z, rows))
-                mix(engine, z, g, found[-1], ones, rows)
+                mix(engine, z, g, found[-1][1], ones, rows)
             else:
                 found.append(engine.unit(z, g, rows))
             head.backward(g, h, ones[0], 1.0, a, b)
-        statistics = torch.cat(found, 1) if found else hidden.new_zeros(5, 0, dtype=engine.dtype)
+        logprobs, statistics = joined(found, hidden, engine.dtype)
     else:
-        statistics = score_all(head, engine, ranges)
-    tau = call.numbers[0] if chosen.rows.temperature is None else chosen.rows.temperature
-    logprobs = logprobs_of(statistics, tau)
-    if chosen.rows.mask is not None:
-        logprobs = logprobs.masked_fill(~chosen.rows.mask, 0)
+        logprobs, statistics = score_all(head, engine, ranges)
     if chosen.violated is not None:
         logprobs = torch.where(chosen.violated, torch.nan, logprobs)
     n = len(call.tokens)
@@ -342,13 +343,9 @@ SCHEMAS = {
 }
 
 
-def _kept(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
 def _fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Any) -> tuple[Tensor, ...]:
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
-    dtypes = (_kept(hidden.dtype), _kept(weight.dtype), _kept(weight.dtype))
+    dtypes = (kept_dtype(hidden.dtype), kept_dtype(weight.dtype), kept_dtype(weight.dtype))
     return tuple(
         hidden.new_empty(shape, dtype=dtype) if need else hidden.new_empty((0,))
         for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)
@@ -374,7 +371,7 @@ def _fake_token_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens
 def _fake_token_logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, unit: bool, *args: Any) -> Any:
     n, real = args[0].shape[0], _real(hidden)
     vector = hidden.new_empty((n,), dtype=real)
-    unit_gradient = hidden.new_empty(hidden.shape if unit else (0,), dtype=_kept(hidden.dtype) if unit else None)
+    unit_gradient = hidden.new_empty(hidden.shape if unit else (0,), dtype=kept_dtype(hidden.dtype) if unit else None)
     return vector, torch.empty_like(vector), hidden.new_empty((5, n), dtype=real), unit_gradient
 
 
@@ -388,9 +385,22 @@ _IMPLEMENTATIONS: dict[str, tuple[Any, Any]] = {
     "linear_scale_": (_scale, lambda x, scale, backend: None),
 }
 
+
+def _in_its_own_precision(function: Any) -> Any:
+    """Autocast has had its say before the op: inside, a product in float32 is meant."""
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        device = next(x.device.type for x in args if isinstance(x, Tensor))
+        with torch.autocast(device, enabled=False):
+            return function(*args)
+
+    return run
+
+
 _library = torch.library.Library("mdpgrpo_fast", "FRAGMENT")
 for _name, (_function, _fake) in _IMPLEMENTATIONS.items():
     _library.define(_name + SCHEMAS[_name])
     for _key in ("CPU", "CUDA"):
-        _library.impl(_name, _function, _key)
+        _library.impl(_name, _in_its_own_precision(_function), _key)
     torch.library.register_fake(f"mdpgrpo_fast::{_name}", _fake, lib=_library)

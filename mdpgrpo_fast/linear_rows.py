@@ -82,9 +82,8 @@ class TorchRows:
             yield slice(start, start + size)
 
     def _temperature(self, rows: Rows, block: slice) -> Tensor | float:
-        if rows.temperature is None:
-            return self.settings.temperature
-        return rows.temperature[block, None].to(self.dtype)
+        tau = self.temperature(rows)
+        return tau[block, None] if isinstance(tau, Tensor) else tau
 
     def _capped(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """z and dz/dx of some rows, in our own memory or that of x if it has the dtype already."""
@@ -94,15 +93,18 @@ class TorchRows:
         t = torch.tanh(x / cap)
         return cap * t, 1 - t.square()
 
-    def score(self, z: Tensor, rows: Rows) -> Tensor:
-        """(5, n) statistics; z is only read."""
+    def temperature(self, rows: Rows) -> Tensor | float:
+        return self.settings.temperature if rows.temperature is None else rows.temperature.to(self.dtype)
+
+    def score(self, z: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """ℓ (n,) and (5, n) statistics, 0 where a row does not count; z is only read."""
         return self._sweep(z, None, rows)
 
-    def unit(self, z: Tensor, gradient: Tensor, rows: Rows) -> Tensor:
-        """(5, n) statistics, and ∂ℓ/∂x of every row into gradient, which may be z."""
+    def unit(self, z: Tensor, gradient: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """The same, and ∂ℓ/∂x of every row into gradient, which may be z."""
         return self._sweep(z, gradient, rows)
 
-    def _sweep(self, logits: Tensor, gradient: Tensor | None, rows: Rows) -> Tensor:
+    def _sweep(self, logits: Tensor, gradient: Tensor | None, rows: Rows) -> tuple[Tensor, Tensor]:
         s, n = self.settings, len(logits)
         found = torch.zeros(5, n, dtype=self.dtype, device=logits.device)
         for block in self._blocks(logits):
@@ -126,7 +128,13 @@ class TorchRows:
                 self._write(p, token, 1 / tau, slope, gradient, rows, block)
         if not s.two:
             found[LOG_TOTAL_KL] = found[LOG_TOTAL]
-        return found if rows.mask is None else found.masked_fill_(~rows.mask, 0)
+        # A token that is none has no probability; with a vocabulary split over ranks it is another rank's.
+        found[TARGET].masked_fill_((rows.tokens < 0) | (rows.tokens >= logits.shape[1]), torch.nan)
+        logprobs = logprobs_of(found, self.temperature(rows))
+        if rows.mask is not None:
+            found.masked_fill_(~rows.mask, 0)
+            logprobs.masked_fill_(~rows.mask, 0)
+        return logprobs, found
 
     def mix(self, logits: Tensor, gradient: Tensor, statistics: Tensor, weights: Tensor, rows: Rows) -> None:
         """Σ w ∂ℓ/∂x over the temperatures into gradient, which may be the logits. weights: (1 or 2, n)."""
@@ -158,18 +166,14 @@ class TorchRows:
         gradient[block] = g
 
     def objective(
-        self, statistics: Tensor, rows: Rows, lengths: Tensor, denominator: Tensor, count: int
-    ) -> Weighed:  # fmt: skip
+        self, logprobs: Tensor, statistics: Tensor, rows: Rows, lengths: Tensor, denominator: Tensor, count: int
+    ) -> Weighed:
         """The reference's objective of these rows, and its derivatives written out."""
         s, layout = self.settings, Layout(count, rows.completion)
         keep = torch.ones_like(rows.completion, dtype=torch.bool) if rows.mask is None else rows.mask
-        tau, low, high = (
-            number if x is None else x.to(self.dtype)
-            for x, number in zip(
-                (rows.temperature, rows.epsilon_low, rows.epsilon_high), s[:3], strict=True
-            )
-        )  # fmt: skip
-        logprobs = logprobs_of(statistics, tau).masked_fill(~keep, 0)
+        tau = self.temperature(rows)
+        low = s.epsilon_low if rows.epsilon_low is None else rows.epsilon_low.to(self.dtype)
+        high = s.epsilon_high if rows.epsilon_high is None else rows.epsilon_high.to(self.dtype)
         kl_logprobs = logprobs
         if s.two:
             gap = statistics[TARGET] - statistics[PEAK]
@@ -254,14 +258,17 @@ class TritonRows:
         mask = None if rows.mask is None else rows.mask.view(torch.uint8)
         return z[None], rows.tokens, mask, None, 0, rows.temperature, self.settings.temperature
 
-    def score(self, z: Tensor, rows: Rows) -> Tensor:
-        s = self.settings
-        return self.logprobs.launch_logprobs(*self._common(z, rows), s.kl_temperature, s.softcap, s.two)[1]
+    def temperature(self, rows: Rows) -> Tensor | float:
+        return self.settings.temperature if rows.temperature is None else rows.temperature
 
-    def unit(self, z: Tensor, gradient: Tensor, rows: Rows) -> Tensor:
+    def score(self, z: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        s = self.settings
+        return self.logprobs.launch_logprobs(*self._common(z, rows), s.kl_temperature, s.softcap, s.two)
+
+    def unit(self, z: Tensor, gradient: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         return self.logprobs.launch_logprobs(
             *self._common(z, rows), 1.0, self.settings.softcap, False, gradient=gradient[None]
-        )[1]
+        )
 
     def mix(self, logits: Tensor, gradient: Tensor, statistics: Tensor, weights: Tensor, rows: Rows) -> None:
         s, grad_kl = self.settings, weights[1] if len(weights) > 1 else None
@@ -270,12 +277,10 @@ class TritonRows:
         )
 
     def objective(
-        self, statistics: Tensor, rows: Rows, lengths: Tensor, denominator: Tensor, count: int
-    ) -> Weighed:  # fmt: skip
+        self, logprobs: Tensor, statistics: Tensor, rows: Rows, lengths: Tensor, denominator: Tensor, count: int
+    ) -> Weighed:
         s, mask, completion = self.settings, rows.mask, rows.completion
         rest: Any = rows[3:]
-        tau = s.temperature if rows.temperature is None else rows.temperature
-        logprobs = logprobs_of(statistics, tau).contiguous() if s.sequence else None
         found = self.kernels.launch_objective(
             statistics, logprobs, None if mask is None else mask.view(torch.uint8), completion, count, *rest,
             lengths, denominator, s[:5], s.sequence, s.estimator, s.aggregation == "grpo", s.rescale, s.two,

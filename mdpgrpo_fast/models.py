@@ -94,15 +94,17 @@ class Policy(nn.Module):
     linear layer, which is said once.
 
     model: of transformers. lm_head: "auto", "fused" (raises ConfigError where "auto" would take logits) or "logits".
-    workspace_bytes, fp32_logits: as of `linear_token_loss`.
+    workspace_bytes, fp32_logits, skip_idle: as of `linear_token_loss`.
     """
 
     def __init__(
-        self, model: Any, lm_head: str = "auto", workspace_bytes: int = WORKSPACE_BYTES, fp32_logits: bool = False
-    ) -> None:
+        self, model: Any, lm_head: str = "auto", workspace_bytes: int = WORKSPACE_BYTES, fp32_logits: bool = False,
+        skip_idle: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.model = model
         self.options = {"workspace_bytes": workspace_bytes, "fp32_logits": fp32_logits}
+        self.skip_idle = skip_idle
         self.head: LinearHead | None = None
         if lm_head == "logits":
             return
@@ -122,7 +124,8 @@ class Policy(nn.Module):
             return token_loss(completion_logits(self.model, *inputs), inputs[2], mask, config, **objective)
         states, head = completion_states(self.head.body, *inputs), self._head()
         return linear_token_loss(
-            states, tokens=inputs[2], mask=mask, config=config, lengths=lengths, **head, **objective
+            states, tokens=inputs[2], mask=mask, config=config, lengths=lengths, skip_idle=self.skip_idle, **head,
+            **objective,
         )  # fmt: skip
 
     @torch.no_grad()

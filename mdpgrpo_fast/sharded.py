@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .checks import refuse
+from .checks import look, refuse
 from .linear_rows import ENTROPY, LOG_TOTAL, LOG_TOTAL_KL, PEAK, TARGET
 
-# (group, columns) of the splits already compared across ranks.
-_compared: set[tuple[str, int]] = set()
+# Groups whose ranks have compared their splits. Later differences show in `merge`, which needs no call of its own.
+_compared: set[str] = set()
 
 
 def is_dtensor(x: Any) -> bool:
@@ -54,7 +54,8 @@ def whole(x: Tensor) -> Tensor:
 @contextmanager
 def gathered(*parameters: Tensor | None) -> Iterator[None]:
     """ZeRO-3 parameters are whole inside; without any, nothing happens and DeepSpeed is not imported."""
-    partitioned = [p for p in parameters if p is not None and hasattr(p, "ds_id")]
+    # One that a module's own pass holds gathered has its numbers already, and must not be partitioned under it.
+    partitioned = [p for p in parameters if p is not None and hasattr(p, "ds_id") and p.numel() == 0]
     with ExitStack() as stack:
         if partitioned:
             import deepspeed
@@ -71,29 +72,39 @@ def _group(name: str) -> dist.ProcessGroup:
 
 
 def check_split(columns: int, group: dist.ProcessGroup) -> None:
-    """Every rank has as many columns; asked once for each group and number. Raises ValueError on every rank."""
-    key = (group.group_name, columns)
-    if key in _compared or torch.compiler.is_compiling():
+    """Every rank has as many columns; asked once for each group. Raises ValueError, on every rank."""
+    if group.group_name in _compared or torch.compiler.is_compiling():
         return
     found: list[int | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, columns, group=group)
-    if len(set(found)) > 1:
-        refuse("weight", f"{found} rows on the ranks of vocab_group", "split evenly over them")
-    _compared.add(key)
+    _refuse_uneven(found)
+    _compared.add(group.group_name)
 
 
-def merge(statistics: Tensor, local: Tensor, temperature: Tensor | float, kl_temperature: float, name: str) -> Tensor:
+def _refuse_uneven(columns: list[Any]) -> None:
+    if len(set(columns)) > 1:
+        refuse("weight", f"{columns} rows on the ranks of vocab_group", "split evenly over them")
+
+
+def merge(
+    statistics: Tensor, tokens: Tensor, columns: int, temperature: Tensor | float, kl_temperature: float, name: str
+) -> Tensor:
     """(5, n) statistics of the whole rows from those of each rank's columns; the same bits on every rank.
 
-    local: (n,) bool, rows whose token is among this rank's columns. One all-gather of six numbers a row.
+    tokens: (n,), those among this rank's columns in [0, columns). One all-gather of seven numbers a row.
+    Raises: ValueError where the ranks have different columns and looking is free; elsewhere the statistics are NaN.
     """
+    local = (tokens >= 0) & (tokens < columns)
     group = _group(name)
     mine = statistics.clone()
     # Elsewhere it is what a backend found at a token that is not there.
     mine[TARGET] = torch.where(local, mine[TARGET], 0)
-    mine = torch.cat([mine, local[None].to(mine)])
+    mine = torch.cat([mine, torch.stack([local.to(mine), torch.full_like(mine[0], columns)])])
     each = mine.new_empty(dist.get_world_size(group), *mine.shape)
     dist.all_gather_into_tensor(each.view(-1, mine.shape[1]), mine, group=group)
+    even = (each[:, 6] == columns).all(0)
+    if look(mine, None) and mine.numel():
+        _refuse_uneven([int(x) for x in each[:, 6, 0]])
     peaks, peak = each[:, PEAK], each[:, PEAK].amax(0)
     shift = (peaks - peak) / temperature
     part = (shift + each[:, LOG_TOTAL]).exp()
@@ -105,7 +116,7 @@ def merge(statistics: Tensor, local: Tensor, temperature: Tensor | float, kl_tem
     out[ENTROPY] = out[LOG_TOTAL] - torch.where(part > 0, mean, 0).sum(0) / total
     out[LOG_TOTAL_KL] = ((peaks - peak) / kl_temperature + each[:, LOG_TOTAL_KL]).exp().sum(0).log()
     # A token that no rank has is none.
-    out[TARGET] = torch.where(each[:, 5].sum(0) == 1, each[:, TARGET].sum(0), torch.nan)
+    out[TARGET] = torch.where((each[:, 5].sum(0) == 1) & even, each[:, TARGET].sum(0), torch.nan)
     return out
 
 

@@ -65,7 +65,7 @@ class Trainer:
         torch.manual_seed(run.seed + self.accelerator.process_index)
         # Never in training mode: dropout would make the ratio differ from 1 on-policy (trl#3234).
         task.model.eval()
-        policy = Policy(task.model, run.lm_head, run.workspace_mb << 20, run.fp32_logits).eval()
+        policy = Policy(task.model, run.lm_head, run.workspace_mb << 20, run.fp32_logits, run.skip_idle).eval()
         self.reference = copy.deepcopy(policy).requires_grad_(False) if method.needs_reference else None
         if self.reference is not None:
             self.reference.to(self.accelerator.device)
@@ -157,12 +157,13 @@ class Trainer:
         return pieces
 
     def counts(self, batch: Batch) -> tuple[list[int], list[int]]:
-        """Tokens of each completion that count; and those that the loss depends on, 0 with A = 0 and no KL term."""
+        """Tokens of each completion that count; and of those, what the loss is to look at."""
         idle = batch.adv.advantage == 0
         if self.reference is not None:
             idle = idle & (batch.adv.kl_beta == 0)
         tokens = batch.mask.sum(1)
-        counted, contributing = torch.stack([tokens, tokens.masked_fill(idle.flatten(), 0)]).tolist()
+        left_out = idle.flatten() & self.run.skip_idle
+        counted, contributing = torch.stack([tokens, tokens.masked_fill(left_out, 0)]).tolist()
         return counted, contributing
 
     def reference_logprobs(self, pieces: list[dict[str, Any]]) -> list[Tensor | None]:

@@ -107,7 +107,10 @@ def test_settings_of_heads() -> None:
     plain = find_head(build("llama"))
     assert plain.softcap is None and plain.logit_scale == 1.0 and plain.parameters()[1] is None
     half = build("gemma2").bfloat16()
-    assert find_head(half).softcap == 5.0 and not half.training
+    half.model.train()
+    half.model.layers[0].eval()
+    modes = [m.training for m in half.modules()]
+    assert find_head(half).softcap == 5.0 and modes == [m.training for m in half.modules()], "modes are left alone"
 
 
 # ---- models without a linear head -----------------------------------------------------------------------------------
@@ -215,6 +218,16 @@ def test_other_adapters_on_the_head_are_refused(settings: dict[str, Any], peer: 
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_what_comes_before_the_prompt_is_not_lost(kind: str, peer: Any) -> None:
+    """Virtual tokens live in peft's wrapper: around it they would have no part in anything, and no gradient."""
+    peft = peer("peft")
+    settings = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(UnsupportedHead, match=r"its head does not see|more to its logits"):
+        find_head(peft.get_peft_model(build("llama"), settings))
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_dropout_on_the_head_is_refused_while_training_only(peer: Any) -> None:
     wrapped = with_lora(peer("peft"), build("llama"), lora_dropout=0.1)
     module = wrapped.get_base_model().get_output_embeddings()
@@ -225,11 +238,19 @@ def test_dropout_on_the_head_is_refused_while_training_only(peer: Any) -> None:
 
 def test_quantised_heads_are_refused() -> None:
     class Linear4bit(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x)
+
+    class Quantised(torch.nn.Parameter):
         pass
 
     model = build("llama")
     model.lm_head = Linear4bit(32, VOCAB)
     with pytest.raises(UnsupportedHead, match="its head is a Linear4bit, not a linear layer"):
+        find_head(model)
+    model = build("llama")
+    model.lm_head.weight = model.lm_head.weight.data.as_subclass(Quantised)  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedHead, match="the weight of its head is a Quantised"):
         find_head(model)
 
 

@@ -235,6 +235,55 @@ def test_a_nan_is_never_lost(backend: str) -> None:
         assert got.out.loss.isnan(), name
 
 
+@backends
+@pytest.mark.filterwarnings("ignore:.* encountered:RuntimeWarning")
+def test_bad_indices_that_are_not_looked_at_give_nan(backend: str) -> None:
+    """A token or a completion that does not exist: a NaN loss, not a plausible number and not a crash."""
+    batch, head = make_linear(11, lengths=(2, 2))
+    for token in (37, -1):
+        wrong = replace(batch, tokens=batch.tokens.clone().index_fill_(1, torch.tensor([1]), token))
+        got = run(backend, wrong, head, config_for(), check_values=False)
+        assert got.out.loss.isnan() and got.out.logprobs[:, 1].isnan().all()
+        assert logprobs(backend, wrong, head, check_values=False)[0][:, 1].isnan().all()
+    for completion in (2, -1):
+        rows = packed(batch, seed=3)
+        rows.kwargs["num_completions"] = 2
+        rows.kwargs["completion"] = rows.kwargs["completion"].index_fill(0, torch.tensor([1]), completion)
+        assert run(backend, rows, head, config_for(), check_values=False).out.loss.isnan()
+
+
+@backends
+def test_autocast_changes_nothing_inside(backend: str) -> None:
+    """Sums and entropies of bfloat16 inputs are float32's, whether autocast is on or not."""
+    batch, head = make_linear(11, dtype="bfloat16")
+    plain = run(backend, batch, head, config_for(), workspace_bytes=budget(head, 3))
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        cast = run(backend, batch, head, config_for(), workspace_bytes=budget(head, 3))
+    assert torch.equal(plain.out.entropy, cast.out.entropy) and torch.equal(plain.out.logprobs, cast.out.logprobs)
+    assert all(torch.equal(plain.grads[k], cast.grads[k]) for k in plain.grads)
+
+
+@backends
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_comes_in_at_a_masked_row_stays_out(backend: str, frozen: bool) -> None:
+    batch, head = make_linear(11)
+    hidden, leaves = batch.logits.to(DEVICE).requires_grad_(), head.to(DEVICE).leaves(frozen)
+    mask = batch.mask.to(DEVICE)
+    ell, _ = linear_token_logprobs(hidden, leaves.weight, batch.tokens.to(DEVICE), mask, backend=backend)
+    (g,) = torch.autograd.grad(ell, hidden, torch.where(mask, 1.0, math.inf))
+    assert g.isfinite().all() and (g[~mask] == 0).all() and (g[mask] != 0).any()
+
+
+def test_without_gradients_nothing_is_kept_for_one() -> None:
+    batch, head = make_linear(11)
+    hidden = batch.logits.requires_grad_()
+    for mode in (torch.no_grad(), torch.enable_grad()):
+        with mode, torch.profiler.profile(with_flops=True) as trace:
+            ell, _ = linear_token_logprobs(hidden, head.weight, batch.tokens, batch.mask)
+        flops = sum(e.flops for e in trace.key_averages() if e.key in ("aten::mm", "aten::addmm")) / 2
+        assert flops >= 5 * 37 * 8 and (flops > 1.2 * 16 * 37 * 8) == ell.requires_grad
+
+
 # ---- compiled -------------------------------------------------------------------------------------------------------
 
 

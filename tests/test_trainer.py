@@ -100,6 +100,24 @@ def test_fused_kernels_train_as_the_reference_does(tmp_path: Path) -> None:
                 assert tritons[name] == pytest.approx(value, abs=1e-4), (torchs["step"], name)
 
 
+@pytest.mark.parametrize("knobs", [{}, {"lm_head": "fused", "workspace_mb": 1}, {"skip_idle": True}], ids=str)
+def test_the_loss_from_hidden_states_trains_as_that_from_logits(tmp_path: Path, knobs: dict[str, Any]) -> None:
+    """Plain GRPO without KL, where some groups have no signal; all but what is left out of the statistics agrees."""
+    method = preset("grpo", num_generations=4, kl_beta_pos=0.0)
+    small = {"steps": 4, "prompts_per_step": 3, "max_completion_length": 24, "seed": 3}
+    logits = run_small(tmp_path, method, "logits", lm_head="logits", **small)
+    fused = run_small(tmp_path, method, "fused", **small, **knobs)
+    assert any(r["zero_gradient_groups"] > 0 for r in rows(logits)), "a run without an idle group shows nothing"
+    free = {"tokens_per_second", "memory_mb"} | (
+        {"entropy", "kl", "clip_low", "clip_high", "ratio_mean", "ratio_max"} if knobs.get("skip_idle") else set()
+    )
+    for a, b in zip(rows(logits), rows(fused), strict=True):
+        for name, value in a.items():
+            if isinstance(value, (int, float)) and name not in free:
+                assert b[name] == pytest.approx(value, abs=1e-5), (a["step"], name)
+    torch.testing.assert_close(parameters(fused), parameters(logits), rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("objective", ["paper", "per_row", "corrected"])
 def test_temperature_objectives_train(tmp_path: Path, objective: str) -> None:
     method = preset("exact", num_generations=4, temperatures=[0.4, 1.0], temperature_objective=objective)
