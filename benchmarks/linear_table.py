@@ -23,6 +23,8 @@ def load(folder: Path) -> dict[str, dict[str, Any]]:
 def table(op: str, rows: list[dict[str, Any]], gpu: bool) -> list[str]:
     """A line per case that has a time of ours."""
     measured = [(row, row["candidates"].get(own_name(row), {})) for row in rows]
+    names = list(dict.fromkeys(row["case"] for row in rows))
+    measured.sort(key=lambda pair: (names.index(pair[0]["case"]), pair[0]["vocab"], pair[0]["tokens"]))
     measured = [(row, ours) for row, ours in measured if "ms" in ours]
     used = {n: head for n, head in PEERS.items() if any("ms" in r["candidates"].get(n, {}) for r, _ in measured)}
     if not measured:
@@ -108,6 +110,7 @@ def plot(folder: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, ScalarFormatter
 
     document = load(folder).get("linear_token_loss")
     rows = [r for r in document["results"] if r["case"] == "trained"] if document else []
@@ -137,6 +140,8 @@ def plot(folder: Path) -> None:
         ax.set(xscale="log", yscale="log", xlabel="tokens", ylabel=what)
         ax.set_xticks([r["tokens"] for r in rows], [str(r["tokens"]) for r in rows])
         ax.minorticks_off()
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(ScalarFormatter())
         ax.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     row = rows[0]

@@ -67,33 +67,25 @@ def select(
     inputs: the members of Rows from advantage on, (T,) or, of KNOBS, (B,).
     """
     n, device = len(tokens), tokens.device
-    looking, packed = may_look(device), completion is not None
+    looking, packed, violated = may_look(device), completion is not None, None
+    keep = torch.ones(n, dtype=torch.bool, device=device) if mask is None else mask != 0
     if completion is None:
         completion = torch.arange(n, device=device).div(row_length, rounding_mode="floor")
-    known = (completion >= 0) & (completion < count)
-    completion = torch.where(known, completion, 0).long() if packed and count else completion.long()
-    keep = torch.ones(n, dtype=torch.bool, device=device) if mask is None else mask != 0
+    elif count:
+        known = (completion >= 0) & (completion < count)
+        completion, violated = torch.where(known, completion, 0), (keep & ~known).any()
+    completion = completion.long()
     layout = Layout(count, completion)
     counts = layout.sum(keep.float())
     # Log-probs and importance weights have one value per row, also where there are as many rows as completions.
     each = [
         x[completion] if x is not None and name in KNOBS and x.numel() == count else x
-        for x, name in zip(inputs, Rows._fields[3:], strict=False)
+        for x, name in zip(inputs, Rows._fields[3:], strict=True)
     ]
-    kept, violated = keep, (keep & ~known).any() if packed and count else None
-    idle = torch.zeros_like(keep)
-    if skip_idle and each:
-        advantage, kl_beta, _, ref = each[:4]
-        assert advantage is not None and kl_beta is not None
-        idle = advantage == 0
-        if ref is not None:
-            idle = idle & (kl_beta == 0)
-        if sequence:
-            # One ratio for the completion: all of its rows or none.
-            idle = layout.spread(layout.sum((keep & ~idle).float()) == 0)
-        kept = keep & ~idle
+    idle = _idle(each, keep, layout, sequence) if skip_idle else torch.zeros_like(keep)
+    kept, under = keep & ~idle, None
     index: Tensor | None = None
-    extents = None
+    extents: list[int] | None = None
     if looking:
         if not bool(kept.all()):
             index = kept.nonzero().squeeze(1)
@@ -103,27 +95,37 @@ def select(
         out = (given == 0)[completion]
         wrong = ((given != 0) & (given != counts)).any() | (keep & out & ~idle).any()
         violated = wrong if violated is None else violated | wrong
-        kept, extents = keep & ~out, lengths.tolist()
-        # Every kept row to the place of its rank among them; the others to one place too many.
-        total = sum(extents)
-        place = torch.where(kept, (kept.cumsum(0) - 1).clamp(max=total), total)
-        index = torch.zeros(total + 1, dtype=torch.long, device=device)
-        index = index.scatter_(0, place, torch.arange(n, device=device))[:total]
-    elif sequence and not packed:
-        extents = [row_length] * count
+        extents = lengths.tolist()
+        index = _places(keep & ~out, sum(extents))
+    else:
+        under = None if mask is None and not skip_idle else kept
+        extents = None if packed else [row_length] * count
     if sequence and packed:
         rows_of = completion if index is None else completion[index]
         order = rows_of.argsort(stable=True)
         index = order if index is None else index[order]
-    if looking and sequence:
+    if sequence and looking:
         rows_of = completion if index is None else completion[index]
         extents = rows_of.bincount(minlength=count).tolist()
-    under = None if looking or lengths is not None or (mask is None and not skip_idle) else kept
+    rows = [x if x is None or index is None else x[index] for x in (tokens, under, completion, *each)]
+    return Selection(index, Rows(*rows), extents, counts, violated)  # type: ignore[arg-type]
 
-    def part(x: Tensor | None) -> Tensor | None:
-        return x if x is None or index is None else x[index]
 
-    return Selection(index, Rows(*map(part, (tokens, under, completion, *each))), extents, counts, violated)  # type: ignore
+def _idle(each: list[Tensor | None], keep: Tensor, layout: Layout, sequence: bool) -> Tensor:
+    """(T,) bool, rows whose A is 0 and that have no KL term."""
+    advantage, kl_beta, _, ref, *_ = each
+    assert advantage is not None and kl_beta is not None
+    idle = advantage == 0 if ref is None else (advantage == 0) & (kl_beta == 0)
+    # One ratio for the completion: all of its rows or none.
+    return layout.spread(layout.sum((keep & ~idle).float()) == 0) if sequence else idle
+
+
+def _places(kept: Tensor, total: int) -> Tensor:
+    """(total,) indices of the kept rows, of which there should be as many; nothing waits for the device."""
+    # Each to the place of its rank among them; the others to one place too many.
+    place = torch.where(kept, (kept.cumsum(0) - 1).clamp(max=total), total)
+    index = torch.zeros(total + 1, dtype=torch.long, device=kept.device)
+    return index.scatter_(0, place, torch.arange(len(kept), device=kept.device))[:total]
 
 
 def _spread(x: Tensor, index: Tensor | None, n: int, fill: float = 0.0) -> Tensor:
@@ -191,26 +193,22 @@ def _token_loss(
         unit = shares.amax() if shares.numel() else 1.0
 
     size = _size(hidden, weight, bool(fp32_logits), workspace_bytes)
-    total = len(rows.tokens)
-    ranges = plan(total, size.rows, extents if sequence else None) if not sequence or extents is not None else None
-    whole = ranges is not None
-    if ranges is None:
-        ranges = plan(total, size.rows, None) or []
+    total, once = len(rows.tokens), True
+    ranges = plan(total, size.rows, None)
+    if sequence:
+        # ρ wants all rows of a completion: in one chunk, or, where that cannot be, in a pass over all chunks before.
+        undivided = None if extents is None else plan(total, size.rows, extents)
+        ranges, once = ranges if undivided is None else undivided, undivided is not None
+    assert ranges is not None
     head = Head(hidden, weight, bias, index, rows, scale, needs, ranges, size, bool(fp32_logits), group)
-    if whole and any(needs):
+    if once and any(needs) and ranges:
         found = list(weigh_all(head, engine, ranges, counts, denominator, unit))
-        per, marks = torch.cat([w.rows for w in found], 1) if found else None, None
-        if found:
-            marks = torch.cat([w.marks for w in found], 1)
+        per, marks = torch.cat([w.rows for w in found], 1), torch.cat([w.marks for w in found], 1)
     else:
         logprobs, statistics = score_all(head, engine, ranges)
-        weighed = engine.objective(logprobs, statistics, rows, counts, denominator, n_completions)
-        per, marks = weighed.rows, weighed.marks
+        per, marks, weights = engine.objective(logprobs, statistics, rows, counts, denominator, n_completions)
         if any(needs):
-            backward_all(head, engine, ranges, statistics, weighed.weights, unit)
-    if per is None or marks is None:
-        per = counts.new_zeros(5, 0)
-        marks = torch.zeros(3, 0, dtype=torch.bool, device=hidden.device)
+            backward_all(head, engine, ranges, statistics, weights, unit)
     loss, completion_kl, totals = engine.totals(per, marks, rows.mask, rows.completion, n_completions)
     if violated is not None:
         loss = torch.where(violated, torch.nan, loss)
@@ -247,19 +245,16 @@ class _Logprobs(NamedTuple):
     ) -> tuple[Head, Any, list[tuple[int, int]], Selection]:  # fmt: skip
         tau, softcap, scale = self.numbers
         tokens = self.tokens - sharded.rank_of(self.group) * len(weight) if self.group else self.tokens
-        chosen = select(tokens, self.mask, self.completion, self.n_completions, hidden.shape[1], self.lengths, (),
-                        False, False)  # fmt: skip
-        temperature = self.temperature
-        if temperature is not None and temperature.numel() == self.n_completions:
-            temperature = temperature[chosen.rows.completion]
-        elif temperature is not None and chosen.taken is not None:
-            temperature = temperature[chosen.taken]
-        rows = chosen.rows._replace(temperature=temperature)
+        chosen = select(
+            tokens, self.mask, self.completion, self.n_completions, hidden.shape[1], self.lengths,
+            (*(None,) * 5, self.temperature, None, None), False, False,
+        )  # fmt: skip
+        rows = chosen.rows
         settings = Settings(tau, 0, 0, 0, 1, softcap, False, 3, "dapo", False, False)
         size = _size(hidden, weight, self.fp32_logits, self.workspace_bytes)
         ranges = plan(len(rows.tokens), size.rows, None) or []
         head = Head(hidden, weight, bias, chosen.taken, rows, scale, needs, ranges, size, self.fp32_logits, self.group)
-        return head, ENGINES[self.backend](settings, hidden.dtype), ranges, chosen._replace(rows=rows)
+        return head, ENGINES[self.backend](settings, hidden.dtype), ranges, chosen
 
 
 def _token_logprobs(
