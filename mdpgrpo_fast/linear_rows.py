@@ -75,9 +75,13 @@ class TorchRows:
     def __init__(self, settings: Settings, dtype: torch.dtype) -> None:
         self.settings = settings
         self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self._buffers: tuple[Tensor, Tensor] | None = None
+
+    def _block_rows(self, z: Tensor) -> int:
+        return max(1, CACHE_BYTES // (z.shape[1] * self.dtype.itemsize))
 
     def _blocks(self, z: Tensor) -> Iterator[slice]:
-        size = max(1, CACHE_BYTES // (z.shape[1] * self.dtype.itemsize))
+        size = self._block_rows(z)
         for start in range(0, len(z), size):
             yield slice(start, start + size)
 
@@ -104,28 +108,36 @@ class TorchRows:
         """The same, and ∂ℓ/∂x of every row into gradient, which may be z."""
         return self._sweep(z, gradient, rows)
 
+    def _room(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Two reused buffers of the size of a block: fresh memory would cost as much as a pass over it."""
+        size = min(self._block_rows(z), len(z))
+        if self._buffers is None or len(self._buffers[0]) < size:
+            self._buffers = tuple(torch.empty(size, z.shape[1], dtype=self.dtype, device=z.device) for _ in range(2))  # type: ignore
+        return self._buffers  # type: ignore[return-value]
+
     def _sweep(self, logits: Tensor, gradient: Tensor | None, rows: Rows) -> tuple[Tensor, Tensor]:
         s, n = self.settings, len(logits)
         found = torch.zeros(5, n, dtype=self.dtype, device=logits.device)
         for block in self._blocks(logits):
             z, slope = self._capped(logits[block])
+            gap, p = (x[: len(z)] for x in self._room(logits))
             token, tau = rows.tokens[block, None].long().clamp(0, z.shape[1] - 1), self._temperature(rows, block)
             peak = z.amax(1, keepdim=True)
             found[PEAK, block], found[TARGET, block] = peak.squeeze(1), z.gather(1, token).squeeze(1)
-            gap = z - peak
+            torch.sub(z, peak, out=gap)
             if s.two:
-                found[LOG_TOTAL_KL, block] = (gap / s.kl_temperature).exp_().sum(1).log_()
+                found[LOG_TOTAL_KL, block] = torch.div(gap, s.kl_temperature, out=p).exp_().sum(1).log_()
             if isinstance(tau, Tensor) or tau != 1:
                 gap /= tau
             gap.clamp_(min=LOWEST)
-            p = gap.exp()
+            torch.exp(gap, out=p)
             total = p.sum(1, keepdim=True)
             log_total = total.log()
             found[LOG_TOTAL, block] = log_total.squeeze(1)
             found[ENTROPY, block] = log_total.squeeze(1) - torch.linalg.vecdot(p, gap) / total.squeeze(1)
             if gradient is not None:
-                p.div_(-total if not isinstance(tau, Tensor) and tau == 1 else -total * tau)
-                self._write(p, token, 1 / tau, slope, gradient, rows, block)
+                scale = torch.as_tensor(1 / tau, dtype=self.dtype, device=z.device).expand_as(peak)
+                self._write(p, -scale / total, scale, token, slope, gradient, rows, block)
         if not s.two:
             found[LOG_TOTAL_KL] = found[LOG_TOTAL]
         # A token that is none has no probability; with a vocabulary split over ranks it is another rank's.
@@ -141,29 +153,34 @@ class TorchRows:
         s, size = self.settings, logits.shape[1]
         for block in self._blocks(logits):
             z, slope = self._capped(logits[block])
-            gap = z - statistics[PEAK, block, None]
-            local = (rows.tokens[block] >= 0) & (rows.tokens[block] < size)
-            token, g, own = rows.tokens[block, None].long().clamp(0, size - 1), None, None
-            taus = (self._temperature(rows, block), s.kl_temperature)
-            for w, tau, kind in zip(weights, taus, (LOG_TOTAL, LOG_TOTAL_KL), strict=False):
-                scaled = w[block, None] / tau
-                p = (gap / tau - statistics[kind, block, None]).exp_().mul_(-scaled)
-                g, own = (p, scaled) if g is None or own is None else (g.add_(p), own + scaled)
-            assert g is not None and own is not None
-            self._write(g, token, torch.where(local[:, None], own, 0), slope, gradient, rows, block)
+            gap, p = (x[: len(z)] for x in self._room(logits))
+            torch.sub(z, statistics[PEAK, block, None], out=gap)
+            local = (rows.tokens[block, None] >= 0) & (rows.tokens[block, None] < size)
+            token, tau = rows.tokens[block, None].long().clamp(0, size - 1), self._temperature(rows, block)
+            torch.div(gap, tau, out=p).sub_(statistics[LOG_TOTAL, block, None]).exp_()
+            scaled = own = weights[0, block, None] / tau
+            if s.two:
+                p *= scaled
+                scaled = weights[1, block, None] / s.kl_temperature
+                gap.div_(s.kl_temperature).sub_(statistics[LOG_TOTAL_KL, block, None]).exp_()
+                p.addcmul_(gap, scaled)
+                own, scaled = own + scaled, torch.ones_like(own)
+            self._write(p, -scaled, torch.where(local, own, 0), token, slope, gradient, rows, block)
 
     def _write(
-        self, g: Tensor, token: Tensor, own: Tensor | float, slope: Tensor | None, gradient: Tensor, rows: Rows,
+        self, p: Tensor, factor: Tensor, own: Tensor, token: Tensor, slope: Tensor | None, gradient: Tensor, rows: Rows,
         block: slice,
     ) -> None:  # fmt: skip
-        """g plus own at each row's token, through the soft-cap, rounded once."""
-        own = own if isinstance(own, Tensor) else torch.full_like(g[:, :1], own)
-        g.scatter_add_(1, token, own.to(g.dtype).expand_as(token))
+        """factor p, plus own at each row's token, through the soft-cap, rounded once."""
+        target = gradient[block]
+        g = torch.mul(p, factor, out=target if target.dtype == self.dtype else p)
+        g.scatter_add_(1, token, own)
         if slope is not None:
             g.mul_(slope)
         if rows.mask is not None:
             g.masked_fill_(~rows.mask[block, None], 0)
-        gradient[block] = g
+        if g is not target:
+            target.copy_(g)
 
     def objective(
         self, logprobs: Tensor, statistics: Tensor, rows: Rows, lengths: Tensor, denominator: Tensor, count: int
