@@ -20,7 +20,7 @@ import torch
 import triton
 from triton.runtime.jit import JITFunction
 
-from mdpgrpo_fast import linear_ops
+from mdpgrpo_fast import linear_ops, linear_select
 from mdpgrpo_fast.linear_chunks import Chunking, bytes_per_row, chunking
 
 RESULT = Path(__file__).parent / "results" / "compiled" / "linear_counts.json"
@@ -64,7 +64,7 @@ def count(hidden: bool, weight: bool, sequence: bool, two: bool) -> dict[str, An
     with (
         mock.patch.object(JITFunction, "run", record),
         mock.patch.object(linear_ops, "_size", lambda *args: chunk),
-        mock.patch.object(linear_ops, "may_look", lambda device: False),
+        mock.patch.object(linear_select, "may_look", lambda device: False),
         torch.profiler.profile(with_flops=True) as trace,
     ):
         linear_ops._token_loss(

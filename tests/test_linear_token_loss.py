@@ -28,7 +28,7 @@ from kernels_for_tests import (
 )
 from linear_for_tests import BACKENDS, assert_agrees, assert_matches, budget, call, make_linear, materialised, run
 
-from mdpgrpo_fast import linear_chunks, linear_ops
+from mdpgrpo_fast import linear_chunks, linear_select
 from mdpgrpo_fast.linear import linear_token_loss
 
 LEVELS = ["token", "sequence"]
@@ -268,7 +268,7 @@ def test_lengths_known_on_the_host(
     batch = batch if layout == "padded" else packed(batch, 13, drop_masked=False)
     config, size = config_for(importance_level=level), budget(head, 3)
     looked = run(backend, batch, head, config, workspace_bytes=size)
-    monkeypatch.setattr(linear_ops, "may_look", lambda device: False)
+    monkeypatch.setattr(linear_select, "may_look", lambda device: False)
     seen: list[int] = []
     take = linear_chunks.Head.take
     monkeypatch.setattr(linear_chunks.Head, "take", lambda self, a, b: seen.append(b - a) or take(self, a, b))
@@ -289,8 +289,8 @@ def test_lengths_that_are_not_the_masks_give_nan(backend: str, monkeypatch: pyte
     batch, head = make_linear(13, lengths=(2, 1, 1, 2))
     with pytest.raises(ValueError, match=r"lengths must be what mask keeps of each completion, \[2, 1, 1, 2\], or 0"):
         run(backend, batch, head, config_for(), "cpu", lengths=[2, 2, 1, 1])
-    monkeypatch.setattr(linear_ops, "may_look", lambda device: False)
-    monkeypatch.setattr("mdpgrpo_fast.linear.look", lambda x, check: False)
+    monkeypatch.setattr(linear_select, "may_look", lambda device: False)
+    monkeypatch.setattr("mdpgrpo_fast.linear_checks.look", lambda x, check: False)
     for lengths in ([2, 2, 1, 1], [2, 1, 0, 2], [1, 1, 1, 2]):
         got = run(backend, batch, head, config_for(), lengths=lengths)
         assert got.out.loss.isnan() and got.grads["weight"].isnan().any(), lengths
@@ -412,12 +412,38 @@ def test_memory_is_bounded_on_a_gpu(frozen: bool) -> None:
         del hidden
 
 
+@gpu
+@levels
+def test_no_wait_for_the_device(level: Any) -> None:
+    """Rows are left out, chunks cut and gradients summed without the host ever asking the GPU for a number."""
+    batch, head = make_linear(15, lengths=(3, 2, 0, 4), bias=True)
+    hidden, leaves = batch.logits.cuda().requires_grad_(), head.to("cuda").leaves()
+    options = {k: to(v, "cuda") for k, v in batch.given().items()} | {"lengths": [3, 2, 0, 4], "temperature": 0.7}
+    tokens, mask, config = batch.tokens.cuda(), batch.mask.cuda(), config_for(importance_level=level)
+
+    def loss() -> Any:
+        return linear_token_loss(hidden, leaves.weight, tokens, mask, config, bias=leaves.bias, denominator=7.0,
+                                 workspace_bytes=budget(head, 4), **options).loss  # fmt: skip
+
+    expected = loss()
+    expected.backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = loss()
+        again.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(again, expected)
+
+
 # ---- bits -----------------------------------------------------------------------------------------------------------
 
 
 @backends
 @levels
 def test_the_same_bits_every_time(backend: str, level: Any) -> None:
+    if backend == "torch" and DEVICE == "cuda":
+        pytest.skip("PyTorch's own sums over completions are atomic on a GPU")
     batch, head = make_linear(16, lengths=(5, 3, 1, 4), vocab=130)
     more = {"temperature": EACH, "workspace_bytes": budget(head, 16)}
     one, two = (run(backend, batch, head, config_for(importance_level=level), **more) for _ in range(2))

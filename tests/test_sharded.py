@@ -20,7 +20,7 @@ from conftest import unavailable
 from kernels_for_tests import EACH, config_for
 from linear_for_tests import BACKENDS, Head, call, gradients, make_linear
 
-from mdpgrpo_fast import linear_ops, sharded
+from mdpgrpo_fast import linear_select, sharded
 from mdpgrpo_fast.heads import effective_weight
 from mdpgrpo_fast.linear import linear_token_logprobs, linear_token_loss
 
@@ -111,7 +111,7 @@ def masked(rank: int, ranks: int, backend: str) -> Any:
     batch, head = make_linear(1, LENGTHS, vocab=VOCAB)
     mine = slice(rank * VOCAB // ranks, (rank + 1) * VOCAB // ranks)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear_ops, "may_look", lambda device: False)
+        patch.setattr(linear_select, "may_look", lambda device: False)
         more = {"vocab_group": dist.group.WORLD, "backend": backend}
         scored = linear_token_logprobs(batch.logits, head.weight[mine], batch.tokens, batch.mask, **more)
         out = call(backend, batch.logits, Head(head.weight[mine]), batch, config_for(), vocab_group=dist.group.WORLD)
