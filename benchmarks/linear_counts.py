@@ -46,7 +46,7 @@ def size() -> Chunking:
     properties = type("Properties", (), {"multi_processor_count": MULTIPROCESSORS})
     with mock.patch.object(torch.cuda, "get_device_properties", lambda device: properties):
         row = bytes_per_row(VOCAB, torch.bfloat16, False)
-        return chunking(VOCAB, WIDTH, row, BUDGET, torch.device("cuda"))
+        return chunking(WIDTH, row, BUDGET, torch.device("cuda"))
 
 
 def count(hidden: bool, weight: bool, sequence: bool, two: bool) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def bytes_per_row(vocab: int, dtype: torch.dtype, fp32_logits: bool) -> int:
     return vocab * (dtype.itemsize + 4 if fp32_logits and dtype.itemsize == 2 else dtype.itemsize)
 
 
-def chunking(vocab: int, width: int, row_bytes: int, budget: int, device: torch.device) -> Chunking:
+def chunking(width: int, row_bytes: int, budget: int, device: torch.device) -> Chunking:
     """As many rows as the budget holds, in whole tiles; on a GPU fewer where the d hidden matmul fills it better."""
     most = max(1, budget // row_bytes)
     if device.type != "cuda":
@@ -126,14 +126,14 @@ def accumulate(out: Tensor, gradient: Tensor, hidden: Tensor, first: bool) -> No
 class Head:
     """hidden (B, L, D), of which some rows take part, and the linear layer after it, chunk by chunk.
 
-    index: (N,) the rows that take part, flat; None: all. dtype: of the matmuls.
+    index: (N,) the rows that take part, flat; None: all. The matmuls have the dtype of hidden.
     """
 
     def __init__(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor | None, rows: Rows, scale: float,
         needs: Needs, chunks: list[tuple[int, int]], size: Chunking, fp32_logits: bool, group: str,
     ) -> None:  # fmt: skip
-        self.hidden, self.index, self.rows, self.scale, self.needs = hidden, index, rows, scale, needs
+        self.hidden, self.index, self.rows, self.scale = hidden, index, rows, scale
         self.weight, self.bias = (None if x is None else x.detach().to(hidden.dtype) for x in (weight, bias))
         self.group, self.size = group, size
         vocab, width, device = len(weight), hidden.shape[2], hidden.device

@@ -33,11 +33,11 @@ from .linear_select import Selection, select
 from .reference import TOTALS, Layout, default_denominator, token_shares
 
 
-def _spread(x: Tensor, index: Tensor | None, n: int, fill: float = 0.0) -> Tensor:
-    """(..., N) of the rows that took part as (..., T)."""
+def _spread(x: Tensor, index: Tensor | None, n: int) -> Tensor:
+    """(..., N) of the rows that took part as (..., T), 0 at the others."""
     if index is None:
         return x
-    return x.new_full((*x.shape[:-1], n), fill).index_copy_(-1, index, x)
+    return x.new_zeros((*x.shape[:-1], n)).index_copy_(-1, index, x)
 
 
 def _token_loss(
@@ -127,7 +127,7 @@ def _token_loss(
 def _size(hidden: Tensor, weight: Tensor, fp32_logits: bool, workspace_bytes: int) -> Chunking:
     vocab, width = weight.shape
     row = bytes_per_row(vocab, hidden.dtype, fp32_logits)
-    return chunking(vocab, width, row, workspace_bytes, hidden.device)
+    return chunking(width, row, workspace_bytes, hidden.device)
 
 
 class _Logprobs(NamedTuple):

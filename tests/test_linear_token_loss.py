@@ -476,9 +476,9 @@ def test_a_log_prob_does_not_depend_on_its_company(backend: str, dtype: str) -> 
 
 def test_chunks_follow_the_budget_and_whole_tiles() -> None:
     cpu = torch.device("cpu")
-    assert linear_chunks.chunking(32000, 8, 128000, 256 << 20, cpu) == (2096, 16)
-    assert linear_chunks.chunking(32000, 8, 128000, 128000, cpu) == (1, 1), "a row is always held"
-    assert linear_chunks.chunking(32000, 8, 128000, 7 * 128000, cpu) == (7, 7)
+    assert linear_chunks.chunking(8, 128000, 256 << 20, cpu) == (2096, 16)
+    assert linear_chunks.chunking(8, 128000, 128000, cpu) == (1, 1), "a row is always held"
+    assert linear_chunks.chunking(8, 128000, 7 * 128000, cpu) == (7, 7)
     assert linear_chunks.bytes_per_row(100, torch.bfloat16, False) == 200
     assert linear_chunks.bytes_per_row(100, torch.bfloat16, True) == 600
     assert linear_chunks.bytes_per_row(100, torch.float32, True) == 400
@@ -493,7 +493,7 @@ def test_chunks_on_a_gpu_fill_it(
 ) -> None:  # fmt: skip
     """132 multiprocessors, bf16, 256 MiB: thousands of rows, not Liger's hundreds, and calls of one size."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: type("P", (), {"multi_processor_count": 132}))
-    assert linear_chunks.chunking(vocab, width, 2 * vocab, 256 << 20, torch.device("cuda")) == (rows, call)
+    assert linear_chunks.chunking(width, 2 * vocab, 256 << 20, torch.device("cuda")) == (rows, call)
 
 
 def test_plans_cover_every_row_once_and_divide_no_completion() -> None:
