@@ -24,7 +24,9 @@ $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
-$(VENV)/.setup: $(VENV)/.python pyproject.toml setup.py constraints.txt
+CSRC := $(wildcard csrc/*.h csrc/*/*)
+
+$(VENV)/.setup: $(VENV)/.python pyproject.toml setup.py constraints.txt $(CSRC)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	touch $@
 

@@ -1,5 +1,94 @@
-"""Package build. Metadata lives in pyproject.toml; compiled parts of csrc/ will be declared here."""
+"""Builds csrc/: the CPU kernels with any C++17 compiler, the Hopper kernel with a CUDA toolkit. See pyproject.toml too.
 
-from setuptools import setup
+MDPGRPO_BUILD=auto (default) builds what the tools here allow and leaves out the rest; cpu and cuda (cpu too) fail where
+they cannot; none builds nothing. Nothing of torch, of Python's headers or of a GPU is needed: the libraries bind to
+libtorch's stable C ABI when they are loaded.
+"""
 
-setup()
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+CSRC = Path("csrc")
+FLAGS = "-std=c++17 -O3 -ffp-contract=fast -fvisibility=hidden -Wall -Wextra -Werror".split()
+FLAGS += os.environ.get("MDPGRPO_CXXFLAGS", "").split()
+ARCHITECTURES = ("90a", "100a")
+wish = os.environ.get("MDPGRPO_BUILD", "auto")
+
+
+def cuda_compiler() -> str | None:
+    """nvcc of the toolkit that CUDA_HOME names, or that is on the path; whether there is a GPU does not matter."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return shutil.which("nvcc", path=str(Path(home) / "bin") if home else None)
+
+
+def extensions() -> list[Extension]:
+    if wish not in ("auto", "cpu", "cuda", "none"):
+        sys.exit(f"MDPGRPO_BUILD must be auto, cpu, cuda or none, not {wish!r}")
+    if wish == "none" or (wish == "auto" and sys.platform not in ("linux", "darwin")):
+        return []
+    found = [("cpu", CSRC.glob("cpu/*.cpp"))]
+    if wish == "cuda" or (wish == "auto" and cuda_compiler()):
+        found.append(("cuda", CSRC.glob("cuda/*.cu")))
+    headers = sorted(map(str, [*CSRC.rglob("*.h"), *CSRC.rglob("*.inl")]))
+    return [
+        Extension(f"mdpgrpo_fast._{part}", sorted(map(str, files)), depends=headers, py_limited_api=True)
+        for part, files in found
+    ]
+
+
+class Build(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name))
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.build_cuda(ext, target) if ext.name.endswith("cuda") else self.build_cpu(ext, target)
+        except Exception as e:  # a compiler that is missing, too old or refuses: the package works without this part
+            if wish != "auto":
+                raise
+            target.unlink(missing_ok=True)
+            print(f"\nmdpgrpo_fast: {ext.name} is left out, it could not be built: {e}\n", file=sys.stderr)
+
+    def torch_libraries(self, *names: str) -> list[str]:
+        """Link flags against empty libraries of torch's names: when ours is loaded, torch's own are there already."""
+        if sys.platform == "darwin":
+            return ["-undefined", "dynamic_lookup"]
+        folder = Path(self.build_temp).absolute() / "torch"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "empty.c").write_text("")
+        compiler = self.compiler.compiler_so[0]
+        for name in names:
+            self.spawn([compiler, "-shared", f"-Wl,-soname,{name}", "-o", str(folder / name), str(folder / "empty.c")])
+        return [f"-L{folder}", *(f"-l{name.removeprefix('lib').removesuffix('.so')}" for name in names)]
+
+    def build_cpu(self, ext: Extension, target: Path) -> None:
+        objects = self.compiler.compile(
+            ext.sources, output_dir=self.build_temp, extra_postargs=FLAGS, depends=ext.depends
+        )
+        link = ["-Wl,--no-as-needed", *self.torch_libraries("libtorch_cpu.so")] if sys.platform == "linux" else []
+        link = link or self.torch_libraries()
+        self.compiler.link_shared_object(
+            objects, str(target), extra_postargs=[*FLAGS, *link], target_lang="c++"
+        )  # fmt: skip
+
+    def build_cuda(self, ext: Extension, target: Path) -> None:
+        nvcc = cuda_compiler()
+        if nvcc is None:
+            raise RuntimeError("there is no nvcc; CUDA_HOME has to name a CUDA toolkit")
+        torch = self.torch_libraries("libtorch_cpu.so", "libtorch_cuda.so")
+        codes = [x for a in ARCHITECTURES for x in ("-gencode", f"arch=compute_{a},code=sm_{a}")]
+        host = ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra", "-Xlinker", "--no-as-needed"]
+        self.spawn([nvcc, "-std=c++17", "-O3", "-shared", *codes, *host, *ext.sources, *torch, "-o", str(target)])
+
+
+ext_modules = extensions()
+setup(
+    ext_modules=ext_modules,
+    cmdclass={"build_ext": Build},
+    # No symbol of Python is used at all: one wheel serves them all.
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if ext_modules else {},
+)

@@ -29,7 +29,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from mdpgrpo_fast.kernels import advantages, logprobs, objective, token_loss, tuning
-from mdpgrpo_fast.kernels.token_loss import Flags, Numbers
+from mdpgrpo_fast.schemas import Flags, Numbers
 
 ARCHITECTURES = (80, 90, 100, 120)
 # Registers, shared memory (bytes) and threads of one multiprocessor (CUDA programming guide, compute capabilities).

@@ -227,8 +227,9 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16", "auto"] = knob(
         "float32", "dtype of the trained weights; in bfloat16 small updates round away (mixed_precision saves memory)"
     )
-    backend: Literal["auto", "torch", "triton"] = knob(
-        "auto", "of the loss: fused Triton kernels, or plain PyTorch; auto takes triton on a GPU"
+    backend: Literal["auto", "torch", "triton", "cpu", "cuda"] = knob(
+        "auto",
+        "of the loss: triton, cpu and cuda are fused kernels, torch is the reference; auto: triton on a GPU, else cpu",
     )
     lm_head: Literal["auto", "fused", "logits"] = knob(
         "auto",

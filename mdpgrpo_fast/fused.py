@@ -23,8 +23,6 @@ AGGREGATION = ("grpo", "dapo", "dr_grpo", "bnpo")
 
 
 def _op(backend: str, name: str) -> Any:
-    from .kernels import library  # noqa: F401  registers the ops
-
     return getattr(torch.ops.mdpgrpo_fast, f"{backend}_{name}")
 
 

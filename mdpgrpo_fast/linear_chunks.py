@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import sharded
-from .linear_rows import Rows, TorchRows, TritonRows, Weighed, logprobs_of
+from .linear_rows import Engine, Rows, Weighed, logprobs_of
 
 # Rows of one tile of a GPU's matmul, and the most rows of one matmul for logits. That matmul has the same size for
 # every chunk, the last one padded: the order of its sums, and so a row's log-prob, never depends on the batch.
@@ -228,9 +228,6 @@ class Head:
 
 
 # ---- passes over all chunks -----------------------------------------------------------------------------------------
-
-
-Engine = TorchRows | TritonRows
 
 
 def score(head: Head, engine: Engine, z: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:

@@ -213,7 +213,7 @@ def _token_logprobs_backward(
 
 def _scale(x: Tensor, scale: Tensor, backend: str) -> None:
     """x *= scale. A scale of 1 costs no traffic: on the CPU it is looked at, a kernel looks for itself."""
-    if backend == "triton" and x.ndim > 1:
+    if backend in ("triton", "cuda") and x.ndim > 1:
         from .kernels.token_loss import launch_scale
 
         launch_scale(x if x.ndim == 3 else x[None], scale, tuned=False)

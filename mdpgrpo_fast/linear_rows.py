@@ -259,16 +259,16 @@ def kl_slope(logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
     return torch.where(gap > reference.KL_EXPONENT_MAX, 0, 1 - gap.clamp(max=reference.KL_EXPONENT_MAX).exp())
 
 
-class TritonRows:
+class KernelRows:
     """In the kernels of the fused ops; float32 arithmetic."""
 
-    def __init__(self, settings: Settings, dtype: torch.dtype) -> None:
-        from .kernels import logprobs, objective
+    dtype = torch.float32
+    # Modules that have launch_logprobs and launch_logprobs_backward, and launch_objective and launch_totals.
+    logprobs: Any
+    objectives: Any
 
+    def __init__(self, settings: Settings, dtype: torch.dtype) -> None:
         self.settings = settings
-        self.logprobs: Any = logprobs
-        self.kernels: Any = objective
-        self.dtype = torch.float32
 
     def _common(self, z: Tensor, rows: Rows) -> Any:
         # No map of completions and none of them counted: every knob is one per row.
@@ -298,7 +298,7 @@ class TritonRows:
     ) -> Weighed:
         s, mask, completion = self.settings, rows.mask, rows.completion
         rest: Any = rows[3:]
-        found = self.kernels.launch_objective(
+        found = self.objectives.launch_objective(
             statistics, logprobs, None if mask is None else mask.view(torch.uint8), completion, count, *rest,
             lengths, denominator, s[:5], s.sequence, s.estimator, s.aggregation == "grpo", s.rescale, s.two,
         )  # fmt: skip
@@ -308,7 +308,29 @@ class TritonRows:
         self, rows: Tensor, marks: Tensor, mask: Tensor | None, completion: Tensor, count: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         bytes_ = None if mask is None else mask.view(torch.uint8)
-        return self.kernels.launch_totals(rows, marks, bytes_, completion, count)
+        return self.objectives.launch_totals(rows, marks, bytes_, completion, count)
 
 
-ENGINES: dict[str, type[TorchRows] | type[TritonRows]] = {"torch": TorchRows, "triton": TritonRows}
+class TritonRows(KernelRows):
+    def __init__(self, settings: Settings, dtype: torch.dtype) -> None:
+        from .kernels import logprobs, objective
+
+        super().__init__(settings, dtype)
+        self.logprobs, self.objectives = logprobs, objective
+
+
+class CompiledRows(KernelRows):
+    def __init__(self, settings: Settings, dtype: torch.dtype) -> None:
+        from . import compiled
+
+        super().__init__(settings, dtype)
+        self.logprobs = self.objectives = compiled
+
+
+Engine = TorchRows | KernelRows
+ENGINES: dict[str, type[TorchRows] | type[KernelRows]] = {
+    "torch": TorchRows,
+    "triton": TritonRows,
+    "cpu": CompiledRows,
+    "cuda": TritonRows,  # csrc/cuda is for logits that are there whole
+}

@@ -42,7 +42,7 @@ def advantages(
         valid: bool, of the rewards' shape: completions whose reward counts; the others get A = 0. Default: all.
         groups: (B,) group 0 .. P-1 of each completion, where completions of a group are not neighbours.
         check_values: look for non-finite rewards and K < 1; default: where looking is free, on the CPU.
-        backend: "auto", "torch" or "triton"; triton computes in float32.
+        backend: "auto", "torch", "triton", "cpu" or "cuda"; all but torch give float32.
 
     Returns: Advantages with mean, std (P,) and z, delta, advantage, kl_beta of the rewards' shape.
     Raises: ValueError for a shape that does not fit, a non-finite reward, K < 1, a group that is not of size G, or a
@@ -52,10 +52,11 @@ def advantages(
     if groups is not None:
         rewards, valid, slots = _by_group(rewards, valid, groups, config.num_generations)
     check_rewards(rewards, num_constraints, valid, config.num_generations, check_values)
-    if choose(backend, rewards.device, _as_kernel_dtype(rewards)) == "torch":
+    name = choose(backend, rewards.device, _as_kernel_dtype(rewards))
+    if name == "torch":
         out = _reference_advantages(rewards, num_constraints, config, valid)
     else:
-        out = fused.advantages("triton", rewards, num_constraints, config, valid)
+        out = fused.advantages(name, rewards, num_constraints, config, valid)
     if slots is None:
         return out
     each = {n: getattr(out, n).flatten()[slots].view(shape) for n in ("z", "delta", "advantage", "kl_beta")}
@@ -112,14 +113,14 @@ def token_loss(
         epsilon_low, epsilon_high: knobs, clip range; default: the config's.
         softcap: final logit soft-cap still to be applied (a model's own forward has applied it).
         denominator: what the sum is divided by, for the batch of all micro-batches and ranks; default: this one's.
-        in_place: triton only: the gradient overwrites the logits, which no one may use again; saves their memory. Not
-            for float16, whose gradient is kept in float32 until the loss scale has reached it.
+        in_place: not with torch: the gradient overwrites the logits, which no one may use again; saves their memory.
+            Not for float16, whose gradient is kept in float32 until the loss scale has reached it.
         check_values: look for tokens, rewards, temperatures out of range; default: where looking is free, on the CPU.
             Elsewhere they give a NaN loss.
-        backend: "auto", "torch" or "triton".
+        backend: "auto", "torch", "triton", "cpu" or "cuda".
 
-    Returns: TokenLoss; `.loss` is a scalar with gradient. triton computes in float32 and writes the gradient in this
-        call, in the dtype of the logits; the backward pass only scales it.
+    Returns: TokenLoss; `.loss` is a scalar with gradient. All but torch compute in float32 and write the gradient in
+        this call, in the dtype of the logits; the backward pass only scales it.
     Raises: ValueError naming the argument that does not fit, or why the backend cannot run; ConfigError for an unknown.
     """
     if rewards is not None and num_completions is None and completion is not None:

@@ -14,11 +14,13 @@ from conftest import LossInputs, make_inputs
 from torch import Tensor
 
 from mdpgrpo_fast import ops
+from mdpgrpo_fast.backends import refuses
 from mdpgrpo_fast.config import MDPGRPOConfig
 from mdpgrpo_fast.reference import TokenLoss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ["triton"]
+# Of the fused ones, those that this machine can run (test_backends.py says why the others are not there).
+BACKENDS = ["triton", *(name for name in ("cpu", "cuda") if not refuses(name, torch.device(DEVICE), torch.float32))]
 ALL_BACKENDS = ["torch", *BACKENDS]
 MAX_LENGTH = 5
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -15,8 +15,6 @@ from mdpgrpo_fast.config import MDPGRPOConfig
 from mdpgrpo_fast.linear import linear_token_loss
 from mdpgrpo_fast.reference import TokenLoss, linear_logits
 
-BACKENDS = ["torch", "triton"]
-
 
 @dataclass
 class Head:

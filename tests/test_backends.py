@@ -32,9 +32,9 @@ from kernels_for_tests import (
 )
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from mdpgrpo_fast import backends, fused, ops, reference
+from mdpgrpo_fast import backends, fused, ops, reference, schemas
 from mdpgrpo_fast.config import ConfigError
-from mdpgrpo_fast.kernels import advantages, common, completions, library, logprobs, objective, token_loss, tuning
+from mdpgrpo_fast.kernels import advantages, common, completions, logprobs, objective, token_loss, tuning
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -51,8 +51,11 @@ def test_an_explicit_choice_runs_or_says_why_not(monkeypatch: pytest.MonkeyPatch
         assert backends.choose("triton", CPU, dtype) == "triton"
     with pytest.raises(ValueError, match=r"cannot run: it takes bfloat16, float16, float32, not float64$"):
         backends.choose("triton", CPU, torch.float64)
-    with pytest.raises(ValueError, match=r"cannot run: it runs on CUDA devices, not on meta$"):
-        backends.choose("triton", torch.device("meta"), torch.float32)
+    for backend, where in (("triton", "CUDA devices"), ("cuda", "CUDA devices"), ("cpu", "the CPU")):
+        with pytest.raises(ValueError, match=rf"cannot run: it runs on {where}, not on meta$"):
+            backends.choose(backend, torch.device("meta"), torch.float32)
+    with pytest.raises(ValueError, match=r"^backend 'cuda' cannot run: it runs on CUDA devices, not on the CPU$"):
+        backends.choose("cuda", CPU, torch.float32)
     assert backends.choose("torch", torch.device("meta"), torch.float64) == "torch"
     with pytest.raises(ConfigError, match="unknown backend 'tirton'; did you mean 'triton'"):
         backends.choose("tirton", CPU, torch.float32)
@@ -64,11 +67,15 @@ def test_an_old_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         backends.choose("triton", CUDA, torch.float16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     assert backends.choose("auto", CUDA, torch.float16) == "triton"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (12, 0))
+    with pytest.raises(ValueError, match=r"'cuda' .* needs compute capability 9.0 or 10.0, not \(12, 0\)"):
+        backends.choose("cuda", CUDA, torch.float16)
 
 
 def test_kernels_that_cannot_be_imported_are_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mdpgrpo_fast.kernels", None)
-    reason = backends._triton_missing.__wrapped__()
+    monkeypatch.delitem(sys.modules, "mdpgrpo_fast.kernels.library")
+    reason = backends._missing.__wrapped__("triton")
     assert reason.startswith("its kernels cannot be imported: ModuleNotFoundError")
 
 
@@ -80,18 +87,27 @@ def test_auto_says_once_what_it_takes_and_why(
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with caplog.at_level(logging.INFO, logger="mdpgrpo_fast"):
         for _ in range(3):
-            assert backends.choose("auto", CPU, torch.float32) == "torch", "the interpreter is never chosen unasked"
+            assert backends.choose("auto", CPU, torch.float32) == "cpu", "the interpreter is never chosen unasked"
+            assert backends.choose("auto", CPU, torch.float64) == "torch"
         backends.choose("torch", CPU, torch.float32)
         backends.choose("triton", CPU, torch.float32)
+        monkeypatch.setattr(backends, "_missing", lambda backend: "no compiler")
+        assert backends.choose("auto", CPU, torch.float32) == "torch"
         said = [(r.levelname, r.message) for r in caplog.records]
-        assert said == [("INFO", "backend torch: the tensors are on the CPU")]
+        assert said == [
+            ("INFO", "backend cpu: the tensors are torch.float32 on cpu"),
+            ("INFO", "backend torch, not cpu: it takes bfloat16, float16, float32, not float64"),
+            ("WARNING", "backend torch, not cpu: no compiler"),
+        ]
+        monkeypatch.undo()
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
         caplog.clear()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
         for dtype in (torch.bfloat16, torch.float64) * 2:
             backends.choose("auto", CUDA, dtype)
     assert [(r.levelname, r.message) for r in caplog.records] == [
         ("INFO", "backend triton: the tensors are torch.bfloat16 on cuda"),
-        ("WARNING", "backend torch: it takes bfloat16, float16, float32, not float64"),
+        ("WARNING", "backend torch, not triton: it takes bfloat16, float16, float32, not float64"),
     ]
 
 
@@ -102,7 +118,9 @@ def test_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     assert lines[0].startswith(f"torch {torch.__version__}, triton ")
     assert lines[1] == "CPU:" and lines[2].startswith("  torch   ready")
     assert re.match(r"  triton  not here: .*TRITON_INTERPRET=1", lines[3])
-    assert lines[4].startswith("  auto    takes torch")
+    assert re.match(r"  cpu     ready: compiled kernels \((avx512|avx2|plain)\)", lines[4])
+    assert re.match(r"  cuda    not here: ", lines[5])
+    assert lines[6].startswith("  auto    takes cpu")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     backends.backend_report()
     assert "  triton  ready" in capsys.readouterr().out
@@ -111,7 +129,7 @@ def test_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
 def test_constants_of_kernels_and_reference_agree() -> None:
     assert common.KL_EXPONENT_MAX.value == reference.KL_EXPONENT_MAX
     assert common.RATIO_EXPONENT_MAX.value == reference.RATIO_EXPONENT_MAX
-    assert token_loss.TOTALS == reference.TOTALS
+    assert schemas.TOTALS == reference.TOTALS
     assert [common.K1.value, common.K2.value, common.K3.value] == [1, 2, 3]
     goals = (common.HALF.value, common.MAX_HALF_MEAN.value, common.MEAN.value)
     assert [fused.GOAL_MEAN[i] for i in goals] == ["half", "max_half_mean", "mean"]
@@ -203,7 +221,7 @@ def test_opcheck(backend: str, recorded: list[tuple[Any, tuple[Any, ...]]]) -> N
     torch.autograd.grad(at.sum(), leaf)
     rewards, k = (REWARDS[n].to(DEVICE) for n in ("rewards", "num_constraints"))
     ops.advantages(rewards, k, config_for(), backend=backend)
-    assert {op._schema.name for op, _ in recorded} == {f"mdpgrpo_fast::{backend}_{name}" for name in library.SCHEMAS}
+    assert {op._schema.name for op, _ in recorded} == {f"mdpgrpo_fast::{backend}_{name}" for name in schemas.SCHEMAS}
     for op, args in list(recorded):
         torch.library.opcheck(op, args)
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from kernels_for_tests import ALL_BACKENDS, BACKENDS
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
 from mdpgrpo_fast import evaluate, ops, train
@@ -87,17 +88,18 @@ def test_fused_kernels_train_as_the_reference_does(tmp_path: Path) -> None:
     """Ten steps of the embedded default (fewer prompts a step): every logged metric agrees to 1e-4."""
     small = ["--steps", "10", "--prompts-per-step", "1", "--max-completion-length", "24", "--eval-samples", "4"]
     logged = {}
-    for backend in ("torch", "triton"):
+    for backend in ALL_BACKENDS:
         AcceleratorState._reset_state(True)
         assert train.main(["--output-dir", str(tmp_path / backend), "--backend", backend, *small]) == 0
         lines = (tmp_path / backend / "metrics.jsonl").read_text().splitlines()
         logged[backend] = [r for r in map(json.loads, lines) if "eval" not in r]
-    assert len(logged["torch"]) == len(logged["triton"]) == 10
-    for torchs, tritons in zip(logged["torch"], logged["triton"], strict=True):
-        assert torchs.keys() == tritons.keys()
-        for name, value in torchs.items():
-            if isinstance(value, (int, float)) and name not in ("tokens_per_second", "memory_mb"):
-                assert tritons[name] == pytest.approx(value, abs=1e-4), (torchs["step"], name)
+    assert len(logged["torch"]) == 10
+    for backend in BACKENDS:
+        for ours, theirs in zip(logged[backend], logged["torch"], strict=True):
+            assert ours.keys() == theirs.keys()
+            for name, value in theirs.items():
+                if isinstance(value, (int, float)) and name not in ("tokens_per_second", "memory_mb"):
+                    assert ours[name] == pytest.approx(value, abs=1e-4), (backend, theirs["step"], name)
 
 
 @pytest.mark.parametrize("knobs", [{}, {"lm_head": "fused", "workspace_mb": 1}, {"skip_idle": True}], ids=str)

@@ -10,14 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..schemas import STATISTICS
 from .common import LOG2E, _completion_of, _read_row, _target, _temperature, _token, _write_gradient, _write_zeros
 from .tuning import grid_for, launch_options, on_device, per_row, tile_for
 
 # Pointers to vectors that may begin anywhere (see token_loss).
 SMALL = """tokens_ptr mask_ptr completion_ptr temperature_ptr logprobs_ptr statistics_ptr grad_logprobs_ptr
 grad_kl_ptr""".split()
-# Rows of the (5, N) statistics: maximum, log Σ exp, entropy, log Σ exp at the KL temperature, z of the token.
-STATISTICS = 5
 
 
 @triton.jit(

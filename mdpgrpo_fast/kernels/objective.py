@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..schemas import MARKS, ROWS, TOTALS
 from .common import _objective, _share, _value
 from .completions import _completions_kernel, _totals_kernel
-from .token_loss import BLOCK_ROWS, MARKS, ROWS, TOTALS
+from .token_loss import BLOCK_ROWS
 from .tuning import on_device
 
 BLOCK = 256

@@ -9,13 +9,13 @@ Up to three launches: `_completions_kernel` (lengths, and what couples the token
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..schemas import MARKS, ROWS, TOTALS, Flags, Numbers
 from .common import (
     LOG2E,
     _columns,
@@ -37,49 +37,11 @@ from .tuning import CANDIDATES, Tile, fit, grid_for, launch_options, on_device, 
 BLOCK_ROWS = 1024  # rows of (N,) vectors that one program of the small kernels takes at a time
 
 
-class Numbers(NamedTuple):
-    """The real-valued knobs, in the order of the op's `numbers` argument. 0 is "off" for delta and softcap."""
-
-    temperature: float
-    epsilon_low: float
-    epsilon_high: float
-    delta: float
-    softcap: float
-    kl_temperature: float
-    alpha: float
-    prospect_beta: float
-    prospect_gain: float
-    prospect_loss: float
-    kl_beta_pos: float
-    kl_beta_neg: float
-
-
-class Flags(NamedTuple):
-    """The discrete knobs, in the order of the op's `flags` argument."""
-
-    sequence: bool  # importance ratio per completion
-    estimator: int  # 1, 2, 3: k1, k2, k3
-    aggregation: int  # 0 grpo, 1 dapo, 2 dr_grpo, 3 bnpo
-    rescale: bool  # multiply the policy term by τ
-    two_temperatures: bool  # the KL's log-probs are at another temperature than the policy's
-    group_size: int  # G
-    sample_std: bool
-    goal_mean: int  # 0 half, 1 max_half_mean, 2 mean
-    binomial: bool
-    prospect: bool
-    prospect_on_goal: bool
-
-
 # Pointers to vectors that may begin anywhere, as slices of a batch do: read one element at a time, they gain nothing
 # from being aligned, and a kernel for every combination would be compiled.
 SMALL = """tokens_ptr mask_ptr completion_ptr old_ptr ref_ptr weight_ptr temperature_ptr low_ptr high_ptr advantage_ptr
 beta_ptr rewards_ptr constraints_ptr valid_ptr slots_ptr denominator_ptr lengths_ptr ratio_ptr slope_ptr statistics_ptr
 rows_ptr marks_ptr""".split()
-
-# Rows of the (5, N) float32 output and of the (3, N) bool one, and the members of the (8,) totals.
-ROWS = ("logprobs", "entropy", "kl", "ratio", "loss")
-MARKS = ("clipped_low", "clipped_high", "kl_clamped")
-TOTALS = ("tokens", "kl", "entropy", "clip_low", "clip_high", "ratio_mean", "ratio_max", "kl_clamped")
 
 
 @triton.jit(

@@ -1,0 +1,728 @@
+// The ops `mdpgrpo_fast::_cpu_*`: raw arguments in, everything checked, rows in parallel. mdpgrpo_fast/compiled.py
+// prepares the arguments; an argument that is not given is an empty tensor.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include "../method.h"
+#include "../torch_abi.h"
+#include "rows.h"
+
+namespace mdpgrpo {
+namespace {
+
+constexpr double LOG2E = 1.4426950408889634074;
+constexpr double NOT_A_NUMBER = std::numeric_limits<double>::quiet_NaN();
+// Gradients beyond this size are written past the caches: who reads them next finds little of them there anyway.
+constexpr int64_t STREAMING_BYTES = int64_t{8} << 20;
+constexpr int64_t GRAIN = 1 << 15;  // logits that are worth a thread
+
+template <class F>
+void parallel(int64_t n, int64_t grain, const F& body) {
+  const auto call = [](int64_t begin, int64_t end, void* context) {
+    (*static_cast<const F*>(context))(begin, end);
+  };
+  check(torch_parallel_for(0, n, std::max<int64_t>(grain, 1), call, const_cast<F*>(&body)) == 0, "a thread has failed");
+}
+
+// ---- arguments ------------------------------------------------------------------------------------------------------
+
+// (B, L, V), unit stride in V, as rows.
+struct Logits {
+  char* data;
+  int64_t batch, length, vocab, stride_b, stride_l, item;
+  Element element;
+
+  Logits(const Tensor& t) {
+    check(t.dim() == 3, t.name(), " must have 3 dimensions, not ", std::to_string(t.dim()));
+    check(t.size(2) == 1 || t.stride(2) == 1, t.name(), " must have unit stride in the vocabulary");
+    check(t.dtype() == DType::float32 || t.dtype() == DType::bfloat16 || t.dtype() == DType::float16, t.name(),
+          " must be float32, bfloat16 or float16, not ", name_of(t.dtype()));
+    element = t.dtype() == DType::float32 ? F32 : t.dtype() == DType::bfloat16 ? BF16 : F16;
+    item = element == F32 ? 4 : 2;
+    data = static_cast<char*>(t.data());
+    batch = t.size(0), length = t.size(1), vocab = t.size(2);
+    stride_b = t.stride(0), stride_l = t.stride(1);
+    check(vocab > 0 || rows() == 0, t.name(), " has an empty vocabulary");
+  }
+  int64_t rows() const { return batch * length; }
+  void* row(int64_t i) const { return data + (i / length * stride_b + i % length * stride_l) * item; }
+};
+
+// Where the gradient goes, if anywhere.
+struct Gradient {
+  bool wanted, streaming = false;
+  Logits to;
+
+  Gradient(const Tensor& t, const Logits& logits) : wanted(t.numel() > 0), to(wanted ? Logits(t) : logits) {
+    check(to.batch == logits.batch && to.length == logits.length && to.vocab == logits.vocab, t.name(),
+          " must have the shape of the logits");
+    if (!wanted || to.data == logits.data) return;
+    const int64_t bytes = t.numel() * to.item;
+    streaming = bytes >= STREAMING_BYTES;
+#ifdef MADV_HUGEPAGE
+    // Fresh memory costs a page fault every 4 KiB otherwise, which takes longer than all the arithmetic.
+    constexpr uintptr_t huge = uintptr_t{2} << 20;
+    const uintptr_t start = (reinterpret_cast<uintptr_t>(to.data) + 4095) & ~uintptr_t{4095};
+    if (t.contiguous() && static_cast<uintptr_t>(bytes) >= 2 * huge)
+      madvise(reinterpret_cast<void*>(start), (static_cast<size_t>(bytes) - 4096) & ~size_t{4095}, MADV_HUGEPAGE);
+#endif
+  }
+  void zero(int64_t i) const { std::memset(to.row(i), 0, static_cast<size_t>(to.vocab * to.item)); }
+};
+
+// A number, or a tensor with one value per completion or per row.
+struct Knob {
+  const float* each = nullptr;
+  bool per_row = false;
+  double number = 1;
+
+  Knob(double x) : number(x) {}
+  Knob(const Tensor& t, int64_t n_rows, int64_t n_completions, double x) : number(x) {
+    if (t.numel() == 0) return;
+    per_row = t.numel() != n_completions;
+    each = elements<float>(t, per_row ? n_rows : n_completions);
+  }
+  double at(int64_t completion, int64_t row) const { return each == nullptr ? number : each[per_row ? row : completion]; }
+};
+
+// τ of a row; NaN where it is not above 0, which would give plausible numbers.
+inline double temperature_at(const Knob& knob, int64_t completion, int64_t row) {
+  const double tau = knob.at(completion, row);
+  return tau > 0 ? tau : NOT_A_NUMBER;
+}
+
+// Which completion a row belongs to, and whether it counts.
+struct Layout {
+  int64_t n_rows, row_length, n_completions;
+  const int64_t* completion;  // null: rows lie in order, row_length of each
+  const uint8_t* mask;
+
+  Layout(const Tensor& map, const Tensor& mask_, int64_t n, int64_t length, int64_t count)
+      : n_rows(n), row_length(length), n_completions(count), completion(elements<int64_t>(map, n, true)),
+        mask(elements<uint8_t>(mask_, n, true)) {}
+  bool kept(int64_t row) const { return mask == nullptr || mask[row] != 0; }
+  bool known(int64_t row) const {
+    const int64_t c = raw(row);
+    return c >= 0 && c < n_completions;
+  }
+  int64_t of(int64_t row) const { return known(row) ? raw(row) : 0; }
+
+ private:
+  int64_t raw(int64_t row) const { return completion == nullptr ? row / row_length : completion[row]; }
+};
+
+// ---- advantages -----------------------------------------------------------------------------------------------------
+
+struct AdvantageKnobs {
+  float alpha, prospect_beta, prospect_gain, prospect_loss, kl_beta_pos, kl_beta_neg;
+  bool sample_std;
+  int64_t goal_mean;  // 0 half, 1 max_half_mean, 2 mean
+  bool binomial, prospect, prospect_on_goal;
+
+  // numbers: α, prospect β, λ₊, λ₋, β₊, β₋.
+  AdvantageKnobs(const double* numbers) {
+    float* const to[6] = {&alpha, &prospect_beta, &prospect_gain, &prospect_loss, &kl_beta_pos, &kl_beta_neg};
+    for (int i = 0; i < 6; ++i) *to[i] = static_cast<float>(numbers[i]);
+  }
+};
+
+struct Completion {
+  float z = 0, delta = 0, advantage = 0, beta = 0;
+};
+
+// Statistics, anchors, A and KL coefficient of one prompt's G completions. In float32 on purpose, as the reference has
+// float32 rewards: the mean of 1/6, 1/2, 5/6 is then 1/2, and the sign of A is not decided by the rounding of the rewards.
+void group(const float* rewards, const uint8_t* valid, int64_t size, float constraints, const AdvantageKnobs& o,
+           float& mean, float& std_, Completion* out) {
+  const auto counts = [&](int64_t i) { return valid == nullptr || valid[i] != 0; };
+  float n = 0, total = 0, top = -HUGE_VALF, bottom = HUGE_VALF;
+  for (int64_t i = 0; i < size; ++i) {
+    if (!counts(i)) continue;
+    n += 1, total += rewards[i];
+    top = std::max(top, rewards[i]), bottom = std::min(bottom, rewards[i]);
+  }
+  // Four units in the last place: equal rewards, summed in another order.
+  const float noise = 4 * std::numeric_limits<float>::epsilon() * std::max(std::fabs(top), std::fabs(bottom));
+  const bool constant = n == 0 || top - bottom <= noise;
+  mean = constant && n > 0 ? top : total / std::max(n, 1.0f);
+  mean += total - total;  // NaN where a reward is not finite
+  float square = 0;
+  for (int64_t i = 0; i < size; ++i)
+    if (counts(i)) square += (rewards[i] - mean) * (rewards[i] - mean);
+  std_ = constant ? 0 : std::sqrt(square / std::max(o.sample_std ? n - 1 : n, 1.0f));
+  const float scale = o.sample_std ? std_ + 1e-4f : std::max(std_, 1e-8f);
+  const float goal = o.goal_mean == 0 ? 0.5f : o.goal_mean == 1 ? (mean < 0.5f ? 0.5f : mean) : mean;
+  const float k = constraints >= 1 ? constraints : std::numeric_limits<float>::quiet_NaN();
+  const float goal_scale = std::sqrt((o.binomial ? 1.0f : static_cast<float>(size)) / (4 * k));
+  const auto shape = [&](float v) {
+    return (v < 0 ? o.prospect_loss : o.prospect_gain) * std::tanh(o.prospect_beta * v);
+  };
+  for (int64_t i = 0; i < size; ++i) {
+    Completion c;
+    if (counts(i)) {
+      const float r = constant ? mean : rewards[i];
+      c.z = constant ? 0 : (r - mean) / scale;
+      c.delta = (r - goal) / goal_scale;
+    }
+    const float relative = o.prospect ? shape(c.z) : c.z;
+    const float absolute = o.prospect && o.prospect_on_goal ? shape(c.delta) : c.delta;
+    c.advantage = (1 - o.alpha) * relative + o.alpha * absolute;
+    c.beta = c.advantage < 0 ? o.kl_beta_neg : o.kl_beta_pos;
+    out[i] = c;
+  }
+}
+
+// ---- the objective --------------------------------------------------------------------------------------------------
+
+struct Objective {
+  const Layout& layout;
+  Knob temperature, epsilon_low, epsilon_high, advantage, beta;
+  const float *old_logprobs, *ref_logprobs, *weight;
+  double delta, kl_temperature;
+  bool sequence, rescale, two;
+  int64_t estimator;
+  std::vector<double> lengths, ratio, slope;  // per completion
+
+  double factor(int64_t row, int64_t c) const {
+    return (weight == nullptr ? 1 : weight[row]) * (rescale ? temperature_at(temperature, c, row) : 1);
+  }
+
+  // What couples the tokens of a completion: how many they are; at sequence level its ρ, and Σ over its tokens of
+  // w dJ/dρ ρ / tokens, which each of them has as derivative with respect to its own ℓ. logprobs: null on-policy.
+  void couple(const float* logprobs) {
+    const size_t b = static_cast<size_t>(layout.n_completions);
+    lengths.assign(b, 0), ratio.assign(b, 0), slope.assign(b, 0);
+    for (int64_t row = 0; row < layout.n_rows; ++row) {
+      if (!layout.kept(row) || !layout.known(row)) continue;
+      const size_t c = static_cast<size_t>(layout.of(row));
+      lengths[c] += 1;
+      if (logprobs != nullptr) ratio[c] += static_cast<double>(logprobs[row]) - old_logprobs[row];
+    }
+    if (!sequence) return;
+    std::vector<Ratio<double>> whole(b);
+    for (size_t c = 0; c < b; ++c) {
+      whole[c] = ratio_of(ratio[c] / std::max(lengths[c], 1.0));
+      ratio[c] = whole[c].value;
+    }
+    for (int64_t row = 0; row < layout.n_rows; ++row) {
+      if (!layout.kept(row) || !layout.known(row)) continue;
+      const int64_t i = layout.of(row);
+      const size_t c = static_cast<size_t>(i);
+      const Policy<double> j = policy_of(ratio[c], advantage.at(i, row), epsilon_low.at(i, row), epsilon_high.at(i, row), delta);
+      slope[c] += factor(row, i) * j.slope;
+    }
+    for (size_t c = 0; c < b; ++c) slope[c] *= whole[c].slope / std::max(lengths[c], 1.0);
+  }
+
+  Token<double> at(int64_t row, int64_t c, double logprob, double kl_logprob) const {
+    TokenInputs<double> in;
+    in.logprob = logprob, in.kl_logprob = kl_logprob;
+    in.has_old = old_logprobs != nullptr, in.has_ref = ref_logprobs != nullptr, in.sequence = sequence;
+    in.old_logprob = in.has_old ? old_logprobs[row] : 0;
+    in.ref_logprob = in.has_ref ? ref_logprobs[row] : 0;
+    in.weight = factor(row, c);
+    in.sequence_ratio = sequence ? ratio[static_cast<size_t>(c)] : 1;
+    in.sequence_slope = sequence ? slope[static_cast<size_t>(c)] : 0;
+    in.advantage = advantage.at(c, row), in.beta = beta.at(c, row);
+    in.epsilon_low = epsilon_low.at(c, row), in.epsilon_high = epsilon_high.at(c, row);
+    in.delta = delta;
+    in.estimator = estimator;
+    return token_of(in);
+  }
+};
+
+// The (5, N) rows and (3, N) marks that every caller returns.
+struct Record {
+  int64_t n;
+  float* rows;
+  bool* marks;
+
+  void masked(int64_t row) const {
+    for (int64_t i = 0; i < 5; ++i) rows[i * n + row] = i == 3 ? 1.0f : 0.0f;
+    for (int64_t i = 0; i < 3; ++i) marks[i * n + row] = false;
+  }
+  void token(int64_t row, double logprob, double entropy, const Token<double>& t, double share) const {
+    const double values[5] = {logprob, entropy, t.kl, t.ratio, share * t.loss};
+    for (int64_t i = 0; i < 5; ++i) rows[i * n + row] = static_cast<float>(values[i]);
+    marks[row] = t.clipped_low, marks[n + row] = t.clipped_high, marks[2 * n + row] = t.kl_clamped;
+  }
+};
+
+// Loss, mean KL of each completion, and the eight totals, in the order of the rows.
+void sum_up(const Layout& layout, const Record& record, float* loss, float* completion_kl, float* totals) {
+  const int64_t n = record.n;
+  std::vector<double> kl(static_cast<size_t>(layout.n_completions), 0.0), length = kl;
+  double sums[8] = {}, total = 0, top = 0;
+  for (int64_t row = 0; row < n; ++row) {
+    if (!layout.kept(row)) continue;
+    const float* const r = record.rows + row;
+    sums[0] += 1;
+    sums[1] += r[2 * n], sums[2] += r[n], sums[5] += r[3 * n];
+    sums[3] += record.marks[row], sums[4] += record.marks[n + row], sums[7] += record.marks[2 * n + row];
+    top = std::max<double>(top, r[3 * n]);
+    total += r[4 * n];
+    if (!layout.known(row)) continue;
+    kl[static_cast<size_t>(layout.of(row))] += r[2 * n];
+    length[static_cast<size_t>(layout.of(row))] += 1;
+  }
+  for (size_t c = 0; c < kl.size(); ++c) completion_kl[c] = static_cast<float>(kl[c] / std::max(length[c], 1.0));
+  const double tokens = std::max(sums[0], 1.0);
+  const double out[8] = {sums[0], sums[1] / tokens, sums[2] / tokens, sums[3] / tokens, sums[4] / tokens,
+                         sums[5] / tokens, top, sums[7]};
+  for (int i = 0; i < 8; ++i) totals[i] = static_cast<float>(out[i]);
+  *loss = static_cast<float>(total);
+}
+
+// ---- one row --------------------------------------------------------------------------------------------------------
+
+// A row of the logits: read, and, if asked, kept for being written.
+struct Row {
+  RowStatistics statistics;
+  Logit own;
+  int64_t token;  // -1: none in this row
+  double k, k_kl;
+  float logprob;
+};
+
+class Sweep {
+ public:
+  Sweep(const Logits& logits, const int64_t* tokens, const RowOptions& options, double kl_temperature)
+      : logits_(logits), tokens_(tokens), options_(options), k_kl_(LOG2E / kl_temperature),
+        scratch_(new float[static_cast<size_t>(scratch_floats(options)) + 16]) {
+    scratch_start_ = scratch_.get();
+    while (reinterpret_cast<uintptr_t>(scratch_start_) % 64 != 0) ++scratch_start_;
+  }
+  Row read(int64_t row, double tau, bool known) const {
+    const void* const x = logits_.row(row);
+    Row r;
+    r.token = tokens_[row] >= 0 && tokens_[row] < logits_.vocab ? tokens_[row] : -1;
+    r.own = r.token >= 0 ? kernels_.at[logits_.element](x, r.token, options_.softcap) : Logit{NOT_A_NUMBER, 1};
+    if (!known) r.own.z = NOT_A_NUMBER;
+    r.k = LOG2E / tau, r.k_kl = k_kl_;
+    r.statistics = kernels_.read[logits_.element](x, options_, r.k, k_kl_, scratch_start_);
+    // As it is returned: with it as the old one, the ratio is exactly 1.
+    r.logprob = static_cast<float>((r.own.z - r.statistics.peak) / tau - r.statistics.log_total);
+    return r;
+  }
+  // a (onehot - p) + a_kl (onehot - p_kl) of the row that was read last.
+  void write(void* out, Element element, const Row& r, double a, double a_kl, bool streaming) const {
+    const RowStatistics& s = r.statistics;
+    const double d = r.own.z - s.peak;
+    double own = -a * std::expm1(d * r.k / LOG2E - s.log_total);
+    if (options_.two) own -= a_kl * std::expm1(d * r.k_kl / LOG2E - s.log_total_kl);
+    kernels_.write[element](out, options_, r.k, r.k_kl, s, {a, a_kl, own * r.own.slope, r.token}, scratch_start_,
+                            streaming);
+  }
+
+ private:
+  const RowKernels& kernels_ = row_kernels();
+  const Logits& logits_;
+  const int64_t* tokens_;
+  RowOptions options_;
+  double k_kl_;
+  std::unique_ptr<float[]> scratch_;
+  float* scratch_start_;
+};
+
+// ---- ops ------------------------------------------------------------------------------------------------------------
+
+const char* const KNOBS =
+    "Tensor old_logprobs, Tensor ref_logprobs, Tensor importance_weight, Tensor temperature, Tensor epsilon_low, "
+    "Tensor epsilon_high, Tensor advantage, Tensor kl_beta, Tensor denominator, ";
+
+struct KnobArguments {
+  Tensor old_logprobs, ref_logprobs, weight, temperature, low, high, advantage, beta, denominator;
+  KnobArguments(Arguments& a)
+      : old_logprobs(a.tensor("old_logprobs")), ref_logprobs(a.tensor("ref_logprobs")),
+        weight(a.tensor("importance_weight")), temperature(a.tensor("temperature")), low(a.tensor("epsilon_low")),
+        high(a.tensor("epsilon_high")), advantage(a.tensor("advantage")), beta(a.tensor("kl_beta")),
+        denominator(a.tensor("denominator")) {}
+  Objective objective(const Layout& layout, const double* numbers, double kl_temperature) const {
+    const int64_t n = layout.n_rows, b = layout.n_completions;
+    Objective o{layout,
+                Knob(temperature, n, b, numbers[0]),
+                Knob(low, n, b, numbers[1]),
+                Knob(high, n, b, numbers[2]),
+                Knob(advantage, n, b, 0),
+                Knob(beta, n, b, 0),
+                elements<float>(old_logprobs, n, true),
+                elements<float>(ref_logprobs, n, true),
+                elements<float>(weight, n, true),
+                numbers[3],
+                kl_temperature,
+                false,
+                false,
+                false,
+                3,
+                {},
+                {},
+                {}};
+    return o;
+  }
+};
+
+const std::string TOKEN_LOSS =
+    std::string("(Tensor logits, Tensor(a!) gradient, Tensor tokens, Tensor mask, Tensor completion, Tensor rewards, "
+                "Tensor num_constraints, Tensor valid, Tensor slots, ") +
+    KNOBS +
+    "Tensor numbers, Tensor flags, int n_completions, int max_completion_length, Tensor(b!) loss, Tensor(c!) rows, "
+    "Tensor(d!) marks, Tensor(e!) completion_kl, Tensor(f!) totals) -> ()";
+
+void token_loss(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments args(stack, aoti_torch_device_type_cpu());
+  const Tensor logits_ = args.tensor("logits"), gradient_ = args.tensor("gradient"), tokens_ = args.tensor("tokens"),
+               mask_ = args.tensor("mask"), completion_ = args.tensor("completion"), rewards_ = args.tensor("rewards"),
+               constraints_ = args.tensor("num_constraints"), valid_ = args.tensor("valid"),
+               slots_ = args.tensor("slots");
+  const KnobArguments given(args);
+  const Tensor numbers_ = args.tensor("numbers"), flags_ = args.tensor("flags");
+  const int64_t b = args.integer(), max_length = args.integer();
+  const Tensor loss_ = args.tensor("loss"), rows_ = args.tensor("rows"), marks_ = args.tensor("marks"),
+               completion_kl_ = args.tensor("completion_kl"), totals_ = args.tensor("totals");
+
+  const Logits logits(logits_);
+  const Gradient gradient(gradient_, logits);
+  const int64_t n = logits.rows();
+  check(b >= 0, "n_completions must not be negative");
+  const double* const numbers = elements<double>(numbers_, 12);
+  const int64_t* const flags = elements<int64_t>(flags_, 11);
+  const int64_t* const tokens = elements<int64_t>(tokens_, n);
+  const Layout layout(completion_, mask_, n, logits.length, b);
+  const Record record{n, elements<float>(rows_, 5 * n), elements<bool>(marks_, 3 * n)};
+  float* const loss = elements<float>(loss_, 1);
+  float* const completion_kl = elements<float>(completion_kl_, b);
+  float* const totals = elements<float>(totals_, 8);
+
+  const int64_t group_size = flags[5];
+  std::vector<float> advantages, betas;
+  if (rewards_.numel() > 0) {
+    check(group_size > 0 && rewards_.numel() % group_size == 0, "rewards must be whole groups");
+    const int64_t prompts = rewards_.numel() / group_size;
+    const float* const rewards = elements<float>(rewards_, prompts * group_size);
+    const float* const constraints = elements<float>(constraints_, prompts);
+    const uint8_t* const valid = elements<uint8_t>(valid_, prompts * group_size, true);
+    const int64_t* const slots = elements<int64_t>(slots_, b, true);
+    AdvantageKnobs knobs(numbers + 6);
+    knobs.sample_std = flags[6] != 0, knobs.goal_mean = flags[7], knobs.binomial = flags[8] != 0;
+    knobs.prospect = flags[9] != 0, knobs.prospect_on_goal = flags[10] != 0;
+    std::vector<Completion> each(static_cast<size_t>(prompts * group_size));
+    for (int64_t p = 0; p < prompts; ++p) {
+      float mean, std_;
+      group(rewards + p * group_size, valid == nullptr ? nullptr : valid + p * group_size, group_size, constraints[p],
+            knobs, mean, std_, each.data() + p * group_size);
+    }
+    for (int64_t c = 0; c < b; ++c) {
+      const int64_t place = slots == nullptr ? c : slots[c];
+      check(place >= 0 && place < prompts * group_size, "slots must point into the rewards");
+      advantages.push_back(each[static_cast<size_t>(place)].advantage);
+      betas.push_back(each[static_cast<size_t>(place)].beta);
+    }
+  }
+  Objective objective = given.objective(layout, numbers, numbers[5]);
+  objective.sequence = flags[0] != 0, objective.rescale = flags[3] != 0, objective.two = flags[4] != 0;
+  objective.estimator = flags[1];
+  if (!advantages.empty()) {
+    objective.advantage.each = advantages.data(), objective.beta.each = betas.data();
+    objective.advantage.per_row = objective.beta.per_row = false;
+  }
+
+  const int64_t grain = GRAIN / std::max<int64_t>(logits.vocab, 1);
+  RowOptions options{logits.vocab, numbers[4], objective.two, false};
+  if (objective.sequence && objective.old_logprobs != nullptr) {
+    // ρ needs ℓ of the whole completion first.
+    parallel(n, grain, [&](int64_t begin, int64_t end) {
+      const Sweep sweep(logits, tokens, options, objective.kl_temperature);
+      for (int64_t row = begin; row < end; ++row) {
+        if (!layout.kept(row)) continue;
+        const double tau = temperature_at(objective.temperature, layout.of(row), row);
+        record.rows[row] = sweep.read(row, tau, layout.known(row)).logprob;
+      }
+    });
+    objective.couple(record.rows);
+  } else {
+    objective.couple(nullptr);
+  }
+  const int64_t aggregation = flags[2];  // 0 grpo, 1 dapo, 2 dr_grpo, 3 bnpo
+  double denominator = 0;
+  if (given.denominator.numel() > 0) {
+    denominator = *elements<float>(given.denominator, 1);
+  } else {
+    for (const double length : objective.lengths)
+      denominator += aggregation == 1 || aggregation == 3 ? length : length > 0;
+    if (aggregation == 2) denominator *= static_cast<double>(max_length);
+  }
+
+  options.keep = gradient.wanted;
+  parallel(n, grain, [&](int64_t begin, int64_t end) {
+    const Sweep sweep(logits, tokens, options, objective.kl_temperature);
+    for (int64_t row = begin; row < end; ++row) {
+      if (!layout.kept(row)) {
+        record.masked(row);
+        if (gradient.wanted) gradient.zero(row);
+        continue;
+      }
+      const int64_t c = layout.of(row);
+      const double tau = temperature_at(objective.temperature, c, row);
+      const Row r = sweep.read(row, tau, layout.known(row));
+      const RowStatistics& s = r.statistics;
+      const float kl_logprob =
+          objective.two ? static_cast<float>((r.own.z - s.peak) / objective.kl_temperature - s.log_total_kl) : r.logprob;
+      const Token<double> t = objective.at(row, c, r.logprob, kl_logprob);
+      const double share = share_of(denominator, aggregation == 0 ? objective.lengths[static_cast<size_t>(c)] : 1.0);
+      record.token(row, r.logprob, s.entropy, t, share);
+      if (!gradient.wanted) continue;
+      const double a = share * (objective.two ? t.c : t.c + t.c_kl) / tau;
+      const double a_kl = objective.two ? share * t.c_kl / objective.kl_temperature : 0;
+      if (a == 0 && a_kl == 0)
+        gradient.zero(row);
+      else
+        sweep.write(gradient.to.row(row), gradient.to.element, r, a, a_kl, gradient.streaming);
+    }
+  });
+  sum_up(layout, record, loss, completion_kl, totals);
+}
+
+const char* const LOGPROBS =
+    "(Tensor logits, Tensor(a!) gradient, Tensor tokens, Tensor mask, Tensor completion, Tensor temperature, "
+    "int n_completions, float temperature_value, float kl_temperature, float softcap, bool two, Tensor(b!) logprobs, "
+    "Tensor(c!) statistics) -> ()";
+
+// ℓ and the statistics of rows, 0 where masked; with a gradient also ∂ℓ/∂x.
+void logprobs(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments args(stack, aoti_torch_device_type_cpu());
+  const Tensor logits_ = args.tensor("logits"), gradient_ = args.tensor("gradient"), tokens_ = args.tensor("tokens"),
+               mask_ = args.tensor("mask"), completion_ = args.tensor("completion"),
+               temperature_ = args.tensor("temperature");
+  const int64_t b = args.integer();
+  const double tau_value = args.number(), kl_temperature = args.number(), softcap = args.number();
+  const bool two = args.boolean();
+  const Tensor logprobs_ = args.tensor("logprobs"), statistics_ = args.tensor("statistics");
+
+  const Logits logits(logits_);
+  const Gradient gradient(gradient_, logits);
+  check(!(two && gradient.wanted), "the gradient of two temperatures needs their weights");
+  const int64_t n = logits.rows();
+  const int64_t* const tokens = elements<int64_t>(tokens_, n);
+  const Layout layout(completion_, mask_, n, logits.length, b);
+  const Knob temperature(temperature_, n, b, tau_value);
+  float* const out = elements<float>(logprobs_, n);
+  float* const statistics = elements<float>(statistics_, 5 * n);
+  const RowOptions options{logits.vocab, softcap, two, gradient.wanted};
+  parallel(n, GRAIN / std::max<int64_t>(logits.vocab, 1), [&](int64_t begin, int64_t end) {
+    const Sweep sweep(logits, tokens, options, kl_temperature);
+    for (int64_t row = begin; row < end; ++row) {
+      double values[6] = {};
+      if (layout.kept(row)) {
+        // Without a map of completions every knob may be one per row.
+        const bool known = b == 0 || layout.known(row);
+        const double tau = temperature_at(temperature, b == 0 ? 0 : layout.of(row), row);
+        const Row r = sweep.read(row, tau, known);
+        const RowStatistics& s = r.statistics;
+        const double found[6] = {s.peak, s.log_total, s.entropy, s.log_total_kl, r.own.z, r.logprob};
+        std::copy(found, found + 6, values);
+        if (gradient.wanted)
+          sweep.write(gradient.to.row(row), gradient.to.element, r, 1 / tau, 0, gradient.streaming);
+      } else if (gradient.wanted) {
+        gradient.zero(row);
+      }
+      for (int64_t i = 0; i < 5; ++i) statistics[i * n + row] = static_cast<float>(values[i]);
+      out[row] = static_cast<float>(values[5]);
+    }
+  });
+}
+
+const char* const LOGPROBS_BACKWARD =
+    "(Tensor grad_logprobs, Tensor grad_kl, Tensor logits, Tensor(a!) gradient, Tensor tokens, Tensor mask, "
+    "Tensor completion, Tensor temperature, int n_completions, float temperature_value, float kl_temperature, "
+    "float softcap, Tensor statistics) -> ()";
+
+// Σ of the incoming gradients times ∂ℓ/∂x, of one temperature or two; the statistics are given.
+void logprobs_backward(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments args(stack, aoti_torch_device_type_cpu());
+  const Tensor grad_ = args.tensor("grad_logprobs"), grad_kl_ = args.tensor("grad_kl"),
+               logits_ = args.tensor("logits"), gradient_ = args.tensor("gradient"), tokens_ = args.tensor("tokens"),
+               mask_ = args.tensor("mask"), completion_ = args.tensor("completion"),
+               temperature_ = args.tensor("temperature");
+  const int64_t b = args.integer();
+  const double tau_value = args.number(), kl_temperature = args.number(), softcap = args.number();
+  const Tensor statistics_ = args.tensor("statistics");
+
+  const Logits logits(logits_);
+  const Gradient gradient(gradient_, logits);
+  check(gradient.wanted, "gradient must be given");
+  const int64_t n = logits.rows();
+  const float* const grad = elements<float>(grad_, n);
+  const float* const grad_kl = elements<float>(grad_kl_, n, true);
+  const int64_t* const tokens = elements<int64_t>(tokens_, n);
+  const Layout layout(completion_, mask_, n, logits.length, b);
+  const Knob temperature(temperature_, n, b, tau_value);
+  const float* const statistics = elements<float>(statistics_, 5 * n);
+  const RowOptions options{logits.vocab, softcap, grad_kl != nullptr, true};
+  parallel(n, GRAIN / std::max<int64_t>(logits.vocab, 1), [&](int64_t begin, int64_t end) {
+    const Sweep sweep(logits, tokens, options, kl_temperature);
+    for (int64_t row = begin; row < end; ++row) {
+      const double tau = temperature_at(temperature, b == 0 ? 0 : layout.of(row), row);
+      const double a = grad[row] / tau, a_kl = grad_kl == nullptr ? 0 : grad_kl[row] / kl_temperature;
+      if (!layout.kept(row) || (grad[row] == 0 && a_kl == 0)) {
+        gradient.zero(row);
+        continue;
+      }
+      Row r = sweep.read(row, tau, true);
+      r.statistics = {statistics[row], statistics[n + row], 0, statistics[3 * n + row]};
+      sweep.write(gradient.to.row(row), gradient.to.element, r, a, a_kl, gradient.streaming);
+    }
+  });
+}
+
+const std::string OBJECTIVE = std::string("(Tensor statistics, Tensor logprobs, Tensor mask, Tensor completion, ") +
+                              KNOBS +
+                              "Tensor lengths, Tensor numbers, int n_completions, bool sequence, int estimator, "
+                              "bool mean_of_means, bool rescale, bool two, Tensor(a!) rows, Tensor(b!) marks, "
+                              "Tensor(c!) weights) -> ()";
+
+// The objective of rows whose statistics are known, and ∂loss/∂ℓ. numbers: τ, ε_low, ε_high, delta, the KL's τ.
+void objective(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments args(stack, aoti_torch_device_type_cpu());
+  const Tensor statistics_ = args.tensor("statistics"), logprobs_ = args.tensor("logprobs"),
+               mask_ = args.tensor("mask"), completion_ = args.tensor("completion");
+  const KnobArguments given(args);
+  const Tensor lengths_ = args.tensor("lengths"), numbers_ = args.tensor("numbers");
+  const int64_t b = args.integer();
+  const bool sequence = args.boolean();
+  const int64_t estimator = args.integer();
+  const bool mean_of_means = args.boolean(), rescale = args.boolean(), two = args.boolean();
+  const Tensor rows_ = args.tensor("rows"), marks_ = args.tensor("marks"), weights_ = args.tensor("weights");
+
+  const int64_t n = completion_.numel();
+  const double* const numbers = elements<double>(numbers_, 5);
+  const Layout layout(completion_, mask_, n, 1, b);
+  Objective o = given.objective(layout, numbers, numbers[4]);
+  // One value per row, also where there are as many completions as rows.
+  for (Knob* knob : {&o.temperature, &o.epsilon_low, &o.epsilon_high, &o.advantage, &o.beta}) knob->per_row = true;
+  o.sequence = sequence, o.rescale = rescale, o.two = two, o.estimator = estimator;
+  const float* const s = elements<float>(statistics_, 5 * n);
+  const float* const logprobs = elements<float>(logprobs_, n, true);
+  const float* const lengths = elements<float>(lengths_, b);
+  const double denominator = *elements<float>(given.denominator, 1);
+  const Record record{n, elements<float>(rows_, 5 * n), elements<bool>(marks_, 3 * n)};
+  float* const weights = elements<float>(weights_, (two ? 2 : 1) * n);
+  check(!sequence || o.old_logprobs == nullptr || logprobs != nullptr, "logprobs are needed at sequence level");
+  if (sequence) o.couple(o.old_logprobs == nullptr ? nullptr : logprobs);
+  for (int64_t row = 0; row < n; ++row) {
+    if (!layout.kept(row)) {
+      record.masked(row);
+      weights[row] = 0;
+      if (two) weights[n + row] = 0;
+      continue;
+    }
+    const int64_t c = layout.of(row);
+    const double tau = temperature_at(o.temperature, c, row), z = static_cast<double>(s[4 * n + row]) - s[row];
+    const float logprob = static_cast<float>(z / tau - s[n + row]);
+    const float kl_logprob = two ? static_cast<float>(z / o.kl_temperature - s[3 * n + row]) : logprob;
+    const Token<double> t = o.at(row, c, logprob, kl_logprob);
+    const double share = share_of<double>(denominator, mean_of_means ? lengths[c] : 1.0f);
+    record.token(row, logprob, s[2 * n + row], t, share);
+    weights[row] = static_cast<float>(share * (two ? t.c : t.c + t.c_kl));
+    if (two) weights[n + row] = static_cast<float>(share * t.c_kl);
+  }
+}
+
+const char* const TOTALS =
+    "(Tensor rows, Tensor marks, Tensor mask, Tensor completion, int n_completions, Tensor(a!) loss, "
+    "Tensor(b!) completion_kl, Tensor(c!) totals) -> ()";
+
+void totals(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments args(stack, aoti_torch_device_type_cpu());
+  const Tensor rows_ = args.tensor("rows"), marks_ = args.tensor("marks"), mask_ = args.tensor("mask"),
+               completion_ = args.tensor("completion");
+  const int64_t b = args.integer();
+  const Tensor loss_ = args.tensor("loss"), completion_kl_ = args.tensor("completion_kl"),
+               totals_ = args.tensor("totals");
+  const int64_t n = completion_.numel();
+  const Layout layout(completion_, mask_, n, 1, b);
+  const Record record{n, elements<float>(rows_, 5 * n), elements<bool>(marks_, 3 * n)};
+  sum_up(layout, record, elements<float>(loss_, 1), elements<float>(completion_kl_, b), elements<float>(totals_, 8));
+}
+
+const char* const ADVANTAGES =
+    "(Tensor rewards, Tensor num_constraints, Tensor valid, Tensor numbers, bool sample_std, int goal_mean, "
+    "bool binomial, bool prospect, bool prospect_on_goal, Tensor(a!) groups, Tensor(b!) completions) -> ()";
+
+void advantages(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments args(stack, aoti_torch_device_type_cpu());
+  const Tensor rewards_ = args.tensor("rewards"), constraints_ = args.tensor("num_constraints"),
+               valid_ = args.tensor("valid"), numbers_ = args.tensor("numbers");
+  AdvantageKnobs o(elements<double>(numbers_, 6));
+  o.sample_std = args.boolean(), o.goal_mean = args.integer(), o.binomial = args.boolean();
+  o.prospect = args.boolean(), o.prospect_on_goal = args.boolean();
+  const Tensor groups_ = args.tensor("groups"), completions_ = args.tensor("completions");
+  check(rewards_.dim() == 2, "rewards must have 2 dimensions");
+  const int64_t p = rewards_.size(0), g = rewards_.size(1), n = p * g;
+  const float* const rewards = elements<float>(rewards_, n);
+  const float* const constraints = elements<float>(constraints_, p);
+  const uint8_t* const valid = elements<uint8_t>(valid_, n, true);
+  float* const groups = elements<float>(groups_, 2 * p);
+  float* const out = elements<float>(completions_, 4 * n);
+  parallel(p, GRAIN / std::max<int64_t>(8 * g, 1), [&](int64_t begin, int64_t end) {
+    std::vector<Completion> each(static_cast<size_t>(g));
+    for (int64_t i = begin; i < end; ++i) {
+      float mean, std_;
+      group(rewards + i * g, valid == nullptr ? nullptr : valid + i * g, g, constraints[i], o, mean, std_, each.data());
+      groups[i] = mean, groups[p + i] = std_;
+      for (int64_t j = 0; j < g; ++j) {
+        const Completion& c = each[static_cast<size_t>(j)];
+        const float values[4] = {c.z, c.delta, c.advantage, c.beta};
+        for (int64_t k = 0; k < 4; ++k) out[k * n + i * g + j] = values[k];
+      }
+    }
+  });
+}
+
+void scale(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments args(stack, aoti_torch_device_type_cpu());
+  const Tensor gradient_ = args.tensor("gradient"), scale_ = args.tensor("scale");
+  const Logits gradient(gradient_);
+  const float factor = *elements<float>(scale_, 1);
+  if (factor == 1.0f) return;
+  const RowKernels& kernels = row_kernels();
+  parallel(gradient.rows(), GRAIN / std::max<int64_t>(gradient.vocab, 1), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) kernels.scale[gradient.element](gradient.row(row), gradient.vocab, factor);
+  });
+}
+
+// Empty, or why the ops are not there. An exception while a library is being loaded would end the process.
+std::string load_error;
+
+const bool registered = [] {
+  try {
+    row_kernels();
+    static Library library("CPU", "csrc/cpu/ops.cpp");
+    library.add("_cpu_token_loss", TOKEN_LOSS, token_loss);
+    library.add("_cpu_logprobs", LOGPROBS, logprobs);
+    library.add("_cpu_logprobs_backward", LOGPROBS_BACKWARD, logprobs_backward);
+    library.add("_cpu_objective", OBJECTIVE, objective);
+    library.add("_cpu_totals", TOTALS, totals);
+    library.add("_cpu_advantages", ADVANTAGES, advantages);
+    library.add("_cpu_scale", "(Tensor(a!) gradient, Tensor scale) -> ()", scale);
+  } catch (const std::exception& e) {
+    load_error = e.what();
+  }
+  return load_error.empty();
+}();
+
+}  // namespace
+}  // namespace mdpgrpo
+
+extern "C" {
+__attribute__((visibility("default"))) const char* mdpgrpo_error() { return mdpgrpo::load_error.c_str(); }
+__attribute__((visibility("default"))) const char* mdpgrpo_variant() {
+  return mdpgrpo::registered ? mdpgrpo::row_kernels().name : "";
+}
+}

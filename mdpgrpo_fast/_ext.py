@@ -1,0 +1,55 @@
+"""Loads the compiled parts of csrc/: `cpu`, and `cuda` for Hopper; keeps why one is not there.
+
+They bind to libtorch's stable C ABI and to nothing of Python: one file serves every Python and every torch from 2.10.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+
+OLDEST_TORCH = (2, 10)
+HOW = {
+    "cpu": "`pip install .` in the source tree builds it with any C++17 compiler",
+    "cuda": "`pip install .` in the source tree builds it where the CUDA toolkit is (CUDA_HOME, nvcc 12.8 or newer)",
+}
+
+
+def file_of(part: str) -> Path:
+    return Path(__file__).parent / f"_{part}.abi3.so"
+
+
+def torch_version(version: str) -> tuple[int, ...]:
+    return tuple(int(x) for x in version.split("+")[0].split(".")[:2])
+
+
+@functools.cache
+def why_missing(part: str) -> str | None:
+    """Loads a part; None where its ops are there, else the reason, with the original error."""
+    path = file_of(part)
+    if not path.exists():
+        return f"its compiled part is not in this installation: {HOW[part]}"
+    if torch_version(torch.__version__) < OLDEST_TORCH:
+        return f"its compiled part needs torch {'.'.join(map(str, OLDEST_TORCH))} or newer, not {torch.__version__}"
+    try:
+        library = _library(path)
+    except OSError as e:
+        return f"its compiled part cannot be loaded: {e}"
+    error = library.mdpgrpo_error().decode()
+    return f"its compiled part cannot be used: {error}" if error else None
+
+
+@functools.cache
+def _library(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))  # which registers its ops with torch
+    for name in ("mdpgrpo_error", "mdpgrpo_variant"):
+        getattr(library, name).restype = ctypes.c_char_p
+    return library
+
+
+def variant(part: str) -> str:
+    """Which of its variants a loaded part takes on this machine: the instruction set, or the architectures."""
+    return _library(file_of(part)).mdpgrpo_variant().decode()
