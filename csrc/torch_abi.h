@@ -11,10 +11,12 @@
 #include <utility>
 
 struct AtenTensorOpaque;
+struct CUDAGuardOpaque;
 struct TorchLibraryOpaque;
 
 extern "C" {
 using AtenTensorHandle = AtenTensorOpaque*;
+using CUDAGuardHandle = CUDAGuardOpaque*;
 using TorchLibraryHandle = TorchLibraryOpaque*;
 using AOTITorchError = int32_t;
 using StableIValue = uint64_t;
@@ -45,6 +47,11 @@ int32_t aoti_torch_dtype_float64();
 int32_t aoti_torch_dtype_int64();
 int32_t aoti_torch_dtype_uint8();
 int32_t aoti_torch_dtype_bool();
+#ifdef USE_CUDA
+AOTITorchError aoti_torch_create_cuda_guard(int32_t device_index, CUDAGuardHandle* ret_guard);
+AOTITorchError aoti_torch_delete_cuda_guard(CUDAGuardHandle guard);
+AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+#endif
 AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain_size, ParallelFunc func, void* ctx);
 }
 

@@ -7,13 +7,15 @@ from typing import Any, NamedTuple
 
 import torch
 from conftest import LossInputs, make_inputs
-from kernels_for_tests import CONSTANT, DEVICE, FLAGS, LENGTHS, MAX_LENGTH, PER_TOKEN, assert_within, to
+from kernels_for_tests import ALL_BACKENDS, CONSTANT, DEVICE, FLAGS, LENGTHS, MAX_LENGTH, PER_TOKEN, assert_within, to
 from torch import Tensor
 
 from mdpgrpo_fast import ops
 from mdpgrpo_fast.config import MDPGRPOConfig
 from mdpgrpo_fast.linear import linear_token_loss
 from mdpgrpo_fast.reference import TokenLoss, linear_logits
+
+BACKENDS = ALL_BACKENDS
 
 
 @dataclass

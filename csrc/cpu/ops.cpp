@@ -306,9 +306,12 @@ class Sweep {
     r.own = r.token >= 0 ? kernels_.at[logits_.element](x, r.token, options_.softcap) : Logit{NOT_A_NUMBER, 1};
     if (!known) r.own.z = NOT_A_NUMBER;
     r.k = LOG2E / tau, r.k_kl = k_kl_;
-    r.statistics = kernels_.read[logits_.element](x, options_, r.k, k_kl_, scratch_start_);
+    RowStatistics& s = r.statistics;
+    s = kernels_.read[logits_.element](x, options_, r.k, k_kl_, scratch_start_);
+    // As they are returned: whoever computes ℓ from them comes to the same bits.
+    s.log_total = static_cast<float>(s.log_total), s.log_total_kl = static_cast<float>(s.log_total_kl);
     // As it is returned: with it as the old one, the ratio is exactly 1.
-    r.logprob = static_cast<float>((r.own.z - r.statistics.peak) / tau - r.statistics.log_total);
+    r.logprob = static_cast<float>((r.own.z - s.peak) / tau - s.log_total);
     return r;
   }
   // a (onehot - p) + a_kl (onehot - p_kl) of the row that was read last.

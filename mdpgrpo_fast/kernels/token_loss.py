@@ -199,6 +199,7 @@ def launch_token_loss(
     numbers: Numbers,
     flags: Flags,
     tile: Tile | None = None,
+    launch_rows: Callable[..., None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss (), rows (5, N) as in ROWS, marks (3, N) as in MARKS, KL per completion (B,), totals (8,) as in TOTALS.
 
@@ -207,6 +208,7 @@ def launch_token_loss(
     temperature, epsilon_low, epsilon_high (n_completions,) or (N,); rewards and valid (uint8) (P * G,) by groups,
     num_constraints (P,), slots (n_completions,) place of each completion in the rewards, None: in order; denominator a
     float32 scalar, or None: that of this batch. `gradient` is written, and may be the logits; None: no gradient.
+    launch_rows: in place of `_token_loss_kernel`, with its tensors and the numbers and flags.
     """
     b, length, vocab = logits.shape
     n, device, f = b * length, logits.device, flags
@@ -217,8 +219,6 @@ def launch_token_loss(
     totals = torch.empty(len(TOTALS), dtype=torch.float32, device=device)
     if n == 0:
         return loss.zero_(), rows, marks, completion_kl.zero_(), totals.zero_()
-    tile = tile or tile_for(vocab, logits.dtype, device)
-    options = launch_options(tile, logits)
     advantage_numbers = numbers[6:]
     knobs = [per_row(x, n_completions) for x in (temperature, epsilon_low, epsilon_high, advantage, kl_beta)]
     method = {
@@ -262,16 +262,25 @@ def launch_token_loss(
             assert lengths is not None
             count = lengths.sum() if f.aggregation in (1, 3) else (lengths > 0).sum()
             denominator = (count * max_completion_length if f.aggregation == 2 else count).float()
-        _token_loss_kernel[grid_for(tile, n, device)](
-            logits, gradient, tokens, mask, completion, old_logprobs, ref_logprobs, importance_weight, temperature,
-            epsilon_low, epsilon_high, advantage, kl_beta, rewards, num_constraints, valid, slots, denominator,
-            lengths, ratio, slope, statistics, rows, marks, n, length, vocab // tile.block_v, n_completions,
-            logits.stride(0), logits.stride(1), *((0, 0) if gradient is None else gradient.stride()[:2]), f.group_size,
-            *knobs, *numbers, SEQUENCE=f.sequence, ESTIMATOR=f.estimator, MEAN_OF_MEANS=f.aggregation == 0,
-            TWO=f.two_temperatures, HAS_GRADIENT=gradient is not None, HAS_OLD=old_logprobs is not None,
-            HAS_REF=ref_logprobs is not None, HAS_SOFTCAP=numbers.softcap > 0, HAS_STATISTICS=statistics is not None,
-            **method, **options,
-        )  # fmt: skip
+        if launch_rows is not None:
+            launch_rows(
+                logits, gradient, tokens, mask, completion, n_completions, old_logprobs, ref_logprobs,
+                importance_weight, temperature, epsilon_low, epsilon_high, advantage, kl_beta, denominator, lengths,
+                ratio, slope, statistics, rows, marks, numbers, flags,
+            )  # fmt: skip
+        else:
+            tile = tile or tile_for(vocab, logits.dtype, device)
+            options = launch_options(tile, logits)
+            _token_loss_kernel[grid_for(tile, n, device)](
+                logits, gradient, tokens, mask, completion, old_logprobs, ref_logprobs, importance_weight, temperature,
+                epsilon_low, epsilon_high, advantage, kl_beta, rewards, num_constraints, valid, slots, denominator,
+                lengths, ratio, slope, statistics, rows, marks, n, length, vocab // tile.block_v, n_completions,
+                logits.stride(0), logits.stride(1), *((0, 0) if gradient is None else gradient.stride()[:2]), f.group_size,
+                *knobs, *numbers, SEQUENCE=f.sequence, ESTIMATOR=f.estimator, MEAN_OF_MEANS=f.aggregation == 0,
+                TWO=f.two_temperatures, HAS_GRADIENT=gradient is not None, HAS_OLD=old_logprobs is not None,
+                HAS_REF=ref_logprobs is not None, HAS_SOFTCAP=numbers.softcap > 0, HAS_STATISTICS=statistics is not None,
+                **method, **options,
+            )  # fmt: skip
         _totals_kernel[(n_completions + 1,)](
             rows, marks, mask, completion, completion_kl, totals, loss, n, length, n_completions,
             HAS_MASK=mask is not None, PACKED=completion is not None, BLOCK=BLOCK_ROWS, num_warps=8,
