@@ -7,12 +7,17 @@ DEMO   := mdpgrpo_fast/demo
 ARGS   ?=
 JOBS   ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: help setup train test check seed-policy bench clean
+# Our own builds take no warning; a user's compiler, newer than any of ours, may warn.
+export MDPGRPO_CXXFLAGS ?= -Werror
+
+.PHONY: help setup train test check install-check sanitize seed-policy bench clean
 
 help:
 	@echo "make train        install, then train the embedded demonstration into $(OUTPUT) (ARGS=... adds flags)"
 	@echo "make test         install, then run the whole test suite (ARGS=... goes to pytest)"
 	@echo "make check        formatter, linter and type checker"
+	@echo "make install-check  every way to build and install, each in a fresh environment"
+	@echo "make sanitize     the tests of the compiled CPU kernels under ASan and UBSan"
 	@echo "make setup        the installation alone"
 	@echo "make seed-policy  make the embedded prompts and seed policy again"
 	@echo "make bench        benchmarks that this machine can run"
@@ -48,6 +53,22 @@ check: $(VENV)/.setup-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*/*) tests/*.cpp
+	! command -v nvcc >/dev/null || $(BIN)/python benchmarks/cuda_resources.py --output build/cuda_resources.json
+
+install-check: $(VENV)/.setup-test
+	PYTHON=$(abspath $(BIN)/python) RECORD=$(abspath $(RECORD)) bash .ci/install
+
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+sanitize: $(VENV)/.setup-test
+	MDPGRPO_BUILD=cpu MDPGRPO_CXXFLAGS="-O1 -g -Werror $(SANITIZERS)" \
+	    $(BIN)/python setup.py -q build_ext --build-lib build/sanitize --build-temp build/sanitize/temp
+	nm -D build/sanitize/mdpgrpo_fast/_cpu.abi3.so | grep -q __asan_init
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	    MDPGRPO_LIBRARIES=$(abspath build/sanitize/mdpgrpo_fast) TRITON_INTERPRET=1 \
+	    $(BIN)/python -m pytest -n $(JOBS) -k "cpu or compiled and not (opcheck or instruction_set or exported)" \
+	    tests/test_compiled.py tests/test_token_loss.py tests/test_token_loss_contract.py tests/test_logprobs.py \
+	    tests/test_advantages.py $(ARGS)
 
 seed-policy: $(VENV)/.setup
 	$(BIN)/python -m mdpgrpo_fast.demo.prompts --output $(DEMO)

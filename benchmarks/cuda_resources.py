@@ -102,12 +102,11 @@ def main(argv: list[str] | None = None) -> int:
     document = {"command": "python benchmarks/cuda_resources.py", "nvcc": version and version[1], "kernels": kernels}
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    print(
-        f"{'kernel':45} {'sm':>5} {'registers':>9} {'spilled':>8} {'local':>6} {'bulk copies':>12}  shared loads, stores"
-    )
+    numbers = ("registers", "spilled", "local", "bulk_copies")
+    print(f"{'kernel':45} {'sm':>5} {' '.join(f'{n:>11}' for n in numbers)}  bits of shared loads, of stores")
     for k in kernels:
-        print(f"{k['kernel']:45} {k['sm']:>5} {k['registers']:>9} {k['spilled']:>8} {k['local']:>6} {k['bulk_copies']:>12}"
-              f"  {k['loads']} {k['stores']}")  # fmt: skip
+        counts = " ".join(f"{k[n]:>11}" for n in numbers)
+        print(f"{k['kernel']:45} {k['sm']:>5} {counts}  {k['loads']} {k['stores']}")
     return int(any(k["spilled"] or k["local"] for k in kernels))
 
 

@@ -23,6 +23,7 @@ from mdpgrpo_fast.config import MDPGRPOConfig, TrainConfig
 ROOT = Path(__file__).resolve().parents[1]
 LEARNING = ROOT / "benchmarks" / "results" / "cpu" / "learning.json"
 DEMO = ROOT / "benchmarks" / "results" / "cpu" / "demo_summary.json"
+INSTALL = ROOT / "benchmarks" / "results" / "cpu" / "install.json"
 LABELS = {
     "paper": "MDP-GRPO, `--preset paper` (the demonstration)",
     "exact": "MDP-GRPO, `--preset exact`",
@@ -91,6 +92,26 @@ def learning(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+WAYS = {
+    "isolated": "`pip install .`",
+    "without_isolation": "`pip install --no-build-isolation .`",
+    "editable": "`pip install -e .`",
+    "wheel": "a wheel that is built",
+    "sdist": "the sdist",
+    "pure": "the sdist, `MDPGRPO_BUILD=none`",
+    "no_compiler": "no compiler on the machine",
+    "refusing": "a compiler that fails",
+}
+
+
+def install() -> str:
+    document = json.loads(INSTALL.read_text(encoding="utf-8"))
+    lines = ["| way | `auto` on the CPU takes | seconds |", "|---|---|---|"]
+    lines += [f"| {WAYS[x['way']]} | `{x['auto']}` | {x['seconds']} |" for x in document["ways"]]
+    where = f"`{document['command']}` at {document['commit'][:10]}; {document['machine']}."
+    return "\n".join([*lines, "", f"Into a fresh environment that has torch, with one loss run after it. {where}"])
+
+
 def knobs() -> str:
     lines = ["| flag | default | meaning |", "|---|---|---|"]
     for cls in (MDPGRPOConfig, TrainConfig):
@@ -106,6 +127,7 @@ def render(text: str) -> str:
     """The README with every marked section drawn again."""
     result = json.loads(LEARNING.read_text(encoding="utf-8"))
     bodies = {
+        "install": install(),
         "claim": claim(result),
         "learning": learning(result),
         "speed": speed_table.section(),

@@ -20,6 +20,7 @@ COLUMNS = {
     "ms": "ms",
     "gb_s": "GB/s",
     "percent_of_copy": "% of copy",
+    "in_place": "in place, ms (% of copy)",
     "reference": "× reference",
     "compile": "× compile",
     "liger": "× Liger",
@@ -65,9 +66,11 @@ def figures(row: dict[str, Any]) -> dict[str, str]:
         other = entries.get(name, {})
         if name != row["auto"] and "ms" in other:
             found[name] = f"{other['ms'] / ours['ms']:.2f}"
+    in_place = entries.get(f"{row['auto']} in place", {})
+    if "ms" in in_place:
+        found["in_place"] = f"{in_place['ms']:.4g} ({in_place['percent_of_copy']:.0f})"
     if "peak_over_logits" in ours:
         found["peak"] = f"{ours['peak_over_logits']:.2f}"
-        in_place = entries.get(f"{row['auto']} in place", {})
         if "peak_over_logits" in in_place:
             found["peak"] += f", in place {in_place['peak_over_logits']:.2f}"
     return found

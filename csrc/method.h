@@ -55,7 +55,7 @@ MDPGRPO_INLINE Policy<R> policy_of(R ratio, R advantage, R epsilon_low, R epsilo
   const bool take = clipped < free;  // the unclipped branch where both are equal
   const R free_slope = capped ? R(0) : advantage;
   return {take ? clipped : free, take ? (inside == ratio ? advantage : R(0)) : free_slope,
-          advantage < R(0) && ratio < low, advantage > R(0) && ratio > high};
+          advantage < R(0) && ratio<low, advantage> R(0) && ratio > high};
 }
 
 // The KL estimate, its derivative with respect to ℓ, and whether k3's exponent was clamped (derivative 0).

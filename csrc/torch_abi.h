@@ -22,13 +22,13 @@ using AOTITorchError = int32_t;
 using StableIValue = uint64_t;
 typedef void (*ParallelFunc)(int64_t begin, int64_t end, void* ctx);
 
-AOTITorchError aoti_torch_library_init_fragment(
-    const char* ns, const char* file, uint32_t line, TorchLibraryHandle* ret_new_torch_lib);
-AOTITorchError aoti_torch_library_init_impl(
-    const char* ns, const char* k, const char* file, uint32_t line, TorchLibraryHandle* ret_new_torch_lib);
+AOTITorchError aoti_torch_library_init_fragment(const char* ns, const char* file, uint32_t line,
+                                                TorchLibraryHandle* ret_new_torch_lib);
+AOTITorchError aoti_torch_library_init_impl(const char* ns, const char* k, const char* file, uint32_t line,
+                                            TorchLibraryHandle* ret_new_torch_lib);
 AOTITorchError aoti_torch_library_def(TorchLibraryHandle self, const char* schema);
-AOTITorchError aoti_torch_library_impl(
-    TorchLibraryHandle self, const char* name, void (*fn)(StableIValue*, uint64_t, uint64_t));
+AOTITorchError aoti_torch_library_impl(TorchLibraryHandle self, const char* name,
+                                       void (*fn)(StableIValue*, uint64_t, uint64_t));
 AOTITorchError aoti_torch_delete_tensor_object(AtenTensorHandle tensor);
 AOTITorchError aoti_torch_get_data_ptr(AtenTensorHandle tensor, void** ret_data_ptr);
 AOTITorchError aoti_torch_get_dim(AtenTensorHandle tensor, int64_t* ret_dim);
@@ -103,8 +103,8 @@ class Tensor {
   Tensor& operator=(const Tensor&) = delete;
   Tensor(Tensor&& other) noexcept
       : handle_(std::exchange(other.handle_, nullptr)), name_(other.name_), data_(other.data_), sizes_(other.sizes_),
-        strides_(other.strides_), numel_(other.numel_), dim_(other.dim_), device_(other.device_),
-        dtype_(other.dtype_) {}
+        strides_(other.strides_), numel_(other.numel_), dim_(other.dim_), device_(other.device_), dtype_(other.dtype_) {
+  }
   ~Tensor() {
     if (handle_ != nullptr) aoti_torch_delete_tensor_object(handle_);
   }

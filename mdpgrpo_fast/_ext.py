@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from pathlib import Path
 
 import torch
 
 OLDEST_TORCH = (2, 10)
 HOW = {
-    "cpu": "`pip install .` in the source tree builds it with any C++17 compiler",
-    "cuda": "`pip install .` in the source tree builds it where the CUDA toolkit is (CUDA_HOME, nvcc 12.8 or newer)",
+    "cpu": "without a C++ compiler, or with MDPGRPO_BUILD=none; with a compiler, `pip install .` builds it",
+    "cuda": "without a CUDA toolkit; with nvcc 12.8 or newer on the path or in CUDA_HOME, `pip install .` builds it",
 }
 
 
 def file_of(part: str) -> Path:
-    return Path(__file__).parent / f"_{part}.abi3.so"
+    """In the package, or where MDPGRPO_LIBRARIES says, for builds of another kind."""
+    return Path(os.environ.get("MDPGRPO_LIBRARIES") or Path(__file__).parent) / f"_{part}.abi3.so"
 
 
 def torch_version(version: str) -> tuple[int, ...]:
@@ -31,9 +33,11 @@ def why_missing(part: str) -> str | None:
     """Loads a part; None where its ops are there, else the reason, with the original error."""
     path = file_of(part)
     if not path.exists():
-        return f"its compiled part is not in this installation: {HOW[part]}"
+        return f"its compiled part is not there: the package was built {HOW[part]}"
     if torch_version(torch.__version__) < OLDEST_TORCH:
         return f"its compiled part needs torch {'.'.join(map(str, OLDEST_TORCH))} or newer, not {torch.__version__}"
+    if part == "cuda" and torch.version.cuda is None:
+        return f"its compiled part needs a torch that is built with CUDA, not {torch.__version__}"
     try:
         library = _library(path)
     except OSError as e:

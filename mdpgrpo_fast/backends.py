@@ -10,8 +10,10 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import json
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,9 +91,28 @@ def say_once(level: int, message: str) -> None:
     log.log(level, message)
 
 
+@functools.cache
+def _crossovers() -> dict[str, list[dict[str, Any]]]:
+    """GPU -> where the Hopper kernel was measured to be faster; `benchmarks/crossovers.py` writes it."""
+    return json.loads((Path(__file__).parent / "kernels" / "crossovers.json").read_text(encoding="utf-8"))
+
+
+def hopper_wins(device: torch.device, dtype: torch.dtype, vocab: int, n_rows: int) -> bool:
+    """Whether the Hopper kernel was faster than Triton's at such a size: as long or longer, wider by up to a half."""
+    # While compiling, the rows are no number to compare with.
+    if torch.compiler.is_compiling() or not _crossovers() or refuses("cuda", device, dtype):
+        return False
+    name = str(dtype).removeprefix("torch.")
+    return any(
+        x["dtype"] == name and x["vocab"] / 1.5 <= vocab <= x["vocab"] * 1.5 and n_rows >= x["rows"]
+        for x in _crossovers().get(torch.cuda.get_device_name(device), [])
+    )
+
+
 def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that runs: the named one; for `auto` triton on a GPU and cpu on the CPU, else torch.
 
+    `token_loss` asks `hopper_wins` in place of triton.
     Raises: ConfigError for an unknown name; ValueError where the named one cannot run, with the reason. What `auto`
     takes is logged once per case, as a warning where fast kernels could be and are not.
     """

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import fused, reference
-from .backends import choose
+from .backends import choose, hopper_wins
 from .checks import (
     check_advantages,
     check_device,
@@ -137,6 +137,12 @@ def token_loss(
     rewards, valid, slots = grouped_rewards(rewards, num_constraints, valid, groups, config, check_values)
     _refuse_overwritten(logits)
     name = choose(backend, logits.device, logits.dtype)
+    if (
+        backend == "auto"
+        and name == "triton"
+        and hopper_wins(logits.device, logits.dtype, logits.shape[-1], logits.shape[:-1].numel())
+    ):
+        name = "cuda"
     common: dict[str, Any] = {
         "completion": completion,
         "max_completion_length": max_completion_length or max(rows[-1], 1),

@@ -106,7 +106,8 @@ inline void wait(uint64_t* barrier, uint32_t phase) {
 template <class T>
 inline void store_to(T* place, int block, const T& value) {
   const int64_t offset = reinterpret_cast<char*>(place) - machine.block_memory[static_cast<size_t>(rank())];
-  if (offset < 0 || offset + static_cast<int64_t>(sizeof(T)) > machine.block_bytes) fail("a store leaves shared memory");
+  if (offset < 0 || offset + static_cast<int64_t>(sizeof(T)) > machine.block_bytes)
+    fail("a store leaves shared memory");
   std::memcpy(machine.block_memory[static_cast<size_t>(block)] + offset, &value, sizeof value);
 }
 inline float from_lane(float x, int distance) {

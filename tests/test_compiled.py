@@ -38,8 +38,7 @@ def test_our_declarations_are_those_of_torch(tmp_path: Path) -> None:
     ours = (CSRC / "torch_abi.h").read_text()
     used = re.findall(r"\b((?:aoti_)?torch_\w+)\(", ours[ours.index('extern "C"') : ours.index("namespace mdpgrpo")])
     assert len(used) > 20
-    # Renamed types of ours would hide torch's; functions stay as they are.
-    theirs = f'#include "{include}/torch/csrc/stable/c/shim.h"\n'
+    theirs = f'#define USE_CUDA\n#include "{include}/torch/csrc/stable/c/shim.h"\n'
     source = theirs + f'#include "{CSRC}/torch_abi.h"\n' + "".join(f"auto* const use_{n} = &{n};\n" for n in used)
     (tmp_path / "both.cpp").write_text(source)
     command = ["g++", "-std=c++17", "-fsyntax-only", f"-I{include}", str(tmp_path / "both.cpp")]
@@ -62,9 +61,12 @@ def test_only_what_is_meant_is_exported() -> None:
 def test_why_a_part_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     missing = _ext.why_missing.__wrapped__
     monkeypatch.setattr(_ext, "file_of", lambda part: tmp_path / f"{part}.so")
-    assert "not in this installation: `pip install .`" in missing("cpu")
+    assert "not there: the package was built without a C++ compiler, or with MDPGRPO_BUILD=none" in missing("cpu")
     (tmp_path / "cpu.so").write_text("no library")
     assert re.search(r"cannot be loaded: .*cpu.so: (file too short|invalid ELF header)", missing("cpu"))
+    if torch.version.cuda is None:
+        (tmp_path / "cuda.so").write_text("")
+        assert re.search(r"needs a torch that is built with CUDA, not \S+\+cpu$", missing("cuda"))
     monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
     assert missing("cpu") == "its compiled part needs torch 2.10 or newer, not 2.9.1+cu128"
     assert _ext.torch_version("2.13.0a0+git1") == (2, 13)

@@ -147,3 +147,51 @@ def test_machine_code(tmp_path: Path) -> None:
         assert k["registers"] * 256 * 3 <= 65536, "three blocks on a multiprocessor"
         assert k["bulk_copies"] and k["cluster_barriers"] and k["loads"]["128"] and k["stores"]["128"], k
         assert "128" not in k["global_loads"], "logits are read by bulk copies alone"
+
+
+# ---- where `auto` takes it ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.code
+def test_auto_goes_by_what_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where the Hopper kernel won at every length from some length on, on the GPU that was measured; nowhere else."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import crossovers
+
+    def row(vocab: int, tokens: int, cuda: float, triton: float, case: str = "on-policy") -> dict[str, Any]:
+        candidates = {"cuda": {"ms": cuda}, "triton": {"ms": triton}}
+        return {"case": case, "dtype": "bfloat16", "vocab": vocab, "tokens": tokens, "candidates": candidates}
+
+    rows = [
+        row(128256, 512, 1.0, 0.9),
+        row(128256, 2048, 1.0, 1.2),
+        row(128256, 8192, 4.0, 4.9),
+        row(32000, 8192, 2, 2),
+    ]
+    rows += [row(32000, 8192, 1.0, 9.0, "sequence"), {**row(256000, 8192, 1, 2), "candidates": {"triton": {"ms": 2}}}]
+    (tmp_path / "h200").mkdir()
+    document = {"device": "h200", "machine": "NVIDIA H200, 132 multiprocessors", "results": rows}
+    (tmp_path / "h200" / "token_loss.json").write_text(json.dumps(document))
+    found = crossovers.table(tmp_path)
+    assert found == {"NVIDIA H200": [{"dtype": "bfloat16", "vocab": 128256, "rows": 2048}]}
+
+    device, names = torch.device("cuda"), ["NVIDIA H200"]
+    monkeypatch.setattr(backends, "_crossovers", lambda: found)
+    monkeypatch.setattr(backends, "refuses", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: names[0])
+    wins = backends.hopper_wins
+    assert wins(device, torch.bfloat16, 128256, 2048) and wins(device, torch.bfloat16, 151936, 4096)
+    assert not wins(device, torch.bfloat16, 128256, 2047) and not wins(device, torch.float32, 128256, 4096)
+    assert not wins(device, torch.bfloat16, 32000, 4096)
+    names[0] = "NVIDIA H100"
+    assert not wins(device, torch.bfloat16, 128256, 4096)
+
+
+@pytest.mark.code
+def test_the_table_is_that_of_the_result_files() -> None:
+    """Committed results and what `auto` does cannot part."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import crossovers, json; print(json.dumps(crossovers.table(crossovers.RESULTS)))"],
+        capture_output=True, text=True, cwd=ROOT / "benchmarks",
+    )  # fmt: skip
+    assert json.loads(done.stdout) == json.loads((ROOT / "mdpgrpo_fast" / "kernels" / "crossovers.json").read_text())

@@ -25,7 +25,8 @@ const RowKernels& chosen() {
 #ifdef MDPGRPO_X86
   if (std::string(wish) == rows_avx2.name && &most == &rows_avx512) return rows_avx2;
 #endif
-  check(false, "MDPGRPO_CPU=", wish, " is not what this CPU has; it has ", most.name, " and below (avx512, avx2, plain)");
+  check(false, "MDPGRPO_CPU=", wish, " is not what this CPU has; it has ", most.name,
+        " and below (avx512, avx2, plain)");
   return most;
 }
 

@@ -25,9 +25,7 @@ constexpr int64_t GRAIN = 1 << 15;  // logits that are worth a thread
 
 template <class F>
 void parallel(int64_t n, int64_t grain, const F& body) {
-  const auto call = [](int64_t begin, int64_t end, void* context) {
-    (*static_cast<const F*>(context))(begin, end);
-  };
+  const auto call = [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); };
   check(torch_parallel_for(0, n, std::max<int64_t>(grain, 1), call, const_cast<F*>(&body)) == 0, "a thread has failed");
 }
 
@@ -89,7 +87,9 @@ struct Knob {
     per_row = t.numel() != n_completions;
     each = elements<float>(t, per_row ? n_rows : n_completions);
   }
-  double at(int64_t completion, int64_t row) const { return each == nullptr ? number : each[per_row ? row : completion]; }
+  double at(int64_t completion, int64_t row) const {
+    return each == nullptr ? number : each[per_row ? row : completion];
+  }
 };
 
 // τ of a row; NaN where it is not above 0, which would give plausible numbers.
@@ -138,7 +138,8 @@ struct Completion {
 };
 
 // Statistics, anchors, A and KL coefficient of one prompt's G completions. In float32 on purpose, as the reference has
-// float32 rewards: the mean of 1/6, 1/2, 5/6 is then 1/2, and the sign of A is not decided by the rounding of the rewards.
+// float32 rewards: the mean of 1/6, 1/2, 5/6 is then 1/2, and the sign of A is not decided by the rounding of the
+// rewards.
 void group(const float* rewards, const uint8_t* valid, int64_t size, float constraints, const AdvantageKnobs& o,
            float& mean, float& std_, Completion* out) {
   const auto counts = [&](int64_t i) { return valid == nullptr || valid[i] != 0; };
@@ -215,7 +216,8 @@ struct Objective {
       if (!layout.kept(row) || !layout.known(row)) continue;
       const int64_t i = layout.of(row);
       const size_t c = static_cast<size_t>(i);
-      const Policy<double> j = policy_of(ratio[c], advantage.at(i, row), epsilon_low.at(i, row), epsilon_high.at(i, row), delta);
+      const Policy<double> j =
+          policy_of(ratio[c], advantage.at(i, row), epsilon_low.at(i, row), epsilon_high.at(i, row), delta);
       slope[c] += factor(row, i) * j.slope;
     }
     for (size_t c = 0; c < b; ++c) slope[c] *= whole[c].slope / std::max(lengths[c], 1.0);
@@ -274,8 +276,8 @@ void sum_up(const Layout& layout, const Record& record, float* loss, float* comp
   }
   for (size_t c = 0; c < kl.size(); ++c) completion_kl[c] = static_cast<float>(kl[c] / std::max(length[c], 1.0));
   const double tokens = std::max(sums[0], 1.0);
-  const double out[8] = {sums[0], sums[1] / tokens, sums[2] / tokens, sums[3] / tokens, sums[4] / tokens,
-                         sums[5] / tokens, top, sums[7]};
+  const double out[8] = {
+      sums[0], sums[1] / tokens, sums[2] / tokens, sums[3] / tokens, sums[4] / tokens, sums[5] / tokens, top, sums[7]};
   for (int i = 0; i < 8; ++i) totals[i] = static_cast<float>(out[i]);
   *loss = static_cast<float>(total);
 }
@@ -372,8 +374,9 @@ struct KnobArguments {
 };
 
 const std::string TOKEN_LOSS =
-    std::string("(Tensor logits, Tensor(a!) gradient, Tensor tokens, Tensor mask, Tensor completion, Tensor rewards, "
-                "Tensor num_constraints, Tensor valid, Tensor slots, ") +
+    std::string(
+        "(Tensor logits, Tensor(a!) gradient, Tensor tokens, Tensor mask, Tensor completion, Tensor rewards, "
+        "Tensor num_constraints, Tensor valid, Tensor slots, ") +
     KNOBS +
     "Tensor numbers, Tensor flags, int n_completions, int max_completion_length, Tensor(b!) loss, Tensor(c!) rows, "
     "Tensor(d!) marks, Tensor(e!) completion_kl, Tensor(f!) totals) -> ()";
@@ -475,8 +478,9 @@ void token_loss(StableIValue* stack, uint64_t, uint64_t) {
       const double tau = temperature_at(objective.temperature, c, row);
       const Row r = sweep.read(row, tau, layout.known(row));
       const RowStatistics& s = r.statistics;
-      const float kl_logprob =
-          objective.two ? static_cast<float>((r.own.z - s.peak) / objective.kl_temperature - s.log_total_kl) : r.logprob;
+      const float kl_logprob = objective.two
+                                   ? static_cast<float>((r.own.z - s.peak) / objective.kl_temperature - s.log_total_kl)
+                                   : r.logprob;
       const Token<double> t = objective.at(row, c, r.logprob, kl_logprob);
       const double share = share_of(denominator, aggregation == 0 ? objective.lengths[static_cast<size_t>(c)] : 1.0);
       record.token(row, r.logprob, s.entropy, t, share);
@@ -530,8 +534,7 @@ void logprobs(StableIValue* stack, uint64_t, uint64_t) {
         const RowStatistics& s = r.statistics;
         const double found[6] = {s.peak, s.log_total, s.entropy, s.log_total_kl, r.own.z, r.logprob};
         std::copy(found, found + 6, values);
-        if (gradient.wanted)
-          sweep.write(gradient.to.row(row), gradient.to.element, r, 1 / tau, 0, gradient.streaming);
+        if (gradient.wanted) sweep.write(gradient.to.row(row), gradient.to.element, r, 1 / tau, 0, gradient.streaming);
       } else if (gradient.wanted) {
         gradient.zero(row);
       }
@@ -549,10 +552,9 @@ const char* const LOGPROBS_BACKWARD =
 // Σ of the incoming gradients times ∂ℓ/∂x, of one temperature or two; the statistics are given.
 void logprobs_backward(StableIValue* stack, uint64_t, uint64_t) {
   Arguments args(stack, aoti_torch_device_type_cpu());
-  const Tensor grad_ = args.tensor("grad_logprobs"), grad_kl_ = args.tensor("grad_kl"),
-               logits_ = args.tensor("logits"), gradient_ = args.tensor("gradient"), tokens_ = args.tensor("tokens"),
-               mask_ = args.tensor("mask"), completion_ = args.tensor("completion"),
-               temperature_ = args.tensor("temperature");
+  const Tensor grad_ = args.tensor("grad_logprobs"), grad_kl_ = args.tensor("grad_kl"), logits_ = args.tensor("logits"),
+               gradient_ = args.tensor("gradient"), tokens_ = args.tensor("tokens"), mask_ = args.tensor("mask"),
+               completion_ = args.tensor("completion"), temperature_ = args.tensor("temperature");
   const int64_t b = args.integer();
   const double tau_value = args.number(), kl_temperature = args.number(), softcap = args.number();
   const Tensor statistics_ = args.tensor("statistics");
@@ -696,7 +698,8 @@ void scale(StableIValue* stack, uint64_t, uint64_t) {
   if (factor == 1.0f) return;
   const RowKernels& kernels = row_kernels();
   parallel(gradient.rows(), GRAIN / std::max<int64_t>(gradient.vocab, 1), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) kernels.scale[gradient.element](gradient.row(row), gradient.vocab, factor);
+    for (int64_t row = begin; row < end; ++row)
+      kernels.scale[gradient.element](gradient.row(row), gradient.vocab, factor);
   });
 }
 

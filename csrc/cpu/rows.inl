@@ -149,8 +149,9 @@ inline Floats exp2_of(Floats& t) {
   t = larger(all(-127.0f), t);
   const Floats shifted = t + 12582912.0f;  // 1.5 · 2²³: its last bits are t, rounded to an integer
   const Floats f = t - (shifted - 12582912.0f);
-  const Floats p = ((((all(1.3264727e-3f) * f + 9.6715127e-3f) * f + 5.5507337e-2f) * f + 2.4022242e-1f) * f +
-                    6.9314698e-1f) * f + 1.0f;
+  const Floats p =
+      ((((all(1.3264727e-3f) * f + 9.6715127e-3f) * f + 5.5507337e-2f) * f + 2.4022242e-1f) * f + 6.9314698e-1f) * f +
+      1.0f;
   const Ints power = (load_vector<Ints>(&shifted) - (0x4b400000 - 127)) << 23;
   return p * load_vector<Floats>(&power);
 }
@@ -162,8 +163,9 @@ inline Floats cap_of(Floats x, float softcap, Floats& slope) {
   Floats t = size * (-2.0f * 1.44269504f);
   const Floats e = exp2_of(t), r = 1.0f / (1.0f + e);
   slope = 4.0f * e * r * r;
-  const Floats series = (((all(2.1869489e-2f) * square - 5.3968254e-2f) * square + 1.3333334e-1f) * square -
-                         3.3333334e-1f) * square * x + x;
+  const Floats series =
+      (((all(2.1869489e-2f) * square - 5.3968254e-2f) * square + 1.3333334e-1f) * square - 3.3333334e-1f) * square * x +
+      x;
   const Floats z = softcap * (1.0f - e) * r;
   return size < 0.3f ? series : x < 0.0f ? -z : z;
 }
@@ -374,8 +376,6 @@ void write(void* out, const RowOptions& o, double k, double k_kl, const RowStati
 }  // namespace mdpgrpo
 
 #define MDPGRPO_EACH(function) {function<ISA::Float32>, function<ISA::BFloat16>, function<ISA::Float16>}
-#define MDPGRPO_ROWS(isa_name)                                                                     \
-  {                                                                                                \
-    isa_name, MDPGRPO_EACH(ISA::logit_at), MDPGRPO_EACH(ISA::read), MDPGRPO_EACH(ISA::write),      \
-        MDPGRPO_EACH(ISA::scale_row)                                                               \
-  }
+#define MDPGRPO_ROWS(isa_name)                                                               \
+  {isa_name, MDPGRPO_EACH(ISA::logit_at), MDPGRPO_EACH(ISA::read), MDPGRPO_EACH(ISA::write), \
+   MDPGRPO_EACH(ISA::scale_row)}

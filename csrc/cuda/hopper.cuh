@@ -72,9 +72,7 @@ __device__ __forceinline__ void store_to(T* place, int block, const T& value) {
     asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(remote + 4 * i), "r"(words[i]) : "memory");
 }
 
-__device__ __forceinline__ float from_lane(float x, int distance) {
-  return __shfl_xor_sync(0xffffffffu, x, distance);
-}
+__device__ __forceinline__ float from_lane(float x, int distance) { return __shfl_xor_sync(0xffffffffu, x, distance); }
 
 __device__ __forceinline__ float exp2(float x) {
   float y;

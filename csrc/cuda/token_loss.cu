@@ -88,8 +88,9 @@ const bool registered = [] {
     // A driver that is older than this runtime says so here, and not at the first launch.
     int devices = 0;
     const cudaError_t status = cudaGetDeviceCount(&devices);
-    check(status != cudaErrorInsufficientDriver, "the driver is older than CUDA ", std::to_string(CUDART_VERSION / 1000),
-          ".", std::to_string(CUDART_VERSION % 1000 / 10), ", which this part was built with");
+    check(status != cudaErrorInsufficientDriver, "the driver is older than CUDA ",
+          std::to_string(CUDART_VERSION / 1000), ".", std::to_string(CUDART_VERSION % 1000 / 10),
+          ", which this part was built with");
     static Library library("CUDA", "csrc/cuda/token_loss.cu");
     library.add("_cuda_token_loss_rows", TOKEN_LOSS_ROWS, token_loss_rows_op);
   } catch (const std::exception& e) {

@@ -30,8 +30,8 @@ struct RowArguments {
   int64_t n_rows, row_length, vocab, stride_b, stride_l, gradient_stride_b, gradient_stride_l, n_completions;
   int32_t slice;  // columns of a block, a multiple of what 16 bytes hold
   const int64_t* tokens;
-  const uint8_t* mask;         // null: all rows count
-  const int64_t* completion;   // null: rows lie in order
+  const uint8_t* mask;        // null: all rows count
+  const int64_t* completion;  // null: rows lie in order
   const float *old_logprobs, *ref_logprobs, *weight;
   const float *temperature, *epsilon_low, *epsilon_high, *advantage, *beta;
   bool temperature_per_row, low_per_row, high_per_row, advantage_per_row, beta_per_row;
@@ -57,7 +57,7 @@ struct alignas(16) BlockMemory {
   uint64_t arrived[CHUNKS];
   Sums warps[32];
   float target;
-  float weights[2];              // a, a_kl
+  float weights[2];               // a, a_kl
   Exchange from[2][MAX_CLUSTER];  // by parity of the row, so that no one overwrites what another still reads
 };
 
@@ -199,8 +199,8 @@ struct RowStatistics {
 
 // Everything that is said of a row, by one thread; a and a_kl of its gradient come back.
 template <bool TWO>
-MDPGRPO_DEVICE void conclude(const RowArguments& p, int64_t row, const RowScalars& r, const RowStatistics& s, bool record,
-                             float* weights) {
+MDPGRPO_DEVICE void conclude(const RowArguments& p, int64_t row, const RowScalars& r, const RowStatistics& s,
+                             bool record, float* weights) {
   const int64_t c = r.completion, n = p.n_rows;
   const float logprob = (s.target - s.peak) / r.tau - s.log_total;
   TokenInputs<float> in;
@@ -366,8 +366,8 @@ MDPGRPO_DEVICE void token_loss_rows(const RowArguments& p, unsigned char* memory
   for (int64_t row = hw::cluster(); row < p.n_rows; row += hw::clusters()) {
     const int64_t outer = row / p.row_length, inner = row % p.row_length;
     const auto* logits = static_cast<const typename E::Storage*>(p.logits) + outer * p.stride_b + inner * p.stride_l;
-    auto* out = static_cast<typename Out::Storage*>(p.gradient) + outer * p.gradient_stride_b +
-                inner * p.gradient_stride_l;
+    auto* out =
+        static_cast<typename Out::Storage*>(p.gradient) + outer * p.gradient_stride_b + inner * p.gradient_stride_l;
     const Slice<E> slice(p, logits, hw::rank());
     const bool first = hw::rank() == 0 && hw::thread() == 0;
     if (p.mask != nullptr && p.mask[row] == 0) {

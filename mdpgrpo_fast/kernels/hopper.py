@@ -62,22 +62,11 @@ def launch_token_loss(
         advantage, kl_beta = completions[2:].flatten(1).unbind()
         if slots is not None:
             advantage, kl_beta = advantage[slots], kl_beta[slots]
-    return launch_triton_token_loss(
-        logits,
-        gradient,
-        tokens,
-        mask,
-        completion,
-        n_completions,
-        None,
-        None,
-        None,
-        None,
-        advantage,
-        kl_beta,
-        *rest,
-        launch_rows=_launch_rows,
-    )
+    # No tile: it is the Triton kernel's.
+    return launch_triton_token_loss(  # type: ignore[call-arg]  # of what *rest holds, the end is known here alone
+        logits, gradient, tokens, mask, completion, n_completions, None, None, None, None, advantage, kl_beta, *rest,
+        None, _launch_rows,
+    )  # fmt: skip
 
 
 LAUNCHERS = Launchers(**{**library.LAUNCHERS._asdict(), "token_loss": launch_token_loss})

@@ -275,11 +275,11 @@ def launch_token_loss(
                 logits, gradient, tokens, mask, completion, old_logprobs, ref_logprobs, importance_weight, temperature,
                 epsilon_low, epsilon_high, advantage, kl_beta, rewards, num_constraints, valid, slots, denominator,
                 lengths, ratio, slope, statistics, rows, marks, n, length, vocab // tile.block_v, n_completions,
-                logits.stride(0), logits.stride(1), *((0, 0) if gradient is None else gradient.stride()[:2]), f.group_size,
-                *knobs, *numbers, SEQUENCE=f.sequence, ESTIMATOR=f.estimator, MEAN_OF_MEANS=f.aggregation == 0,
+                *logits.stride()[:2], *((0, 0) if gradient is None else gradient.stride()[:2]), f.group_size, *knobs,
+                *numbers, SEQUENCE=f.sequence, ESTIMATOR=f.estimator, MEAN_OF_MEANS=f.aggregation == 0,
                 TWO=f.two_temperatures, HAS_GRADIENT=gradient is not None, HAS_OLD=old_logprobs is not None,
-                HAS_REF=ref_logprobs is not None, HAS_SOFTCAP=numbers.softcap > 0, HAS_STATISTICS=statistics is not None,
-                **method, **options,
+                HAS_REF=ref_logprobs is not None, HAS_SOFTCAP=numbers.softcap > 0,
+                HAS_STATISTICS=statistics is not None, **method, **options,
             )  # fmt: skip
         _totals_kernel[(n_completions + 1,)](
             rows, marks, mask, completion, completion_kl, totals, loss, n, length, n_completions,
