@@ -50,6 +50,7 @@ struct Logits {
     check(vocab > 0 || rows() == 0, t.name(), " has an empty vocabulary");
   }
   int64_t rows() const { return batch * length; }
+  const void* after(int64_t i) const { return row(i + 1 < rows() ? i + 1 : i); }
   void* row(int64_t i) const { return data + (i / length * stride_b + i % length * stride_l) * item; }
 };
 
@@ -317,13 +318,13 @@ class Sweep {
     return r;
   }
   // a (onehot - p) + a_kl (onehot - p_kl) of the row that was read last.
-  void write(void* out, Element element, const Row& r, double a, double a_kl, bool streaming) const {
+  void write(void* out, Element element, const Row& r, double a, double a_kl, bool streaming, const void* next) const {
     const RowStatistics& s = r.statistics;
     const double d = r.own.z - s.peak;
     double own = -a * std::expm1(d * r.k / LOG2E - s.log_total);
     if (options_.two) own -= a_kl * std::expm1(d * r.k_kl / LOG2E - s.log_total_kl);
     kernels_.write[element](out, options_, r.k, r.k_kl, s, {a, a_kl, own * r.own.slope, r.token}, scratch_start_,
-                            streaming);
+                            streaming, next);
   }
 
  private:
@@ -490,7 +491,7 @@ void token_loss(StableIValue* stack, uint64_t, uint64_t) {
       if (a == 0 && a_kl == 0)
         gradient.zero(row);
       else
-        sweep.write(gradient.to.row(row), gradient.to.element, r, a, a_kl, gradient.streaming);
+        sweep.write(gradient.to.row(row), gradient.to.element, r, a, a_kl, gradient.streaming, logits.after(row));
     }
   });
   sum_up(layout, record, loss, completion_kl, totals);
@@ -534,7 +535,8 @@ void logprobs(StableIValue* stack, uint64_t, uint64_t) {
         const RowStatistics& s = r.statistics;
         const double found[6] = {s.peak, s.log_total, s.entropy, s.log_total_kl, r.own.z, r.logprob};
         std::copy(found, found + 6, values);
-        if (gradient.wanted) sweep.write(gradient.to.row(row), gradient.to.element, r, 1 / tau, 0, gradient.streaming);
+        if (gradient.wanted)
+          sweep.write(gradient.to.row(row), gradient.to.element, r, 1 / tau, 0, gradient.streaming, logits.after(row));
       } else if (gradient.wanted) {
         gradient.zero(row);
       }
@@ -581,7 +583,7 @@ void logprobs_backward(StableIValue* stack, uint64_t, uint64_t) {
       }
       Row r = sweep.read(row, tau, true);
       r.statistics = {statistics[row], statistics[n + row], 0, statistics[3 * n + row]};
-      sweep.write(gradient.to.row(row), gradient.to.element, r, a, a_kl, gradient.streaming);
+      sweep.write(gradient.to.row(row), gradient.to.element, r, a, a_kl, gradient.streaming, logits.after(row));
     }
   });
 }

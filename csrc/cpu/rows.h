@@ -52,8 +52,9 @@ struct RowKernels {
   // k = log2(e) / τ. Into scratch: exp2(k (z - peak of the block)), and what the soft-cap does to a gradient.
   RowStatistics (*read[3])(const void* row, const RowOptions&, double k, double k_kl, float* scratch);
   // From scratch alone, so that `out` may be the row. streaming: past the caches, for memory that no one reads soon.
+  // next: what will be read after, of which the beginning is fetched meanwhile.
   void (*write[3])(void* out, const RowOptions&, double k, double k_kl, const RowStatistics&, const RowWeights&,
-                   const float* scratch, bool streaming);
+                   const float* scratch, bool streaming, const void* next);
   void (*scale[3])(void* row, int64_t vocab, float factor);
 };
 

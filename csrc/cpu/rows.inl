@@ -282,18 +282,21 @@ RowStatistics read_row(const typename E::Storage* row, const RowOptions& o, doub
 
 template <class E, bool TWO, bool CAP>
 void write_row(typename E::Storage* out, const RowOptions& o, double k, double k_kl, const RowStatistics& s,
-               const RowWeights& w, const float* scratch, bool streaming) {
+               const RowWeights& w, const float* scratch, bool streaming, const void* next) {
   const int64_t blocks = (o.vocab + BLOCK - 1) / BLOCK;
   const float* const kept_kl = scratch + blocks * BLOCK;
   const float* const kept_slope = kept_kl + (TWO ? blocks * BLOCK : 0);
   const float* const peaks = kept_slope + (CAP ? blocks * BLOCK : 0);
-  constexpr int64_t element = sizeof(typename E::Storage), line = W * element;
+  constexpr int64_t element = sizeof(typename E::Storage), line = W * element, LINES = BLOCK * element / 64;
   const double log2_total = s.log_total / LN2, log2_total_kl = s.log_total_kl / LN2;
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t start = b * BLOCK, count = o.vocab - start < BLOCK ? o.vocab - start : BLOCK;
     const double d = peaks[b] - s.peak;
     const Floats c = all(static_cast<float>(-w.a * ::exp2(d * k - log2_total)));
     const Floats c_kl = all(TWO ? static_cast<float>(-w.a_kl * ::exp2(d * k_kl - log2_total_kl)) : 0.0f);
+    // As many lines per block as bring the first block of the next row.
+    for (int64_t line_at = b * LINES / blocks; line_at < (b + 1) * LINES / blocks; ++line_at)
+      __builtin_prefetch(static_cast<const char*>(next) + 64 * line_at);
     typename E::Storage* const to = out + start;
     const auto value = [&](int64_t i) {
       Floats g = Float32::load(scratch + start + i) * c;
@@ -361,14 +364,14 @@ RowStatistics read(const void* row, const RowOptions& o, double k, double k_kl, 
 
 template <class E>
 void write(void* out, const RowOptions& o, double k, double k_kl, const RowStatistics& s, const RowWeights& w,
-           const float* scratch, bool streaming) {
+           const float* scratch, bool streaming, const void* next) {
   auto* to = static_cast<typename E::Storage*>(out);
   if (o.softcap > 0)
-    o.two ? write_row<E, true, true>(to, o, k, k_kl, s, w, scratch, streaming)
-          : write_row<E, false, true>(to, o, k, k_kl, s, w, scratch, streaming);
+    o.two ? write_row<E, true, true>(to, o, k, k_kl, s, w, scratch, streaming, next)
+          : write_row<E, false, true>(to, o, k, k_kl, s, w, scratch, streaming, next);
   else
-    o.two ? write_row<E, true, false>(to, o, k, k_kl, s, w, scratch, streaming)
-          : write_row<E, false, false>(to, o, k, k_kl, s, w, scratch, streaming);
+    o.two ? write_row<E, true, false>(to, o, k, k_kl, s, w, scratch, streaming, next)
+          : write_row<E, false, false>(to, o, k, k_kl, s, w, scratch, streaming, next);
 }
 
 }  // namespace
