@@ -38,12 +38,24 @@ if compgen -G '.whl/*.whl' >/dev/null; then
     export PYTHONPATH=$PWD:$scratch/site
 fi
 
+# Built here where there is nvcc; else what is there is used, if any.
+if command -v nvcc >/dev/null; then
+    MDPGRPO_BUILD=cuda step build 90 "$python" setup.py -q build_ext --inplace
+fi
+"$python" -c 'import mdpgrpo_fast; mdpgrpo_fast.backend_report()'
+
 # Most of the tests' time is the compiler's: one process per core, where pytest-xdist is there.
 workers=()
 "$python" -c 'import xdist' 2>/dev/null && workers=(-n "$(($(nproc) / 2))")
 # They need no measured tile, and would measure it while others compute.
 step tests 240 env MDPGRPO_AUTOTUNE=0 "$python" -m pytest "${workers[@]}" tests/test_token_loss*.py \
     tests/test_linear_*.py tests/test_logprobs.py tests/test_advantages.py tests/test_backends.py -q -p no:cacheprovider
+if command -v compute-sanitizer >/dev/null; then
+    for tool in memcheck racecheck; do
+        step "$tool" 40 env MDPGRPO_AUTOTUNE=0 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+            --kernel-name kernel_substring=token_loss_kernel "$python" benchmarks/hopper_smoke.py
+    done
+fi
 step roofline 40 "$python" benchmarks/roofline.py
 # Shares of what is left, the most important first. Each stops itself and says what it left out; the limit of a step is
 # for a hang.
@@ -63,6 +75,8 @@ if [ -n "${OUT:-}" ]; then
     cp "$scratch/tiles/tiles.json" "$OUT/" 2>/dev/null
 fi
 "$python" benchmarks/speed_table.py || failed+=(table)
+# Where `auto` takes the Hopper kernel from now on.
+"$python" benchmarks/crossovers.py || failed+=(crossovers)
 if [ ${#failed[@]} -gt 0 ]; then
     echo "FAILED: ${failed[*]}"
     exit 1

@@ -1,7 +1,8 @@
 // csrc/cuda/token_loss.cuh without a GPU: its text compiled for the CPU, with a fiber for every thread of a cluster.
 //
 // What a GPU leaves open is taken at its worst: a bulk copy arrives only when someone waits for it, threads take turns
-// at every barrier alone, and shared memory begins as garbage. Misaligned 16-byte accesses end the process with a word.
+// at barriers alone, blocks and warps run far ahead of others, and shared memory begins as garbage. Misaligned 16-byte
+// accesses end the process with a word.
 #include <ucontext.h>
 
 #include <cmath>
@@ -202,10 +203,22 @@ void run_cluster(const RowShape& shape) {
     f.context.uc_stack.ss_size = f.stack.size();
     makecontext(&f.context, start, 0);
   }
-  for (bool busy = true; busy;) {
+  // A block, or a warp of it, is held back for long, so that the others run as far ahead as barriers let them.
+  uint32_t chance = 12345;
+  const auto pick = [&](int n) {
+    chance = chance * 1664525 + 1013904223;
+    return static_cast<int>((chance >> 16) % static_cast<uint32_t>(n));
+  };
+  int held_rank = -1, held_warp = -1, passes = 0;
+  for (bool busy = true; busy; ++passes) {
+    if (passes % 150 == 0) held_rank = pick(shape.cluster), held_warp = pick(2) == 0 ? -1 : pick(hw::THREADS / 32);
     busy = false;
     for (hw::Fiber& f : m.fibers) {
       if (f.done) continue;
+      if (f.rank == held_rank && (held_warp < 0 || f.thread / 32 == held_warp) && passes % 150 < 149) {
+        busy = true;
+        continue;
+      }
       m.current = &f;
       swapcontext(&m.scheduler, &f.context);
       busy = busy || !f.done;
