@@ -424,4 +424,4 @@ def test_an_explicit_backend_that_cannot_run_raises(
             linear_token_logprobs(**good(), backend="triton")
     with caplog.at_level(logging.INFO, "mdpgrpo_fast"):
         linear_token_logprobs(**good())
-    assert "backend torch: the tensors are on the CPU" in caplog.text or DEVICE == "cuda"
+    assert "backend cpu: the tensors are torch.float32 on cpu" in caplog.text or DEVICE == "cuda"
