@@ -13,6 +13,7 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
 COMPILED = RESULTS / "compiled" / "kernel_resources.json"
+HOPPER = RESULTS / "compiled" / "cuda_resources.json"
 OPS = ("token_loss", "logprobs", "advantages")
 LINEAR_OPS = ("linear_token_loss", "linear_logprobs")  # their tables: linear_table.py
 # What a GPU result is held against, at 8192 tokens of bf16: shown in the headings.
@@ -145,8 +146,8 @@ def of_device(folder: Path) -> list[str]:
         kind = "of the GPU alone, from cold caches" if gpu else "wall-clock"
         lines.append(
             f"Times are {kind}, medians of calls in turn; every candidate was verified against the reference before. "
-            "“× peer” is the peer's time over ours, “–” not measured, the reason is in the result file. "
-            + origin(first)
+            "“× peer” is the peer's time over ours, “–” not measured, the reason is in the result file. “% of copy” of the "
+            "objective: of a copy into memory that is there, measured in turn. " + origin(first)
         )
     return lines
 
@@ -190,13 +191,27 @@ def compiled() -> list[str]:
     return lines
 
 
+def hopper() -> list[str]:
+    """What csrc/cuda compiles to, in one paragraph."""
+    document = json.loads(HOPPER.read_text(encoding="utf-8"))
+    kernels = document["kernels"]
+    registers = [k["registers"] for k in kernels]
+    spilled = sum(k["spilled"] + k["local"] for k in kernels)
+    where = " and ".join(f"sm_{sm}" for sm in dict.fromkeys(k["sm"] for k in kernels))
+    return [
+        f"The Hopper kernel, not measured on a GPU either: {len(kernels)} variants for {where}, {min(registers)} to "
+        f"{max(registers)} registers, {spilled} bytes spilled or in local memory, logits read by bulk copies alone. "
+        f"`{document['command']}`; nvcc {document['nvcc']}."
+    ]
+
+
 def section() -> str:
     """Every device measured; without a GPU among them, that, and what can be said without one."""
     folders = gpu_folders()
     parts = [of_device(folder) for folder in folders]
     if not folders:
         parts.append(["No GPU has been measured yet."])
-        parts.append(compiled())
+        parts += [compiled(), hopper()]
     if (RESULTS / "cpu" / "token_loss.json").exists():
         parts.append(of_device(RESULTS / "cpu"))
     return "\n\n".join("\n".join(p).strip() for p in parts if p)
