@@ -7,9 +7,6 @@ DEMO   := mdpgrpo_fast/demo
 ARGS   ?=
 JOBS   ?= $(shell getconf _NPROCESSORS_ONLN)
 
-# Our own builds take no warning; a user's compiler, newer than any of ours, may warn.
-export MDPGRPO_CXXFLAGS ?= -Werror
-
 .PHONY: help setup train test check install-check sanitize seed-policy bench clean
 
 help:

@@ -16,7 +16,8 @@ from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
 FLAGS = "-std=c++17 -O3 -ffp-contract=fast -fvisibility=hidden -Wall -Wextra".split()
-FLAGS += os.environ.get("MDPGRPO_CXXFLAGS", "").split()
+CXXFLAGS = os.environ.get("MDPGRPO_CXXFLAGS", "").split()
+FLAGS += CXXFLAGS
 ARCHITECTURES = ("90a", "100a")
 wish = os.environ.get("MDPGRPO_BUILD", "auto")
 
@@ -31,16 +32,16 @@ def extensions() -> list[Extension]:
     if wish not in ("auto", "cpu", "cuda", "none"):
         sys.exit(f"MDPGRPO_BUILD must be auto, cpu, cuda or none, not {wish!r}")
     compiler = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()[0]
-    if wish == "none" or (wish == "auto" and (sys.platform not in ("linux", "darwin") or not shutil.which(compiler))):
+    # A free-threaded Python takes no limited ABI.
+    possible = sys.platform in ("linux", "darwin") and not sysconfig.get_config_var("Py_GIL_DISABLED")
+    if wish == "none" or (wish == "auto" and not (possible and shutil.which(compiler))):
         return []
     found = [("cpu", CSRC.glob("cpu/*.cpp"))]
     if wish == "cuda" or (wish == "auto" and cuda_compiler()):
         found.append(("cuda", CSRC.glob("cuda/*.cu")))
     headers = sorted(map(str, [*CSRC.rglob("*.h"), *CSRC.rglob("*.inl")]))
-    return [
-        Extension(f"mdpgrpo_fast._{part}", sorted(map(str, files)), depends=headers, py_limited_api=True)
-        for part, files in found
-    ]
+    common = {"depends": headers, "py_limited_api": True, "optional": wish == "auto"}
+    return [Extension(f"mdpgrpo_fast._{part}", sorted(map(str, files)), **common) for part, files in found]
 
 
 class Build(build_ext):
@@ -83,7 +84,7 @@ class Build(build_ext):
         torch = self.torch_libraries("torch_cpu", "torch_cuda")
         torch = [x for flag in torch for x in (["-Xlinker", flag[4:]] if flag.startswith("-Wl,") else [flag])]
         codes = [x for a in ARCHITECTURES for x in ("-gencode", f"arch=compute_{a},code=sm_{a}")]
-        host = ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
+        host = ["-Xcompiler", ",".join(["-fPIC,-fvisibility=hidden,-Wall,-Wextra", *CXXFLAGS])]
         self.spawn([nvcc, "-std=c++17", "-O3", "-shared", *codes, *host, *ext.sources, "-o", str(target), *torch])
 
 

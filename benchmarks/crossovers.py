@@ -2,8 +2,8 @@
 
     python benchmarks/crossovers.py           # results/*/token_loss.json -> mdpgrpo_fast/kernels/crossovers.json
 
-A vocabulary is in the table where `cuda` won on-policy at every measured length from some length on. No GPU measured:
-an empty table, and `auto` takes Triton.
+A vocabulary is in the table where `cuda` won in every measured case, at every length from some length on. No
+GPU measured: an empty table, and `auto` takes Triton.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ def rows_from(measured: list[tuple[int, bool]]) -> int | None:
 
 def crossovers(document: dict[str, Any]) -> list[dict[str, Any]]:
     """Of one result file: dtype, vocabulary and the rows from which `cuda` is faster."""
-    by_size: dict[tuple[str, int], list[tuple[int, bool]]] = {}
+    by_size: dict[tuple[str, int], dict[int, bool]] = {}
     for row in document["results"]:
         ms = {n: row["candidates"].get(n, {}).get("ms") for n in ("cuda", "triton")}
-        if row["case"] == "on-policy" and all(ms.values()):
+        if all(ms.values()):
+            lengths = by_size.setdefault((row["dtype"], row["vocab"]), {})
             won = ms["cuda"] < MARGIN * ms["triton"]
-            by_size.setdefault((row["dtype"], row["vocab"]), []).append((row["tokens"], won))
-    found = [(dtype, vocab, rows_from(measured)) for (dtype, vocab), measured in sorted(by_size.items())]
+            lengths[row["tokens"]] = lengths.get(row["tokens"], True) and won
+    found = [(dtype, vocab, rows_from(list(measured.items()))) for (dtype, vocab), measured in sorted(by_size.items())]
     return [{"dtype": d, "vocab": v, "rows": n} for d, v, n in found if n is not None]
 
 

@@ -101,6 +101,7 @@ WAYS = {
     "pure": "the sdist, `MDPGRPO_BUILD=none`",
     "no_compiler": "no compiler on the machine",
     "refusing": "a compiler that fails",
+    "refusing_editable": "the same, `pip install -e .`",
 }
 
 

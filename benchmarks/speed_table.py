@@ -146,8 +146,8 @@ def of_device(folder: Path) -> list[str]:
         kind = "of the GPU alone, from cold caches" if gpu else "wall-clock"
         lines.append(
             f"Times are {kind}, medians of calls in turn; every candidate was verified against the reference before. "
-            "“× peer” is the peer's time over ours, “–” not measured, the reason is in the result file. “% of copy” of the "
-            "objective: of a copy into memory that is there, measured in turn. " + origin(first)
+            "“× peer” is the peer's time over ours, “–” not measured, the reason is in the result file. “% of copy” "
+            "of the objective: of a copy into memory that is there, measured in turn. " + origin(first)
         )
     return lines
 

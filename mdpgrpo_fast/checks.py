@@ -136,6 +136,8 @@ def check_logits(
         check_integers("completion", completion)
         if num_completions is None:
             refuse("num_completions", None, f"given for packed {name}, or follow from rewards")
+        if num_completions < 1 and rows[0] > 0:
+            refuse("num_completions", num_completions, f"at least 1, as there are {rows[0]} rows")
         count = num_completions
         check_range("completion", completion, count, check_values)
     check_knob("temperature", temperature, rows, count, check_values, positive=True)

@@ -26,19 +26,16 @@ def _new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="cpu")
 
 
-_ABSENT = _new(0)
-
-
 def _real(x: Tensor | None) -> Tensor:
-    return _ABSENT if x is None else x.to(torch.float32).contiguous()
+    return _new(0) if x is None else x.to(torch.float32).contiguous()
 
 
 def _index(x: Tensor | None) -> Tensor:
-    return _ABSENT if x is None else x.to(torch.int64).contiguous()
+    return _new(0) if x is None else x.to(torch.int64).contiguous()
 
 
 def _bytes(x: Tensor | None) -> Tensor:
-    return _ABSENT if x is None else x.contiguous()
+    return _new(0) if x is None else x.contiguous()
 
 
 def _numbers(values: Iterable[Any], dtype: torch.dtype = torch.float64) -> Tensor:
@@ -68,7 +65,7 @@ def launch_token_loss(
     if n == 0:
         return loss.zero_(), rows, marks, completion_kl.zero_(), totals.zero_()
     _raw._cpu_token_loss(
-        logits=logits, gradient=_ABSENT if gradient is None else gradient, tokens=_index(tokens), mask=_bytes(mask),
+        logits=logits, gradient=_new(0) if gradient is None else gradient, tokens=_index(tokens), mask=_bytes(mask),
         completion=_index(completion), rewards=_real(rewards), num_constraints=_real(num_constraints),
         valid=_bytes(valid), slots=_index(slots), old_logprobs=_real(old_logprobs), ref_logprobs=_real(ref_logprobs),
         importance_weight=_real(importance_weight), temperature=_real(temperature), epsilon_low=_real(epsilon_low),
@@ -90,7 +87,7 @@ def launch_logprobs(
     logprobs, statistics = _new(n), _new(STATISTICS, n)
     if n:
         _raw._cpu_logprobs(
-            logits=logits, gradient=_ABSENT if gradient is None else gradient, tokens=_index(tokens),
+            logits=logits, gradient=_new(0) if gradient is None else gradient, tokens=_index(tokens),
             mask=_bytes(mask), completion=_index(completion), temperature=_real(temperature),
             n_completions=n_completions, temperature_value=temperature_value, kl_temperature=kl_temperature,
             softcap=softcap, two=two, logprobs=logprobs, statistics=statistics,

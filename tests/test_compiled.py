@@ -217,6 +217,52 @@ def test_infinite_and_missing_logits() -> None:
 
 
 @needs_cpu
+@pytest.mark.parametrize("tau", [0.05, 0.1, 1.0])
+@pytest.mark.parametrize("level", [0.0, -25.0, -200.0])
+def test_blocks_without_probability_have_no_gradient(level: float, tau: float) -> None:
+    """A factor of such a block must not overflow on its way to 0, wherever the peak of the row lies."""
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(1, 4, 6000, generator=g) + level
+    x[0, 0, 2048:], x[0, 1, :4096], x[0, 2, 1000:5000] = -torch.inf, -torch.inf, -torch.inf
+    x[0, 3] = -torch.inf
+    tokens = torch.tensor([[5, 5000, 5999, 3]])
+    found = {}
+    for backend, dtype in (("cpu", torch.float32), ("torch", torch.float64)):
+        leaf = x.to(dtype).requires_grad_()
+        logprobs, _ = ops.token_logprobs(leaf, tokens, temperature=tau, backend=backend)
+        found[backend] = torch.autograd.grad(logprobs.sum(), leaf)[0].double()
+    assert found["cpu"][0, 3].isnan().all()
+    torch.testing.assert_close(found["cpu"][0, :3], found["torch"][0, :3], atol=1e-5 / tau, rtol=0)
+
+
+@needs_cpu
+def test_the_first_call_may_be_traced() -> None:
+    """What a tracing mode makes of a small tensor must not be kept for real calls."""
+    code = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from mdpgrpo_fast import token_logprobs
+import mdpgrpo_fast.backends as b
+b.refuses("cpu", torch.device("cpu"), torch.float32)
+with FakeTensorMode():
+    token_logprobs(torch.zeros(1, 2, 3), torch.zeros(1, 2, dtype=torch.long), backend="cpu", check_values=False)
+print(token_logprobs(torch.zeros(1, 2, 3), torch.zeros(1, 2, dtype=torch.long), backend="cpu")[0].shape)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "torch.Size([1, 2])", done.stderr[-1500:]
+
+
+@needs_cpu
+def test_rows_without_completions_are_refused() -> None:
+    for backend in ("cpu", "torch"):
+        with pytest.raises(ValueError, match=r"^num_completions must be at least 1, as there are 4 rows; got 0$"):
+            ops.token_loss(
+                torch.randn(4, 50), torch.zeros(4).long(), None, config_for(), advantage=1.0, kl_beta=0.0,
+                completion=torch.zeros(4).long(), num_completions=0, check_values=False, backend=backend,
+            )  # fmt: skip
+
+
+@needs_cpu
 def test_defaults_of_torch_do_not_matter() -> None:
     batch = make_batch(3)
     plain = run("cpu", batch, config_for())
@@ -246,6 +292,7 @@ def test_every_instruction_set_passes_the_op_tests(variant: str) -> None:
     """The tests of the operations again, in a process that takes a lesser instruction set."""
     files = [str(ROOT / "tests" / f"test_{op}.py") for op in ("token_loss", "logprobs", "advantages")]
     edges = ("vocabularies_and_unaligned_rows", "a_gradient_beyond_the_caches", "infinite_and_missing_logits",
+             "blocks_without_probability_have_no_gradient",
              "every_16_bit_number_is_read_and_rounded_as_torch_does")  # fmt: skip
     own = [f"{__file__}::test_{name}" for name in edges]
     command = [sys.executable, "-m", "pytest", "-k", "cpu or compiled", "-p", "no:cacheprovider", *files, *own]

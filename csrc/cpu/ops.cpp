@@ -397,7 +397,7 @@ void token_loss(StableIValue* stack, uint64_t, uint64_t) {
   const Logits logits(logits_);
   const Gradient gradient(gradient_, logits);
   const int64_t n = logits.rows();
-  check(b >= 0, "n_completions must not be negative");
+  check(b > 0, "rows belong to completions: n_completions must be above 0, not ", std::to_string(b));
   const double* const numbers = elements<double>(numbers_, 12);
   const int64_t* const flags = elements<int64_t>(flags_, 11);
   const int64_t* const tokens = elements<int64_t>(tokens_, n);
@@ -608,6 +608,7 @@ void objective(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor rows_ = args.tensor("rows"), marks_ = args.tensor("marks"), weights_ = args.tensor("weights");
 
   const int64_t n = completion_.numel();
+  check(b > 0, "rows belong to completions: n_completions must be above 0, not ", std::to_string(b));
   const double* const numbers = elements<double>(numbers_, 5);
   const Layout layout(completion_, mask_, n, 1, b);
   Objective o = given.objective(layout, numbers, numbers[4]);

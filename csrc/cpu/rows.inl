@@ -235,7 +235,8 @@ RowStatistics read_row(const typename E::Storage* row, const RowOptions& o, doub
     float block_peak = NEG_INF;
     for (i = 0; i < W; ++i) block_peak = top[i] > block_peak ? top[i] : block_peak;
     const float base = block_peak == NEG_INF ? 0.0f : block_peak;
-    peaks[b] = base;
+    // -inf only for a block that is wholly of probability 0, which then has a factor of 0.
+    peaks[b] = block_peak;
 
     Sums sums[2];
     const auto z_at = [&](int64_t at) { return CAP ? Float32::load(z_of_block + at) : E::load(x + at); };
@@ -291,7 +292,8 @@ void write_row(typename E::Storage* out, const RowOptions& o, double k, double k
   const double log2_total = s.log_total / LN2, log2_total_kl = s.log_total_kl / LN2;
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t start = b * BLOCK, count = o.vocab - start < BLOCK ? o.vocab - start : BLOCK;
-    const double d = peaks[b] - s.peak;
+    // A row of nothing but -inf, or of NaN, has no peak: its exponentials or its sums say so.
+    const double d = s.peak == NEG_INF ? 0 : peaks[b] - s.peak;
     const Floats c = all(static_cast<float>(-w.a * ::exp2(d * k - log2_total)));
     const Floats c_kl = all(TWO ? static_cast<float>(-w.a_kl * ::exp2(d * k_kl - log2_total_kl)) : 0.0f);
     // As many lines per block as bring the first block of the next row.
@@ -324,6 +326,9 @@ void write_row(typename E::Storage* out, const RowOptions& o, double k, double k
       store_some<E>(to + i, g, count - i);
     }
   }
+#if WIDTH > 4
+  if (streaming) _mm_sfence();  // before anyone is told that the row is there
+#endif
   if (w.token >= 0) store_some<E>(out + w.token, all(static_cast<float>(w.own)), 1);
 }
 
