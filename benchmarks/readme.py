@@ -128,8 +128,8 @@ def render(text: str) -> str:
     """The README with every marked section drawn again."""
     result = json.loads(LEARNING.read_text(encoding="utf-8"))
     bodies = {
-        "install": install(),
         "claim": claim(result),
+        "install": install(),
         "learning": learning(result),
         "speed": speed_table.section(),
         "linear": linear_table.section(),
