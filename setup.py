@@ -39,7 +39,7 @@ def extensions() -> list[Extension]:
     found = [("cpu", CSRC.glob("cpu/*.cpp"))]
     if wish == "cuda" or (wish == "auto" and cuda_compiler()):
         found.append(("cuda", CSRC.glob("cuda/*.cu")))
-    headers = sorted(map(str, [*CSRC.rglob("*.h"), *CSRC.rglob("*.inl")]))
+    headers = sorted(map(str, [*CSRC.rglob("*.h"), *CSRC.rglob("*.inl"), *CSRC.rglob("*.cuh")]))
     common = {"depends": headers, "py_limited_api": True, "optional": wish == "auto"}
     return [Extension(f"mdpgrpo_fast._{part}", sorted(map(str, files)), **common) for part, files in found]
 
