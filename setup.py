@@ -63,10 +63,10 @@ class Build(build_ext):
         folder = Path(self.build_temp).absolute() / "torch"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "empty.c").write_text("")
-        compiler, empty = self.compiler.compiler_so[0], str(folder / "empty.c")
+        compiler, empty = self.compiler.compiler_so, str(folder / "empty.c")
         for name in names:
             file = f"lib{name}.so"
-            self.spawn([compiler, "-shared", f"-Wl,-soname,{file}", "-o", str(folder / file), empty])
+            self.spawn([*compiler, "-shared", f"-Wl,-soname,{file}", "-o", str(folder / file), empty])
         return [f"-L{folder}", "-Wl,--no-as-needed", *(f"-l{name}" for name in names)]
 
     def build_cpu(self, ext: Extension, target: Path) -> None:

@@ -286,7 +286,7 @@ def _place(logits: Tensor) -> tuple[Tensor, tuple[object, ...]]:
 
 
 def _mark_overwritten(logits: Tensor) -> None:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or logits.is_inference():  # inference tensors count no versions
         return
     base, place = _place(logits)
     version, places = getattr(base, "_overwritten", (-1, []))
@@ -296,7 +296,7 @@ def _mark_overwritten(logits: Tensor) -> None:
 
 
 def _refuse_overwritten(logits: Tensor) -> None:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or logits.is_inference():  # inference tensors count no versions
         return
     base, place = _place(logits)
     version, places = getattr(base, "_overwritten", (-1, []))

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import socket
 import sys
 import types
-from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from conftest import unavailable
 from kernels_for_tests import EACH, config_for
 from linear_for_tests import BACKENDS, Head, call, gradients, make_linear
+from ranks_for_tests import spawn
 
 from mdpgrpo_fast import linear_select, sharded
 from mdpgrpo_fast.heads import effective_weight
@@ -27,26 +25,6 @@ from mdpgrpo_fast.linear import linear_token_logprobs, linear_token_loss
 DEEPSPEED = Path(sys.prefix) / "deepspeed"
 VOCAB, LENGTHS = 42, (3, 2, 0, 3)
 MORE = {"temperature": EACH, "softcap": 5.0}
-
-
-def start(rank: int, function: Callable[..., None], ranks: int, port: int, folder: str, args: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    sys.path.insert(0, str(Path(__file__).parent))
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=ranks)
-    try:
-        torch.save(function(rank, ranks, *args), f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
-
-
-def spawn(function: Callable[..., Any], ranks: int, folder: Path, *args: Any) -> list[Any]:
-    """What the function returns on each of the ranks."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(start, (function, ranks, port, str(folder), args), nprocs=ranks)
-    return [torch.load(folder / f"{i}.pt") for i in range(ranks)]
 
 
 def alone(level: str, more: dict[str, Any], backend: str = "torch") -> tuple[dict[str, Any], dict[str, Any]]:
@@ -221,6 +199,9 @@ def zero3(rank: int, ranks: int, logprobs: bool) -> Any:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "DS_ACCELERATOR": "cpu"}
     sys.path.append(str(DEEPSPEED))
     import deepspeed
+    from deepspeed.ops.op_builder import ShareMemCommBuilder  # compiled at first use, and waits by spinning
+
+    deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False  # gloo, as over two machines
 
     class Model(torch.nn.Module):
         def __init__(self) -> None:

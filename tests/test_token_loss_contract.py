@@ -53,6 +53,16 @@ def test_loss_scale_reaches_the_gradient(backend: str, in_place: bool) -> None:
 
 
 @pytest.mark.parametrize("in_place", [False, True])
+def test_tensors_of_inference_mode(backend: str, in_place: bool) -> None:
+    batch, config = make_batch(1), config_for()
+    expected = call(backend, on_device(batch)[0], config).loss
+    with torch.inference_mode():
+        inside = replace(batch, logits=batch.logits.to(DEVICE, copy=True))
+        assert inside.logits.is_inference()
+        assert torch.equal(call(backend, inside, config, in_place=in_place).loss, expected)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
 def test_backward_twice(backend: str, in_place: bool) -> None:
     """With retain_graph the same gradient again, whatever the first one's scale; without it torch's own error."""
     one, leaf = on_device(make_batch(2))

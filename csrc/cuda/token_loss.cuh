@@ -321,8 +321,7 @@ MDPGRPO_DEVICE RowStatistics read(const RowArguments& p, const Slice<E>& slice, 
   for (int b = 1; b < hw::cluster_size(); ++b) {
     const Exchange& other = block.from[phase][b];
     all.sums = merged(all.sums, other.sums, k, k_kl, TWO);
-    all.target = fmaxf(all.target, other.target);
-    if (is_nan(other.target)) all.target = other.target;
+    if (!is_nan(all.target) && !(other.target <= all.target)) all.target = other.target;
   }
   RowStatistics s;
   s.peak = all.sums.top;
