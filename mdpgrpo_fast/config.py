@@ -209,11 +209,22 @@ class TrainConfig:
     num_constraints: int = knob(1, "K for prompts that have no instruction_id_list and no num_constraints column")
 
     prompts_per_step: int = knob(4, "P, prompts per optimiser batch and process")
-    micro_batch_size: int = knob(8, "completions per forward and backward pass")
+    packing: Literal["auto", "on", "off"] = knob(
+        "auto",
+        "run each prompt once for all completions of its group; auto pads, and says so, where that is not exact",
+    )
+    tokens_per_micro_batch: int | None = knob(
+        None, "packing: most tokens of a forward pass, whole groups; unset: 8192, or what the largest group may need"
+    )
+    micro_batch_size: int = knob(8, "without packing: completions per forward and backward pass")
     eval_batch_size: int = knob(64, "held-out prompts answered at once")
     steps: int | None = knob(None, "optimiser batches; unset: as many as one epoch has")
     epochs: float = knob(1.0, "passes over the prompts when steps is unset")
     updates_per_rollout: int = knob(1, "optimiser updates on each batch of completions")
+    refill: int = knob(
+        0,
+        "dynamic sampling: how often a step may replace groups without a gradient (A = 0, no KL) by other prompts",
+    )
     max_prompt_length: int = knob(1024, "longest prompt in tokens; a longer one is an error")
     max_completion_length: int = knob(1024, "most new tokens of a completion")
 
@@ -222,10 +233,13 @@ class TrainConfig:
     warmup_steps: int = knob(0, "steps of linear warmup")
     weight_decay: float = knob(0.0, "weight decay of AdamW")
     adam_beta2: float = knob(0.999, "second moment decay of AdamW")
+    fused_adamw: bool = knob(True, "torch's fused AdamW, one kernel over all parameters")
     max_grad_norm: float = knob(1.0, "gradient norm clip; 0: none")
     mixed_precision: Literal["no", "bf16", "fp16"] = knob("no", "autocast precision")
     dtype: Literal["float32", "bfloat16", "auto"] = knob(
-        "float32", "dtype of the trained weights; in bfloat16 small updates round away (mixed_precision saves memory)"
+        "float32",
+        "dtype of the trained weights; in bfloat16 small updates round away (mixed_precision saves memory); "
+        "LoRA adapters stay in float32",
     )
     backend: Literal["auto", "torch", "triton", "cpu", "cuda"] = knob(
         "auto",
@@ -242,6 +256,29 @@ class TrainConfig:
         "lm_head fused: leave completions with A = 0 and no KL term out of the loss; entropy, ratios and clip shares "
         "are then logged over the others alone",
     )
+    attention: Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2"] = knob(
+        "auto", "the model's attention; auto: what transformers chooses; flash_attention_2 needs the package flash-attn"
+    )
+    gradient_checkpointing: bool = knob(
+        False, "keep one state per layer and compute the rest again in the backward pass"
+    )
+    lora: bool = knob(False, "train LoRA adapters (package peft) and leave the model's own weights as they are")
+    lora_r: int = knob(32, "LoRA rank")
+    lora_alpha: float = knob(64.0, "LoRA alpha; the adapters' product is scaled by alpha / r")
+    lora_target_modules: list[str] = knob(
+        ["auto"],
+        "linear layers under LoRA, by the last part of their names; auto: all of the blocks (q, k, v, o, gate, up, "
+        "down on Llama, Qwen, Gemma)",
+    )
+    rollout: Literal["transformers", "vllm"] = knob("transformers", "what samples: the model itself, or vLLM")
+    vllm_url: str | None = knob(None, "rollout vllm: address of a server; unset: vLLM in this process")
+    vllm_memory: float = knob(0.3, "rollout vllm: share of the GPU's memory for vLLM in this process")
+    vllm_sleep: bool = knob(True, "rollout vllm: free vLLM's memory in this process while training")
+    vllm_timeout: float = knob(600.0, "rollout vllm: seconds that a server's answer may take")
+    vllm_retries: int = knob(5, "rollout vllm: attempts after the first, with growing pauses")
+    vllm_sync_dir: str | None = knob(
+        None, "rollout vllm: directory for weights on their way to a server (/dev/shm, a shared disk)"
+    )
     cpu: bool = knob(False, "stay on the CPU even where a GPU is present")
     seed: int = knob(42, "seed of data order and sampling")
 
@@ -250,6 +287,9 @@ class TrainConfig:
     report_to: list[str] = knob([], "trackers through accelerate: tensorboard, trackio, wandb, mlflow")
     log_completions: int = knob(8, "completions written to completions.jsonl each step")
     save_model: bool = knob(True, "write the trained model to the run directory")
+    save_every: int = knob(0, "write a checkpoint every so many steps, the newest two are kept; 0: none")
+    resume: bool = knob(False, "go on from the newest checkpoint in output_dir, with the same settings")
+    profile: bool = knob(False, "write a torch profiler trace of two steps to the run directory")
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -263,12 +303,31 @@ class TrainConfig:
             "reward_workers",
             "num_constraints",
             "workspace_mb",
+            "lora_r",
         ):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("eval_samples", "eval_every", "log_completions", "warmup_steps", "weight_decay", "max_grad_norm"):
+        require(
+            self.tokens_per_micro_batch is None or self.tokens_per_micro_batch >= 1,
+            "tokens_per_micro_batch",
+            self.tokens_per_micro_batch,
+            "at least 1",
+        )
+        for name in (
+            "eval_samples",
+            "eval_every",
+            "save_every",
+            "refill",
+            "vllm_retries",
+            "log_completions",
+            "warmup_steps",
+            "weight_decay",
+            "max_grad_norm",
+        ):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or above")
-        for name in ("learning_rate", "reward_timeout", "epochs"):
+        for name in ("learning_rate", "reward_timeout", "epochs", "lora_alpha", "vllm_timeout"):
             require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+        require(len(self.lora_target_modules) >= 1, "lora_target_modules", self.lora_target_modules, "at least one")
+        require(0 < self.vllm_memory < 1, "vllm_memory", self.vllm_memory, "in (0, 1)")
         require(0 <= self.adam_beta2 < 1, "adam_beta2", self.adam_beta2, "in [0, 1)")
         require(self.steps is None or self.steps >= 1, "steps", self.steps, "at least 1")
         require(len(self.reward) >= 1, "reward", self.reward, "at least one reward")

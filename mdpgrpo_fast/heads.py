@@ -39,7 +39,7 @@ def effective_weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a linear layer; under LoRA (peft) W + Σ scaling · B A of the active adapters.
 
     Raises: UnsupportedHead for anything else: adapters that are no sum of matrices (DoRA), that drop out while
-    training, and weights of another kind.
+    training, that are added to weights of 16 bits, and weights of another kind.
     """
     if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
         return effective_weight(_saved(module))
@@ -75,6 +75,10 @@ def _with_lora(module: Any) -> tuple[Tensor, Tensor | None]:
         a, b = module.lora_A[name], module.lora_B[name]
         if b.bias is not None or getattr(module, "fan_in_fan_out", False):
             raise UnsupportedHead("its head is under LoRA with a bias or a transposed weight")
+        if weight.dtype.itemsize < 4:
+            raise UnsupportedHead(
+                f"its head is under LoRA over {weight.dtype} weights, in which the sum rounds it away"
+            )
         weight = weight + module.scaling[name] * (b.weight @ a.weight).to(weight.dtype)
     return weight, bias
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -14,23 +15,29 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from .backends import say_once
 from .config import ConfigError, MDPGRPOConfig
 from .data import DEMO_DIR
-from .heads import LinearHead, UnsupportedHead, find_head
+from .heads import LinearHead, UnsupportedHead, causal_lm, find_head
 from .linear import WORKSPACE_BYTES, linear_token_logprobs, linear_token_loss
 from .ops import token_logprobs, token_loss
+from .packing import Packed, Packing, Unpackable
 from .reference import TokenLoss
 
+T = TypeVar("T")
 SEED_POLICY = DEMO_DIR / "seed_policy"
 
 
-def load(path: str | None, dtype: str = "auto") -> tuple[Any, Any]:
+def load(path: str | None, dtype: str = "auto", attention: str = "auto") -> tuple[Any, Any]:
     """Model and tokenizer of a directory or hub id; None: the embedded seed policy.
 
-    Raises: ConfigError in one line where the path is none or is no causal language model.
+    attention: an attn_implementation of transformers, or "auto".
+
+    Raises: ConfigError in one line where the path is none or is no causal language model, or the attention cannot run.
     """
     source = str(SEED_POLICY) if path is None else path
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, attn_implementation=None if attention == "auto" else attention
+        )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as e:
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise ConfigError(f"model {source!r} cannot be loaded: {reason}") from None
@@ -61,7 +68,7 @@ def _inputs(
     attention = torch.cat([prompt_mask, mask], 1).long()
     # Left padding shifts positions unless they are told (trl#3722); a model without position ids derives its own.
     positions = (attention.cumsum(1) - 1).clamp(min=0)
-    accepted = inspect.signature(getattr(module, "module", module).forward).parameters
+    accepted = inspect.signature(causal_lm(getattr(module, "module", module)).forward).parameters
     options = {"position_ids": positions, **more}
     return {
         "input_ids": torch.cat([prompt_ids, tokens], 1),
@@ -94,53 +101,82 @@ class Policy(nn.Module):
     linear layer, which is said once.
 
     model: of transformers. lm_head: "auto", "fused" (raises ConfigError where "auto" would take logits) or "logits".
-    workspace_bytes, fp32_logits, skip_idle: as of `linear_token_loss`.
+    workspace_bytes, fp32_logits, skip_idle: as of `linear_token_loss`. packing: "auto" runs over packed groups too
+    where that is exact, and says once where it is not; "on" raises ConfigError there; "off" does not try.
     """
 
     def __init__(
         self, model: Any, lm_head: str = "auto", workspace_bytes: int = WORKSPACE_BYTES, fp32_logits: bool = False,
-        skip_idle: bool = False,
+        skip_idle: bool = False, packing: str = "off",
     ) -> None:  # fmt: skip
         super().__init__()
         self.model = model
+        # What FSDP wraps.
+        self._no_split_modules = getattr(causal_lm(model), "_no_split_modules", None)
         self.options = {"workspace_bytes": workspace_bytes, "fp32_logits": fp32_logits}
         self.skip_idle = skip_idle
         self.head: LinearHead | None = None
-        if lm_head == "logits":
-            return
-        try:
-            self.head = find_head(model)
-        except UnsupportedHead as e:
-            if lm_head == "fused":
-                raise ConfigError(f"lm_head = fused cannot be had for this model: {e}") from None
-            say_once(logging.WARNING, f"the logits are built as a whole: {e}")
+        if lm_head != "logits":
+            try:
+                self.head = find_head(model)
+            except UnsupportedHead as e:
+                if lm_head == "fused":
+                    raise ConfigError(f"lm_head = fused cannot be had for this model: {e}") from None
+                say_once(logging.WARNING, f"the logits are built as a whole: {e}")
+        self.packing: Packing | None = None
+        if packing != "off":
+            try:
+                self.packing = Packing(model)
+            except Unpackable as e:
+                if packing == "on":
+                    raise ConfigError(f"packing = on cannot be had for this model: {e}") from None
+                say_once(logging.WARNING, f"prompts are not shared inside a group: {e}")
 
     def forward(
-        self, inputs: tuple[Tensor, Tensor, Tensor, Tensor], mask: Tensor, config: MDPGRPOConfig,
+        self, inputs: Packed | tuple[Tensor, Tensor, Tensor, Tensor], mask: Tensor | None, config: MDPGRPOConfig,
         lengths: list[int] | None, **objective: Any,
     ) -> TokenLoss:  # fmt: skip
-        """inputs: of `completion_logits`; mask (N, L): tokens that count; the rest as of `linear_token_loss`."""
+        """inputs: packed groups, or those of `completion_logits`; mask: rows that count; the rest as of
+        `linear_token_loss`."""
+        if isinstance(inputs, Packed):
+            objective |= {"completion": inputs.completion, "num_completions": len(inputs.rows)}
+        rows, tokens = self._rows(inputs)
         if self.head is None:
-            return token_loss(completion_logits(self.model, *inputs), inputs[2], mask, config, **objective)
-        states, head = completion_states(self.head.body, *inputs), self._head()
+            return token_loss(rows, tokens, mask, config, **objective)
         return linear_token_loss(
-            states, tokens=inputs[2], mask=mask, config=config, lengths=lengths, skip_idle=self.skip_idle, **head,
+            rows, tokens=tokens, mask=mask, config=config, lengths=lengths, skip_idle=self.skip_idle, **self._head(),
             **objective,
         )  # fmt: skip
 
     @torch.no_grad()
     def logprobs(
-        self, inputs: tuple[Tensor, Tensor, Tensor, Tensor], mask: Tensor, lengths: list[int] | None,
+        self, inputs: Packed | tuple[Tensor, Tensor, Tensor, Tensor], mask: Tensor | None, lengths: list[int] | None,
         temperature: Tensor | float, backend: str,
     ) -> Tensor:  # fmt: skip
-        """Log-probs (N, L) of the completion tokens, 0 where mask is."""
+        """Log-probs of the completion tokens, (N, L) or packed (R,); 0 where mask is."""
+        rows, tokens = self._rows(inputs)
+        more: dict[str, Any] = {"temperature": temperature, "backend": backend}
+        if isinstance(inputs, Packed):
+            more |= {"completion": inputs.completion, "num_completions": len(inputs.rows)}
         if self.head is None:
-            logits = completion_logits(self.model, *inputs)
-            return token_logprobs(logits, inputs[2], mask, temperature=temperature, backend=backend)[0]
-        states, head = completion_states(self.head.body, *inputs), self._head()
-        return linear_token_logprobs(
-            states, tokens=inputs[2], mask=mask, lengths=lengths, temperature=temperature, backend=backend, **head
-        )[0]
+            return token_logprobs(rows, tokens, mask, **more)[0]
+        return linear_token_logprobs(rows, tokens=tokens, mask=mask, lengths=lengths, **more, **self._head())[0]
+
+    def call(self, function: Callable[[], T]) -> T:
+        """function(), which runs the model: for wrappers that have to know (FSDP)."""
+        return function()
+
+    def _rows(self, inputs: Packed | tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Hidden states, or logits where there is no head to take them; and the tokens that they predict."""
+        if isinstance(inputs, Packed):
+            assert self.packing is not None, "packed inputs need packing"
+            arguments = self.packing.arguments(inputs)
+            if self.head is None:
+                return self.model(**arguments, logits_to_keep=inputs.predictors).logits[0], inputs.tokens
+            return self.head.body(**arguments).last_hidden_state[0, inputs.predictors], inputs.tokens
+        if self.head is None:
+            return completion_logits(self.model, *inputs), inputs[2]
+        return completion_states(self.head.body, *inputs), inputs[2]
 
     def _head(self) -> dict[str, Any]:
         assert self.head is not None

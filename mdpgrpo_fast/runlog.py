@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 import yaml
 
+from . import __version__
 from .config import ConfigError, MDPGRPOConfig, TrainConfig
 from .data import Example
 from .rewards import Score
@@ -37,7 +39,8 @@ def move_aside(path: Path) -> Path | None:
 class RunDir:
     """Files of one run; JSON lines are flushed line by line, so that a killed run keeps what it had.
 
-    `create` is False on all ranks but the first, which makes the directory and alone writes to it.
+    `create` is False on all ranks but the first, which makes the directory and alone writes to it, and where a run is
+    resumed.
     """
 
     def __init__(self, path: str | Path, create: bool = True) -> None:
@@ -165,3 +168,30 @@ def shares(result: dict[str, Any] | None) -> str:
     if result["hsr"] is None:
         return f"reward {result['reward']:.3f}" if result["reward"] is not None else "no reward"
     return f"HSR {result['hsr']:.3f}, SSR {result['ssr']:.3f} over {result['count']} prompts"
+
+
+def summarize(run: TrainConfig, before: dict[str, Any] | None, after: dict[str, Any] | None) -> dict[str, Any]:
+    """summary.json as far as settings and held-out results go."""
+    first, last = before or {}, after or {}
+    types = {
+        t: {"before": row["rate"], "after": last["types"][t]["rate"] if last else None, "count": row["count"]}
+        for t, row in first.get("types", {}).items()
+    }
+    return {
+        "hsr_before": first.get("hsr"),
+        "hsr_after": last.get("hsr"),
+        "ssr_before": first.get("ssr"),
+        "ssr_after": last.get("ssr"),
+        "method": run.preset,
+        "seed": run.seed,
+        "model": run.model or "embedded seed policy",
+        "train_file": run.train_file or "embedded",
+        "eval_file": run.eval_file or ("embedded" if before else None),
+        "types": types,
+        "versions": {
+            "mdpgrpo_fast": __version__,
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }

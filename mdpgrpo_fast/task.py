@@ -9,6 +9,7 @@ import torch
 
 from .config import ConfigError, TrainConfig
 from .data import DEMO_DIR, Example, read_prompts, tokenize
+from .lora import add_adapters
 from .models import load, prompt_limit
 from .rollout import eos_ids
 from .runlog import check_trackers
@@ -39,8 +40,14 @@ def prepare(run: TrainConfig) -> Task:
     held_out: list[Example] = []
     if run.eval_file or (embedded and run.train_file is None):
         held_out = read_prompts(run.eval_file or DEMO_DIR / "heldout.jsonl", run.rules)[: run.eval_samples or None]
-    model, tokenizer = load(run.model, run.dtype)
+    model, tokenizer = load(run.model, run.dtype, run.attention)
     eos = eos_ids(model, tokenizer)
     longest = prompt_limit(model, run.max_prompt_length, run.max_completion_length)
     train_ids, held_out_ids = tokenize(train, tokenizer, longest), tokenize(held_out, tokenizer, longest)
+    if run.lora:
+        torch.manual_seed(run.seed)  # adapters start at random, and the same on every rank
+        # Without dropout, which would make the ratio differ from 1 on-policy.
+        model = add_adapters(
+            model, r=run.lora_r, alpha=run.lora_alpha, dropout=0.0, target_modules=run.lora_target_modules
+        )
     return Task(model, tokenizer, eos, train, train_ids, held_out, held_out_ids)

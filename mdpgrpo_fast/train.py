@@ -55,10 +55,12 @@ def main(argv: list[str] | None = None) -> int:
         # Heavy imports only now: `--help` and a wrong flag answer at once.
         from accelerate import PartialState
 
+        from .checkpoint import check_resume
         from .rewards import RewardError, Scorer
         from .runlog import RunDir
         from .task import prepare
         from .trainer import Trainer
+        from .vllm_sampler import RolloutError
 
         task = prepare(run)
         scorer = Scorer(
@@ -72,8 +74,10 @@ def main(argv: list[str] | None = None) -> int:
         scorer.check(task.train)
         scorer.check(task.held_out)
         state = PartialState(cpu=run.cpu)
-        out = RunDir(run.output_dir, create=state.is_main_process)
-        if state.is_main_process:
+        if run.resume:
+            check_resume(run, method)
+        out = RunDir(run.output_dir, create=state.is_main_process and not run.resume)
+        if state.is_main_process and not run.resume:
             out.write_config(run, method)
     if out.moved:
         print(f"an earlier {out.path} is now {out.moved}", file=sys.stderr)
@@ -87,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         with scorer:
             trainer = Trainer(task, run, method, out, scorer)
             summary = trainer.train()
-    except RewardError as e:
+    except (RewardError, RolloutError) as e:
         print(f"error: {e}; what was learned until then is in {out.path}", file=sys.stderr)
         return 1
     if trainer.accelerator.is_main_process:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import random
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +18,13 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import __version__, evaluate, ops
-from .config import MDPGRPOConfig, TrainConfig
-from .data import Example, batches
+from . import checkpoint, distributed, evaluate, ops
+from .accounting import StageClock, peak_flops, traced
+from .batch import Batch, Piece, packed_bins, packed_pieces, padded_pieces, replace_groups
+from .config import ConfigError, MDPGRPOConfig, TrainConfig
+from .data import batches
+from .engine import keep_partial, make_engine, sync
+from .lora import enable_checkpointing, merged_state, save_adapters, save_merged, without_adapters
 from .metrics import TokenStatistics, group_health, slot_statistics, why_zero
 from .models import Policy
 from .reference import Advantages, default_denominator
@@ -33,24 +39,11 @@ from .runlog import (
     sample_table,
     shares,
     spread,
+    summarize,
     tracker_values,
 )
 from .task import Task
-
-
-@dataclass
-class Batch:
-    """One step's completions with everything the updates need. N = P * G rows, groups adjacent."""
-
-    rollout: Rollout
-    examples: list[Example]
-    responses: list[str]
-    scores: list[Score]
-    rewards: Tensor  # (P, G)
-    valid: Tensor  # (P, G) bool
-    adv: Advantages
-    mask: Tensor  # (N, L) bool: tokens that count in the loss
-    weight: Tensor | None  # (N, L) importance weight, `corrected` only
+from .vllm_sampler import RolloutError, with_policy_logprobs
 
 
 class Trainer:
@@ -61,43 +54,74 @@ class Trainer:
         self.accelerator = Accelerator(
             mixed_precision=run.mixed_precision, cpu=run.cpu, log_with=run.report_to or None, project_dir=out.path
         )
+        distributed.check(self.accelerator, run)
         # Data order is the same on every rank, sampling differs (trl#2824).
         torch.manual_seed(run.seed + self.accelerator.process_index)
         # Never in training mode: dropout would make the ratio differ from 1 on-policy (trl#3234).
         task.model.eval()
-        policy = Policy(task.model, run.lm_head, run.workspace_mb << 20, run.fp32_logits, run.skip_idle).eval()
-        self.reference = copy.deepcopy(policy).requires_grad_(False) if method.needs_reference else None
-        if self.reference is not None:
-            self.reference.to(self.accelerator.device)
+        if run.gradient_checkpointing:
+            enable_checkpointing(task.model)
+        policy = Policy(
+            task.model, run.lm_head, run.workspace_mb << 20, run.fp32_logits, run.skip_idle, run.packing
+        ).eval()
+        self.budget = self.micro_batch_budget() if policy.packing else 0
+        self.has_kl = method.needs_reference
+        # Under LoRA the reference is the model without its adapters.
+        separate = self.has_kl and not run.lora
+        self.reference = copy.deepcopy(policy).requires_grad_(False) if separate else None
         parameters = [p for p in task.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            parameters, lr=run.learning_rate, betas=(0.9, run.adam_beta2), weight_decay=run.weight_decay
+            parameters,
+            lr=run.learning_rate,
+            betas=(0.9, run.adam_beta2),
+            weight_decay=run.weight_decay,
+            fused=run.fused_adamw,
         )
         per_step = run.prompts_per_step * self.accelerator.num_processes
         self.steps = run.steps or max(1, round(run.epochs * len(task.train) / per_step))
-        self.model, self.optimizer = self.accelerator.prepare(policy, optimizer)
+        self.model, self.optimizer = distributed.prepare(self.accelerator, policy, optimizer, self.reference)
+        self.engine = make_engine(run, self.accelerator)
         schedule = "constant_with_warmup" if run.lr_schedule == "constant" else run.lr_schedule
         self.scheduler = transformers.get_scheduler(
             schedule, optimizer, run.warmup_steps, self.steps * run.updates_per_rollout
         )
+        self.accelerator.register_for_checkpointing(self.scheduler)
         self.problem = ""
-        self.done = 0
+        self.done = checkpoint.load(self.accelerator, out.path) if run.resume else 0
         self.last_rows: list[dict[str, Any]] = []
-        self.order = batches(len(task.train), per_step, self.steps, run.seed)
+        self.order = itertools.islice(batches(len(task.train), per_step, self.steps, run.seed), self.done, None)
+        self.peak = peak_flops(self.accelerator.device, run.mixed_precision != "no" or run.dtype == "bfloat16")
+
+    @property
+    def policy(self) -> Policy:
+        """The model and its objective, without what is wrapped around them for training."""
+        return self.accelerator.unwrap_model(self.model)
 
     @property
     def lm(self) -> Any:
-        """The language model itself, without what is wrapped around it for training."""
-        return self.accelerator.unwrap_model(self.model).model
+        """The language model itself."""
+        return self.policy.model
+
+    def micro_batch_budget(self) -> int:
+        """Tokens of a packed forward pass. Raises ConfigError for fewer than the largest group may need."""
+        longest, g = max(map(len, self.task.train_ids)), self.method.num_generations
+        largest, given = longest + g * self.run.max_completion_length, self.run.tokens_per_micro_batch
+        if given is not None and given < largest:
+            raise ConfigError(
+                f"tokens_per_micro_batch must hold a whole group: a prompt of {longest} and {g} completions of "
+                f"{self.run.max_completion_length} tokens make {largest}; got {given}"
+            )
+        return given or max(8192, largest)
 
     # ---- one step ---------------------------------------------------------------------------------------------------
 
     def sample(self, rows: list[int]) -> Rollout:
-        """G completions of each prompt in one call, slot g at its own temperature."""
-        g, method = self.method.num_generations, self.method
-        return generate(
-            self.lm,
-            [self.task.train_ids[i] for i in rows for _ in range(g)],
+        """G completions of each prompt, slot g at its own temperature."""
+        method = self.method
+        draw = self.engine.generate if self.engine else partial(generate, self.lm)
+        return draw(
+            [self.task.train_ids[i] for i in rows],
+            num_generations=method.num_generations,
             temperature=method.slot_temperatures * len(rows),
             eos=self.task.eos,
             max_new_tokens=self.run.max_completion_length,
@@ -106,142 +130,157 @@ class Trainer:
             min_p=method.min_p,
         )
 
-    def score(self, rollout: Rollout, rows: list[int]) -> Batch:
-        """Rewards, advantages and the mask of the tokens that count."""
+    def sync(self, number: int) -> None:
+        """vLLM gets the weights as they are now. Called where each rank has them whole."""
+        if self.engine is not None:
+            named = dict(self.lm.named_parameters())
+            weights = merged_state(self.lm, named) if self.run.lora else named
+            sync(self.engine, self.accelerator, weights.items(), number)
+
+    def collect(self, rows: list[int], number: int, clock: StageClock) -> Batch:
+        """Completions of the prompts, scored; groups without a gradient are replaced, `refill` times at most."""
+        g, rows, train = self.method.num_generations, list(rows), self.task.train
+        others = random.Random(f"{self.run.seed} {number} {self.accelerator.process_index}")
+
+        def sampled(rows: list[int]) -> tuple[Rollout, list[str], list[Score]]:
+            with clock.stage("generate"):
+                rollout = self.sample(rows)
+                if self.engine is not None and self.method.temperature_objective == "corrected":
+                    with self.accelerator.autocast():
+                        size = self.run.micro_batch_size
+                        rollout = with_policy_logprobs(
+                            rollout, self.policy, micro_batch_size=size, backend=self.run.backend
+                        )
+            with clock.stage("score"):
+                responses = decode(rollout, self.task.tokenizer)
+                return rollout, responses, self.scorer([train[i] for i in rows for _ in range(g)], responses)
+
+        with clock.stage("generate"):
+            self.sync(number)
+        rollout, responses, scores = sampled(rows)
+        for left in range(self.run.refill, -1, -1):
+            with clock.stage("score"):
+                batch = self.assemble(rollout, rows, responses, scores)
+                still = self.idle(batch.adv).all(1).nonzero().flatten().tolist() if left else []
+            if not still:
+                break
+            fresh = [others.randrange(len(train)) for _ in still]
+            more, more_responses, more_scores = sampled(fresh)
+            rollout = replace_groups(rollout, still, more, g)
+            for j, (group, row) in enumerate(zip(still, fresh, strict=True)):
+                rows[group] = row
+                responses[group * g : (group + 1) * g] = more_responses[j * g : (j + 1) * g]
+                scores[group * g : (group + 1) * g] = more_scores[j * g : (j + 1) * g]
+        if self.engine is not None:
+            self.engine.sleep()
+        self.problem = next((s.problem for s in scores if s.problem), self.problem)
+        return batch
+
+    def assemble(self, rollout: Rollout, rows: list[int], responses: list[str], scores: list[Score]) -> Batch:
+        """Advantages, and the tokens that count."""
         g, device, method = self.method.num_generations, self.accelerator.device, self.method
         examples = [self.task.train[i] for i in rows for _ in range(g)]
-        responses = decode(rollout, self.task.tokenizer)
-        scores = self.scorer(examples, responses)
-        problems = [s.problem for s in scores if s.problem]
-        if problems:
-            self.problem = problems[0]
         totals = torch.tensor([0.0 if s.total is None else s.total for s in scores], device=device).view(-1, g)
         valid = torch.tensor([s.total is not None for s in scores], device=device).view(-1, g)
         k = torch.tensor([self.task.train[i].num_constraints(self.run.num_constraints) for i in rows], device=device)
         adv = ops.advantages(totals, k, method, valid=valid, backend=self.run.backend)
-        counts = valid.flatten() & (rollout.finished | (not method.mask_truncated))
-        mask = rollout.mask & counts[:, None]
+        mask = rollout.mask & (valid.flatten() & (rollout.finished | (not method.mask_truncated)))[:, None]
         weight = None
         if method.temperature_objective == "corrected":
             gap = (rollout.policy_logprobs - rollout.sampling_logprobs).masked_fill(~rollout.mask, 0)
             weight = gap.exp().clamp(max=method.importance_weight_cap)
-        return Batch(rollout, examples, responses, scores, totals, valid, adv, mask, weight)
+        tokens = mask.sum(1)
+        looked_at = tokens.masked_fill(self.idle(adv).flatten() & self.run.skip_idle, 0)
+        # One wait for the device.
+        counts = torch.stack([tokens, looked_at, rollout.prompt_mask.sum(1), rollout.lengths]).tolist()
+        return Batch(rollout, examples, responses, scores, totals, valid, adv, mask, weight, *counts)
 
-    def micro_batches(self, batch: Batch) -> list[dict[str, Any]]:
-        """Row slices cut to their own longest prompt and completion; what a forward pass and its loss need."""
-        r, size, pieces = batch.rollout, self.run.micro_batch_size, []
-        advantage, kl_beta = batch.adv.advantage.flatten(), batch.adv.kl_beta.flatten()
-        counted, contributing = self.counts(batch)
-        per_row = self.method.temperature_objective == "per_row"
-        for start in range(0, len(r.tokens), size):
-            rows = slice(start, start + size)
-            first = r.prompt_ids.shape[1] - int(r.prompt_mask[rows].sum(1).max())
-            width = int(r.lengths[rows].max())
-            pieces.append(
-                {
-                    "inputs": (
-                        r.prompt_ids[rows, first:],
-                        r.prompt_mask[rows, first:],
-                        r.tokens[rows, :width],
-                        r.mask[rows, :width],
-                    ),
-                    "mask": batch.mask[rows, :width],
-                    "counted": counted[rows],
-                    "contributing": contributing[rows],
-                    "advantage": advantage[rows],
-                    "kl_beta": kl_beta[rows],
-                    "temperature": r.temperature[rows] if per_row else 1.0,
-                    "importance_weight": None if batch.weight is None else batch.weight[rows, :width],
-                }
-            )
-        return pieces
+    def idle(self, adv: Advantages) -> Tensor:
+        """(P, G) bool: completions whose loss is 0 whatever the policy."""
+        idle = adv.advantage == 0
+        return idle & (adv.kl_beta == 0) if self.has_kl else idle
 
-    def counts(self, batch: Batch) -> tuple[list[int], list[int]]:
-        """Tokens of each completion that count; and of those, what the loss is to look at."""
-        idle = batch.adv.advantage == 0
-        if self.reference is not None:
-            idle = idle & (batch.adv.kl_beta == 0)
-        tokens = batch.mask.sum(1)
-        left_out = idle.flatten() & self.run.skip_idle
-        counted, contributing = torch.stack([tokens, tokens.masked_fill(left_out, 0)]).tolist()
-        return counted, contributing
+    def pieces(self, batch: Batch) -> list[Piece]:
+        """The micro-batches, as many on every rank."""
+        if not self.budget:
+            return padded_pieces(batch, self.method, self.run.micro_batch_size)
+        packed = packed_bins(batch, self.method, self.budget)
+        return packed_pieces(batch, self.method, packed, distributed.most(self.accelerator, max(1, len(packed))))
 
-    def reference_logprobs(self, pieces: list[dict[str, Any]]) -> list[Tensor | None]:
-        if self.reference is None:
+    def reference_logprobs(self, pieces: list[Piece]) -> list[Tensor | None]:
+        if not self.has_kl:
             return [None] * len(pieces)
+        reference = self.policy if self.reference is None else self.reference
         # In the policy's own precision, or the KL of two equal models would not be 0.
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), without_adapters(self.lm) if self.run.lora else nullcontext():
             return [
-                self.reference.logprobs(
-                    p["inputs"], p["mask"], p["counted"], self.method.kl_temperature, self.run.backend
-                )
+                reference.logprobs(p.inputs, p.mask, p.lengths, self.method.kl_temperature, self.run.backend)
                 for p in pieces
             ]
 
-    def update(self, batch: Batch) -> dict[str, Any]:
+    def update(self, batch: Batch, pieces: list[Piece], clock: StageClock) -> dict[str, Any]:
         """All optimiser updates on one batch. Normalisers are those of the whole batch, all ranks and micro-batches."""
         acc, method, run = self.accelerator, self.method, self.run
-        pieces = self.micro_batches(batch)
-        refs = self.reference_logprobs(pieces)
+        with clock.stage("reference"):
+            refs = self.reference_logprobs(pieces)
         olds: list[Tensor | None] = [None] * len(pieces)
         denominator = acc.reduce(
             default_denominator(batch.mask.sum(1), method.aggregation, run.max_completion_length).float(), "sum"
         )
         local = method.aggregation == "bnpo"
+        # DDP averages gradients over ranks; the denominator has already counted them all.
+        scale = 1 / max(1, sum(p.counted > 0 for p in pieces)) if local else acc.num_processes
         row: dict[str, Any] = {}
         for update in range(run.updates_per_rollout):
             stats, loss_sum = TokenStatistics(), torch.zeros((), device=acc.device)
             for i, piece in enumerate(pieces):
-                with nullcontext() if i == len(pieces) - 1 else acc.no_sync(self.model):
-                    out = self.model(
-                        piece["inputs"],
-                        piece["mask"],
-                        method,
-                        piece["contributing"],
-                        advantage=piece["advantage"],
-                        kl_beta=piece["kl_beta"],
-                        max_completion_length=run.max_completion_length,
-                        old_logprobs=olds[i],
-                        ref_logprobs=refs[i],
-                        importance_weight=piece["importance_weight"],
-                        temperature=piece["temperature"],
-                        denominator=None if local else denominator,
-                        backend=run.backend,
-                    )
-                    # DDP averages gradients over ranks; the denominator has already counted them all.
-                    scale = 1 / len(pieces) if local else acc.num_processes
-                    acc.backward(out.loss * scale)
+                acc.sync_gradients = i == len(pieces) - 1
+                with nullcontext() if acc.sync_gradients else acc.no_sync(self.model):
+                    with clock.stage("forward"):
+                        out = self.model(
+                            piece.inputs,
+                            piece.mask,
+                            method,
+                            piece.lengths,
+                            **piece.objective,
+                            max_completion_length=run.max_completion_length,
+                            old_logprobs=olds[i],
+                            ref_logprobs=refs[i],
+                            denominator=None if local else denominator,
+                            backend=run.backend,
+                        )
+                    with clock.stage("backward"):
+                        acc.backward(out.loss * scale)
                 loss_sum += out.loss.detach() * scale
                 if update == 0:
                     olds[i] = out.logprobs
                 stats.add(out)
-            norm = acc.clip_grad_norm_(self.model.parameters(), run.max_grad_norm or float("inf"))
-            learning_rate = self.scheduler.get_last_lr()[0]
-            self.optimizer.step()
-            self.scheduler.step()
-            self.optimizer.zero_grad()
+            with clock.stage("optimizer"):
+                norm = acc.clip_grad_norm_(self.model.parameters(), run.max_grad_norm or float("inf"))
+                learning_rate = self.scheduler.get_last_lr()[0]
+                self.optimizer.step()
+                self.scheduler.step()
+                self.optimizer.zero_grad()
             row = {
                 "loss": acc.reduce(loss_sum, "mean").item(),
                 **stats.read(),
-                "grad_norm": float(norm),
+                "grad_norm": distributed.norm_of(norm),
                 "learning_rate": learning_rate,
             }
         return row
 
     def step(self, number: int, rows: list[int]) -> dict[str, Any]:
         """Sample, score, update; the step's metrics."""
-        rank, p = self.accelerator.process_index, self.run.prompts_per_step
-        clock = [time.perf_counter()]
-        # Prompts of like length next to each other: micro-batches are cut to their own longest.
-        rows = sorted(rows[rank * p : (rank + 1) * p], key=lambda i: len(self.task.train_ids[i]))
-        rollout = self.sample(rows)
-        clock.append(time.perf_counter())
-        batch = self.score(rollout, rows)
-        clock.append(time.perf_counter())
-        row = self.update(batch)
-        clock.append(time.perf_counter())
+        acc, run = self.accelerator, self.run
+        clock = StageClock(acc.device)
+        rows = rows[acc.process_index * run.prompts_per_step :][: run.prompts_per_step]
+        # Prompts of like length next to each other: padded micro-batches are cut to their own longest.
+        rows = sorted(rows, key=lambda i: len(self.task.train_ids[i]))
+        batch = distributed.call_whole(acc, self.model, lambda: self.collect(rows, number, clock))
+        pieces = self.pieces(batch)
+        row = self.update(batch, pieces, clock)
 
-        has_kl = self.reference is not None
+        rollout, has_kl = batch.rollout, self.has_kl
         quality = evaluate.from_scores(batch.examples, batch.scores)
         row.update(group_health(batch.rewards, batch.valid, batch.adv, has_kl))
         row.update(
@@ -254,11 +293,8 @@ class Trainer:
             memory_mb=peak_memory_mb(),
             note=why_zero(row["loss"], row["grad_norm"], int(batch.mask.sum()), batch.adv, self.method, has_kl),
         )
-        names = ("generate", "score", "train")
-        row["seconds"] = {n: b - a for n, a, b in zip(names, clock, clock[1:], strict=False)}
-        row["tokens_per_second"] = rollout.lengths.sum().item() / (clock[-1] - clock[0])
         self.log_completions("train", number, batch, rollout)
-        row["seconds"]["other"] = time.perf_counter() - clock[-1]
+        row.update(clock.read(self.lm, batch.lengths, pieces, run.updates_per_rollout, self.peak))
         return {"step": number, **row}
 
     # ---- evaluation and logging -------------------------------------------------------------------------------------
@@ -269,14 +305,18 @@ class Trainer:
         if not task.held_out:
             return None
         mine = list(range(acc.process_index, len(task.held_out), acc.num_processes))
-        responses, finished = evaluate.answer(
-            self.lm,
-            task.tokenizer,
-            [task.held_out_ids[i] for i in mine],
-            task.eos,
-            self.run.max_completion_length,
-            self.run.eval_batch_size,
-        )
+
+        def answer() -> tuple[list[str], list[bool]]:
+            return evaluate.answer(
+                self.lm,
+                task.tokenizer,
+                [task.held_out_ids[i] for i in mine],
+                task.eos,
+                self.run.max_completion_length,
+                self.run.eval_batch_size,
+            )
+
+        responses, finished = distributed.call_whole(acc, self.model, answer)
         scores = self.scorer([task.held_out[i] for i in mine], responses)
         gathered = sorted(gather_object(list(zip(mine, responses, finished, scores, strict=True))), key=lambda x: x[0])
         result = evaluate.from_scores([task.held_out[i] for i, *_ in gathered], [s for *_, s in gathered])
@@ -324,7 +364,11 @@ class Trainer:
         before = after = None
         train_seconds, stopped, failure = 0.0, False, None
         try:
-            before = self.evaluate(0, "before")
+            if run.resume:
+                before = checkpoint.first_evaluation(self.out.path)
+                self.say(f"resumed after {self.done} steps")
+            else:
+                before = self.evaluate(0, "before")
             self.say(f"held-out before: {shares(before)}")
             train_started = time.perf_counter()
             try:
@@ -337,10 +381,21 @@ class Trainer:
         except KeyboardInterrupt:
             stopped = True
             self.say(f"interrupted after {self.done} steps")
-        except RewardError as e:
+        except (RewardError, RolloutError) as e:
             stopped, failure = True, e
-        summary = self.summary(before, after, self.done, train_seconds, time.perf_counter() - started)
-        summary["interrupted"] = stopped
+            if isinstance(e, RolloutError):
+                keep_partial(self.out, e, self.done + 1, self.task.tokenizer)
+        summary = {
+            **summarize(run, before, after),
+            "steps": self.done,
+            "train_seconds": round(train_seconds, 2),
+            "total_seconds": round(time.perf_counter() - started, 2),
+            "device": torch.cuda.get_device_name(acc.device) if acc.device.type == "cuda" else acc.device.type,
+            "processes": acc.num_processes,
+            "peak_memory_mb": peak_memory_mb(),
+            "dropped_samples": self.scorer.dropped,
+            "interrupted": stopped,
+        }
         if acc.is_main_process:
             self.out.write_json("summary.json", summary)
         if run.report_to:
@@ -352,14 +407,17 @@ class Trainer:
     def loop(self) -> None:
         """All steps, each logged as soon as it is done; `done` counts them."""
         run = self.run
-        bar = tqdm(total=self.steps, disable=not self.accelerator.is_main_process, dynamic_ncols=True, mininterval=1.0)
+        main = self.accelerator.is_main_process
+        bar = tqdm(total=self.steps, initial=self.done, disable=not main, dynamic_ncols=True, mininterval=1.0)
         said: set[str] = set()
-        with bar:
-            for number, rows in enumerate(self.order, 1):
+        with bar, traced(self.out.path / "profile" if run.profile and main else None) as profiler:
+            for number, rows in enumerate(self.order, self.done + 1):
                 row = self.step(number, rows)
                 self.log(row)
                 self.done = number
                 bar.update()
+                if profiler is not None:
+                    profiler.step()
                 bar.set_postfix_str(progress_values(row, row["hsr"], row["ssr"]), refresh=False)
                 if row["note"] and row["note"] not in said:
                     said.add(row["note"])
@@ -371,47 +429,20 @@ class Trainer:
                     self.say(f"step {number}, some completions:\n{sample_table(self.last_rows)}")
                 if run.eval_every and number % run.eval_every == 0 and number < self.steps:
                     self.evaluate(number)
+                if run.save_every and number % run.save_every == 0:
+                    checkpoint.save(self.accelerator, self.out.path, number)
 
     def save(self) -> None:
         """The model as it stands, in from_pretrained form."""
-        if self.run.save_model and self.accelerator.is_main_process:
-            self.lm.save_pretrained(self.out.path / "model")
+        if not self.run.save_model:
+            return
+        state = distributed.whole_state(self.accelerator, self.model)
+        if self.accelerator.is_main_process and self.run.lora:
+            save_merged(self.lm, self.task.tokenizer, self.out.path / "model", state)
+            save_adapters(self.lm, self.out.path / "adapters", state)
+        elif self.accelerator.is_main_process:
+            self.lm.save_pretrained(self.out.path / "model", state_dict=state)
             self.task.tokenizer.save_pretrained(self.out.path / "model")
-
-    def summary(
-        self, before: dict[str, Any] | None, after: dict[str, Any] | None, steps: int, train_s: float, total_s: float
-    ) -> dict[str, Any]:
-        first, last = before or {}, after or {}
-        types = {
-            t: {"before": row["rate"], "after": last["types"][t]["rate"] if last else None, "count": row["count"]}
-            for t, row in first.get("types", {}).items()
-        }
-        device = self.accelerator.device
-        return {
-            "hsr_before": first.get("hsr"),
-            "hsr_after": last.get("hsr"),
-            "ssr_before": first.get("ssr"),
-            "ssr_after": last.get("ssr"),
-            "steps": steps,
-            "train_seconds": round(train_s, 2),
-            "total_seconds": round(total_s, 2),
-            "method": self.run.preset,
-            "seed": self.run.seed,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "processes": self.accelerator.num_processes,
-            "peak_memory_mb": peak_memory_mb(),
-            "dropped_samples": self.scorer.dropped,
-            "model": self.run.model or "embedded seed policy",
-            "train_file": self.run.train_file or "embedded",
-            "eval_file": self.run.eval_file or ("embedded" if before else None),
-            "types": types,
-            "versions": {
-                "mdpgrpo_fast": __version__,
-                "python": sys.version.split()[0],
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-        }
 
     def say(self, text: str) -> None:
         if self.accelerator.is_main_process:

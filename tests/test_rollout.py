@@ -1,4 +1,4 @@
-"""Sampling on small random models: one call, per-row temperatures, recorded log-probs, lengths, model settings."""
+"""Completions of small random models: one batch, per-row temperatures, recorded log-probs, lengths, caches, ranks."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import pytest
 import torch
 import transformers as tf
 from conftest import SOFTCAP
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from mdpgrpo_fast import models, ops
+from mdpgrpo_fast import decoding, models, ops
+from mdpgrpo_fast.backends import say_once
 from mdpgrpo_fast.config import ConfigError, MDPGRPOConfig
 from mdpgrpo_fast.rollout import Rollout, decode, eos_ids, generate, left_pad
 
@@ -65,21 +67,37 @@ def truncate(logp: list[float], top_k: int, top_p: float, min_p: float) -> list[
     return [v - log_total if t in kept else -math.inf for t, v in enumerate(logp)]
 
 
-# ---- one call, temperatures, records --------------------------------------------------------------------------------
+# ---- one batch, temperatures, records -------------------------------------------------------------------------------
 
 
-def test_one_generate_call_and_one_forward_pass_per_token(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = {"generate": 0, "forward": 0}
-    for name in calls:
-        real = getattr(llama, name)
+def record_forwards(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Shapes of the ids of every forward pass from here on."""
+    shapes: list[tuple[int, int]] = []
+    real = model.forward
 
-        def counted(*args: Any, name: str = name, real: Any = real, **kwargs: Any) -> Any:
-            calls[name] += 1
-            return real(*args, **kwargs)
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        shapes.append(tuple(kwargs["input_ids"].shape))
+        return real(*args, **kwargs)
 
-        monkeypatch.setattr(llama, name, counted)
+    monkeypatch.setattr(model, "forward", recorded)
+    monkeypatch.setattr(model, "generate", None)
+    return shapes
+
+
+def test_one_forward_pass_per_token(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = record_forwards(llama, monkeypatch)
     r = sample(llama)
-    assert calls == {"generate": 1, "forward": r.tokens.shape[1]}, "log-probs cost no second pass"
+    assert shapes == [(4, 7)] + [(4, 1)] * 8 and r.tokens.shape == (4, 9), "log-probs cost no second pass"
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+def test_each_prompt_is_prefilled_once(llama: Any, monkeypatch: pytest.MonkeyPatch, repeated: bool) -> None:
+    shapes = record_forwards(llama, monkeypatch)
+    rows = [p for p in PROMPTS for _ in range(3)]
+    given = {"prompts": rows} if repeated else {"num_generations": 3}
+    r = sample(llama, temperature=[0.5, 1.0, 2.0] * 4, **given)
+    assert shapes == [(4, 7)] + [(12, 1)] * 8
+    assert [ids[m].tolist() for ids, m in zip(r.prompt_ids, r.prompt_mask, strict=True)] == rows
 
 
 def test_slots_are_in_the_right_rows(llama: Any) -> None:
@@ -225,30 +243,177 @@ def test_greedy_is_argmax(model: Any) -> None:
     torch.testing.assert_close(r.policy_logprobs[r.mask], logp[r.mask], rtol=1e-4, atol=2e-4)
 
 
+# ---- caches ---------------------------------------------------------------------------------------------------------
+
+
+def assert_logprobs_of_full_passes(model: Any, r: Rollout, atol: float = 2e-4) -> None:
+    """Each row by itself, unpadded and without a cache."""
+    for i, n in enumerate(r.lengths.tolist()):
+        prompt = r.prompt_ids[i, r.prompt_mask[i]]
+        with torch.no_grad():
+            full = model(torch.cat([prompt, r.tokens[i, :n]])[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
+        logp = full.float().log_softmax(-1).gather(-1, r.tokens[i, :n, None]).squeeze(-1)
+        torch.testing.assert_close(r.policy_logprobs[i, :n], logp, rtol=1e-4, atol=atol)
+
+
+def grouped(model: Any, **knobs: Any) -> Rollout:
+    """Groups of three, with a fifth of the vocabulary as ends, so that rows leave at different steps."""
+    options = {"eos": list(range(1, 290, 5)), "max_new_tokens": 24, "temperature": [0.7, 1.0, 1.5] * 4}
+    r = sample(model, num_generations=3, **{**options, **knobs})
+    assert len(set(r.lengths.tolist())) >= 3
+    return r
+
+
+@pytest.mark.parametrize("block", [1, 3, 128])
+def test_rows_share_prompts_grow_and_leave(model: Any, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    """gemma2's window of 8 is passed, with and without padding, and buffers of every size are filled and replaced."""
+    monkeypatch.setattr(decoding, "BLOCK", block)
+    assert_logprobs_of_full_passes(model, grouped(model))
+    assert_logprobs_of_full_passes(model, grouped(model, prompts=[[40, 41], [50, 51], [60, 61], [70, 71]], seed=1))
+
+
+def test_the_cache_is_written_in_place(zoo: dict[str, Any]) -> None:
+    model = zoo["gemma2"]
+    decoder = decoding.Decoder(
+        model, torch.tensor([[40, 41, 42]]), torch.ones(1, 3, dtype=torch.bool), torch.zeros(2).long()
+    )
+    with torch.no_grad():
+        decoder.prefill()
+        decoder.step(torch.tensor([50, 51]))
+        layers = decoder.cache.layers
+        assert {type(x) for x in layers} == {decoding.InPlaceLayer, decoding.InPlaceSlidingWindowLayer}
+        before = [x.buffers[0].data_ptr() for x in layers]
+        for t in range(20):
+            decoder.step(torch.tensor([60 + t, 80 + t]))
+        assert [x.buffers[0].data_ptr() for x in layers] == before
+        assert sorted(x.keys.shape[2] for x in layers) == [7, 24], "a window of 8 keeps 7, full attention all"
+
+
+def small(config: Any, **sizes: Any) -> Any:
+    torch.manual_seed(3)
+    common = {"vocab_size": 290, "hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.5}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    return tf.AutoModelForCausalLM.from_config(config(**common, **tokens, **sizes)).eval()
+
+
+ATTENTION = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("MambaConfig", {"state_size": 4}),
+        ("Lfm2Config", {**ATTENTION, "layer_types": ["conv", "full_attention"]}),
+        ("BloomConfig", {"n_head": 4}),
+        ("OPTConfig", {"ffn_dim": 64, "num_attention_heads": 4, "word_embed_proj_dim": 32}),
+    ],
+)
+def test_caches_of_other_kinds(kind: str, sizes: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    """Recurrent states alone and beside attention; alibi; positions that come from the mask."""
+    model = small(getattr(tf, kind), **sizes)
+    assert_logprobs_of_full_passes(model, grouped(model))
+    assert not [r for r in caplog.records if "cache" in r.message]
+
+
+def test_a_model_without_a_cache(caplog: pytest.LogCaptureFixture) -> None:
+    """RecurrentGemma keeps its states in its modules, where rows cannot share them."""
+    sizes = {**ATTENTION, "num_key_value_heads": 1, "attention_window_size": 64, "lru_width": 32}
+    model = small(tf.RecurrentGemmaConfig, block_types=["recurrent", "attention"], **sizes)
+    say_once.cache_clear()
+    assert_logprobs_of_full_passes(model, grouped(model, prompts=[[40, 41], [50, 51], [60, 61], [70, 71]]))
+    assert [r.message for r in caplog.records if "returns no cache" in r.message]
+
+
+def test_a_cache_that_cannot_be_shared_out(
+    llama: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delattr(tf.Cache, "reorder_cache")
+    say_once.cache_clear()
+    shapes = record_forwards(llama, monkeypatch)
+    r = grouped(llama)
+    monkeypatch.undo()
+    assert shapes == [(4, 7), (12, 7)] + [(12, 1)] * (r.tokens.shape[1] - 1), "no row leaves"
+    assert_logprobs_of_full_passes(llama, r)
+    assert [x.message for x in caplog.records if "each row is prefilled by itself" in x.message]
+
+
+def test_padding_needs_an_attention_mask(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = llama.forward
+    monkeypatch.setattr(llama, "forward", lambda input_ids, past_key_values=None: real(input_ids, past_key_values))
+    with pytest.raises(ValueError, match="prompts must be of one length: LlamaForCausalLM takes no attention mask"):
+        sample(llama)
+
+
+def test_peft(model_dirs: dict[str, str], peer: Any) -> None:
+    peft = peer("peft")
+    adapted = peft.get_peft_model(models.load(model_dirs["llama"])[0], peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    for name, x in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(x, std=0.5)
+    r = grouped(adapted.eval())
+    assert_logprobs_of_full_passes(adapted, r)
+    with adapted.disable_adapter():
+        assert not torch.equal(grouped(adapted).tokens, r.tokens), "the adapter was in use"
+
+
+def test_peft_prompts_are_refused(model_dirs: dict[str, str], peer: Any) -> None:
+    peft = peer("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    tuned = peft.get_peft_model(models.load(model_dirs["llama"])[0], config)
+    with pytest.raises(ValueError, match="model must not be a PeftModel of a prompt; got"):
+        sample(tuned)
+
+
+def test_bfloat16(model_dirs: dict[str, str]) -> None:
+    model = models.load(model_dirs["llama"], "bfloat16")[0].eval()
+    assert_logprobs_of_full_passes(model, grouped(model), atol=0.5)
+
+
+def test_logits_of_nan_are_refused(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(llama.model.norm._parameters, "weight", torch.nn.Parameter(torch.full((32,), torch.nan)))
+    for taus in (TEMPERATURES, None):
+        with pytest.raises(FloatingPointError, match="the model's logits must be finite; those of row 0 are not"):
+            sample(llama, temperature=taus)
+
+
 # ---- lengths and ends -----------------------------------------------------------------------------------------------
 
 
-class Scripted(tf.LlamaForCausalLM):
-    """A model whose most likely tokens are planned: plan[row][step]."""
+class ScriptedCache:
+    """Which prompts the rows in the batch are of, and how far they are."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        out = super().forward(*args, **kwargs)
-        logits = torch.zeros_like(out.logits)
-        planned = torch.tensor([row[min(self.step, len(row) - 1)] for row in self.plan])
-        logits[:, -1].scatter_(1, planned[:, None], 200.0)
-        out.logits, self.step = logits, self.step + 1
-        return out
+    def __init__(self, rows: torch.Tensor) -> None:
+        self.rows, self.step = rows, 0
+
+    def reorder_cache(self, index: torch.Tensor) -> None:
+        self.rows = self.rows[index]
+
+
+class Scripted(tf.LlamaForCausalLM):
+    """A model whose most likely tokens are planned: plan[prompt][step]."""
+
+    def forward(self, input_ids: Any, attention_mask: Any = None, past_key_values: Any = None) -> Any:
+        cache = ScriptedCache(torch.arange(len(input_ids))) if past_key_values is None else past_key_values
+        assert len(cache.rows) == len(input_ids)
+        logits = torch.zeros(len(input_ids), 1, self.config.vocab_size)
+        planned = [self.plan[row][min(cache.step, len(self.plan[row]) - 1)] for row in cache.rows.tolist()]
+        logits[range(len(planned)), 0, planned] = 200.0
+        cache.step += 1
+        self.shapes.append(tuple(input_ids.shape))
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
 
 @pytest.fixture
 def scripted(model_dirs: dict[str, str]) -> Any:
     model = Scripted.from_pretrained(model_dirs["llama"])
 
-    def play(plan: list[list[int]], eos: list[int], limit: int = 5, greedy: bool = False) -> Rollout:
-        model.plan, model.step = plan, 0
-        taus = None if greedy else [0.5] * len(plan)
-        return generate(model, [[4, 5], [6], [7, 8, 9]][: len(plan)], temperature=taus, eos=eos, max_new_tokens=limit)
+    def play(plan: list[list[int]], eos: list[int], limit: int = 5, greedy: bool = False, **knobs: Any) -> Rollout:
+        model.plan, model.shapes = plan, []
+        taus = None if greedy else [0.5] * len(plan) * knobs.get("num_generations", 1)
+        prompts = [[4, 5], [6], [7, 8, 9]][: len(plan)]
+        return generate(model, prompts, temperature=taus, eos=eos, max_new_tokens=limit, **knobs)
 
+    play.model = model
     return play
 
 
@@ -280,29 +445,39 @@ def test_lengths_and_ends(scripted: Any, greedy: bool, plan: Any, eos: Any, leng
     assert r.policy_logprobs[r.mask].abs().max() < 1e-5, "each planned token was certain"
 
 
-def test_a_step_that_generate_takes_back_is_not_recorded(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers looks for the end one step late on some devices, then drops that step from what it returns."""
-    from transformers.generation import utils
+def test_finished_rows_leave(scripted: Any) -> None:
+    scripted([[20], [10, 20], [10, 11, 12, 13, 20]], [20], num_generations=2)
+    assert scripted.model.shapes == [(3, 3), (4, 1), (2, 1), (2, 1), (2, 1)]
 
-    if not hasattr(utils, "StopCheck"):
-        pytest.skip("this release of transformers looks for the end at once")
-    plain = sample(llama, eos=list(range(150)))
-    assert plain.finished.all() and plain.tokens.shape[1] < 9
 
-    class Late(utils.StopCheck):
-        stop, undo = False, 0
+@pytest.mark.parametrize("every", [2, 3, 8])
+def test_a_late_look_changes_nothing(scripted: Any, monkeypatch: pytest.MonkeyPatch, every: int) -> None:
+    """On a GPU finished rows are looked for now and then; what they draw meanwhile does not count."""
+    play = [[10, 20], [10, 11, 12, 20], [10, 11, 12, 13, 14]]
+    now = scripted(play, [20], limit=7)
+    monkeypatch.setitem(decoding.LOOK_EVERY, "cpu", every)
+    late = scripted(play, [20], limit=7)
+    for name in ("tokens", "lengths", "finished", "mask"):
+        assert torch.equal(getattr(late, name), getattr(now, name)), name
+    assert (late.policy_logprobs[~late.mask] == 0).all() and late.policy_logprobs.abs().max() < 1e-5
 
-        def __call__(self, unfinished: torch.Tensor, tokens: torch.Tensor, length: int) -> bool:
-            self.undo, self.stop = int(self.stop), self.stop or bool(unfinished.max() == 0)
-            return bool(self.undo)
 
-        def finish(self) -> int:
-            return self.undo
+def test_a_rank_that_is_done_goes_on_for_the_others(scripted: Any) -> None:
+    told: list[bool] = []
 
-    monkeypatch.setattr(utils, "StopCheck", Late)
-    late = sample(llama, eos=list(range(150)))
-    for name in ("tokens", "lengths", "sampling_logprobs", "policy_logprobs"):
-        assert torch.equal(getattr(late, name), getattr(plain, name)), name
+    def synced(done: bool) -> bool:
+        told.append(done)
+        return len(told) == 4
+
+    r = scripted([[20], [10, 20]], [20], limit=9, synced=synced)
+    assert told == [False, True, True, True]
+    assert scripted.model.shapes == [(2, 2), (1, 1), (1, 1), (1, 1)]
+    assert r.lengths.tolist() == [1, 2] and r.finished.all() and r.tokens.tolist() == [[20, 20], [10, 20]]
+
+
+def test_the_limit_ends_all_ranks_alike(scripted: Any) -> None:
+    r = scripted([[20], [10]], [20], limit=3, synced=lambda done: False)
+    assert r.lengths.tolist() == [1, 3] and len(scripted.model.shapes) == 3
 
 
 def test_limit_of_one_token(scripted: Any) -> None:
@@ -369,28 +544,18 @@ def test_generation_settings_do_not_reach_sampling(llama: Any, monkeypatch: pyte
         assert torch.equal(a.sampling_logprobs, b.sampling_logprobs)
 
 
-def test_generation_settings_are_restored_after_an_error(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    saved = llama.generation_config
-
-    def fail(*args: Any, **kwargs: Any) -> None:
-        assert llama.generation_config is not saved
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(llama, "generate", fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        sample(llama)
-    assert llama.generation_config is saved
-
-
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
         (
             {"temperature": [1.0]},
-            r"temperature must be None \(greedy\) or one number above 0 for each of the 4 prompts",
+            r"temperature must be None \(greedy\) or one number above 0 for each of the 4 rows",
         ),
         ({"temperature": [1.0, 0.0, 1.0, 1.0]}, r"temperature must be .*; got \[1.0, 0.0, 1.0, 1.0\]"),
         ({"temperature": [1.0, 1.0, math.nan, 1.0]}, r"temperature must be .*; got \[1.0, 1.0, nan, 1.0\]"),
+        ({"num_generations": 0}, "num_generations must be at least 1; got 0"),
+        ({"num_generations": 2}, r"temperature must be .* for each of the 8 rows"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1; got 0"),
         ({"prompts": []}, r"prompts must be lists of token ids, at least one and none empty; got no row"),
         ({"prompts": [[1], []], "temperature": [1.0, 1.0]}, r"prompts must be .*; got an empty row 1"),
     ],

@@ -14,9 +14,9 @@ from accelerate.state import AcceleratorState
 from kernels_for_tests import ALL_BACKENDS, BACKENDS
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
-from mdpgrpo_fast import evaluate, ops, train
+from mdpgrpo_fast import evaluate, train
+from mdpgrpo_fast.accounting import StageClock
 from mdpgrpo_fast.config import ConfigError, MDPGRPOConfig, TrainConfig, preset
-from mdpgrpo_fast.models import completion_logits
 from mdpgrpo_fast.rewards import RewardError, Scorer
 from mdpgrpo_fast.runlog import RunDir, move_aside, sample_table, tracker_values
 from mdpgrpo_fast.task import prepare
@@ -48,20 +48,26 @@ def parameters(trainer: Trainer) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
 
 
+PADDED = {"packing": "off", "micro_batch_size": 8}
+LARGEST = 176  # tokens that a group of `SMALL` may need at most
+
+
+@pytest.mark.parametrize("parts", [{**PADDED, "micro_batch_size": 3}, {}, {"tokens_per_micro_batch": LARGEST}], ids=str)
 @pytest.mark.parametrize("aggregation", ["grpo", "dapo", "dr_grpo"])
-def test_accumulation_is_exact(tmp_path: Path, aggregation: str) -> None:
-    """Micro-batches of 8 or 3 rows (which split a group) give the same update: normalisers are the whole batch's."""
+def test_accumulation_is_exact(tmp_path: Path, aggregation: str, parts: dict[str, Any]) -> None:
+    """Micro-batches of 3 rows (which split a group), packed groups and one group at a time give the update of one
+    padded batch: normalisers are the whole batch's."""
     method = preset("exact", num_generations=4, aggregation=aggregation)
-    whole = run_small(tmp_path, method, "whole", micro_batch_size=8, steps=1)
-    parts = run_small(tmp_path, method, "parts", micro_batch_size=3, steps=1)
-    assert rows(whole)[0]["loss"] == pytest.approx(rows(parts)[0]["loss"], abs=1e-6)
-    assert rows(whole)[0]["grad_norm"] == pytest.approx(rows(parts)[0]["grad_norm"], rel=1e-4)
-    assert rows(whole)[0]["kl"] == pytest.approx(rows(parts)[0]["kl"], abs=1e-6)
+    whole = run_small(tmp_path, method, "whole", **PADDED, steps=1)
+    split = run_small(tmp_path, method, "parts", **parts, steps=1)
+    for name in ("loss", "kl", "entropy", "ratio_max", "clip_low"):
+        assert rows(whole)[0][name] == pytest.approx(rows(split)[0][name], abs=1e-6), name
+    assert rows(whole)[0]["grad_norm"] == pytest.approx(rows(split)[0]["grad_norm"], rel=1e-4)
 
 
 def test_bnpo_is_the_mean_over_local_batches(tmp_path: Path) -> None:
     method = preset("exact", num_generations=4, aggregation="bnpo")
-    knobs = {"steps": 1, "max_completion_length": 48}
+    knobs = {"steps": 1, "max_completion_length": 48, "packing": "off"}
     (whole,) = rows(run_small(tmp_path, method, "whole", micro_batch_size=8, **knobs))
     (parts,) = rows(run_small(tmp_path, method, "parts", micro_batch_size=4, **knobs))
     assert whole["completion_length"] == parts["completion_length"] and whole["truncated"] < 1
@@ -73,7 +79,7 @@ def test_same_seed_same_run_other_seed_other_run(tmp_path: Path) -> None:
     c = run_small(tmp_path, name="c", seed=1)
     assert torch.equal(parameters(a), parameters(b)) and not torch.equal(parameters(a), parameters(c))
     for x, y in zip(rows(a), rows(b), strict=True):
-        timing = ("seconds", "tokens_per_second", "memory_mb")
+        timing = ("seconds", "tokens_per_second", "stage_tokens_per_second", "memory_mb")
         assert {k: v for k, v in x.items() if k not in timing} == {k: v for k, v in y.items() if k not in timing}
 
 
@@ -133,19 +139,23 @@ def test_temperature_objectives_train(tmp_path: Path, objective: str) -> None:
         assert cool["ess"] is plain["ess"] is None
 
 
-def test_recorded_and_trained_log_probs_agree(tmp_path: Path) -> None:
+@pytest.mark.parametrize("packing", ["on", "off"])
+def test_recorded_and_trained_log_probs_agree(tmp_path: Path, packing: str) -> None:
     """`per_row`: the loss's own log-probs at each row's temperature are those recorded when sampling."""
-    run = TrainConfig(**SMALL)
+    run = TrainConfig(**SMALL, packing=packing)
     with Scorer(run.reward) as scorer:
         method = preset("exact", num_generations=4, temperatures=[0.5, 1.0])
         trainer = Trainer(prepare(run), run, method, RunDir(tmp_path / "run"), scorer)
-        rollout = trainer.sample([0, 1])
-        (piece,) = trainer.micro_batches(trainer.score(rollout, [0, 1]))
-    with torch.no_grad():
-        logits = completion_logits(trainer.lm, *piece["inputs"])
-        ours, _ = ops.token_logprobs(logits, piece["inputs"][2], temperature=piece["temperature"])
-    mask = rollout.mask
-    torch.testing.assert_close(ours[mask], rollout.sampling_logprobs[mask], atol=2e-4, rtol=1e-4)
+        batch = trainer.collect([0, 1], 1, StageClock(torch.device("cpu")))
+    (piece,) = trainer.pieces(batch)
+    recorded, mask = batch.rollout.sampling_logprobs, batch.rollout.mask
+    ours = trainer.model.logprobs(piece.inputs, piece.mask, piece.lengths, piece.objective["temperature"], "auto")
+    if packing == "on":
+        recorded = recorded.flatten()[piece.inputs.source]
+        assert len(recorded) == mask.sum()
+    else:
+        ours, recorded = ours[mask], recorded[mask]
+    torch.testing.assert_close(ours, recorded, atol=2e-4, rtol=1e-4)
 
 
 def test_bf16_autocast_stays_close_to_float32(tmp_path: Path) -> None:

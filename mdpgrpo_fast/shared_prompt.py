@@ -1,0 +1,229 @@
+"""Attention over groups whose prompt is stored once: completions see the prompt and themselves, nothing else.
+
+What a completion attends to are two blocks without holes: all of the prompt, and its own tokens causally. Each block is
+one call of PyTorch's flash attention; the softmax over both follows from their log-sum-exps, and so do the gradients:
+flash attention's backward pass takes the output and the log-sum-exp of the whole row.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Span = tuple[int, int]
+SUFFIX = "_shared_prompt"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the T tokens of a packed row lie: of each group the prompt, then its completions, then the next group.
+
+    prompts: [start, end) of each prompt; completions: [start, end) of those of each group, adjacent, none empty.
+    """
+
+    prompts: list[Span]
+    completions: list[list[Span]]
+    _bounds: dict[Any, tuple[Tensor, ...]] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def own(self) -> list[Span]:
+        """Every prompt and every completion, in order."""
+        return [s for p, group in zip(self.prompts, self.completions, strict=True) for s in (p, *group)]
+
+    @property
+    def tails(self) -> list[Span]:
+        """[start, end) of all completions of each group together; empty for a group that has none."""
+        return [(p[1], g[-1][1] if g else p[1]) for p, g in zip(self.prompts, self.completions, strict=True)]
+
+    @property
+    def longest(self) -> int:
+        """Positions of the longest prompt with a completion."""
+        groups = zip(self.prompts, self.completions, strict=True)
+        return max(b - a + max((d - c for c, d in g), default=0) for (a, b), g in groups)
+
+    def bounds(self, device: torch.device) -> tuple[Tensor, ...]:
+        """Cumulative lengths for variable-length attention, int32: of `own`; and queries and keys of `tails` to
+        `prompts`, tiled over all rows by segments without keys (prompts) and without queries (completions)."""
+        if device not in self._bounds:
+            own = [0, *(end for _, end in self.own)]
+            queries, keys = [0], [0]
+            for (start, end), (_, last) in zip(self.prompts, self.tails, strict=True):
+                queries += [end, last, last]
+                keys += [start, end, last]
+            self._bounds[device] = tuple(
+                torch.tensor(x, dtype=torch.int32).to(device, non_blocking=True) for x in (own, queries, keys)
+            )
+        return self._bounds[device]
+
+
+class _SharedPromptAttention(torch.autograd.Function):
+    """query (H, T, d), key, value (H', T, d) to (T, H, d); H is a multiple of H'."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
+        part = _cuda if query.is_cuda else _cpu
+        inputs = (query.detach(), key.detach(), value.detach())
+        out, lse, seeds = part.forward(*inputs, layout, scale, own=True)
+        more, lse_more, seeds_more = part.forward(*inputs, layout, scale, own=False)
+        for a, b in layout.tails:
+            if a == b:
+                continue
+            both = torch.logaddexp(lse[:, a:b], lse_more[:, a:b])
+            weight, weight_more = ((x[:, a:b] - both).exp().T[..., None] for x in (lse, lse_more))
+            out[a:b] = (out[a:b] * weight + more[a:b] * weight_more).to(out.dtype)
+            lse[:, a:b] = both
+        ctx.save_for_backward(*inputs, out, lse, *seeds, *seeds_more)
+        ctx.layout, ctx.scale = layout, scale
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse, *seeds = ctx.saved_tensors
+        part, half = _cuda if grad.is_cuda else _cpu, len(seeds) // 2
+        args = (grad, query, key, value, out, lse)
+        found = part.backward(*args, seeds[:half], ctx.layout, ctx.scale, own=True)
+        more = part.backward(*args, seeds[half:], ctx.layout, ctx.scale, own=False)
+        return *(a.add_(b) for a, b in zip(found, more, strict=True)), None, None
+
+
+def shared_prompt_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
+    """query (1, H, T, d), key and value (1, H', T, d) to (1, T, H, d), as transformers' attention functions have it.
+
+    float32, bfloat16 and float64 on the CPU; bfloat16 and float16 on a GPU. H must be a multiple of H'.
+    """
+    kind = query.device.type
+    # As PyTorch's own attention: rotary embeddings may have made queries and keys float32 again.
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    assert len(query) == 1 and query.shape[2] == layout.own[-1][1], "one packed row, of the layout's length"
+    return _SharedPromptAttention.apply(query[0], key[0], value[0], layout, scale)[None]
+
+
+# ---- the CPU: a call for each block ---------------------------------------------------------------------------------
+
+
+class _cpu:
+    """Blocks cut out as views; the heads that share a key are a dimension that the key is expanded over."""
+
+    @staticmethod
+    def _spans(layout: Layout, own: bool) -> list[tuple[Span, Span]]:
+        if own:
+            return [(s, s) for s in layout.own]
+        return [(t, p) for t, p in zip(layout.tails, layout.prompts, strict=True) if t[1] > t[0]]
+
+    @staticmethod
+    def _cut(query: Tensor, key: Tensor, value: Tensor, at: Span, to: Span) -> tuple[Tensor, Tensor, Tensor]:
+        heads = len(key)
+        q = query[:, slice(*at)].unflatten(0, (heads, -1))
+        k, v = (x[:, None, slice(*to)].expand(-1, q.shape[1], -1, -1) for x in (key, value))
+        return q, k, v
+
+    @staticmethod
+    def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, own: bool) -> Any:
+        heads, length, size = query.shape
+        out = query.new_empty(length, heads, size)
+        real = torch.float64 if query.dtype == torch.float64 else torch.float32
+        lse = query.new_empty(heads, length, dtype=real)
+        for at, to in _cpu._spans(layout, own):
+            block = _cpu._cut(query, key, value, at, to)
+            found, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*block, 0.0, own, scale=scale)
+            out[slice(*at)] = found.flatten(0, 1).transpose(0, 1)
+            lse[:, slice(*at)] = sums.flatten(0, 1)
+        return out, lse, ()
+
+    @staticmethod
+    def backward(
+        grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, seeds: Any, layout: Layout,
+        scale: float, own: bool,
+    ) -> list[Tensor]:  # fmt: skip
+        grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
+        heads = len(key)
+        for at, to in _cpu._spans(layout, own):
+            q, k, v = _cpu._cut(query, key, value, at, to)
+            g, o = (x[slice(*at)].transpose(0, 1).unflatten(0, (heads, -1)) for x in (grad, out))
+            sums = lse[:, slice(*at)].unflatten(0, (heads, -1))
+            found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                g, q, k, v, o, sums, 0.0, own, scale=scale
+            )
+            grads[0][:, slice(*at)] += found[0].flatten(0, 1)
+            for whole, one in zip(grads[1:], found[1:], strict=True):
+                whole[:, slice(*to)] += one.sum(1)
+        return grads
+
+
+# ---- a GPU: one call for all blocks ---------------------------------------------------------------------------------
+
+
+class _cuda:
+    """PyTorch's variable-length flash attention, which takes (T, H, d) and fewer heads of keys than of queries."""
+
+    @staticmethod
+    def _lengths(layout: Layout, own: bool, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
+        bounds, queries, keys = layout.bounds(device)
+        if own:
+            longest = max(b - a for a, b in layout.own)
+            return bounds, bounds, longest, longest
+        longest = max(b - a for a, b in itertools.chain(layout.tails, layout.prompts))
+        return queries, keys, longest, longest
+
+    @staticmethod
+    def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, own: bool) -> Any:
+        inputs = [x.transpose(0, 1) for x in (query, key, value)]
+        lengths = _cuda._lengths(layout, own, query.device)
+        out, lse, *seeds, _ = torch.ops.aten._flash_attention_forward(*inputs, *lengths, 0.0, own, False, scale=scale)
+        return out, lse, tuple(seeds)
+
+    @staticmethod
+    def backward(
+        grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, seeds: Any, layout: Layout,
+        scale: float, own: bool,
+    ) -> list[Tensor]:  # fmt: skip
+        inputs = [x.transpose(0, 1) for x in (query, key, value)]
+        lengths = _cuda._lengths(layout, own, query.device)
+        found = torch.ops.aten._flash_attention_backward(
+            grad.contiguous(), *inputs, out, lse, *lengths, 0.0, own, *seeds, scale=scale
+        )
+        return [x.transpose(0, 1) for x in found]
+
+
+# ---- in a model of transformers -------------------------------------------------------------------------------------
+
+
+def install(model: Any) -> None:
+    """Make this the model's attention where a forward pass is given `shared_prompt=Layout`; else it is as before.
+
+    Raises: ValueError for a model whose attention is not sdpa or flash_attention_2 (eager may have a soft-cap).
+    """
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+    name = model.config._attn_implementation
+    if name.endswith(SUFFIX):
+        return
+    if name not in ("sdpa", "flash_attention_2"):
+        raise ValueError(f"its attention is {name}, not sdpa or flash_attention_2")
+    original = ALL_ATTENTION_FUNCTIONS[name]
+
+    def attend(
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        shared_prompt: Any = None,
+        **more: Any,
+    ) -> Any:
+        if shared_prompt is None:
+            return original(module, query, key, value, attention_mask, **more)
+        scale = more.get("scaling")
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        return shared_prompt_attention(query, key, value, shared_prompt, float(scale)), None
+
+    AttentionInterface.register(name + SUFFIX, attend)
+    AttentionMaskInterface.register(name + SUFFIX, ALL_MASK_ATTENTION_FUNCTIONS[name])
+    model.set_attn_implementation(name + SUFFIX)
