@@ -40,7 +40,8 @@ def load(path: str | None, dtype: str = "auto", attention: str = "auto") -> tupl
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as e:
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise ConfigError(f"model {source!r} cannot be loaded: {reason}") from None
+        how = "" if attention == "auto" else f" with attention = {attention}"
+        raise ConfigError(f"model {source!r} cannot be loaded{how}: {reason}") from None
     return model, tokenizer
 
 

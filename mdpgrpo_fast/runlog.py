@@ -39,20 +39,22 @@ def move_aside(path: Path) -> Path | None:
 class RunDir:
     """Files of one run; JSON lines are flushed line by line, so that a killed run keeps what it had.
 
-    `create` is False on all ranks but the first, which makes the directory and alone writes to it, and where a run is
-    resumed.
+    The first rank alone makes the directory (at once with `create`) and writes to it.
     """
 
     def __init__(self, path: str | Path, create: bool = True) -> None:
         self.path = Path(path)
         self.moved: Path | None = None
-        if not create:
-            return
+        if create:
+            self.make()
+
+    def make(self) -> None:
+        """The directory, empty; an earlier run in it is moved aside. Raises ConfigError."""
         try:
             self.moved = move_aside(self.path.absolute())
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as e:
-            raise ConfigError(f"output_dir {str(path)!r} cannot be made: {e.strerror or e}") from None
+            raise ConfigError(f"output_dir {str(self.path)!r} cannot be made: {e.strerror or e}") from None
 
     def write_config(self, run: TrainConfig, method: MDPGRPOConfig) -> None:
         text = yaml.safe_dump({"run": asdict(run), "method": asdict(method)}, sort_keys=False)

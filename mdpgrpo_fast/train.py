@@ -6,7 +6,7 @@ import sys
 from dataclasses import fields
 from typing import Any
 
-from .config import PRESETS, MDPGRPOConfig, TrainConfig
+from .config import PRESETS, ConfigError, MDPGRPOConfig, TrainConfig
 
 
 def resolve(argv: list[str]) -> tuple[TrainConfig, MDPGRPOConfig]:
@@ -53,8 +53,6 @@ def main(argv: list[str] | None = None) -> int:
         run, method = resolve(sys.argv[1:] if argv is None else argv)
 
         # Heavy imports only now: `--help` and a wrong flag answer at once.
-        from accelerate import PartialState
-
         from .checkpoint import check_resume
         from .rewards import RewardError, Scorer
         from .runlog import RunDir
@@ -73,11 +71,15 @@ def main(argv: list[str] | None = None) -> int:
         )
         scorer.check(task.train)
         scorer.check(task.held_out)
-        state = PartialState(cpu=run.cpu)
         if run.resume:
             check_resume(run, method)
-        out = RunDir(run.output_dir, create=state.is_main_process and not run.resume)
-        if state.is_main_process and not run.resume:
+        out = RunDir(run.output_dir, create=False)
+        try:
+            trainer = Trainer(task, run, method, out, scorer)
+        except RolloutError as e:
+            raise ConfigError(str(e)) from None
+        if trainer.accelerator.is_main_process and not run.resume:
+            out.make()
             out.write_config(run, method)
     if out.moved:
         print(f"an earlier {out.path} is now {out.moved}", file=sys.stderr)
@@ -89,7 +91,6 @@ def main(argv: list[str] | None = None) -> int:
         )
     try:
         with scorer:
-            trainer = Trainer(task, run, method, out, scorer)
             summary = trainer.train()
     except (RewardError, RolloutError) as e:
         print(f"error: {e}; what was learned until then is in {out.path}", file=sys.stderr)
@@ -109,4 +110,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    from .distributed import leave
+
+    leave(code)
