@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import sharded
+from . import cpu_linear, sharded
 from .linear_rows import Engine, Rows, Weighed, logprobs_of
 
 # Rows of one tile of a GPU's matmul, and the most rows of one matmul for logits. That matmul has the same size for
@@ -199,7 +199,7 @@ class Head:
         assert self.weight is not None
         weights = weights * self.scale if self.scale != 1 else weights
         if self.d_hidden is not None:
-            d = (torch.mm(g, self.weight) * weights[:, None]).to(self.d_hidden.dtype)
+            d = (cpu_linear.mm(g, self.weight) * weights[:, None]).to(self.d_hidden.dtype)
             flat = self.d_hidden.view(-1, d.shape[1])
             if self.index is None:
                 flat[start:stop] = d

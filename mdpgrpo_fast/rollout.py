@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import cpu_linear
 from .config import ConfigError
 from .decoding import Decoder, complete
 from .sampling import sample
@@ -105,7 +106,9 @@ def generate(
     def draw(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return sample(logits, None if tau is None else tau[index], top_k, top_p, min_p)
 
-    done = complete(Decoder(model, ids, mask, origin), draw, torch.tensor(eos, device=device), max_new_tokens, synced)
+    ends = torch.tensor(eos, device=device)
+    with cpu_linear.packed(model):
+        done = complete(Decoder(model, ids, mask, origin), draw, ends, max_new_tokens, synced)
     if not bool(done.sampling_logprobs.isfinite().all()):
         row = int((~done.sampling_logprobs.isfinite()).any(1).int().argmax())
         raise FloatingPointError(f"the model's logits must be finite; those of row {row} are not")

@@ -65,7 +65,6 @@ def draw(p: Tensor, u: Tensor) -> Tensor:
     sums = p[:, :whole].unflatten(1, (-1, BLOCK)).sum(2).double()
     if whole < p.shape[1]:
         sums = torch.cat([sums, p[:, whole:].sum(1, keepdim=True).double()], 1)
-    # Below 1 also after rounding, so that a place of probability 0 is never the first to exceed.
     block, rest = _first_over(sums, u)
     places = block[:, None] * BLOCK + torch.arange(BLOCK, device=p.device)
     inside = p.gather(1, places.clamp(max=p.shape[1] - 1)).double() * (places < p.shape[1])
@@ -75,6 +74,7 @@ def draw(p: Tensor, u: Tensor) -> Tensor:
 def _first_over(w: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """The place (R,) where the running sum of w (R, C) exceeds u of the whole, and which share of that place u is."""
     running = w.cumsum(1)
+    # Below 1 also after rounding, so that a place of probability 0 is never the first to exceed.
     target = u.clamp(max=1 - 2**-53) * running[:, -1]
     place = (running <= target[:, None]).sum(1)
     own = w.gather(1, place[:, None]).squeeze(1)

@@ -1,0 +1,150 @@
+"""`python benchmarks/bench_generate.py --output FILE`: completions of a group by three ways, in turn in one process.
+
+`separate`: one model.generate call per temperature, each over all prompts, as the released code of the method does it;
+`one_call`: one model.generate call over all rows, each at its own temperature; `ours`: mdpgrpo_fast.rollout.generate,
+which records both log-probs besides. All draw completions of the same length; times are of P * G of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as tf
+from harness import DEVICE, DTYPE, Wrong, provenance, short, write_json
+from torch import Tensor
+
+from mdpgrpo_fast.config import MDPGRPOConfig
+from mdpgrpo_fast.rollout import generate
+
+GROUP = 8
+CASES = {
+    "small": {"prompts": 1, "prompt": 32, "completion": 32, "hidden": 128, "layers": 4, "vocab": 4000},
+    "main": {"prompts": 2, "prompt": 256, "completion": 256, "hidden": 256, "layers": 6, "vocab": 32000},
+}
+NO_TOKEN = -1  # as the end, so that every completion has the full length
+
+
+def make_model(case: dict[str, int]) -> Any:
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(
+        vocab_size=case["vocab"],
+        hidden_size=case["hidden"],
+        intermediate_size=case["hidden"] * 11 // 4,
+        num_hidden_layers=case["layers"],
+        num_attention_heads=case["hidden"] // 32,
+        num_key_value_heads=case["hidden"] // 64,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return tf.LlamaForCausalLM(config).to(DEVICE, DTYPE).eval()
+
+
+class RowTemperatures(tf.LogitsProcessor):
+    def __init__(self, temperature: Tensor) -> None:
+        self.temperature = temperature[:, None]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores / self.temperature
+
+
+def candidates(model: Any, ids: Tensor, taus: list[float], length: int) -> dict[str, Callable[[], Tensor]]:
+    """name -> a call that returns the tokens (P * G, L), those of a prompt next to each other."""
+    p, g = len(ids), len(taus)
+    common = {"do_sample": True, "top_k": 0, "top_p": 1.0, "max_new_tokens": length, "pad_token_id": 0}
+
+    def call(rows: Tensor, tau: float, *processors: tf.LogitsProcessor) -> Tensor:
+        out = model.generate(
+            rows,
+            attention_mask=torch.ones_like(rows),
+            generation_config=tf.GenerationConfig(temperature=tau, **common),
+            logits_processor=tf.LogitsProcessorList(processors),
+        )
+        return out[:, rows.shape[1] :]
+
+    def separate() -> Tensor:
+        return torch.stack([call(ids, tau) for tau in taus], 1).flatten(0, 1)
+
+    def one_call() -> Tensor:
+        processor = RowTemperatures(torch.tensor(taus * p, device=ids.device))
+        return call(ids.repeat_interleave(g, 0), 1.0, processor)
+
+    def ours() -> Tensor:
+        return generate(
+            model, ids.tolist(), temperature=taus * p, eos=[NO_TOKEN], max_new_tokens=length, num_generations=g
+        ).tokens
+
+    return {"separate": separate, "one_call": one_call, "ours": ours}
+
+
+def verify(model: Any, ids: Tensor, ways: dict[str, Callable[[], Tensor]], shape: tuple[int, int]) -> None:
+    for name, way in ways.items():
+        if (got := tuple(way().shape)) != shape:
+            raise Wrong(f"{name} returns tokens of shape {got}, {shape} is expected")
+    if model.dtype == torch.float32:
+        greedy = tf.GenerationConfig(max_new_tokens=16, pad_token_id=0, do_sample=False)
+        theirs = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy)[:, ids.shape[1] :]
+        own = generate(model, ids.tolist(), temperature=None, eos=[NO_TOKEN], max_new_tokens=16).tokens
+        if not torch.equal(theirs, own):
+            raise Wrong("the greedy tokens differ from those of model.generate")
+
+
+def seconds(way: Callable[[], Tensor]) -> float:
+    start = time.perf_counter()
+    way()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure(name: str, rounds: int) -> dict[str, Any]:
+    case = CASES[name]
+    model, taus = make_model(case), MDPGRPOConfig(num_generations=GROUP).slot_temperatures
+    ids = torch.randint(1, case["vocab"], (case["prompts"], case["prompt"]), device=DEVICE)
+    rows, length = case["prompts"] * GROUP, case["completion"]
+    ways = candidates(model, ids, taus, length)
+    verify(model, ids, ways, (rows, length))
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(rounds):
+        for way, run in ways.items():
+            times[way].append(seconds(run))
+    middle, least = ({way: f(t) for way, t in times.items()} for f in (statistics.median, min))
+    entries = {
+        way: {
+            "ms": short(1e3 * middle[way]),
+            "ms_low": short(1e3 * least[way]),
+            "tokens_per_second": short(rows * length / middle[way]),
+            "x_separate": short(middle["separate"] / middle[way]),
+            "x_separate_low": short(least["separate"] / least[way]),
+        }
+        for way in ways
+    }
+    size = sum(p.numel() for p in model.parameters())
+    return {"case": name, **case, "group": GROUP, "parameters": size, "rounds": rounds, "candidates": entries}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    document = provenance("python benchmarks/bench_generate.py --output FILE")
+    document["results"] = []
+    for name in CASES:
+        row = measure(name, options.rounds)
+        document["results"].append(row)
+        write_json(options.output, document)
+        for way, entry in row["candidates"].items():
+            print(f"{name:6} {way:9} {entry['ms']:10.1f} ms {entry['tokens_per_second']:9.1f} tokens/s "
+                  f"{entry['x_separate']:6.2f} x separate, {entry['x_separate_low']:.2f} of the fastest")  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
