@@ -262,6 +262,7 @@ class TrainConfig:
     gradient_checkpointing: bool = knob(
         False, "keep one state per layer and compute the rest again in the backward pass"
     )
+    compile: bool = knob(False, "torch.compile for the model's blocks in the passes of training")
     lora: bool = knob(False, "train LoRA adapters (package peft) and leave the model's own weights as they are")
     lora_r: int = knob(32, "LoRA rank")
     lora_alpha: float = knob(64.0, "LoRA alpha; the adapters' product is scaled by alpha / r")

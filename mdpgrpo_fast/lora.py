@@ -5,15 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from .config import ConfigError
@@ -192,34 +189,3 @@ def _merged_weight(weight: Tensor, state: dict[str, Tensor], prefix: str, layer:
     dtype = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
     delta = layer.scaling[name] * (b.to(dtype) @ a.to(dtype))
     return (weight.to(dtype) + (delta.T if layer.fan_in_fan_out else delta)).to(weight.dtype).cpu()
-
-
-# ---- activations ----------------------------------------------------------------------------------------------------
-
-
-def enable_checkpointing(model: nn.Module) -> None:
-    """Gradient checkpointing: each block keeps its input and computes the rest again for its backward pass.
-
-    Independent of the training or evaluation mode, and of a later `eval()`. Passes without gradients, and those that
-    fill a cache, are as they were. In place; a second call changes nothing.
-
-    Raises: ConfigError where transformers marks no layer of the model as one to checkpoint.
-    """
-    # transformers' own switch asks for training mode, with which come dropout and generation without a cache.
-    layers: list[Any] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    if not layers:
-        raise ConfigError(
-            f"gradient_checkpointing cannot be had for this model: a {type(model).__name__} has no "
-            "GradientCheckpointingLayer of transformers"
-        )
-    for layer in layers:
-        # On forward and not around the module, so that hooks (FSDP's) run once and outside.
-        if getattr(layer.forward, "func", None) is not _recomputed:
-            layer.forward = partial(_recomputed, layer.forward)
-
-
-def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
-    # Computed again, it would write to the cache again.
-    if not torch.is_grad_enabled() or any(isinstance(x, transformers.Cache) for x in (*args, *kwargs.values())):
-        return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)

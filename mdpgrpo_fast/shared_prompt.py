@@ -191,6 +191,16 @@ class _cuda:
         return [x.transpose(0, 1) for x in found]
 
 
+_attention = shared_prompt_attention
+
+
+def stay_outside() -> None:
+    """From now on models call the attention outside of what torch.compile makes: a layout would be compiled into it."""
+    global _attention
+    # Not at import: it loads the compiler.
+    _attention = torch.compiler.disable(shared_prompt_attention)
+
+
 # ---- in a model of transformers -------------------------------------------------------------------------------------
 
 
@@ -222,7 +232,7 @@ def install(model: Any) -> None:
             return original(module, query, key, value, attention_mask, **more)
         scale = more.get("scaling")
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        return shared_prompt_attention(query, key, value, shared_prompt, float(scale)), None
+        return _attention(query, key, value, shared_prompt, float(scale)), None
 
     AttentionInterface.register(name + SUFFIX, attend)
     AttentionMaskInterface.register(name + SUFFIX, ALL_MASK_ATTENTION_FUNCTIONS[name])

@@ -21,10 +21,11 @@ from tqdm.auto import tqdm
 from . import checkpoint, distributed, evaluate, ops
 from .accounting import StageClock, peak_flops, traced
 from .batch import Batch, Piece, packed_bins, packed_pieces, padded_pieces, replace_groups
+from .blocks import compile_blocks, enable_checkpointing
 from .config import ConfigError, MDPGRPOConfig, TrainConfig
 from .data import batches
 from .engine import keep_partial, make_engine, sync
-from .lora import enable_checkpointing, merged_state, save_adapters, save_merged, without_adapters
+from .lora import merged_state, save_adapters, save_merged, without_adapters
 from .metrics import TokenStatistics, group_health, slot_statistics, why_zero
 from .models import Policy
 from .reference import Advantages, default_denominator
@@ -69,6 +70,9 @@ class Trainer:
         # Under LoRA the reference is the model without its adapters.
         separate = self.has_kl and not run.lora
         self.reference = copy.deepcopy(policy).requires_grad_(False) if separate else None
+        for copied in (policy, self.reference) if run.compile else ():
+            if copied is not None:
+                compile_blocks(copied.model)
         parameters = [p for p in task.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             parameters,

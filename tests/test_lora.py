@@ -17,6 +17,7 @@ from kernels_for_tests import config_for
 from ranks_for_tests import spawn
 
 from mdpgrpo_fast import lora
+from mdpgrpo_fast.blocks import enable_checkpointing
 from mdpgrpo_fast.config import ConfigError
 from mdpgrpo_fast.heads import UnsupportedHead, find_head
 from mdpgrpo_fast.models import Policy
@@ -330,7 +331,7 @@ def on_a_rank(rank: int, ranks: int, kind: str) -> dict[str, Any]:
     expected = {name: p.grad for name, p in wrapped.named_parameters() if p.grad is not None}
     policy_logprobs, merged = logprobs(wrapped), state_of(wrapped)
     wrapped.zero_grad(set_to_none=True)
-    lora.enable_checkpointing(wrapped)
+    enable_checkpointing(wrapped)
     policy: Any = Policy(wrapped, "fused").eval()
     if kind == "ddp":
         policy = torch.nn.parallel.DistributedDataParallel(policy)
@@ -408,9 +409,9 @@ def test_checkpointing_computes_again_and_changes_no_gradient(family: str, with_
     if with_lora:
         model = adapted(model)
     before, grads, size, ran = watched(model)
-    lora.enable_checkpointing(model)
+    enable_checkpointing(model)
     forwards = [m.forward for m in model.modules()]
-    lora.enable_checkpointing(model)
+    enable_checkpointing(model)
     assert forwards == [m.forward for m in model.modules()]
     model.eval()
     after, again, smaller, ran_again = watched(model)
@@ -435,7 +436,7 @@ def test_generation_keeps_its_cache(family: str) -> None:
         return generate(model, [[5, 6, 7], [8]], temperature=[1.0, 0.5], eos=[1], max_new_tokens=6)
 
     before = sample()
-    lora.enable_checkpointing(model)
+    enable_checkpointing(model)
     widths.clear()
     after = sample()
     assert torch.equal(before.tokens, after.tokens) and torch.equal(before.policy_logprobs, after.policy_logprobs)
@@ -444,7 +445,7 @@ def test_generation_keeps_its_cache(family: str) -> None:
 
 def test_a_cache_is_filled_once_under_gradients() -> None:
     model = make_model("llama", VOCAB)
-    lora.enable_checkpointing(model)
+    enable_checkpointing(model)
     ids = torch.arange(2, 12).view(2, 5)
     out = model(input_ids=ids, use_cache=True)
     out.logits.logsumexp(-1).sum().backward()
@@ -453,7 +454,7 @@ def test_a_cache_is_filled_once_under_gradients() -> None:
 
 def test_a_copy_computes_its_own_blocks_again() -> None:
     model = make_model("llama", VOCAB)
-    lora.enable_checkpointing(model)
+    enable_checkpointing(model)
     twin = copy.deepcopy(model)
     expected = logprobs(twin)
     with torch.no_grad():
@@ -471,7 +472,7 @@ def test_checkpointing_under_compile() -> None:
     grads = []
     for step in range(2):
         if step:
-            lora.enable_checkpointing(model)
+            enable_checkpointing(model)
             torch._dynamo.reset()
         run = torch.compile(model, backend="aot_eager", fullgraph=True) if step else model
         model.zero_grad(set_to_none=True)
@@ -485,4 +486,4 @@ def test_checkpointing_under_compile() -> None:
 def test_a_model_without_such_layers_is_refused() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 2))
     with pytest.raises(ConfigError, match="gradient_checkpointing cannot be had for this model: a Sequential has no"):
-        lora.enable_checkpointing(model)
+        enable_checkpointing(model)

@@ -119,7 +119,11 @@ def test_the_loss_under_lora_is_that_of_a_reference_of_its_own(tmp_path: Path) -
         assert rows(adapted)[0][name] == pytest.approx(rows(full)[0][name], abs=1e-6), name
 
 
-@pytest.mark.parametrize("knobs", [{"gradient_checkpointing": True}, {"fused_adamw": False}], ids=str)
+@pytest.mark.parametrize(
+    "knobs",
+    [{"gradient_checkpointing": True}, {"fused_adamw": False}, {"compile": True, "gradient_checkpointing": True}],
+    ids=str,
+)
 @pytest.mark.parametrize("packing", ["on", "off"])
 def test_memory_and_speed_options_change_no_result(tmp_path: Path, knobs: dict[str, Any], packing: str) -> None:
     plain = run_small(tmp_path, name="plain", packing=packing, learning_rate=1e-4)
@@ -127,6 +131,27 @@ def test_memory_and_speed_options_change_no_result(tmp_path: Path, knobs: dict[s
     for a, b in zip(rows(plain), rows(other), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], abs=1e-6) and b["grad_norm"] == pytest.approx(a["grad_norm"])
     torch.testing.assert_close(parameters(other), parameters(plain), rtol=0, atol=1e-5)
+
+
+def test_compiled_blocks_take_other_lengths_without_compiling_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    graphs: list[int] = []
+    update = Trainer.update
+
+    def watched(self: Trainer, *args: Any) -> dict[str, Any]:
+        row = update(self, *args)
+        graphs.append(counters["stats"]["unique_graphs"])
+        return row
+
+    monkeypatch.setattr(Trainer, "update", watched)
+    trainer = run_small(tmp_path, compile=True, steps=3)
+    assert len({r["completion_length"] for r in rows(trainer)}) == 3, "three packed rows of different lengths"
+    assert graphs[0] > 0 and graphs == [graphs[0]] * 3
 
 
 def test_the_config_file_of_a_packed_model_is_as_before(tmp_path: Path) -> None:
