@@ -111,9 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     for row in rows:
         said = [f"{n} {row[n]['ms']:7.0f} ms, {row[n]['kept_mb']:6.0f} MB kept" for n in ("padded", "packed")]
         ratios = f"time {row['time_ratio']:.2f} x, kept {row['kept_ratio']:.2f} x"
-        print(
-            f"V {row['vocabulary']:6} prompt {row['prompt']:4} completion {row['completion']:4}: {'; '.join(said)}; {ratios}"
-        )
+        print(f"V {row['vocabulary']:5}, prompt {row['prompt']:3} + {row['completion']}: {'; '.join(said)}; {ratios}")
     document = {
         **provenance(f"python benchmarks/bench_packing.py --output {args.output}"),
         "size": dataclasses.asdict(size),
