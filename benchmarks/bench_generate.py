@@ -2,16 +2,19 @@
 
 `separate`: one model.generate call per temperature, each over all prompts, as the released code of the method does it;
 `one_call`: one model.generate call over all rows, each at its own temperature; `ours`: mdpgrpo_fast.rollout.generate,
-which records both log-probs besides. All draw completions of the same length; times are of P * G of them.
+which records both log-probs besides, with the linear layers that `models.load` gives a model on this device, and
+`ours_plain` with PyTorch's. All draw completions of the same length; times are of P * G of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +23,14 @@ import transformers as tf
 from harness import DEVICE, DTYPE, Wrong, provenance, short, write_json
 from torch import Tensor
 
+from mdpgrpo_fast import cpu_linear
 from mdpgrpo_fast.config import MDPGRPOConfig
 from mdpgrpo_fast.rollout import generate
 
 GROUP = 8
 CASES = {
     "small": {"prompts": 1, "prompt": 32, "completion": 32, "hidden": 128, "layers": 4, "vocab": 4000},
-    "main": {"prompts": 2, "prompt": 256, "completion": 256, "hidden": 256, "layers": 6, "vocab": 32000},
+    "main": {"prompts": 2, "prompt": 256, "completion": 256, "hidden": 512, "layers": 6, "vocab": 32000},
 }
 NO_TOKEN = -1  # as the end, so that every completion has the full length
 
@@ -38,8 +42,9 @@ def make_model(case: dict[str, int]) -> Any:
         hidden_size=case["hidden"],
         intermediate_size=case["hidden"] * 11 // 4,
         num_hidden_layers=case["layers"],
-        num_attention_heads=case["hidden"] // 32,
-        num_key_value_heads=case["hidden"] // 64,
+        num_attention_heads=case["hidden"] // 64,
+        num_key_value_heads=case["hidden"] // 128,
+        tie_word_embeddings=True,
         eos_token_id=None,
         pad_token_id=0,
     )
@@ -75,12 +80,16 @@ def candidates(model: Any, ids: Tensor, taus: list[float], length: int) -> dict[
         processor = RowTemperatures(torch.tensor(taus * p, device=ids.device))
         return call(ids.repeat_interleave(g, 0), 1.0, processor)
 
-    def ours() -> Tensor:
+    loaded = copy.deepcopy(model)
+    cpu_linear.install(loaded)
+
+    def ours(model: Any) -> Tensor:
         return generate(
             model, ids.tolist(), temperature=taus * p, eos=[NO_TOKEN], max_new_tokens=length, num_generations=g
         ).tokens
 
-    return {"separate": separate, "one_call": one_call, "ours": ours}
+    own = {"ours": partial(ours, loaded), "ours_plain": partial(ours, model)}
+    return {"separate": separate, "one_call": one_call, **own}
 
 
 def verify(model: Any, ids: Tensor, ways: dict[str, Callable[[], Tensor]], shape: tuple[int, int]) -> None:
@@ -141,7 +150,7 @@ def main() -> int:
         document["results"].append(row)
         write_json(options.output, document)
         for way, entry in row["candidates"].items():
-            print(f"{name:6} {way:9} {entry['ms']:10.1f} ms {entry['tokens_per_second']:9.1f} tokens/s "
+            print(f"{name:6} {way:10} {entry['ms']:10.1f} ms {entry['tokens_per_second']:9.1f} tokens/s "
                   f"{entry['x_separate']:6.2f} x separate, {entry['x_separate_low']:.2f} of the fastest")  # fmt: skip
     return 0
 

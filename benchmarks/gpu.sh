@@ -49,7 +49,8 @@ workers=()
 "$python" -c 'import xdist' 2>/dev/null && workers=(-n "$(($(nproc) / 2))")
 # They need no measured tile, and would measure it while others compute.
 step tests 240 env MDPGRPO_AUTOTUNE=0 "$python" -m pytest "${workers[@]}" tests/test_token_loss*.py \
-    tests/test_linear_*.py tests/test_logprobs.py tests/test_advantages.py tests/test_backends.py -q -p no:cacheprovider
+    tests/test_linear_*.py tests/test_logprobs.py tests/test_advantages.py tests/test_backends.py tests/test_packing.py \
+    tests/test_sampling.py tests/test_rollout.py -q -p no:cacheprovider
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
         step "$tool" 40 env MDPGRPO_AUTOTUNE=0 compute-sanitizer --tool "$tool" --error-exitcode 9 \
@@ -57,6 +58,9 @@ if command -v compute-sanitizer >/dev/null; then
     done
 fi
 step roofline 40 "$python" benchmarks/roofline.py
+step packing 40 "$python" benchmarks/bench_packing.py --output "$scratch/packing.json" --rounds 3
+step generate 40 "$python" benchmarks/bench_generate.py --output "$scratch/generate.json" --rounds 2
+step step 90 "$python" benchmarks/bench_step.py --output "$scratch/step.json" --steps 2 --cases kl
 # Shares of what is left, the most important first. Each stops itself and says what it left out; the limit of a step is
 # for a hang.
 left=$((total - SECONDS - 10))
@@ -68,9 +72,10 @@ for part in token_loss:32 linear_token_loss:40 logprobs:9 linear_logprobs:11 adv
 done
 
 folder=$("$python" benchmarks/speed_table.py --folder) || failed+=(folder)
+cp "$scratch"/{packing,generate,step}.json "$folder/" || failed+=(step)
 if [ -n "${OUT:-}" ]; then
     mkdir -p "$OUT/${folder##*/}"
-    cp "$folder"/{roofline,token_loss,linear_token_loss,logprobs,linear_logprobs,advantages}.json "$OUT/${folder##*/}/" || failed+=(copy)
+    cp "$folder"/{roofline,token_loss,linear_token_loss,logprobs,linear_logprobs,advantages,packing,generate,step}.json "$OUT/${folder##*/}/" || failed+=(copy)
     cat "$scratch"/*.log >"$OUT/gpu.log"
     cp "$scratch/tiles/tiles.json" "$OUT/" 2>/dev/null
 fi

@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from mdpgrpo_fast.kernels import advantages, logprobs, objective, token_loss, tuning
+from mdpgrpo_fast.kernels import advantages, logprobs, objective, sampling, token_loss, tuning
 from mdpgrpo_fast.schemas import Flags, Numbers
 
 ARCHITECTURES = (80, 90, 100, 120)
@@ -182,6 +182,8 @@ def cases(vocab: int, dtype: torch.dtype, tile: tuning.Tile) -> list[Launch]:
             True,
             True,
         ),
+        "sampling": lambda: sampling.launch_sample(logits.view(-1, vocab), row),
+        "sampling, greedy": lambda: sampling.launch_sample(logits.view(-1, vocab), None),
         "log-probs": lambda: logprobs.launch_logprobs(logits, tokens, mask, None, b, each, 1.0, 1.0, 0.0, False),
         "log-probs backward": lambda: logprobs.launch_logprobs_backward(
             row, logits, tokens, mask, None, b, each, 1.0, 30.0, statistics

@@ -1,7 +1,7 @@
-"""`python benchmarks/optimizations.py`: the embedded demonstration with every optimisation on and off, three seeds each.
+"""`python benchmarks/optimizations.py`: the embedded demonstration with all optimisations on and off, three seeds each.
 
-Off: padded rows, logits as a whole, the plain PyTorch objective, AdamW one parameter at a time. Runs of a seed go side by
-side, one thread each. Writes benchmarks/results/cpu/optimizations.json.
+Off: padded rows, logits as a whole, the plain PyTorch objective, AdamW one parameter at a time. Runs of a seed go side
+by side, one thread each. Writes benchmarks/results/cpu/optimizations.json.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import linear_table
 import speed_table
+import step_table
 
 from mdpgrpo_fast.config import MDPGRPOConfig, TrainConfig
 
@@ -133,6 +134,7 @@ def render(text: str) -> str:
         "learning": learning(result),
         "speed": speed_table.section(),
         "linear": linear_table.section(),
+        "step": step_table.section(),
         "knobs": knobs(),
     }
     for name, body in bodies.items():

@@ -69,11 +69,15 @@ class _Linear(torch.autograd.Function):
 
 
 def _forward(module: Any, x: Tensor) -> Tensor:
-    weight, bias = module.weight, module.bias
+    parameters, packed_weight = module._parameters, module.__dict__.get("_packed_weight")
+    weight, bias = parameters["weight"], parameters["bias"]
     other = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+    if packed_weight is not None and not other and x.dtype == torch.float32 and not torch.is_grad_enabled():
+        # A step of sampling is many small layers: as little as can be in between.
+        return _op(x, packed_weight, bias)
     if other or not _plain(x, weight, bias):
         return nn.functional.linear(x, weight, bias)
-    return _Linear.apply(x, weight, bias, module.__dict__.get("_packed_weight"))
+    return _Linear.apply(x, weight, bias, packed_weight)
 
 
 def install(model: nn.Module) -> None:

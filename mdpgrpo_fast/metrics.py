@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 import torch
@@ -90,3 +91,27 @@ def why_zero(
     if abs(loss) < 1e-7:
         return "the loss is 0 but its gradient is not: on-policy the ratio is 1 and the advantages cancel in the mean"
     return None
+
+
+SUMS = ("dropped", "kl_clamped", "tokens_per_second")
+HIGHEST = ("ratio_max", "memory_mb")
+
+
+def over_ranks(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """One metrics row of those of all ranks: means, but sums of SUMS and maxima of HIGHEST; nested ones by name.
+
+    None counts for nothing; text is the first there is. Rows have the same keys, and lists the same length.
+    """
+    out: dict[str, Any] = {}
+    for name in rows[0]:
+        values = [v for row in rows if (v := row.get(name)) is not None]
+        if not values or isinstance(values[0], str):
+            out[name] = values[0] if values else None
+        elif isinstance(values[0], dict):
+            out[name] = over_ranks(values)
+        elif isinstance(values[0], list):
+            out[name] = [over_ranks(list(parts)) for parts in zip(*values, strict=True)]
+        else:
+            join = sum if name in SUMS else max if name in HIGHEST else statistics.fmean
+            out[name] = join(values)
+    return out

@@ -47,16 +47,17 @@ class Layout:
 
     def bounds(self, device: torch.device) -> tuple[Tensor, ...]:
         """Cumulative lengths for variable-length attention, int32: of `own`; and queries and keys of `tails` to
-        `prompts`, tiled over all rows by segments without keys (prompts) and without queries (completions)."""
+        `prompts`, tiled over all rows by segments without keys (prompts) and without queries (completions). And the
+        rows of `tails`, int64."""
         if device not in self._bounds:
             own = [0, *(end for _, end in self.own)]
             queries, keys = [0], [0]
             for (start, end), (_, last) in zip(self.prompts, self.tails, strict=True):
                 queries += [end, last, last]
                 keys += [start, end, last]
-            self._bounds[device] = tuple(
-                torch.tensor(x, dtype=torch.int32).to(device, non_blocking=True) for x in (own, queries, keys)
-            )
+            rows = torch.cat([torch.arange(*t) for t in self.tails])
+            host = (*(torch.tensor(x, dtype=torch.int32) for x in (own, queries, keys)), rows)
+            self._bounds[device] = tuple(x.to(device, non_blocking=True) for x in host)
         return self._bounds[device]
 
 
@@ -69,13 +70,11 @@ class _SharedPromptAttention(torch.autograd.Function):
         inputs = (query.detach(), key.detach(), value.detach())
         out, lse, seeds = part.forward(*inputs, layout, scale, own=True)
         more, lse_more, seeds_more = part.forward(*inputs, layout, scale, own=False)
-        for a, b in layout.tails:
-            if a == b:
-                continue
-            both = torch.logaddexp(lse[:, a:b], lse_more[:, a:b])
-            weight, weight_more = ((x[:, a:b] - both).exp().T[..., None] for x in (lse, lse_more))
-            out[a:b] = (out[a:b] * weight + more[a:b] * weight_more).to(out.dtype)
-            lse[:, a:b] = both
+        for rows in part.rows(layout, query.device):
+            both = torch.logaddexp(lse[:, rows], lse_more[:, rows])
+            weight, weight_more = ((x[:, rows] - both).exp().T[..., None] for x in (lse, lse_more))
+            out[rows] = (out[rows] * weight + more[rows] * weight_more).to(out.dtype)
+            lse[:, rows] = both
         ctx.save_for_backward(*inputs, out, lse, *seeds, *seeds_more)
         ctx.layout, ctx.scale = layout, scale
         return out
@@ -109,6 +108,11 @@ def shared_prompt_attention(query: Tensor, key: Tensor, value: Tensor, layout: L
 
 class _cpu:
     """Blocks cut out as views; the heads that share a key are a dimension that the key is expanded over."""
+
+    @staticmethod
+    def rows(layout: Layout, device: torch.device) -> list[slice]:
+        """Where completions are."""
+        return [slice(*t) for t in layout.tails if t[1] > t[0]]
 
     @staticmethod
     def _spans(layout: Layout, own: bool) -> list[tuple[Span, Span]]:
@@ -163,8 +167,12 @@ class _cuda:
     """PyTorch's variable-length flash attention, which takes (T, H, d) and fewer heads of keys than of queries."""
 
     @staticmethod
+    def rows(layout: Layout, device: torch.device) -> list[Tensor]:
+        return [layout.bounds(device)[3]]
+
+    @staticmethod
     def _lengths(layout: Layout, own: bool, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
-        bounds, queries, keys = layout.bounds(device)
+        bounds, queries, keys, _ = layout.bounds(device)
         if own:
             longest = max(b - a for a, b in layout.own)
             return bounds, bounds, longest, longest

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
-import random
 import sys
 import time
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,19 +16,21 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import checkpoint, distributed, evaluate, ops
+from . import checkpoint, distributed, evaluate
 from .accounting import StageClock, peak_flops, traced
-from .batch import Batch, Piece, packed_bins, packed_pieces, padded_pieces, replace_groups
+from .batch import Batch, Piece, packed_bins, packed_pieces, padded_pieces
 from .blocks import compile_blocks, enable_checkpointing
+from .collect import Collector
 from .config import ConfigError, MDPGRPOConfig, TrainConfig
 from .data import batches
-from .engine import keep_partial, make_engine, sync
-from .lora import merged_state, save_adapters, save_merged, without_adapters
-from .metrics import TokenStatistics, group_health, slot_statistics, why_zero
+from .engine import keep_partial, make_engine
+from .lora import save_adapters, save_merged, without_adapters
+from .metrics import TokenStatistics, group_health, over_ranks, slot_statistics, why_zero
 from .models import Policy
-from .reference import Advantages, default_denominator
-from .rewards import RewardError, Score, Scorer
-from .rollout import Rollout, decode, generate
+from .packing import Packing
+from .reference import default_denominator
+from .rewards import RewardError, Scorer
+from .rollout import Rollout
 from .runlog import (
     RunDir,
     completion_row,
@@ -44,7 +44,10 @@ from .runlog import (
     tracker_values,
 )
 from .task import Task
-from .vllm_sampler import RolloutError, with_policy_logprobs
+from .vllm_sampler import RolloutError
+
+# Pairs of a query with a key, masked ones too, over those of padded rows: as many as fewer tokens elsewhere outweigh.
+MOST_PAIRS = 2.0
 
 
 class Trainer:
@@ -65,7 +68,7 @@ class Trainer:
         policy = Policy(
             task.model, run.lm_head, run.workspace_mb << 20, run.fp32_logits, run.skip_idle, run.packing
         ).eval()
-        self.budget = self.micro_batch_budget() if policy.packing else 0
+        self.budget = self.micro_batch_budget(policy.packing) if policy.packing else 0
         self.has_kl = method.needs_reference
         # Under LoRA the reference is the model without its adapters.
         separate = self.has_kl and not run.lora
@@ -84,13 +87,14 @@ class Trainer:
         per_step = run.prompts_per_step * self.accelerator.num_processes
         self.steps = run.steps or max(1, round(run.epochs * len(task.train) / per_step))
         self.model, self.optimizer = distributed.prepare(self.accelerator, policy, optimizer, self.reference)
-        self.engine = make_engine(run, self.accelerator)
+        self.collector = Collector(
+            task, run, method, self.accelerator, scorer, policy, make_engine(run, self.accelerator)
+        )
         schedule = "constant_with_warmup" if run.lr_schedule == "constant" else run.lr_schedule
         self.scheduler = transformers.get_scheduler(
             schedule, optimizer, run.warmup_steps, self.steps * run.updates_per_rollout
         )
         self.accelerator.register_for_checkpointing(self.scheduler)
-        self.problem = ""
         self.done = checkpoint.load(self.accelerator, out.path) if run.resume else 0
         self.last_rows: list[dict[str, Any]] = []
         self.order = itertools.islice(batches(len(task.train), per_step, self.steps, run.seed), self.done, None)
@@ -99,110 +103,38 @@ class Trainer:
     @property
     def policy(self) -> Policy:
         """The model and its objective, without what is wrapped around them for training."""
-        return self.accelerator.unwrap_model(self.model)
+        return self.collector.policy
 
     @property
     def lm(self) -> Any:
         """The language model itself."""
         return self.policy.model
 
-    def micro_batch_budget(self) -> int:
-        """Tokens of a packed forward pass. Raises ConfigError for fewer than the largest group may need."""
-        longest, g = max(map(len, self.task.train_ids)), self.method.num_generations
-        largest, given = longest + g * self.run.max_completion_length, self.run.tokens_per_micro_batch
+    def micro_batch_budget(self, packing: Packing) -> int:
+        """Tokens of a packed forward pass; 0: pad. Raises ConfigError for fewer than the largest group may need."""
+        prompts, g, most = (
+            list(map(len, self.task.train_ids)),
+            self.method.num_generations,
+            self.run.max_completion_length,
+        )
+        longest, usual = max(prompts), sum(prompts) / len(prompts)
+        largest, given = longest + g * most, self.run.tokens_per_micro_batch
+        pairs = (usual + g * most) ** 2 / (g * (usual + most) ** 2)
+        if packing.mode == "masks" and pairs > MOST_PAIRS and self.run.packing == "auto":
+            self.say(
+                f"prompts are not shared inside a group: under masks attention would look at {pairs:.1f} times the "
+                "pairs; shorter completions, --attention sdpa where the model has it, or --packing on change that"
+            )
+            return 0
         if given is not None and given < largest:
             raise ConfigError(
                 f"tokens_per_micro_batch must hold a whole group: a prompt of {longest} and {g} completions of "
                 f"{self.run.max_completion_length} tokens make {largest}; got {given}"
             )
-        return given or max(8192, largest)
+        # Under masks attention grows with the square of what is packed together: no more than one group needs.
+        return given or (largest if packing.mode == "masks" else max(8192, largest))
 
     # ---- one step ---------------------------------------------------------------------------------------------------
-
-    def sample(self, rows: list[int]) -> Rollout:
-        """G completions of each prompt, slot g at its own temperature."""
-        method = self.method
-        draw = self.engine.generate if self.engine else partial(generate, self.lm)
-        return draw(
-            [self.task.train_ids[i] for i in rows],
-            num_generations=method.num_generations,
-            temperature=method.slot_temperatures * len(rows),
-            eos=self.task.eos,
-            max_new_tokens=self.run.max_completion_length,
-            top_k=method.top_k,
-            top_p=method.top_p,
-            min_p=method.min_p,
-        )
-
-    def sync(self, number: int) -> None:
-        """vLLM gets the weights as they are now. Called where each rank has them whole."""
-        if self.engine is not None:
-            named = dict(self.lm.named_parameters())
-            weights = merged_state(self.lm, named) if self.run.lora else named
-            sync(self.engine, self.accelerator, weights.items(), number)
-
-    def collect(self, rows: list[int], number: int, clock: StageClock) -> Batch:
-        """Completions of the prompts, scored; groups without a gradient are replaced, `refill` times at most."""
-        g, rows, train = self.method.num_generations, list(rows), self.task.train
-        others = random.Random(f"{self.run.seed} {number} {self.accelerator.process_index}")
-
-        def sampled(rows: list[int]) -> tuple[Rollout, list[str], list[Score]]:
-            with clock.stage("generate"):
-                rollout = self.sample(rows)
-                if self.engine is not None and self.method.temperature_objective == "corrected":
-                    with self.accelerator.autocast():
-                        size = self.run.micro_batch_size
-                        rollout = with_policy_logprobs(
-                            rollout, self.policy, micro_batch_size=size, backend=self.run.backend
-                        )
-            with clock.stage("score"):
-                responses = decode(rollout, self.task.tokenizer)
-                return rollout, responses, self.scorer([train[i] for i in rows for _ in range(g)], responses)
-
-        with clock.stage("generate"):
-            self.sync(number)
-        rollout, responses, scores = sampled(rows)
-        for left in range(self.run.refill, -1, -1):
-            with clock.stage("score"):
-                batch = self.assemble(rollout, rows, responses, scores)
-                still = self.idle(batch.adv).all(1).nonzero().flatten().tolist() if left else []
-            if not still:
-                break
-            fresh = [others.randrange(len(train)) for _ in still]
-            more, more_responses, more_scores = sampled(fresh)
-            rollout = replace_groups(rollout, still, more, g)
-            for j, (group, row) in enumerate(zip(still, fresh, strict=True)):
-                rows[group] = row
-                responses[group * g : (group + 1) * g] = more_responses[j * g : (j + 1) * g]
-                scores[group * g : (group + 1) * g] = more_scores[j * g : (j + 1) * g]
-        if self.engine is not None:
-            self.engine.sleep()
-        self.problem = next((s.problem for s in scores if s.problem), self.problem)
-        return batch
-
-    def assemble(self, rollout: Rollout, rows: list[int], responses: list[str], scores: list[Score]) -> Batch:
-        """Advantages, and the tokens that count."""
-        g, device, method = self.method.num_generations, self.accelerator.device, self.method
-        examples = [self.task.train[i] for i in rows for _ in range(g)]
-        totals = torch.tensor([0.0 if s.total is None else s.total for s in scores], device=device).view(-1, g)
-        valid = torch.tensor([s.total is not None for s in scores], device=device).view(-1, g)
-        k = torch.tensor([self.task.train[i].num_constraints(self.run.num_constraints) for i in rows], device=device)
-        adv = ops.advantages(totals, k, method, valid=valid, backend=self.run.backend)
-        mask = rollout.mask & (valid.flatten() & (rollout.finished | (not method.mask_truncated)))[:, None]
-        weight = None
-        if method.temperature_objective == "corrected":
-            gap = (rollout.policy_logprobs - rollout.sampling_logprobs).masked_fill(~rollout.mask, 0)
-            weight = gap.exp().clamp(max=method.importance_weight_cap)
-        tokens = mask.sum(1)
-        looked_at = tokens.masked_fill(self.idle(adv).flatten() & self.run.skip_idle, 0)
-        # One wait for the device.
-        counts = torch.stack([tokens, looked_at, rollout.prompt_mask.sum(1), rollout.lengths]).tolist()
-        return Batch(rollout, examples, responses, scores, totals, valid, adv, mask, weight, *counts)
-
-    def idle(self, adv: Advantages) -> Tensor:
-        """(P, G) bool: completions whose loss is 0 whatever the policy."""
-        idle = adv.advantage == 0
-        return idle & (adv.kl_beta == 0) if self.has_kl else idle
 
     def pieces(self, batch: Batch) -> list[Piece]:
         """The micro-batches, as many on every rank."""
@@ -280,7 +212,7 @@ class Trainer:
         rows = rows[acc.process_index * run.prompts_per_step :][: run.prompts_per_step]
         # Prompts of like length next to each other: padded micro-batches are cut to their own longest.
         rows = sorted(rows, key=lambda i: len(self.task.train_ids[i]))
-        batch = distributed.call_whole(acc, self.model, lambda: self.collect(rows, number, clock))
+        batch = distributed.call_whole(acc, self.model, lambda: self.collector.collect(rows, number, clock))
         pieces = self.pieces(batch)
         row = self.update(batch, pieces, clock)
 
@@ -299,6 +231,8 @@ class Trainer:
         )
         self.log_completions("train", number, batch, rollout)
         row.update(clock.read(self.lm, batch.lengths, pieces, run.updates_per_rollout, self.peak))
+        if acc.num_processes > 1:
+            row = over_ranks(gather_object([row]))
         return {"step": number, **row}
 
     # ---- evaluation and logging -------------------------------------------------------------------------------------
@@ -428,7 +362,9 @@ class Trainer:
                     self.say(f"step {number}: {row['note']}")
                 if row["dropped"] and "dropped" not in said:
                     said.add("dropped")
-                    self.say(f"step {number}: {row['dropped']} samples dropped, the first because {self.problem}")
+                    self.say(
+                        f"step {number}: {row['dropped']} samples dropped, the first because {self.collector.problem}"
+                    )
                 if number % max(1, self.steps // 4) == 0 and run.log_completions:
                     self.say(f"step {number}, some completions:\n{sample_table(self.last_rows)}")
                 if run.eval_every and number % run.eval_every == 0 and number < self.steps:

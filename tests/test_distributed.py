@@ -47,6 +47,7 @@ def train(
     if ranks > 1:
         os.environ |= KINDS[kind]
     from mdpgrpo_fast.batch import replace_groups
+    from mdpgrpo_fast.collect import Collector
     from mdpgrpo_fast.config import TrainConfig, preset
     from mdpgrpo_fast.rewards import Scorer
     from mdpgrpo_fast.rollout import Rollout
@@ -55,41 +56,42 @@ def train(
     from mdpgrpo_fast.trainer import Trainer
 
     texts: list[list[int]] = []
+    step, sample, collect = Trainer.step, Collector.sample, Collector.collect
 
-    class Watched(Trainer):
-        def step(self, number: int, rows: list[int]) -> dict[str, Any]:
-            if number == stop_at:
-                raise KeyboardInterrupt
-            return super().step(number, rows)
+    def watched_step(self: Trainer, number: int, rows: list[int]) -> dict[str, Any]:
+        if number == stop_at:
+            raise KeyboardInterrupt
+        return step(self, number, rows)
 
-        def collect(self, *args: Any) -> Any:
-            batch = super().collect(*args)
-            texts.append(batch.rollout.tokens.flatten().tolist())
-            return batch
+    def watched_collect(self: Collector, *args: Any) -> Any:
+        batch = collect(self, *args)
+        texts.append(batch.rollout.tokens.flatten().tolist())
+        return batch
 
-        def sample(self, rows: list[int]) -> Rollout:
-            if not fixed:
-                return super().sample(rows)
-            state, g = torch.get_rng_state(), self.method.num_generations
-            parts = []
-            for i in rows:
-                torch.manual_seed(1000 * i)
-                parts.append(super().sample([i]))
-            torch.set_rng_state(state)
-            width = max(p.tokens.shape[1] for p in parts)
-            blank = Rollout(**{
-                n: torch.zeros((len(rows) * g, *([width] if x.ndim == 2 else [])), dtype=x.dtype)
-                for n, x in vars(parts[0]).items()
-            })  # fmt: skip
-            for j, part in enumerate(parts):
-                blank = replace_groups(blank, [j], part, g)
-            return blank
+    def fixed_sample(self: Collector, rows: list[int]) -> Rollout:
+        state, g = torch.get_rng_state(), self.method.num_generations
+        parts = []
+        for i in rows:
+            torch.manual_seed(1000 * i)
+            parts.append(sample(self, [i]))
+        torch.set_rng_state(state)
+        width = max(p.tokens.shape[1] for p in parts)
+        whole = Rollout(**{
+            n: torch.zeros((len(rows) * g, *([width] if x.ndim == 2 else [])), dtype=x.dtype)
+            for n, x in vars(parts[0]).items()
+        })  # fmt: skip
+        for j, part in enumerate(parts):
+            whole = replace_groups(whole, [j], part, g)
+        return whole
 
+    Trainer.step, Collector.collect = watched_step, watched_collect  # type: ignore[method-assign]
+    if fixed:
+        Collector.sample = fixed_sample  # type: ignore[method-assign]
     run = TrainConfig(prompts_per_step=PROMPTS // ranks, output_dir=folder, **{**KNOBS, **knobs})
     method = preset("exact", num_generations=4)
     with Scorer(run.reward) as scorer:
         out = RunDir(folder, create=rank == 0 and not run.resume)
-        trainer = Watched(prepare(run), run, method, out, scorer)
+        trainer = Trainer(prepare(run), run, method, out, scorer)
         trainer.train()
         from mdpgrpo_fast.distributed import whole_state
 

@@ -285,6 +285,27 @@ def test_bfloat16_attention_is_as_good_as_pytorchs_own() -> None:
     assert ours.abs().max() < 2 * theirs.abs().max()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_on_a_gpu(dtype: torch.dtype) -> None:
+    """The real kernels: as far from float64 as PyTorch's own attention under a mask, forward and backward."""
+    one = packed()
+    exact = qkv(one.layout)
+    scale, grad = 0.3, torch.randn(1, one.layout.own[-1][1], 6, 8, dtype=torch.float64)
+    wanted = expected_attention(exact, one, scale)
+    truth = [wanted, *torch.autograd.grad(wanted, exact, grad)]
+    found = []
+    for function in (shared_prompt_attention, None):
+        leaves = [x.detach().to("cuda", dtype).requires_grad_() for x in exact]
+        device = Packed(**{**vars(one), "positions": one.positions.cuda()})
+        out = function(*leaves, one.layout, scale) if function else expected_attention(leaves, device, scale)
+        found.append([out, *torch.autograd.grad(out, leaves, grad.to("cuda", dtype))])
+    for ours, theirs, want in zip(*found, truth, strict=True):
+        error, own = ((x.double().cpu() - want).norm() / want.norm() for x in (ours, theirs))
+        assert error < 2 * own + torch.finfo(dtype).eps
+
+
 # ---- models that cannot ---------------------------------------------------------------------------------------------
 
 

@@ -146,7 +146,7 @@ def test_recorded_and_trained_log_probs_agree(tmp_path: Path, packing: str) -> N
     with Scorer(run.reward) as scorer:
         method = preset("exact", num_generations=4, temperatures=[0.5, 1.0])
         trainer = Trainer(prepare(run), run, method, RunDir(tmp_path / "run"), scorer)
-        batch = trainer.collect([0, 1], 1, StageClock(torch.device("cpu")))
+        batch = trainer.collector.collect([0, 1], 1, StageClock(torch.device("cpu")))
     (piece,) = trainer.pieces(batch)
     recorded, mask = batch.rollout.sampling_logprobs, batch.rollout.mask
     ours = trainer.model.logprobs(piece.inputs, piece.mask, piece.lengths, piece.objective["temperature"], "auto")

@@ -19,7 +19,9 @@ from transformers import AutoModelForCausalLM
 from mdpgrpo_fast import accounting, engine, lora, train
 from mdpgrpo_fast.accounting import StageClock, Work, peak_flops
 from mdpgrpo_fast.batch import replace_groups
+from mdpgrpo_fast.collect import Collector
 from mdpgrpo_fast.config import ConfigError, TrainConfig, preset
+from mdpgrpo_fast.metrics import over_ranks
 from mdpgrpo_fast.rewards import Scorer
 from mdpgrpo_fast.rollout import Rollout, generate
 from mdpgrpo_fast.runlog import RunDir
@@ -91,6 +93,18 @@ def test_profile_writes_a_trace(tmp_path: Path) -> None:
     (trace,) = (trainer.out.path / "profile").iterdir()
     names = {e.get("name", "") for e in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
     assert any("linear_token_loss" in n for n in names), "the objective's own op is in it"
+
+
+def test_metrics_over_ranks() -> None:
+    one = {"loss": 1.0, "dropped": 1, "ratio_max": 3.0, "note": None, "mfu": None, "seconds": {"score": 1.0}}
+    two = {"loss": 2.0, "dropped": 2, "ratio_max": 2.0, "note": "why", "mfu": None, "seconds": {"score": 2.0}}
+    slots = [[{"temperature": 0.5, "reward": None}], [{"temperature": 0.5, "reward": 1.0}]]
+    found = over_ranks([{**one, "slots": slots[0]}, {**two, "slots": slots[1]}])
+    assert found == {
+        "loss": 1.5, "dropped": 3, "ratio_max": 3.0, "note": "why", "mfu": None, "seconds": {"score": 1.5},
+        "slots": [{"temperature": 0.5, "reward": 1.0}],
+    }  # fmt: skip
+    assert over_ranks([one]) == one
 
 
 # ---- LoRA and memory ------------------------------------------------------------------------------------------------
@@ -165,13 +179,13 @@ def test_the_config_file_of_a_packed_model_is_as_before(tmp_path: Path) -> None:
 
 def test_groups_without_a_gradient_are_refilled_up_to_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[int] = []
-    sample = Trainer.sample
+    sample = Collector.sample
 
-    def counted(self: Trainer, prompts: list[int]) -> Rollout:
+    def counted(self: Collector, prompts: list[int]) -> Rollout:
         drawn.append(len(prompts))
         return sample(self, prompts)
 
-    monkeypatch.setattr(Trainer, "sample", counted)
+    monkeypatch.setattr(Collector, "sample", counted)
     knobs = {"steps": 3, "prompts_per_step": 3, "max_completion_length": 24, "seed": 3}
     plain = run_small(tmp_path, PLAIN, "plain", **knobs)
     assert drawn == [3, 3, 3] and any(r["zero_gradient_groups"] > 0 for r in rows(plain))
@@ -187,8 +201,8 @@ def test_groups_without_a_gradient_are_refilled_up_to_a_bound(tmp_path: Path, mo
 
 def test_groups_with_a_kl_term_are_never_refilled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[int] = []
-    sample = Trainer.sample
-    monkeypatch.setattr(Trainer, "sample", lambda self, prompts: drawn.append(1) or sample(self, prompts))
+    sample = Collector.sample
+    monkeypatch.setattr(Collector, "sample", lambda self, prompts: drawn.append(1) or sample(self, prompts))
     run_small(tmp_path, preset("grpo", num_generations=4), reward=["rewards_for_tests:none"], steps=1, refill=3)
     assert drawn == [1]
 
@@ -404,11 +418,20 @@ def test_contradicting_launch_settings_are_refused() -> None:
     assert fine.state.deepspeed_plugin.deepspeed_config["gradient_clipping"] == 1.0
 
 
-def test_a_scorer_and_a_run_directory_are_all_a_trainer_needs(tmp_path: Path) -> None:
-    """The budget of packing is that of the largest group where it is larger than the default."""
+def test_the_budget_of_packing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The default, or what the largest group may need; under masks no more than that, or none where it does not pay."""
     run = TrainConfig(max_completion_length=16)
     with Scorer(run.reward) as scorer:
         trainer = Trainer(prepare(run), run, preset("exact", num_generations=4), RunDir(tmp_path / "r"), scorer)
     assert trainer.budget == 8192
-    object.__setattr__(run, "max_completion_length", 4096)
-    assert trainer.micro_batch_budget() == max(map(len, trainer.task.train_ids)) + 4 * 4096
+    packing, longest = trainer.policy.packing, max(map(len, trainer.task.train_ids))
+    assert packing is not None and packing.mode == "blocks"
+    for most, mode, budget in (
+        (4096, "blocks", longest + 4 * 4096),
+        (16, "masks", longest + 4 * 16),
+        (4096, "masks", 0),
+    ):
+        object.__setattr__(run, "max_completion_length", most)
+        packing.mode = mode  # type: ignore[assignment]
+        assert trainer.micro_batch_budget(packing) == budget
+    assert "under masks attention would look at 4.0 times the pairs" in capsys.readouterr().err
