@@ -1,9 +1,9 @@
 """`python benchmarks/bench_generate.py --output FILE`: completions of a group by three ways, in turn in one process.
 
 `separate`: one model.generate call per temperature, each over all prompts, as the released code of the method does it;
-`one_call`: one model.generate call over all rows, each at its own temperature; `ours`: mdpgrpo_fast.rollout.generate,
-which records both log-probs besides, with the linear layers that `models.load` gives a model on this device, and
-`ours_plain` with PyTorch's. All draw completions of the same length; times are of P * G of them.
+`one_call`: one model.generate call over all rows, each at its own temperature, `static` the same with transformers'
+static cache (and its compiled decode on a GPU); `ours`: mdpgrpo_fast.rollout.generate, which records both log-probs
+besides, with the linear layers that the trainer takes on this device, and `ours_plain` with PyTorch's. All draw completions of the same length; times are of P * G of them.
 """
 
 from __future__ import annotations
@@ -64,11 +64,11 @@ def candidates(model: Any, ids: Tensor, taus: list[float], length: int) -> dict[
     p, g = len(ids), len(taus)
     common = {"do_sample": True, "top_k": 0, "top_p": 1.0, "max_new_tokens": length, "pad_token_id": 0}
 
-    def call(rows: Tensor, tau: float, *processors: tf.LogitsProcessor) -> Tensor:
+    def call(rows: Tensor, tau: float, *processors: tf.LogitsProcessor, **more: Any) -> Tensor:
         out = model.generate(
             rows,
             attention_mask=torch.ones_like(rows),
-            generation_config=tf.GenerationConfig(temperature=tau, **common),
+            generation_config=tf.GenerationConfig(temperature=tau, **common, **more),
             logits_processor=tf.LogitsProcessorList(processors),
         )
         return out[:, rows.shape[1] :]
@@ -76,9 +76,10 @@ def candidates(model: Any, ids: Tensor, taus: list[float], length: int) -> dict[
     def separate() -> Tensor:
         return torch.stack([call(ids, tau) for tau in taus], 1).flatten(0, 1)
 
-    def one_call() -> Tensor:
+    def one_call(cache: str | None = None) -> Tensor:
         processor = RowTemperatures(torch.tensor(taus * p, device=ids.device))
-        return call(ids.repeat_interleave(g, 0), 1.0, processor)
+        more = {} if cache is None else {"cache_implementation": cache, "disable_compile": DEVICE.type == "cpu"}
+        return call(ids.repeat_interleave(g, 0), 1.0, processor, **more)
 
     loaded = copy.deepcopy(model)
     cpu_linear.install(loaded)
@@ -89,7 +90,7 @@ def candidates(model: Any, ids: Tensor, taus: list[float], length: int) -> dict[
         ).tokens
 
     own = {"ours": partial(ours, loaded), "ours_plain": partial(ours, model)}
-    return {"separate": separate, "one_call": one_call, **own}
+    return {"separate": separate, "one_call": one_call, "static": partial(one_call, "static"), **own}
 
 
 def verify(model: Any, ids: Tensor, ways: dict[str, Callable[[], Tensor]], shape: tuple[int, int]) -> None:

@@ -45,6 +45,7 @@ HOW_MEMORY = (
 CASES = {
     "kl": Case(0.01, {"gradient_checkpointing": False}),
     "kl, TRL checkpointing": Case(0.01, {"gradient_checkpointing": True}),
+    "kl, PyTorch's linear layers": Case(0.01, {"gradient_checkpointing": False}, plain_linear=True),
     "no kl": Case(0.0, {"gradient_checkpointing": False}),
 }
 
@@ -68,8 +69,8 @@ def our_steps(size: Size, case: Case, folder: Path, steps: int) -> Iterator[Call
         output_dir=str(folder / "ours"),
         reward=["step_problems:even_share"],
         prompts_per_step=size.prompts,
-        micro_batch_size=size.micro_batch,
         steps=steps,
+        cpu_linear="torch" if case.plain_linear else "auto",
         max_prompt_length=size.prompt_length,
         max_completion_length=size.completion_length,
         learning_rate=LEARNING_RATE,

@@ -33,7 +33,7 @@ class Size:
     generations: int = 8
     prompt_length: int = 256
     completion_length: int = 256
-    micro_batch: int = 8
+    micro_batch: int = 8  # of TRL; ours packs all groups that 8192 tokens hold
 
 
 SIZES = {
@@ -119,6 +119,7 @@ def even_share(prompts: Sequence[str], completions: Sequence[str], **columns: An
 class Case:
     beta: float
     trl: dict[str, Any]  # options of GRPOConfig
+    plain_linear: bool = False  # ours with PyTorch's own linear layers, whatever the CPU
 
 
 class Wrong(AssertionError):

@@ -10,6 +10,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "cpu"
 WAYS = {
     "separate": "`model.generate` once per temperature, as the released code",
     "one_call": "`model.generate` once, all rows",
+    "static": "the same, static cache",
     "ours_plain": "ours, PyTorch's linear layers",
     "ours": "ours",
 }
@@ -26,12 +27,12 @@ def _source(document: dict[str, Any]) -> str:
 def _step() -> list[str]:
     document = _read("step")
     lines = []
-    for case in document["cases"]:
+    for case in document["results"]:
         ours, theirs = case["steps"]["ours"], case["steps"]["trl"]
         names = [n for n in ours["stages"] if ours["stages"][n]["seconds"] or theirs["stages"][n]["seconds"]]
         if not lines:
             lines = ["| seconds | whole step | " + " | ".join(names) + " | peak MB |", "|---" * (len(names) + 3) + "|"]
-        for who, step in ((f"ours, {case['case']}", ours), ("TRL 1.16", theirs)):
+        for who, step in ((f"ours, {case['case']}", ours), (f"TRL {document['versions']['trl']}", theirs)):
             cells = [f"{step['stages'][n]['seconds']:.2f} ({step['stages'][n]['share']:.0%})" for n in names]
             total = f"{step['seconds']:.2f}"
             total = f"**{total}, {case['ratio']:.1f} ×**" if step is ours else total
@@ -41,9 +42,10 @@ def _step() -> list[str]:
         *lines,
         "",
         f"One step of {size['prompts']} prompts of {size['prompt_length']} tokens, G = {size['generations']}, "
-        f"{size['completion_length']} new tokens each, with a Llama of {document['parameters'] / 1e6:.0f}M parameters "
+        f"{size['completion_length']} new tokens each, with a Llama of {size['parameters'] / 1e6:.0f}M parameters "
         f"in float32, V = {size['vocab']}, on {document['machine']}; medians of steps taken in turn, and the share of "
-        f"each stage. TRL without gradient checkpointing, but for its row of that name. {_source(document)}.",
+        f"each stage. TRL's passes have {size['micro_batch']} completions, ours all of the step, packed; TRL without "
+        f"gradient checkpointing, but beside the row of that name. {_source(document)}.",
     ]
 
 
@@ -55,7 +57,11 @@ def _generation() -> list[str]:
             entry = row["candidates"][way]
             where = f"{label}, {row['parameters'] / 1e6:.0f}M, {row['prompt']} + {row['completion']} tokens"
             lines.append(f"| {where} | {entry['tokens_per_second']:.0f} | {entry['x_separate']:.1f} |")
-    return [*lines, "", f"G = {document['results'][0]['group']}, eight temperatures. {_source(document)}."]
+    return [
+        *lines,
+        "",
+        f"G = {document['results'][0]['group']}, a call for each, at four temperatures. {_source(document)}.",
+    ]
 
 
 def _packing() -> list[str]:

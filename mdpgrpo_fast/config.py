@@ -235,7 +235,9 @@ class TrainConfig:
     adam_beta2: float = knob(0.999, "second moment decay of AdamW")
     fused_adamw: bool = knob(True, "torch's fused AdamW, one kernel over all parameters")
     max_grad_norm: float = knob(1.0, "gradient norm clip; 0: none")
-    mixed_precision: Literal["no", "bf16", "fp16"] = knob("no", "autocast precision")
+    mixed_precision: Literal["no", "bf16", "fp16"] = knob(
+        "no", "autocast precision of the passes of training; sampling and evaluation are in the dtype of the weights"
+    )
     dtype: Literal["float32", "bfloat16", "auto"] = knob(
         "float32",
         "dtype of the trained weights; in bfloat16 small updates round away (mixed_precision saves memory); "
@@ -279,6 +281,9 @@ class TrainConfig:
     vllm_retries: int = knob(5, "rollout vllm: attempts after the first, with growing pauses")
     vllm_sync_dir: str | None = knob(
         None, "rollout vllm: directory for weights on their way to a server (/dev/shm, a shared disk)"
+    )
+    cpu_linear: Literal["auto", "torch"] = knob(
+        "auto", "linear layers on the CPU: auto takes oneDNN's where they were measured to be faster (AMD with AVX-512)"
     )
     cpu: bool = knob(False, "stay on the CPU even where a GPU is present")
     seed: int = knob(42, "seed of data order and sampling")

@@ -134,6 +134,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
 
     from accelerate import PartialState
 
+    from . import cpu_linear
     from .data import DEMO_DIR, read_prompts, tokenize
     from .models import load, prompt_limit
     from .rewards import Scorer
@@ -147,7 +148,10 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     if not any(e.instruction_ids for e in examples):
         raise ConfigError(f"no prompt of {config.file!r} has an instruction_id_list: there is nothing to check")
     model, tokenizer = load(config.model, config.dtype)
-    model.to(PartialState(cpu=config.cpu).device).eval()
+    device = PartialState(cpu=config.cpu).device
+    model.to(device).eval()
+    if device.type == "cpu":
+        cpu_linear.install(model)
     limit = prompt_limit(model, config.max_prompt_length, config.max_completion_length)
     prompts = tokenize(examples, tokenizer, limit)
     eos = eos_ids(model, tokenizer)

@@ -12,7 +12,6 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from . import cpu_linear
 from .backends import say_once
 from .config import ConfigError, MDPGRPOConfig
 from .data import DEMO_DIR
@@ -43,7 +42,6 @@ def load(path: str | None, dtype: str = "auto", attention: str = "auto") -> tupl
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         how = "" if attention == "auto" else f" with attention = {attention}"
         raise ConfigError(f"model {source!r} cannot be loaded{how}: {reason}") from None
-    cpu_linear.install(model)
     return model, tokenizer
 
 

@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import checkpoint, distributed, evaluate
+from . import checkpoint, cpu_linear, distributed, evaluate
 from .accounting import StageClock, peak_flops, traced
 from .batch import Batch, Piece, packed_bins, packed_pieces, padded_pieces
 from .blocks import compile_blocks, enable_checkpointing
@@ -63,6 +63,8 @@ class Trainer:
         torch.manual_seed(run.seed + self.accelerator.process_index)
         # Never in training mode: dropout would make the ratio differ from 1 on-policy (trl#3234).
         task.model.eval()
+        if run.cpu_linear == "auto" and self.accelerator.device.type == "cpu":
+            cpu_linear.install(task.model)
         if run.gradient_checkpointing:
             enable_checkpointing(task.model)
         policy = Policy(
