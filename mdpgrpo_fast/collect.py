@@ -15,7 +15,7 @@ from .accounting import StageClock
 from .batch import Batch, replace_groups
 from .config import MDPGRPOConfig, TrainConfig
 from .engine import sync
-from .lora import merged_state
+from .lora import merged
 from .models import Policy
 from .reference import Advantages
 from .rewards import Score, Scorer
@@ -57,9 +57,10 @@ class Collector:
     def sync(self, number: int) -> None:
         """vLLM gets the weights as they are now. Called where each rank has them whole."""
         if self.engine is not None:
-            named = dict(self.lm.named_parameters())
-            weights = merged_state(self.lm, named) if self.run.lora else named
-            sync(self.engine, self.accelerator, weights.items(), number)
+            # A tied head under both of its names: it may have an adapter of its own.
+            named = dict(self.lm.named_parameters(remove_duplicate=False))
+            weights = merged(self.lm, named) if self.run.lora else named.items()
+            sync(self.engine, self.accelerator, weights, number)
 
     def collect(self, rows: list[int], number: int, clock: StageClock) -> Batch:
         """Completions of the prompts, scored; groups without a gradient are replaced, `refill` times at most."""

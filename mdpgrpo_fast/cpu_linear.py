@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 def _op(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (M, K) weightᵀ (N, K) + bias."""
+    """x (..., K) weightᵀ (N, K) + bias."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
@@ -72,7 +72,7 @@ def _forward(module: Any, x: Tensor) -> Tensor:
     parameters, packed_weight = module._parameters, module.__dict__.get("_packed_weight")
     weight, bias = parameters["weight"], parameters["bias"]
     other = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-    if packed_weight is not None and not other and x.dtype == torch.float32 and not torch.is_grad_enabled():
+    if packed_weight is not None and not (other or torch.is_grad_enabled()) and x.dtype == torch.float32 and x.numel():
         # A step of sampling is many small layers: as little as can be in between.
         return _op(x, packed_weight, bias)
     if other or not _plain(x, weight, bias):

@@ -216,9 +216,7 @@ class Completions:
     policy_logprobs: Tensor
 
 
-def complete(
-    decoder: Decoder, sampler: Sampler, eos: Tensor, max_new_tokens: int, synced: Callable[[bool], bool] | None = None
-) -> Completions:
+def complete(decoder: Decoder, sampler: Sampler, eos: Tensor, max_new_tokens: int) -> Completions:
     """Draws tokens until every row met one of eos (E,) or has max_new_tokens.
 
     sampler: logits (R, V) and the rows (R,) they are of, to tokens, sampling and policy log-probs (R,).
@@ -243,12 +241,10 @@ def complete(
             break
         if t % every == 0:
             left = int(alive.sum())
-            if synced(left == 0) if synced is not None else left == 0:
+            if left == 0:
                 break
-            # A rank that is done goes on with one row for the others' sake.
-            stay = max(left, 1)
-            if decoder.can_leave and stay <= (1 - LEAVING_SHARE) * len(rows):
-                index = alive.nonzero()[:, 0] if left else torch.zeros_like(rows[:1])
+            if decoder.can_leave and left <= (1 - LEAVING_SHARE) * len(rows):
+                index = alive.nonzero()[:, 0]
                 decoder.keep(index)
                 rows, alive, drawn = rows[index], alive[index], drawn[index]
         logits = decoder.step(drawn)

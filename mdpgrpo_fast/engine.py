@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
-from .config import TrainConfig
+from .config import MDPGRPOConfig, TrainConfig, require
 from .models import SEED_POLICY
 from .runlog import RunDir
 from .vllm_client import VLLMServer
 from .vllm_rollout import VLLMEngine
-from .vllm_sampler import RolloutError, Sampler
+from .vllm_sampler import LOWEST_TEMPERATURE, RolloutError, Sampler
 
 
-def make_engine(run: TrainConfig, accelerator: Accelerator) -> Sampler | None:
-    """vLLM as the run asks for it; None: the model itself samples. Raises ConfigError where vLLM cannot be had."""
+def make_engine(
+    run: TrainConfig, method: MDPGRPOConfig, context: int | None, accelerator: Accelerator
+) -> Sampler | None:
+    """vLLM as the run asks for it; None: the model itself samples. context: positions of the model, None: no limit.
+
+    Raises: ConfigError where vLLM cannot be had, or a temperature is below its floor.
+    """
     if run.rollout == "transformers":
         return None
+    lowest = min(method.slot_temperatures)
+    require(lowest >= LOWEST_TEMPERATURE, "temperatures", lowest, f"at least {LOWEST_TEMPERATURE} (vLLM's floor)")
     if run.vllm_url is not None:
         return VLLMServer(
             run.vllm_url,
@@ -33,24 +42,40 @@ def make_engine(run: TrainConfig, accelerator: Accelerator) -> Sampler | None:
         device=accelerator.device,
         sleep_mode=run.vllm_sleep,
         gpu_memory_utilization=run.vllm_memory,
+        # Not the model's whole context, for which the memory may not do.
+        max_model_len=min(run.max_prompt_length + run.max_completion_length, context or sys.maxsize),
         seed=run.seed + accelerator.process_index,
     )
 
 
 def sync(engine: Sampler, accelerator: Accelerator, named: Iterable[tuple[str, Tensor]], version: int) -> None:
-    """The engine's weights become these, checked; with a server all ranks have one, and the first sends."""
-    if not isinstance(engine, VLLMServer):
-        engine.sync(named, version)
-        return
-    if accelerator.is_main_process:
-        engine.sync(named, version)
-    else:
-        engine.follow(named, version)
-    accelerator.wait_for_everyone()
+    """The engine's weights become these, checked; with a server all ranks have one, and the first sends.
+
+    Raises: RolloutError, on all ranks where it is raised on one.
+    """
+    problem = None
+    try:
+        if isinstance(engine, VLLMServer) and not accelerator.is_main_process:
+            engine.follow(named, version)
+        else:
+            engine.sync(named, version)
+    except RolloutError as e:
+        problem = e
+    agree(accelerator, problem)
 
 
-def keep_partial(out: RunDir, error: RolloutError, step: int, tokenizer: Any) -> str | None:
-    """Completions that came before an engine failed, as partial_rollout.jsonl; its path where there are any."""
+def agree(accelerator: Accelerator, problem: Exception | None) -> None:
+    """Raises this rank's problem, or another's: none goes on to a collective call that the others do not make."""
+    texts = gather_object([None if problem is None else str(problem)])
+    if problem is not None:
+        raise problem
+    for text in texts:
+        if text is not None:
+            raise RolloutError(text)
+
+
+def keep_partial(out: RunDir, error: RolloutError, step: int, tokenizer: Any) -> int:
+    """Completions that came before an engine failed, as partial_rollout.jsonl; how many."""
     kept = [(i, c) for i, c in enumerate(error.partial) if c is not None]
     for i, c in kept:
         row = {
@@ -61,4 +86,4 @@ def keep_partial(out: RunDir, error: RolloutError, step: int, tokenizer: Any) ->
             "finished": c.finished,
         }
         out.append("partial_rollout.jsonl", row)
-    return str(out.path / "partial_rollout.jsonl") if kept else None
+    return len(kept)

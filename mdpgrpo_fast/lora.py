@@ -1,9 +1,9 @@
-"""What makes training fit into less memory: LoRA through peft, and activations computed again instead of kept."""
+"""LoRA through peft: adapters added, taken off for the reference, saved alone and merged."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -135,31 +135,34 @@ def save_merged(model: Any, tokenizer: Any, path: str | Path, state_dict: dict[s
     """
     _require_peft_model(model, "save_merged")
     lm = causal_lm(model)
-    merged = merged_state(model, model.state_dict() if state_dict is None else state_dict)
+    # On the host: beside the model there may be no room for another.
+    weights = {n: x.cpu() for n, x in merged(model, model.state_dict() if state_dict is None else state_dict)}
     config, head = lm.config.get_text_config(), lm.get_output_embeddings()
     untie = bool(config.tie_word_embeddings) and hasattr(head, "lora_A")
     settings = [c for c in {id(c): c for c in (lm.config, config)}.values() if untie]
     try:
         for c in settings:
             c.tie_word_embeddings = False
-        lm.save_pretrained(str(path), state_dict=merged)
+        lm.save_pretrained(str(path), state_dict=weights)
     finally:
         for c in settings:
             c.tie_word_embeddings = True
     tokenizer.save_pretrained(str(path))
 
 
-def merged_state(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under the names that they had before `add_adapters`; those without an adapter are not copied."""
+def merged(model: Any, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Weights under the names from before `add_adapters`, one at a time; those without an adapter are not copied.
+
+    state: the PeftModel's parameters by name, a tied head's under both of its names. Raises: ConfigError for adapters
+    other than one plain LoRA.
+    """
     name, layers = _plain_lora(model)
-    out = {}
     for key, x in state.items():
         layer, _, rest = key.removeprefix(PREFIX).rpartition(".base_layer.")
         if rest == "weight" and layer in layers:
             x = _merged_weight(x, state, f"{PREFIX}{layer}", layers[layer], name)
         if ".lora_" not in key:
-            out[f"{layer}.{rest}" if layer else rest] = x
-    return out
+            yield f"{layer}.{rest}" if layer else rest, x
 
 
 def _plain_lora(model: Any) -> tuple[str, dict[str, Any]]:
@@ -183,9 +186,9 @@ def _plain_lora(model: Any) -> tuple[str, dict[str, Any]]:
 
 
 @torch.no_grad()
-def _merged_weight(weight: Tensor, state: dict[str, Tensor], prefix: str, layer: Any, name: str) -> Tensor:
-    """W + scaling · B A on the CPU, of the shape and dtype of W."""
+def _merged_weight(weight: Tensor, state: Mapping[str, Tensor], prefix: str, layer: Any, name: str) -> Tensor:
+    """W + scaling · B A, of the shape, dtype and device of W."""
     a, b = (state[f"{prefix}.lora_{x}.{name}.weight"] for x in "AB")
     dtype = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
     delta = layer.scaling[name] * (b.to(dtype) @ a.to(dtype))
-    return (weight.to(dtype) + (delta.T if layer.fan_in_fan_out else delta)).to(weight.dtype).cpu()
+    return (weight.to(dtype) + (delta.T if layer.fan_in_fan_out else delta)).to(weight.dtype)

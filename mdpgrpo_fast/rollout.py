@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +70,6 @@ def generate(
     top_p: float = 1.0,
     min_p: float = 0.0,
     num_generations: int = 1,
-    synced: Callable[[bool], bool] | None = None,
 ) -> Rollout:
     """Draw num_generations completions of each of P prompts in one batch: N = P * num_generations rows.
 
@@ -79,8 +77,6 @@ def generate(
         modules run, and without its generation settings.
     prompts: token ids; each different one is prefilled once, also where it is given several times.
     temperature: of each row, the rows of a prompt next to each other; None: all rows greedily.
-    synced: where ranks must make the same forward passes, called by each with "this rank is done" after the same steps;
-        returns whether all are. max_new_tokens must be the same on all ranks.
 
     Raises: ValueError where a prompt is empty, num_generations or max_new_tokens is below 1, temperature is not one
         number above 0 for each row, or the model cannot be used; FloatingPointError where a log-prob is not finite.
@@ -108,7 +104,7 @@ def generate(
 
     ends = torch.tensor(eos, device=device)
     with cpu_linear.packed(model):
-        done = complete(Decoder(model, ids, mask, origin), draw, ends, max_new_tokens, synced)
+        done = complete(Decoder(model, ids, mask, origin), draw, ends, max_new_tokens)
     if not bool(done.sampling_logprobs.isfinite().all()):
         row = int((~done.sampling_logprobs.isfinite()).any(1).int().argmax())
         raise FloatingPointError(f"the model's logits must be finite; those of row {row} are not")

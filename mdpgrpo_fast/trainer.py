@@ -23,10 +23,10 @@ from .blocks import compile_blocks, enable_checkpointing
 from .collect import Collector
 from .config import ConfigError, MDPGRPOConfig, TrainConfig
 from .data import batches
-from .engine import keep_partial, make_engine
+from .engine import agree, keep_partial, make_engine
 from .lora import save_adapters, save_merged, without_adapters
 from .metrics import TokenStatistics, group_health, over_ranks, slot_statistics, why_zero
-from .models import Policy
+from .models import Policy, context_length
 from .packing import Packing
 from .reference import default_denominator
 from .rewards import RewardError, Scorer
@@ -90,7 +90,13 @@ class Trainer:
         self.steps = run.steps or max(1, round(run.epochs * len(task.train) / per_step))
         self.model, self.optimizer = distributed.prepare(self.accelerator, policy, optimizer, self.reference)
         self.collector = Collector(
-            task, run, method, self.accelerator, scorer, policy, make_engine(run, self.accelerator)
+            task,
+            run,
+            method,
+            self.accelerator,
+            scorer,
+            policy,
+            make_engine(run, method, context_length(task.model), self.accelerator),
         )
         schedule = "constant_with_warmup" if run.lr_schedule == "constant" else run.lr_schedule
         self.scheduler = transformers.get_scheduler(
@@ -214,7 +220,12 @@ class Trainer:
         rows = rows[acc.process_index * run.prompts_per_step :][: run.prompts_per_step]
         # Prompts of like length next to each other: padded micro-batches are cut to their own longest.
         rows = sorted(rows, key=lambda i: len(self.task.train_ids[i]))
-        batch = distributed.call_whole(acc, self.model, lambda: self.collector.collect(rows, number, clock))
+        problem = None
+        try:
+            batch = distributed.call_whole(acc, self.model, lambda: self.collector.collect(rows, number, clock))
+        except (RewardError, RolloutError) as e:
+            problem = e
+        agree(acc, problem)
         pieces = self.pieces(batch)
         row = self.update(batch, pieces, clock)
 
@@ -324,7 +335,10 @@ class Trainer:
         except (RewardError, RolloutError) as e:
             stopped, failure = True, e
             if isinstance(e, RolloutError):
-                keep_partial(self.out, e, self.done + 1, self.task.tokenizer)
+                kept = keep_partial(self.out, e, self.done + 1, self.task.tokenizer)
+                self.say(
+                    f"{kept} completions of step {self.done + 1} are kept in {self.out.path / 'partial_rollout.jsonl'}"
+                )
         summary = {
             **summarize(run, before, after),
             "steps": self.done,

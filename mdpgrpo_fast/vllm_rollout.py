@@ -38,7 +38,7 @@ class VLLMEngine(Sampler):
     the next `sync` wakes it. gpu_memory_utilization: share of the device's memory that vLLM may take while awake.
     engine_args: further ones of vLLM's `LLM`.
 
-    Raises: ConfigError where vLLM is not installed.
+    Raises: ConfigError where vLLM is not installed or does not start.
     """
 
     def __init__(
@@ -63,19 +63,23 @@ class VLLMEngine(Sampler):
         self._vllm, self._sleep_mode = vllm, sleep_mode
         self._asleep = False
         # In this process, so that weights are handed over as they are.
-        with _environment("VLLM_ENABLE_V1_MULTIPROCESSING", "0"):
-            self._llm = vllm.LLM(
-                model=model,
-                dtype=dtype,
-                enable_sleep_mode=sleep_mode,
-                gpu_memory_utilization=gpu_memory_utilization,
-                max_model_len=max_model_len,
-                seed=seed,
-                logprobs_mode=LOGPROBS_MODE,
-                generation_config="vllm",  # not the model's own
-                worker_extension_cls=EXTENSION,
-                **engine_args,
-            )
+        try:
+            with _environment("VLLM_ENABLE_V1_MULTIPROCESSING", "0"):
+                self._llm = vllm.LLM(
+                    model=model,
+                    dtype=dtype,
+                    enable_sleep_mode=sleep_mode,
+                    gpu_memory_utilization=gpu_memory_utilization,
+                    max_model_len=max_model_len,
+                    seed=seed,
+                    logprobs_mode=LOGPROBS_MODE,
+                    generation_config="vllm",  # not the model's own
+                    worker_extension_cls=EXTENSION,
+                    **engine_args,
+                )
+        except (ValueError, RuntimeError) as e:
+            reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+            raise ConfigError(f"rollout = vllm: vLLM cannot start with {model!r}: {reason}") from e
 
     def sleep(self) -> None:
         """Free weights and cache, after the completions are drawn; the next `sync` brings them back."""

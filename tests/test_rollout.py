@@ -462,24 +462,6 @@ def test_a_late_look_changes_nothing(scripted: Any, monkeypatch: pytest.MonkeyPa
     assert (late.policy_logprobs[~late.mask] == 0).all() and late.policy_logprobs.abs().max() < 1e-5
 
 
-def test_a_rank_that_is_done_goes_on_for_the_others(scripted: Any) -> None:
-    told: list[bool] = []
-
-    def synced(done: bool) -> bool:
-        told.append(done)
-        return len(told) == 4
-
-    r = scripted([[20], [10, 20]], [20], limit=9, synced=synced)
-    assert told == [False, True, True, True]
-    assert scripted.model.shapes == [(2, 2), (1, 1), (1, 1), (1, 1)]
-    assert r.lengths.tolist() == [1, 2] and r.finished.all() and r.tokens.tolist() == [[20, 20], [10, 20]]
-
-
-def test_the_limit_ends_all_ranks_alike(scripted: Any) -> None:
-    r = scripted([[20], [10]], [20], limit=3, synced=lambda done: False)
-    assert r.lengths.tolist() == [1, 3] and len(scripted.model.shapes) == 3
-
-
 def test_limit_of_one_token(scripted: Any) -> None:
     r = scripted([[20], [10]], [20], limit=1)
     assert r.lengths.tolist() == [1, 1] and r.finished.tolist() == [True, False]

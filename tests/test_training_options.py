@@ -249,13 +249,16 @@ class FakeEngine:
         self.calls.append("sleep")
 
 
+HEAD = {"lora": True, "lora_r": 4, "lora_target_modules": ["q_proj", "lm_head"]}
+
+
 @pytest.mark.parametrize("knobs", [{}, {"lora": True, "lora_r": 4}], ids=str)
 def test_an_engine_samples_with_the_weights_of_each_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, knobs: dict[str, Any]
 ) -> None:
     made: list[FakeEngine] = []
 
-    def fake(run: TrainConfig, accelerator: Any) -> FakeEngine:
+    def fake(*_: Any) -> FakeEngine:
         made.append(FakeEngine(prepare(TrainConfig(max_completion_length=12)).model.eval()))
         return made[-1]
 
@@ -288,7 +291,8 @@ def test_an_engine_that_fails_leaves_what_it_had(
     argv = ["--output-dir", str(folder), "--steps", "4", "--prompts-per-step", "2", "--max-completion-length", "8",
             "--eval-samples", "2", "--rollout", "vllm"]  # fmt: skip
     assert train.main(argv) == 1
-    said = capsys.readouterr().err.splitlines()[-1]
+    *before, said = capsys.readouterr().err.splitlines()
+    assert f"1 completions of step 2 are kept in {folder / 'partial_rollout.jsonl'}" in before
     assert said.startswith("error: vLLM server http://x: gave up; 1 of 2 completions kept") and str(folder) in said
     (kept,) = [json.loads(x) for x in (folder / "partial_rollout.jsonl").read_text().splitlines()]
     assert kept["tokens"] == [5, 6] and kept["row"] == 0 and kept["step"] == 2
@@ -301,11 +305,19 @@ def test_make_engine_by_the_knobs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "VLLMServer", lambda url, **knobs: made.update(url=url, **knobs) or "server")
     monkeypatch.setattr(engine, "VLLMEngine", lambda model, **knobs: made.update(model=model, **knobs) or "engine")
     acc: Any = type("Acc", (), {"device": torch.device("cpu"), "process_index": 3})()
-    assert engine.make_engine(TrainConfig(), acc) is None
-    assert engine.make_engine(TrainConfig(rollout="vllm", vllm_url="http://x", vllm_retries=2), acc) == "server"
+    method = preset("exact")
+    assert engine.make_engine(TrainConfig(), method, 512, acc) is None
+    assert (
+        engine.make_engine(TrainConfig(rollout="vllm", vllm_url="http://x", vllm_retries=2), method, 512, acc)
+        == "server"
+    )
     assert made["url"] == "http://x" and made["retries"] == 2 and made["timeout"] == 600
-    assert engine.make_engine(TrainConfig(rollout="vllm", model="m"), acc) == "engine"
-    assert made["model"] == "m" and made["seed"] == 45 and made["sleep_mode"] is True
+    run = TrainConfig(rollout="vllm", model="m", max_prompt_length=100, max_completion_length=50)
+    assert engine.make_engine(run, method, 512, acc) == engine.make_engine(run, method, None, acc) == "engine"
+    assert made["model"] == "m" and made["seed"] == 45 and made["sleep_mode"] is True and made["max_model_len"] == 150
+    assert engine.make_engine(run, method, 120, acc) == "engine" and made["max_model_len"] == 120
+    with pytest.raises(ConfigError, match=r"temperatures must be at least 0.01 \(vLLM's floor\); got 0.005"):
+        engine.make_engine(run, preset("exact", temperatures=[0.005, 1.0]), 512, acc)
 
 
 # ---- bad settings ---------------------------------------------------------------------------------------------------
