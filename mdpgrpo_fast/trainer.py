@@ -89,15 +89,8 @@ class Trainer:
         per_step = run.prompts_per_step * self.accelerator.num_processes
         self.steps = run.steps or max(1, round(run.epochs * len(task.train) / per_step))
         self.model, self.optimizer = distributed.prepare(self.accelerator, policy, optimizer, self.reference)
-        self.collector = Collector(
-            task,
-            run,
-            method,
-            self.accelerator,
-            scorer,
-            policy,
-            make_engine(run, method, context_length(task.model), self.accelerator),
-        )
+        engine = make_engine(run, method, context_length(task.model), self.accelerator)
+        self.collector = Collector(task, run, method, self.accelerator, scorer, policy, engine)
         schedule = "constant_with_warmup" if run.lr_schedule == "constant" else run.lr_schedule
         self.scheduler = transformers.get_scheduler(
             schedule, optimizer, run.warmup_steps, self.steps * run.updates_per_rollout
@@ -336,9 +329,8 @@ class Trainer:
             stopped, failure = True, e
             if isinstance(e, RolloutError):
                 kept = keep_partial(self.out, e, self.done + 1, self.task.tokenizer)
-                self.say(
-                    f"{kept} completions of step {self.done + 1} are kept in {self.out.path / 'partial_rollout.jsonl'}"
-                )
+                where = self.out.path / "partial_rollout.jsonl"
+                self.say(f"{kept} completions of step {self.done + 1} are kept in {where}")
         summary = {
             **summarize(run, before, after),
             "steps": self.done,
