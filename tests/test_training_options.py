@@ -249,9 +249,6 @@ class FakeEngine:
         self.calls.append("sleep")
 
 
-HEAD = {"lora": True, "lora_r": 4, "lora_target_modules": ["q_proj", "lm_head"]}
-
-
 @pytest.mark.parametrize("knobs", [{}, {"lora": True, "lora_r": 4}], ids=str)
 def test_an_engine_samples_with_the_weights_of_each_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, knobs: dict[str, Any]
