@@ -73,11 +73,14 @@ class StageClock:
         through["generate"] = sum(generated)
         rates = {n: through[n] / seconds[n] for n in through if seconds[n] > 0}
         busy = seconds["forward"] + seconds["backward"]
+        # A frozen weight has no gradient of its own to compute.
+        sizes = [(_size(p), p.requires_grad) for p in model.parameters()] if peak else [(1, True)]
+        passes = 2 + sum(n for n, trained in sizes if trained) / sum(n for n, _ in sizes)
         return {
             "seconds": seconds,
             "tokens_per_second": sum(generated) / total,
             "stage_tokens_per_second": rates,
-            "mfu": 3 * work.flops(model) * updates / busy / peak if peak and busy > 0 else None,
+            "mfu": passes * work.flops(model) * updates / busy / peak if peak and busy > 0 else None,
         }
 
 
@@ -131,7 +134,7 @@ def _trace(path: Path) -> Iterator[Any]:
     path.mkdir(parents=True, exist_ok=True)
     with torch.profiler.profile(
         activities=activities,
-        schedule=torch.profiler.schedule(wait=1, warmup=1, active=2),
+        schedule=torch.profiler.schedule(wait=1, warmup=1, active=2, repeat=1),
         on_trace_ready=torch.profiler.tensorboard_trace_handler(str(path), use_gzip=True),
     ) as profiler:
         yield profiler

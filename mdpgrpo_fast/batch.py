@@ -114,7 +114,8 @@ def packed_pieces(batch: Batch, method: MDPGRPOConfig, packed: list[list[list[in
         # The first token of the first completion, which does not count.
         one = pack(r.prompt_ids, batch.prompt_lengths, r.tokens, [1], [[0]])
         nothing = torch.zeros(1, device=r.tokens.device)
-        objective = {"advantage": nothing, "kl_beta": nothing, "temperature": 1.0, "importance_weight": None}
+        objective = {"advantage": nothing, "kl_beta": nothing, "temperature": 1.0}
+        objective["importance_weight"] = None if batch.weight is None else nothing
         pieces.append(Piece(one, nothing.bool(), [0], batch.prompt_lengths[:1], [[1]], 0, objective))
     return pieces
 

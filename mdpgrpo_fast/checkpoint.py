@@ -56,6 +56,9 @@ def load(accelerator: Accelerator, path: Path) -> int:
     accelerator.load_state(str(folder))
     if accelerator.is_main_process:
         cut(path, progress["step"])
+        for unfinished in (path / "checkpoints").glob("unfinished-*"):
+            shutil.rmtree(unfinished)
+    accelerator.wait_for_everyone()
     return int(progress["step"])
 
 

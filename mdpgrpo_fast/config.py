@@ -312,6 +312,8 @@ class TrainConfig:
             "lora_r",
         ):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        if self.packing == "off" and self.tokens_per_micro_batch is not None:
+            raise ConfigError("tokens_per_micro_batch needs packing; without it, micro_batch_size counts completions")
         require(
             self.tokens_per_micro_batch is None or self.tokens_per_micro_batch >= 1,
             "tokens_per_micro_batch",

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -26,6 +27,18 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.FSDP
 
 
+def accelerator(run: TrainConfig, path: Path) -> Accelerator:
+    """accelerate as it was launched, its settings held against the run's. Raises ConfigError where they contradict."""
+    try:
+        made = Accelerator(
+            mixed_precision=run.mixed_precision, cpu=run.cpu, log_with=run.report_to or None, project_dir=path
+        )
+    except (ValueError, ImportError) as e:
+        raise ConfigError(f"accelerate refuses its configuration: {str(e).strip().splitlines()[0]}") from None
+    check(made, run)
+    return made
+
+
 def check(accelerator: Accelerator, run: TrainConfig) -> None:
     """Settles what accelerate's own configuration leaves open. Raises ConfigError where it contradicts the run."""
     if accelerator.gradient_accumulation_steps != 1:
@@ -33,11 +46,31 @@ def check(accelerator: Accelerator, run: TrainConfig) -> None:
             "gradient_accumulation_steps of accelerate must be 1, micro-batches are accumulated here "
             f"(tokens_per_micro_batch); got {accelerator.gradient_accumulation_steps}"
         )
-    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+    if accelerator.distributed_type == DistributedType.FSDP:
+        _check_fsdp(accelerator, run)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        _check_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config, run)
+
+
+def _check_fsdp(accelerator: Accelerator, run: TrainConfig) -> None:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    if not accelerator.is_fsdp2:
         raise ConfigError("fsdp_version of accelerate's configuration must be 2; got 1")
-    if accelerator.distributed_type != DistributedType.DEEPSPEED:
-        return
-    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    plugin = accelerator.state.fsdp_plugin
+    # Every rank has loaded the weights. From one rank's copy accelerate would untie a tied head.
+    plugin.cpu_ram_efficient_loading = False
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(run.mixed_precision)
+    if dtype is not None:
+        # The weights of the passes alone: not the advantages and log-probs that go in and come out, nor the sums.
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
+        )
+
+
+def _check_deepspeed(config: dict[str, Any], run: TrainConfig) -> None:
+    if "optimizer" in config:
+        raise ConfigError("the DeepSpeed configuration must have no optimizer section: the run has its own AdamW")
     wanted = {"gradient_accumulation_steps": 1, "gradient_clipping": run.max_grad_norm}
     for name, value in wanted.items():
         given = config.get(name, "auto")
@@ -45,6 +78,13 @@ def check(accelerator: Accelerator, run: TrainConfig) -> None:
             knob = " (max_grad_norm)" if name == "gradient_clipping" else ""
             raise ConfigError(f"{name} of the DeepSpeed configuration must be {value}{knob}; got {given}")
         config[name] = value
+    for name in ("bf16", "fp16"):
+        given, here = config.get(name, {}).get("enabled", "auto"), run.mixed_precision == name
+        if given not in ("auto", here):
+            raise ConfigError(
+                f"{name} of the DeepSpeed configuration must be {str(here).lower()} (mixed_precision = "
+                f"{run.mixed_precision}); got {str(given).lower()}"
+            )
     config["train_micro_batch_size_per_gpu"] = 1  # it asks for a number; ours are counted in tokens
     config.setdefault("zero_force_ds_cpu_optimizer", False)
 
@@ -56,7 +96,8 @@ def prepare(
     model, optimizer = accelerator.prepare(policy, optimizer)
     if accelerator.distributed_type != DistributedType.FSDP:
         if reference is not None:
-            reference.to(accelerator.device)
+            # In the policy's dtype, which DeepSpeed may have changed: the KL of two equal models is 0.
+            reference.to(accelerator.device, next(policy.parameters()).dtype)
         return model, optimizer
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
     from torch.distributed.fsdp import register_fsdp_forward_method

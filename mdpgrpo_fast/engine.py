@@ -74,16 +74,12 @@ def agree(accelerator: Accelerator, problem: Exception | None) -> None:
             raise RolloutError(text)
 
 
-def keep_partial(out: RunDir, error: RolloutError, step: int, tokenizer: Any) -> int:
-    """Completions that came before an engine failed, as partial_rollout.jsonl; how many."""
-    kept = [(i, c) for i, c in enumerate(error.partial) if c is not None]
-    for i, c in kept:
-        row = {
-            "step": step,
-            "row": i,
-            "tokens": c.tokens,
-            "response": tokenizer.decode(c.tokens),
-            "finished": c.finished,
-        }
+def keep_partial(out: RunDir, accelerator: Accelerator, error: RolloutError, step: int, tokenizer: Any) -> int:
+    """Completions that came before an engine failed, of all ranks, as partial_rollout.jsonl; how many."""
+    rank = accelerator.process_index
+    kept = gather_object([(rank, i, c) for i, c in enumerate(error.partial) if c is not None])
+    for rank, i, c in kept if accelerator.is_main_process else []:
+        text = tokenizer.decode(c.tokens)
+        row = {"step": step, "rank": rank, "row": i, "tokens": c.tokens, "response": text, "finished": c.finished}
         out.append("partial_rollout.jsonl", row)
     return len(kept)

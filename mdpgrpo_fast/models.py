@@ -104,11 +104,13 @@ class Policy(nn.Module):
     model: of transformers. lm_head: "auto", "fused" (raises ConfigError where "auto" would take logits) or "logits".
     workspace_bytes, fp32_logits, skip_idle: as of `linear_token_loss`. packing: "auto" runs over packed groups too
     where that is exact, and says once where it is not; "on" raises ConfigError there; "off" does not try.
+    device, dtype: where and in what passes will run, if not as the model is.
     """
 
     def __init__(
         self, model: Any, lm_head: str = "auto", workspace_bytes: int = WORKSPACE_BYTES, fp32_logits: bool = False,
-        skip_idle: bool = False, packing: str = "off",
+        skip_idle: bool = False, packing: str = "off", device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.model = model
@@ -127,7 +129,7 @@ class Policy(nn.Module):
         self.packing: Packing | None = None
         if packing != "off":
             try:
-                self.packing = Packing(model)
+                self.packing = Packing(model, device or model.device, dtype or model.dtype)
             except Unpackable as e:
                 if packing == "on":
                     raise ConfigError(f"packing = on cannot be had for this model: {e}") from None

@@ -126,10 +126,12 @@ class Packing:
     blocks: attention by `shared_prompt`, without masks or padding; masks: a (T, T) mask given to the model's own
     attention, for soft-caps and sliding windows; flex: the same as a block mask, where the model's attention is flex.
 
+    device, dtype: where and in what the passes will run, autocast considered.
+
     Raises: Unpackable where a small trial does not give the padded pass's hidden states, or the reason is known before.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, device: torch.device, dtype: torch.dtype) -> None:
         lm = causal_lm(model)
         self.config, self.body = lm.config.get_text_config(), getattr(lm, lm.base_model_prefix)
         kinds = set(getattr(self.config, "layer_types", None) or ())
@@ -137,35 +139,35 @@ class Packing:
             raise Unpackable(f"it has layers of other kinds than attention ({', '.join(sorted(kinds))})")
         self.kinds = kinds
         self.window = getattr(self.config, "sliding_window", None) if self._slides(kinds) else None
-        # Attention other than sdpa has its own ways: eager may have a soft-cap.
-        self.own_attention = self.config._attn_implementation
-        self.mode: Mode = "flex" if self.own_attention == "flex_attention" else "masks"
-        if self.own_attention in ("sdpa", "flash_attention_2"):
+        self.attention = self.config._attn_implementation.removesuffix(shared_prompt.SUFFIX)
+        if self.attention not in ("sdpa", "eager", "flex_attention"):
+            raise Unpackable(f"its attention is {self.attention}; packed groups take sdpa, flex_attention or eager")
+        if self.attention == "eager" and any(n.endswith("bias") and b.ndim == 4 for n, b in self.body.named_buffers()):
+            raise Unpackable("its attention makes a mask of its own from where a token lies in the row")
+        self.mode: Mode = "flex" if self.attention == "flex_attention" else "masks"
+        if self.attention == "sdpa" and shared_prompt.runs_on(device, dtype, self._head_size()):
             shared_prompt.install(lm)
             self.mode = "blocks"
-        self._try()
+        for longest in {1, (self.window or 0) + 1}:
+            self._try(self.mode_for(longest))
 
     def _slides(self, kinds: set[str]) -> bool:
         if kinds:
             return "sliding_attention" in kinds
         return getattr(self.config, "use_sliding_window", True)
 
-    def _mode(self, packed: Packed) -> Mode:
-        slides = self.window is not None and packed.layout.longest > self.window
-        plain = packed.ids.is_cuda and not torch.is_autocast_enabled("cuda") and self._dtype() == torch.float32
-        if self.mode != "blocks" or not (slides or plain):
-            return self.mode
-        if self.own_attention == "flash_attention_2":
-            why = "its sliding window is shorter than a prompt with its completion" if slides else "it is in float32"
-            raise Unpackable(f"flash_attention_2 takes no mask, and {why}; choose attention = sdpa")
-        return "masks"
+    def _head_size(self) -> int:
+        size = getattr(self.config, "head_dim", None)
+        return size or self.config.hidden_size // self.config.num_attention_heads
 
-    def _dtype(self) -> torch.dtype:
-        return next(p for p in self.body.parameters() if p.is_floating_point()).dtype
+    def mode_for(self, longest: int) -> Mode:
+        """What groups take whose longest prompt and completion together have so many positions."""
+        reached = self.window is not None and longest > self.window
+        return "masks" if self.mode == "blocks" and reached else self.mode
 
-    def arguments(self, packed: Packed) -> dict[str, Any]:
+    def arguments(self, packed: Packed, mode: Mode | None = None) -> dict[str, Any]:
         """What the forward pass of the model or its body is called with."""
-        mode = self._mode(packed)
+        mode = mode or self.mode_for(packed.layout.longest)
         given = {"input_ids": packed.ids, "position_ids": packed.positions, "use_cache": False}
         if mode == "blocks":
             # A mask of four dimensions is taken for a finished one; our attention does not look at it.
@@ -179,9 +181,9 @@ class Packing:
 
     def _mask(self, packed: Packed, window: int | None) -> Tensor:
         allowed = masks(packed.layout, packed.positions, window)[None, None]
-        if self.own_attention == "sdpa":
+        if self.attention == "sdpa":
             return allowed
-        dtype = self._dtype()
+        dtype = next(p for p in self.body.parameters() if p.is_floating_point()).dtype
         return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
             ~allowed, torch.finfo(dtype).min
         )
@@ -194,26 +196,22 @@ class Packing:
         return create_block_mask(lambda b, h, q, k: allowed[q, k], None, None, size, size, device=allowed.device)
 
     @torch.no_grad()
-    def _try(self) -> None:
+    def _try(self, mode: Mode) -> None:
         """Two small groups, packed and padded: whatever a model does besides attention shows."""
         device = next(self.body.parameters()).device
         vocab, lengths, prompt_lengths = self.config.vocab_size, [3, 1, 4, 2], [3, 3, 2, 2]
         prompt_ids = (torch.tensor([[5, 6, 7]] * 2 + [[0, 8, 9]] * 2) % vocab).to(device)
         tokens = (torch.arange(16).view(4, 4) * 3 % vocab).to(device)
         packed = pack(prompt_ids, prompt_lengths, tokens, lengths, [[0, 1], [2, 3]])
+        rows = [torch.cat([prompt_ids[i, 3 - prompt_lengths[i] :], tokens[i, :n]])[None] for i, n in enumerate(lengths)]
         try:
-            ours = self.body(**self.arguments(packed)).last_hidden_state[0, packed.predictors].float()
+            states = self.body(**self.arguments(packed, mode)).last_hidden_state[0, packed.predictors]
+            parts = [self.body(input_ids=r, use_cache=False).last_hidden_state[0] for r in rows]
         except Exception as e:
             raise Unpackable(f"its forward pass does not take packed groups: {type(e).__name__}: {e}") from None
-        at = 0
-        for i, n in enumerate(lengths):
-            row = torch.cat([prompt_ids[i, 3 - prompt_lengths[i] :], tokens[i, :n]])[None]
-            alone = self.body(input_ids=row, use_cache=False).last_hidden_state[0, -n - 1 : -1].float()
-            gap = (ours[at : at + n] - alone).abs().amax()
-            # Rounding differs from one order of sums to another, and grows over the layers.
-            allowed = alone.abs().amax() * torch.finfo(self._dtype()).eps * 200
-            if not bool(gap <= allowed):
-                raise Unpackable(
-                    f"its hidden states differ when groups are packed, by {gap:.1e} of {alone.abs().amax():.1e}"
-                )
-            at += n
+        alone = torch.cat([x[-n - 1 : -1] for x, n in zip(parts, lengths, strict=True)]).float()
+        gap, size = (states.float() - alone).abs().amax(), alone.abs().amax()
+        # Rounding differs from one order of sums to another, and grows over the layers.
+        ulps = 200 if states.dtype in (torch.float32, torch.float64) else 8
+        if not bool(gap <= size * torch.finfo(states.dtype).eps * ulps):
+            raise Unpackable(f"its hidden states differ when groups are packed, by {gap:.1e} of {size:.1e}")

@@ -90,6 +90,22 @@ class _SharedPromptAttention(torch.autograd.Function):
         return *(a.add_(b) for a, b in zip(found, more, strict=True)), None, None
 
 
+def runs_on(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
+    """Whether the attention below has kernels there: on a GPU those of PyTorch's flash attention."""
+    if device.type == "cpu":
+        return True
+    half = dtype in (torch.bfloat16, torch.float16)
+    # AMD's GPUs have kernels of their own, which were not tried.
+    known = device.type == "cuda" and torch.version.hip is None
+    return (
+        known
+        and half
+        and head_size <= 256
+        and head_size % 8 == 0
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
+
 def shared_prompt_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
     """query (1, H, T, d), key and value (1, H', T, d) to (1, T, H, d), as transformers' attention functions have it.
 
@@ -215,7 +231,7 @@ def stay_outside() -> None:
 def install(model: Any) -> None:
     """Make this the model's attention where a forward pass is given `shared_prompt=Layout`; else it is as before.
 
-    Raises: ValueError for a model whose attention is not sdpa or flash_attention_2 (eager may have a soft-cap).
+    Raises: ValueError for a model whose attention is not sdpa (eager may have a soft-cap).
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
@@ -223,8 +239,8 @@ def install(model: Any) -> None:
     name = model.config._attn_implementation
     if name.endswith(SUFFIX):
         return
-    if name not in ("sdpa", "flash_attention_2"):
-        raise ValueError(f"its attention is {name}, not sdpa or flash_attention_2")
+    if name != "sdpa":
+        raise ValueError(f"its attention is {name}, not sdpa")
     original = ALL_ATTENTION_FUNCTIONS[name]
 
     def attend(

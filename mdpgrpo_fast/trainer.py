@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -55,10 +54,7 @@ class Trainer:
 
     def __init__(self, task: Task, run: TrainConfig, method: MDPGRPOConfig, out: RunDir, scorer: Scorer) -> None:
         self.task, self.run, self.method, self.out, self.scorer = task, run, method, out, scorer
-        self.accelerator = Accelerator(
-            mixed_precision=run.mixed_precision, cpu=run.cpu, log_with=run.report_to or None, project_dir=out.path
-        )
-        distributed.check(self.accelerator, run)
+        self.accelerator = distributed.accelerator(run, out.path)
         # Data order is the same on every rank, sampling differs (trl#2824).
         torch.manual_seed(run.seed + self.accelerator.process_index)
         # Never in training mode: dropout would make the ratio differ from 1 on-policy (trl#3234).
@@ -68,8 +64,9 @@ class Trainer:
         if run.gradient_checkpointing:
             enable_checkpointing(task.model)
         policy = Policy(
-            task.model, run.lm_head, run.workspace_mb << 20, run.fp32_logits, run.skip_idle, run.packing
-        ).eval()
+            task.model, run.lm_head, run.workspace_mb << 20, run.fp32_logits, run.skip_idle, run.packing,
+            self.accelerator.device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(run.mixed_precision),
+        ).eval()  # fmt: skip
         self.budget = self.micro_batch_budget(policy.packing) if policy.packing else 0
         self.has_kl = method.needs_reference
         # Under LoRA the reference is the model without its adapters.
@@ -121,7 +118,8 @@ class Trainer:
         longest, usual = max(prompts), sum(prompts) / len(prompts)
         largest, given = longest + g * most, self.run.tokens_per_micro_batch
         pairs = (usual + g * most) ** 2 / (g * (usual + most) ** 2)
-        if packing.mode == "masks" and pairs > MOST_PAIRS and self.run.packing == "auto":
+        mode = packing.mode_for(longest + most)
+        if mode == "masks" and pairs > MOST_PAIRS and self.run.packing == "auto":
             self.say(
                 f"prompts are not shared inside a group: under masks attention would look at {pairs:.1f} times the "
                 "pairs; shorter completions, --attention sdpa where the model has it, or --packing on change that"
@@ -133,7 +131,7 @@ class Trainer:
                 f"{self.run.max_completion_length} tokens make {largest}; got {given}"
             )
         # Under masks attention grows with the square of what is packed together: no more than one group needs.
-        return given or (largest if packing.mode == "masks" else max(8192, largest))
+        return given or (largest if mode == "masks" else max(8192, largest))
 
     # ---- one step ---------------------------------------------------------------------------------------------------
 
@@ -172,7 +170,9 @@ class Trainer:
             stats, loss_sum = TokenStatistics(), torch.zeros((), device=acc.device)
             for i, piece in enumerate(pieces):
                 acc.sync_gradients = i == len(pieces) - 1
-                with nullcontext() if acc.sync_gradients else acc.no_sync(self.model):
+                # Shards are reduced each time: otherwise every rank would keep gradients of all weights.
+                whole = acc.sync_gradients or distributed.is_sharded(acc)
+                with nullcontext() if whole else acc.no_sync(self.model):
                     with clock.stage("forward"):
                         out = self.model(
                             piece.inputs,
@@ -216,10 +216,12 @@ class Trainer:
         problem = None
         try:
             batch = distributed.call_whole(acc, self.model, lambda: self.collector.collect(rows, number, clock))
-        except (RewardError, RolloutError) as e:
+        except (RewardError, RolloutError, FloatingPointError) as e:
             problem = e
-        agree(acc, problem)
-        pieces = self.pieces(batch)
+        with clock.stage("generate"):  # the others' wait for the slowest
+            agree(acc, problem)
+        with clock.stage("forward"):
+            pieces = self.pieces(batch)
         row = self.update(batch, pieces, clock)
 
         rollout, has_kl = batch.rollout, self.has_kl
@@ -261,13 +263,18 @@ class Trainer:
             )
 
         responses, finished = distributed.call_whole(acc, self.model, answer)
-        scores = self.scorer([task.held_out[i] for i in mine], responses)
+        problem, scores = None, []
+        try:
+            scores = self.scorer([task.held_out[i] for i in mine], responses)
+        except RewardError as e:
+            problem = e
+        agree(acc, problem)
         gathered = sorted(gather_object(list(zip(mine, responses, finished, scores, strict=True))), key=lambda x: x[0])
         result = evaluate.from_scores([task.held_out[i] for i, *_ in gathered], [s for *_, s in gathered])
         problems = [s.problem for *_, s in gathered if s.problem]
         if problems:
             self.say(f"{len(problems)} held-out samples count as unsatisfied, the first because {problems[0]}")
-        self.log({"step": step, "eval": result})
+        self.log({"step": step, "eval": result, "phase": phase or "between"})
         for i, response, done, score in gathered if phase and acc.is_main_process else []:
             row = completion_row(step, phase or "", task.held_out[i], response, 0.0, score, None, done)
             self.out.append("completions.jsonl", row)
@@ -309,7 +316,7 @@ class Trainer:
         train_seconds, stopped, failure = 0.0, False, None
         try:
             if run.resume:
-                before = checkpoint.first_evaluation(self.out.path)
+                before = checkpoint.first_evaluation(self.out.path) if acc.is_main_process else None
                 self.say(f"resumed after {self.done} steps")
             else:
                 before = self.evaluate(0, "before")
@@ -328,7 +335,7 @@ class Trainer:
         except (RewardError, RolloutError) as e:
             stopped, failure = True, e
             if isinstance(e, RolloutError):
-                kept = keep_partial(self.out, e, self.done + 1, self.task.tokenizer)
+                kept = keep_partial(self.out, acc, e, self.done + 1, self.task.tokenizer)
                 where = self.out.path / "partial_rollout.jsonl"
                 self.say(f"{kept} completions of step {self.done + 1} are kept in {where}")
         summary = {

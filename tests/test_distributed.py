@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from conftest import unavailable
 from ranks_for_tests import spawn
 
@@ -28,6 +30,8 @@ KINDS: dict[str, dict[str, str]] = {
     "zero3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
 }
 
+TYPES = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+
 
 def train(
     rank: int, ranks: int, kind: str, folder: str, knobs: dict[str, Any], fixed: bool, stop_at: int = 0
@@ -36,7 +40,13 @@ def train(
 
     stop_at: the step that is interrupted.
     """
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    if ranks > 1 and kind == "fsdp2":
+        # accelerate has FSDP for accelerators alone; on a CPU nothing else of it asks for one.
+        PartialState(cpu=True)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+    elif not kind.startswith("zero"):
+        os.environ["ACCELERATE_USE_CPU"] = "true"
     if kind.startswith("zero"):
         sys.path.append(str(DEEPSPEED))
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -99,7 +109,8 @@ def train(
         state = dict(trainer.lm.state_dict()) if state is None else state
     # The embedding is the head too: gathered states may leave one of the two out.
     flat = {n: x.detach().float().clone() for n, x in state.items() if "lm_head" not in n}
-    done = {"processes": trainer.accelerator.num_processes, "seed": torch.initial_seed()}
+    acc = trainer.accelerator
+    done = {"processes": acc.num_processes, "seed": torch.initial_seed(), "kind": acc.distributed_type.value}
     return {"parameters": flat, "tokens": texts, **done}
 
 
@@ -134,6 +145,7 @@ def test_more_processes_make_the_same_steps(kind: str, ranks: int, alone: Any, t
     found = spawn(train, ranks, tmp_path, kind, str(tmp_path / "run"), {"steps": 5}, True)
     expected, steps = alone
     assert [f["processes"] for f in found] == [ranks] * ranks
+    assert {f["kind"] for f in found} == {TYPES[kind]}, "it is this that ran"
     assert losses(tmp_path / "run") == pytest.approx(steps, abs=1e-5)
     assert_equal(found[0]["parameters"], expected, 1e-5)
 
@@ -148,6 +160,7 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(kind: str, ranks: in
     stopped = spawn(train, ranks, tmp_path, kind, str(parts), knobs, False, 4)
     assert len(stopped[0]["tokens"]) == 3 and len(losses(parts)) == 3, "the third step is to be taken back"
     found = spawn(train, ranks, tmp_path, kind, str(parts), {**knobs, "resume": True}, False)
+    assert ranks == 1 or {f["kind"] for f in (*found, *expected)} == {TYPES[kind]}
     for rank, (one, want) in enumerate(zip(found, expected, strict=True)):
         assert one["tokens"] == want["tokens"][2:] and want["seed"] == KNOBS["seed"] + rank
         assert one["parameters"].keys() == want["parameters"].keys()

@@ -50,6 +50,10 @@ def build(name: str) -> Any:
     return model.eval()
 
 
+def packing_of(model: Any, dtype: torch.dtype = torch.float32) -> Packing:
+    return Packing(model, torch.device("cpu"), dtype)
+
+
 def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, list[int], list[int], list[list[int]]]:
     """Prompt ids and mask, tokens and mask, lengths of both, and the groups' rows."""
     generator = torch.Generator().manual_seed(1)
@@ -132,7 +136,7 @@ def test_log_probs_do_not_depend_on_the_other_groups(name: str) -> None:
 
 
 def test_a_sliding_window_takes_masks_only_where_it_reaches() -> None:
-    packing = Packing(build("mistral"))
+    packing = packing_of(build("mistral"))
     assert "shared_prompt" not in packing.arguments(packed())
     assert "shared_prompt" in packing.arguments(packed([[3]])), "1 + 2 positions fit into the window"
 
@@ -324,12 +328,14 @@ def test_a_model_without_positions_or_attention_falls_back_and_says_so(caplog: p
         Policy(mamba(), packing="on")
     bloom = tf.BloomForCausalLM(tf.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=1, n_head=4)).eval()
     with pytest.raises(Unpackable, match=r"its forward pass does not take packed groups|its hidden states differ"):
-        Packing(bloom)
+        packing_of(bloom)
 
 
-def test_a_model_whose_states_differ_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Positions that are not taken, for one: the trial sees what comes out."""
-    model = build("llama")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_model_whose_states_differ_is_found(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Positions that are not taken, for one: the trial sees what comes out, in half precision too."""
+    model = build("llama").to(dtype)
+    assert packing_of(model, dtype).mode == "blocks", "as it is, it passes"
     forward = model.model.forward
 
     def deaf(*args: Any, position_ids: Any = None, **kwargs: Any) -> Any:
@@ -337,7 +343,31 @@ def test_a_model_whose_states_differ_is_found(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(model.model, "forward", deaf)
     with pytest.raises(Unpackable, match="its hidden states differ when groups are packed, by"):
-        Packing(model)
+        packing_of(model, dtype)
+
+
+def test_a_model_that_masks_by_the_place_in_the_row_is_refused() -> None:
+    config = tf.GPTNeoConfig(
+        vocab_size=VOCAB, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
+        window_size=16, max_position_embeddings=64,
+    )  # fmt: skip
+    with pytest.raises(Unpackable, match="a mask of its own"):
+        packing_of(tf.GPTNeoForCausalLM(config).eval())
+
+
+@pytest.mark.parametrize(("capability", "dtype", "size", "fits"), [
+    ((9, 0), torch.bfloat16, 128, True), ((9, 0), torch.float32, 128, False), ((7, 5), torch.float16, 128, False),
+    ((9, 0), torch.bfloat16, 512, False), ((9, 0), torch.bfloat16, 100, False),
+])  # fmt: skip
+def test_a_gpu_without_the_kernels_takes_masks(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype, size: int, fits: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert shared_prompt.runs_on(torch.device("cuda"), dtype, size) == fits
+    assert not shared_prompt.runs_on(torch.device("mps"), dtype, size)
+    model = build("llama")
+    model.config.head_dim = size
+    assert Packing(model, torch.device("cuda"), dtype).mode == ("blocks" if fits else "masks")
 
 
 def test_installing_leaves_the_model_as_it_was() -> None:
@@ -345,7 +375,7 @@ def test_installing_leaves_the_model_as_it_was() -> None:
     ids = torch.arange(12)[None] + 3
     before = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     saved = copy.deepcopy(model.config).to_dict()
-    Packing(model)
+    assert packing_of(model).mode == "blocks"
     assert torch.equal(model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits, before)
     assert model.config.to_dict() == saved, "nothing of it is written to config.json"
-    Packing(model)  # a second time
+    assert packing_of(model).mode == "blocks", "a second time as the first"

@@ -203,8 +203,9 @@ def test_zero_gradient_says_why(tmp_path: Path) -> None:
     assert row["grad_norm"] > 0 and row["zero_gradient_groups"] < 1
 
 
-def test_truncated_completions_leave_loss_and_normaliser_by_choice(tmp_path: Path) -> None:
-    method = preset("exact", num_generations=4, mask_truncated=True)
+@pytest.mark.parametrize("objective", ["paper", "per_row", "corrected"])
+def test_truncated_completions_leave_loss_and_normaliser_by_choice(tmp_path: Path, objective: str) -> None:
+    method = preset("exact", num_generations=4, mask_truncated=True, temperature_objective=objective)
     (row,) = rows(run_small(tmp_path, method, max_completion_length=2, steps=1))
     assert row["truncated"] == 1 and row["loss"] == 0 and row["grad_norm"] == 0
     assert "no token counts" in row["note"]

@@ -89,7 +89,7 @@ def test_peaks_are_known_in_half_precision_alone(monkeypatch: pytest.MonkeyPatch
 
 
 def test_profile_writes_a_trace(tmp_path: Path) -> None:
-    trainer = run_small(tmp_path, steps=4, profile=True)
+    trainer = run_small(tmp_path, steps=9, profile=True)
     (trace,) = (trainer.out.path / "profile").iterdir()
     names = {e.get("name", "") for e in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
     assert any("linear_token_loss" in n for n in names), "the objective's own op is in it"
@@ -348,6 +348,7 @@ def test_a_budget_below_one_group_is_refused_before_anything_runs(tmp_path: Path
         ),
         (["--tokens-per-micro-batch", "60"], "tokens_per_micro_batch must hold a whole group"),
         (["--lora", "--lora-target-modules", "nose"], "nose"),
+        (["--packing", "off", "--tokens-per-micro-batch", "9000"], "tokens_per_micro_batch needs packing"),
         (["--refill", "-1"], "refill must be 0 or above; got -1"),
         (["--vllm-memory", "2"], r"vllm_memory must be in \(0, 1\); got 2.0"),
     ],
@@ -422,6 +423,12 @@ def test_contradicting_launch_settings_are_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             check(said, run)  # type: ignore[arg-type]
+    for config, message in (
+        ({"optimizer": {"type": "Adam"}}, "must have no optimizer section"),
+        ({"bf16": {"enabled": True}}, r"bf16 of the DeepSpeed .* must be false \(mixed_precision = no\); got true"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check(Said("DEEPSPEED", **config), run)  # type: ignore[arg-type]
     fine = Said("DEEPSPEED", gradient_clipping="auto", gradient_accumulation_steps=1)
     check(fine, run)  # type: ignore[arg-type]
     assert fine.state.deepspeed_plugin.deepspeed_config["gradient_clipping"] == 1.0
