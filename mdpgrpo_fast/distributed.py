@@ -87,6 +87,8 @@ def _check_deepspeed(config: dict[str, Any], run: TrainConfig) -> None:
             )
     config["train_micro_batch_size_per_gpu"] = 1  # it asks for a number; ours are counted in tokens
     config.setdefault("zero_force_ds_cpu_optimizer", False)
+    # Or the model at the end of a run could not be saved.
+    config.setdefault("zero_optimization", {})["stage3_gather_16bit_weights_on_model_save"] = True
 
 
 def prepare(

@@ -41,14 +41,13 @@ def train(
     stop_at: the step that is interrupted.
     """
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-    if ranks > 1 and kind == "fsdp2":
-        # accelerate has FSDP for accelerators alone; on a CPU nothing else of it asks for one.
+    if kind == "ddp":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    else:
+        # accelerate has these for accelerators alone; on a CPU nothing else of it asks for one.
         PartialState(cpu=True)
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
-    elif not kind.startswith("zero"):
-        os.environ["ACCELERATE_USE_CPU"] = "true"
     if kind.startswith("zero"):
-        sys.path.append(str(DEEPSPEED))
         os.environ["DS_ACCELERATOR"] = "cpu"
         import deepspeed
         from deepspeed.ops.op_builder import ShareMemCommBuilder  # compiled at first use, and waits by spinning
@@ -125,7 +124,10 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         torch.testing.assert_close(found[name], value, rtol=0, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def need_deepspeed(kind: str) -> None:
+def need_deepspeed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind.startswith("zero"):
+        # Before the processes import accelerate, which looks for it then.
+        monkeypatch.setattr(sys, "path", [*sys.path, str(DEEPSPEED)])  # which they are given
     here = importlib.util.find_spec("deepspeed") is not None or (DEEPSPEED / "deepspeed").exists()
     if kind.startswith("zero") and not here:
         unavailable(f"peer deepspeed is neither installed nor in {DEEPSPEED} (see constraints-test-deepspeed.txt)")
@@ -140,8 +142,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Ten
 
 
 @pytest.mark.parametrize(("kind", "ranks"), [("ddp", 2), ("ddp", 3), ("fsdp2", 2), ("zero2", 2), ("zero3", 2)])
-def test_more_processes_make_the_same_steps(kind: str, ranks: int, alone: Any, tmp_path: Path) -> None:
-    need_deepspeed(kind)
+def test_more_processes_make_the_same_steps(
+    kind: str, ranks: int, alone: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need_deepspeed(kind, monkeypatch)
     found = spawn(train, ranks, tmp_path, kind, str(tmp_path / "run"), {"steps": 5}, True)
     expected, steps = alone
     assert [f["processes"] for f in found] == [ranks] * ranks
@@ -151,9 +155,11 @@ def test_more_processes_make_the_same_steps(kind: str, ranks: int, alone: Any, t
 
 
 @pytest.mark.parametrize(("kind", "ranks"), [("ddp", 1), ("ddp", 2), ("fsdp2", 2)])
-def test_a_resumed_run_ends_as_one_that_was_not_interrupted(kind: str, ranks: int, tmp_path: Path) -> None:
+def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
+    kind: str, ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """To the bit, sampling included: weights, AdamW's state, schedule, random state of each rank, order of prompts."""
-    need_deepspeed(kind)
+    need_deepspeed(kind, monkeypatch)
     knobs = {"steps": 4, "save_every": 2, "warmup_steps": 1}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     expected = spawn(train, ranks, tmp_path, kind, str(whole), knobs, False)
@@ -175,9 +181,11 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(kind: str, ranks: in
 
 
 @pytest.mark.parametrize("kind", ["ddp", "zero3"])
-def test_ranks_without_a_token_that_counts_take_part(kind: str, tmp_path: Path) -> None:
+def test_ranks_without_a_token_that_counts_take_part(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One rank has nothing to look at, the other more groups than go into a micro-batch: nobody waits for ever."""
-    need_deepspeed(kind)
+    need_deepspeed(kind, monkeypatch)
     found = spawn(train_unevenly, 2, tmp_path, kind, str(tmp_path / "run"))
     assert found[0]["passes"] == found[1]["passes"] == 3
     assert found[0]["counted"] == 0 < found[1]["counted"]

@@ -327,13 +327,13 @@ def test_a_model_without_positions_or_attention_falls_back_and_says_so(caplog: p
     with pytest.raises(ConfigError, match="packing = on cannot be had for this model: it has layers of other kinds"):
         Policy(mamba(), packing="on")
     bloom = tf.BloomForCausalLM(tf.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=1, n_head=4)).eval()
-    with pytest.raises(Unpackable, match=r"its forward pass does not take packed groups|its hidden states differ"):
+    with pytest.raises(Unpackable, match="its forward pass takes no position_ids"):
         packing_of(bloom)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_model_whose_states_differ_is_found(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    """Positions that are not taken, for one: the trial sees what comes out, in half precision too."""
+    """Positions that are ignored, for one: the trial sees what comes out."""
     model = build("llama").to(dtype)
     assert packing_of(model, dtype).mode == "blocks", "as it is, it passes"
     forward = model.model.forward
