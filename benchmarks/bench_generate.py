@@ -1,9 +1,10 @@
-"""`python benchmarks/bench_generate.py --output FILE`: completions of a group by three ways, in turn in one process.
+"""`python benchmarks/bench_generate.py --output FILE`: completions of a group by several ways, in turn in one process.
 
-`separate`: one model.generate call per temperature, each over all prompts, as the released code of the method does it;
-`one_call`: one model.generate call over all rows, each at its own temperature, `static` the same with transformers'
+`separate`: one model.generate call per slot of the group, each over all prompts, as the method's released code does it;
+`one_call`: one model.generate call over all rows, each at its own temperature; `static`: the same with transformers'
 static cache (and its compiled decode on a GPU); `ours`: mdpgrpo_fast.rollout.generate, which records both log-probs
-besides, with the linear layers that the trainer takes on this device, and `ours_plain` with PyTorch's. All draw completions of the same length; times are of P * G of them.
+besides, with the linear layers that the trainer takes on this device; `ours_plain`: with PyTorch's. All draw completions
+of the same length; times are of P * G of them.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import functools
 import itertools
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -305,7 +306,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     name = "small" if args.small else "gpu" if CUDA else "cpu"
     size = SIZES[name]
-    command = "python benchmarks/bench_step.py " + " ".join(argv if argv is not None else sys.argv[1:])
+    command = "python benchmarks/bench_step.py " + shlex.join(argv if argv is not None else sys.argv[1:])
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         parameters = write_problem(size, PROMPTS, folder, DEVICE)

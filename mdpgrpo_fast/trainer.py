@@ -68,6 +68,8 @@ class Trainer:
             self.accelerator.device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(run.mixed_precision),
         ).eval()  # fmt: skip
         self.budget = self.micro_batch_budget(policy.packing) if policy.packing else 0
+        if self.budget and run.micro_batch_size != TrainConfig().micro_batch_size:
+            self.say("micro_batch_size is not used: groups are packed, by tokens_per_micro_batch")
         self.has_kl = method.needs_reference
         # Under LoRA the reference is the model without its adapters.
         separate = self.has_kl and not run.lora

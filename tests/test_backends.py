@@ -34,7 +34,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from mdpgrpo_fast import backends, fused, ops, reference, schemas
 from mdpgrpo_fast.config import ConfigError
-from mdpgrpo_fast.kernels import advantages, common, completions, logprobs, objective, token_loss, tuning
+from mdpgrpo_fast.kernels import advantages, common, completions, logprobs, objective, sampling, token_loss, tuning
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -304,7 +304,7 @@ def test_new_lengths_and_new_knobs_do_not_recompile(backend: str) -> None:
 KERNELS = [
     token_loss._token_loss_kernel, token_loss._scale_kernel, logprobs._logprobs_kernel, completions._totals_kernel,
     logprobs._logprobs_backward_kernel, completions._completions_kernel, advantages._advantages_kernel,
-    objective._objective_kernel,
+    objective._objective_kernel, sampling._sample_kernel,
 ]  # fmt: skip
 
 
@@ -341,12 +341,12 @@ def test_kernels_compile_without_spills(machine_code: list[dict[str, Any]]) -> N
 
 @pytest.mark.parametrize("sm", [80, 90, 100, 120])
 def test_rows_are_read_and_written_in_128_bit_pieces(machine_code: list[dict[str, Any]], sm: int) -> None:
-    sweeping = {"token_loss", "logprobs", "logprobs_backward", "scale"}
+    sweeping = {"token_loss", "logprobs", "logprobs_backward", "scale", "sample"}
     rows = [r for r in machine_code if r["sm"] == sm and r["kernel"] in sweeping and "V=32000 " in r["case"]]
     assert {r["kernel"] for r in rows} == sweeping
     for r in rows:
         assert r["loads"].get("128", 0) > 0, r["case"]
-        writes = r["kernel"] != "logprobs" or "unit gradient" in r["case"]
+        writes = r["kernel"] not in ("logprobs", "sample") or "unit gradient" in r["case"]
         assert (r["stores"].get("128", 0) > 0) == writes, r["case"]
 
 

@@ -221,6 +221,12 @@ def test_replaced_groups_are_the_others_in_both_widths(model_dirs: dict[str, str
             assert mixed.sampling_logprobs[i, mixed.mask[i]].equal(b.sampling_logprobs[j, b.mask[j]])
 
 
+def test_a_setting_that_packing_does_not_use_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for packing, said in (("on", True), ("off", False)):
+        run_small(tmp_path, name=packing, packing=packing, micro_batch_size=4, steps=1, eval_samples=1)
+        assert ("micro_batch_size is not used: groups are packed" in capsys.readouterr().err) == said
+
+
 # ---- vLLM's place in the loop ---------------------------------------------------------------------------------------
 
 
