@@ -3,7 +3,7 @@
 `separate`: one model.generate call per slot of the group, each over all prompts, as the method's released code does it;
 `one_call`: one model.generate call over all rows, each at its own temperature; `static`: the same with transformers'
 static cache (and its compiled decode on a GPU); `ours`: mdpgrpo_fast.rollout.generate, which records both log-probs
-besides, with the linear layers that the trainer takes on this device; `ours_plain`: with PyTorch's. All draw completions
+besides, with the linear layers that the trainer takes here; `ours_plain`: with PyTorch's. All draw completions
 of the same length; times are of P * G of them.
 """
 
