@@ -26,17 +26,16 @@ def _source(document: dict[str, Any]) -> str:
 
 def _step() -> list[str]:
     document = _read("step")
-    lines = []
+    names = ("generate", "reference", "forward", "backward", "optimizer", "other")
+    lines = ["| seconds | whole step | " + " | ".join(names) + " | peak MB |", "|---" * (len(names) + 3) + "|"]
     for case in document["results"]:
-        ours, theirs = case["steps"]["ours"], case["steps"]["trl"]
-        names = [n for n in ours["stages"] if ours["stages"][n]["seconds"] or theirs["stages"][n]["seconds"]]
-        if not lines:
-            lines = ["| seconds | whole step | " + " | ".join(names) + " | peak MB |", "|---" * (len(names) + 3) + "|"]
-        for who, step in ((f"ours, {case['case']}", ours), (f"TRL {document['versions']['trl']}", theirs)):
-            cells = [f"{step['stages'][n]['seconds']:.2f} ({step['stages'][n]['share']:.0%})" for n in names]
-            total = f"{step['seconds']:.2f}"
-            total = f"**{total}, {case['ratio']:.1f} ×**" if step is ours else total
-            lines.append(f"| {who} | {total} | {' | '.join(cells)} | {step['peak_mb']:.0f} |")
+        for who, step in case["steps"].items():
+            stages = [step["stages"].get(n, {"seconds": 0}) for n in names]
+            cells = [f"{x['seconds']:.2f} ({x['share']:.0%})" if x["seconds"] else "" for x in stages]
+            ours, total = who == "ours", f"{step['seconds']:.2f}"
+            label = f"ours, {case['case']}" if ours else f"TRL {document['versions']['trl']}"
+            total = f"**{total}, {case['ratio']:.1f} ×**" if ours else total
+            lines.append(f"| {label} | {total} | {' | '.join(cells)} | {step['peak_mb']:.0f} |")
     size = document["size"]
     return [
         *lines,
@@ -45,7 +44,7 @@ def _step() -> list[str]:
         f"{size['completion_length']} new tokens each, with a Llama of {size['parameters'] / 1e6:.0f}M parameters "
         f"in float32, V = {size['vocab']}, on {document['machine']}; medians of steps taken in turn, and the share of "
         f"each stage. TRL's passes have {size['micro_batch']} completions, ours all of the step, packed; TRL without "
-        f"gradient checkpointing, but beside the row of that name. {_source(document)}.",
+        f"gradient checkpointing, which is faster. {_source(document)}.",
     ]
 
 

@@ -220,7 +220,7 @@ def test_a_failing_scorer_costs_samples_not_the_run(tmp_path: Path) -> None:
     assert 0 < dropped <= summary["dropped_samples"], "the summary counts the held-out samples too"
     nothing = run_small(tmp_path, name="all", reward=["rewards_for_tests:always_boom"])
     assert [r["dropped"] for r in rows(nothing)] == [8, 8] and "no token counts" in rows(nothing)[0]["note"]
-    assert "KeyError" in nothing.problem
+    assert "KeyError" in nothing.collector.problem
 
 
 def test_an_unusable_reward_ends_the_run_and_keeps_the_model(tmp_path: Path) -> None:
