@@ -17,7 +17,7 @@ import numpy as np
 
 from .config import ConfigError
 
-COLOURS = ("#3b72d9", "#2a9d8f", "#e0982f", "#d1495b", "#8a63d2", "#7d8894")
+COLOURS = ("#3b72d9", "#2a9d8f", "#e0982f", "#d1495b", "#8a63d2", "#7d8894", "#a8763e")
 BEFORE, AFTER = "#a3acb8", COLOURS[0]
 FILES = ("config.yaml", "metrics.jsonl", "summary.json", "completions.jsonl")
 NAN = math.nan
@@ -217,8 +217,10 @@ class Panel:
                 ax.plot(x, y, color=colour, alpha=0.28, linewidth=0.8)
                 ax.plot(x, _smooth(y), marker="o" if len(x) < 3 else None, markersize=4, **style)
         if len(data) > 1:
-            ax.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.98), ncols=4, frameon=False, handlelength=1,
-                      columnspacing=1, handletextpad=0.4)  # fmt: skip
+            many = len(data) > 4  # in smaller letters on the one line that there is
+            ax.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.98), ncols=len(data), frameon=False,
+                      handlelength=0.7 if many else 1, columnspacing=0.6 if many else 1, handletextpad=0.3,
+                      fontsize=6.8 if many else None)  # fmt: skip
         low, high = ax.get_ylim()
         if not self.free:
             negative = any(y.min() < 0 for _, _, y in data)
@@ -273,7 +275,9 @@ def sections(run: Run) -> list[tuple[str, str, str, list[Panel]]]:
         Panel("Effective sample size", "Share of tokens that count after importance weighting, by temperature.",
               slot["ess"], percent=True),
     ]  # fmt: skip
-    stages = ("generate", "train", "score", "other")
+    # Earlier runs have "train" for all from reference to optimizer.
+    known = ("generate", "reference", "forward", "backward", "train", "optimizer", "score", "other")
+    stages = [s for s in known if len(series(run.train, "seconds", s)[1])]
     totals = [float(series(run.train, "seconds", s)[1].sum()) for s in stages]
     shares = ", ".join(f"{s} {t / sum(totals):.0%}" for s, t in zip(stages, totals, strict=True)) if sum(totals) else ""
     pace = [
