@@ -259,7 +259,8 @@ class TrainConfig:
         "are then logged over the others alone",
     )
     attention: Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2"] = knob(
-        "auto", "the model's attention; auto: what transformers chooses; flash_attention_2 needs the package flash-attn"
+        "auto",
+        "the model's attention; auto: what transformers chooses; flash_attention_2 needs flash-attn, and is not packed",
     )
     gradient_checkpointing: bool = knob(
         False, "keep one state per layer and compute the rest again in the backward pass"

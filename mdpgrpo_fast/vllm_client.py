@@ -148,6 +148,9 @@ class VLLMServer(Sampler):
                 f"vLLM server {self.url} must hold version {self.version} of the weights; got {held}: was it restarted?"
             )
 
+    def sleep(self) -> None:
+        """Nothing: the server's memory is its own."""
+
     def _rpc(self, method: str, *args: Any) -> list[Any]:
         return self._call("/collective_rpc", {"method": method, "args": list(args)}, lambda a: list(a["results"]))
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -70,7 +71,7 @@ def with_policy_logprobs(rollout: Rollout, policy: Any, *, micro_batch_size: int
     return replace(r, policy_logprobs=torch.cat(out))
 
 
-class Sampler:
+class Sampler(ABC):
     """What both modes share: the settings of each row, the record as a Rollout, the sync and its check."""
 
     logprobs_mode = LOGPROBS_MODE
@@ -80,19 +81,23 @@ class Sampler:
         self.version: int | None = None  # of the last sync that held
         self._layout: tuple[dict[str, str], dict[str, str]] | None = None
 
+    @abstractmethod
     def _rpc(self, method: str, *args: Any) -> list[Any]:
         """What each worker returns from a method of `WeightSync`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _send(self, weights: list[tuple[str, Tensor]]) -> None:
-        raise NotImplementedError
+        """Weights under their transformers names, to all workers."""
 
+    @abstractmethod
     def _reset_cache(self) -> None:
-        raise NotImplementedError
+        """Forget what was computed with earlier weights."""
 
+    @abstractmethod
     def _complete(self, prompts: list[list[int]], settings: list[dict[str, Any]]) -> list[Completion]:
-        raise NotImplementedError
+        """A completion of each prompt, by its own sampling settings."""
 
+    @abstractmethod
     def sleep(self) -> None:
         """Give the device's memory to the trainer until the next sync; nothing where they do not share it."""
 
