@@ -50,8 +50,8 @@ check: $(VENV)/.setup-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*/*) tests/*.cpp
-	! command -v nvcc >/dev/null || $(BIN)/python benchmarks/cuda_resources.py --output build/cuda_resources.json
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*/*) tests/helpers/*.cpp
+	! command -v nvcc >/dev/null || $(BIN)/python benchmarks/compiled/cuda_resources.py --output build/cuda_resources.json
 
 install-check: $(VENV)/.setup-test
 	PYTHON=$(abspath $(BIN)/python) RECORD=$(abspath $(RECORD)) bash .ci/install
@@ -60,21 +60,20 @@ SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 sanitize: $(VENV)/.setup-test
 	MDPGRPO_BUILD=cpu MDPGRPO_CXXFLAGS="-O1 -g -Werror $(SANITIZERS)" \
 	    $(BIN)/python setup.py -q build_ext --build-lib build/sanitize --build-temp build/sanitize/temp
-	nm -D build/sanitize/mdpgrpo_fast/_cpu.abi3.so | grep -q __asan_init
+	nm -D build/sanitize/mdpgrpo_fast/kernels/_cpu.abi3.so | grep -q __asan_init
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	    MDPGRPO_LIBRARIES=$(abspath build/sanitize/mdpgrpo_fast) TRITON_INTERPRET=1 \
+	    MDPGRPO_LIBRARIES=$(abspath build/sanitize/mdpgrpo_fast/kernels) TRITON_INTERPRET=1 \
 	    $(BIN)/python -m pytest -n $(JOBS) -k "cpu or compiled and not (opcheck or instruction_set or exported)" \
-	    tests/test_compiled.py tests/test_token_loss.py tests/test_token_loss_contract.py tests/test_logprobs.py \
-	    tests/test_advantages.py $(ARGS)
+	    tests/kernels/test_cpu.py tests/ops/test_token_loss*.py tests/ops/test_logprobs.py tests/ops/test_advantages.py $(ARGS)
 
 seed-policy: $(VENV)/.setup
-	$(BIN)/python -m mdpgrpo_fast.demo.prompts --output $(DEMO)
-	$(BIN)/python -m mdpgrpo_fast.demo.seed_policy --output $(DEMO)/seed_policy $(ARGS)
+	$(BIN)/python examples/demo/prompts.py --output $(DEMO)
+	$(BIN)/python examples/demo/seed_policy.py --output $(DEMO)/seed_policy $(ARGS)
 
 bench: $(VENV)/.setup-test
 	$(BIN)/python benchmarks/roofline.py
 	$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-only $(ARGS)
-	$(BIN)/python benchmarks/readme.py
+	$(BIN)/python benchmarks/tables/readme.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

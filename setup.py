@@ -41,7 +41,7 @@ def extensions() -> list[Extension]:
         found.append(("cuda", CSRC.glob("cuda/*.cu")))
     headers = sorted(map(str, [*CSRC.rglob("*.h"), *CSRC.rglob("*.inl"), *CSRC.rglob("*.cuh")]))
     common = {"depends": headers, "py_limited_api": True, "optional": wish == "auto"}
-    return [Extension(f"mdpgrpo_fast._{part}", sorted(map(str, files)), **common) for part, files in found]
+    return [Extension(f"mdpgrpo_fast.kernels._{part}", sorted(map(str, files)), **common) for part, files in found]
 
 
 class Build(build_ext):

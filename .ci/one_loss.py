@@ -3,8 +3,8 @@
 import torch
 
 from mdpgrpo_fast import backend_report, token_loss
-from mdpgrpo_fast.backends import choose
 from mdpgrpo_fast.config import MDPGRPOConfig
+from mdpgrpo_fast.ops.backends import choose
 
 logits = torch.zeros(2, 3, 5, requires_grad=True)
 config = MDPGRPOConfig(num_generations=2, multi_temperature=False)

@@ -31,10 +31,11 @@ from harness import (
     require_backend,
     require_close,
 )
-from problems import Problem, problem, shapes
+from problems.token_loss import Problem, problem, shapes
 from torch import Tensor
 
-from mdpgrpo_fast import ops, reference
+import mdpgrpo_fast
+from mdpgrpo_fast import reference
 from mdpgrpo_fast.config import MDPGRPOConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -55,7 +56,7 @@ def builders(rewards: Tensor, constraints: Tensor, config: MDPGRPOConfig) -> dic
     def on(backend: str) -> Candidate:
         if backend != "torch":
             require_backend(backend)
-        return Candidate(lambda: ops.advantages(rewards, constraints, config, backend=backend))
+        return Candidate(lambda: mdpgrpo_fast.advantages(rewards, constraints, config, backend=backend))
 
     def compiled() -> Candidate:
         torch._dynamo.reset()
@@ -101,7 +102,7 @@ def with_advantages(p: Problem, case: objective.Case, backend: str) -> Candidate
 
     def run() -> tuple[Tensor, Tensor]:
         x = p.leaf()
-        out = ops.token_loss(
+        out = mdpgrpo_fast.token_loss(
             x, p.tokens, p.mask, config, advantage=advantage, kl_beta=beta, backend=backend, **more
         )  # fmt: skip
         return out.loss, torch.autograd.grad(out.loss, x)[0]

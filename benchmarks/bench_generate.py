@@ -24,9 +24,9 @@ import transformers as tf
 from harness import DEVICE, DTYPE, Wrong, provenance, short, write_json
 from torch import Tensor
 
-from mdpgrpo_fast import cpu_linear
 from mdpgrpo_fast.config import MDPGRPOConfig
-from mdpgrpo_fast.rollout import generate
+from mdpgrpo_fast.kernels import onednn
+from mdpgrpo_fast.rollout.generate import generate
 
 GROUP = 8
 CASES = {
@@ -83,7 +83,7 @@ def candidates(model: Any, ids: Tensor, taus: list[float], length: int) -> dict[
         return call(ids.repeat_interleave(g, 0), 1.0, processor, **more)
 
     loaded = copy.deepcopy(model)
-    cpu_linear.install(loaded)
+    onednn.install(loaded)
 
     def ours(model: Any) -> Tensor:
         return generate(

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 from harness import CUDA, Candidate, Measured, Results, Unavailable, clock, release, require_backend
-from linear_problems import LinearProblem, add_figures, bare_matmuls, problem, refuse_logits, shapes, truth
-from problems import peer
+from problems.linear import LinearProblem, add_figures, bare_matmuls, problem, refuse_logits, shapes, truth
+from problems.token_loss import peer
 from torch import Tensor
 
-from mdpgrpo_fast import backends, ops
-from mdpgrpo_fast.linear import linear_token_logprobs
+import mdpgrpo_fast
+from mdpgrpo_fast.ops import backends
+from mdpgrpo_fast.ops.linear.losses import linear_token_logprobs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 OWN = list(backends.NAMES)
@@ -83,7 +84,7 @@ def own(p: LinearProblem, case: Case, backend: str) -> Candidate:
 
 def through_logits(p: LinearProblem, case: Case) -> Candidate:
     refuse_logits(p, 3 if CUDA else 8)
-    return candidate(p, case, lambda h, w: ops.token_logprobs(h @ w.t(), p.tokens)[0])
+    return candidate(p, case, lambda h, w: mdpgrpo_fast.token_logprobs(h @ w.t(), p.tokens)[0])
 
 
 def trl(p: LinearProblem, case: Case) -> Candidate:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from harness import CUDA, Candidate, Measured, Results, Unavailable, clock, release, require_backend, require_gpu
-from linear_problems import (
+from problems.linear import (
     GPU_SHAPES,
     LinearProblem,
     LinearTruth,
@@ -28,12 +28,14 @@ from linear_problems import (
     shapes,
     truth,
 )
-from problems import peer
+from problems.token_loss import peer
 from torch import Tensor
 
-from mdpgrpo_fast import backends, ops, reference
+import mdpgrpo_fast
+from mdpgrpo_fast import reference
 from mdpgrpo_fast.config import MDPGRPOConfig
-from mdpgrpo_fast.linear import linear_token_loss
+from mdpgrpo_fast.ops import backends
+from mdpgrpo_fast.ops.linear.losses import linear_token_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 BETA, EPSILON = 0.04, 0.2
@@ -136,7 +138,7 @@ def through_logits(p: LinearProblem, case: Case) -> Candidate:
 
     def run() -> Output:
         hidden, weight = p.leaves(case.frozen)
-        out = ops.token_loss(hidden @ weight.t(), p.tokens, None, case.config, **knobs(p, case))
+        out = mdpgrpo_fast.token_loss(hidden @ weight.t(), p.tokens, None, case.config, **knobs(p, case))
         return finish(out.loss, hidden, weight)
 
     return Candidate(run)

@@ -28,10 +28,11 @@ from harness import (
     require_backend,
     require_gpu,
 )
-from problems import Problem, Truth, peer, per_completion, problem, refuse_reference, shapes, trl_logprobs
+from problems.token_loss import Problem, Truth, peer, per_completion, problem, refuse_reference, shapes, trl_logprobs
 from torch import Tensor
 
-from mdpgrpo_fast import ops, reference
+import mdpgrpo_fast
+from mdpgrpo_fast import reference
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SOFTCAP = 30.0
@@ -110,7 +111,7 @@ def eager(p: Problem, case: Case, backend: str) -> Candidate:
     more = knobs(p, case)
 
     def logprobs(x: Tensor) -> Tensor:
-        return ops.token_logprobs(x, p.tokens, p.mask, backend=backend, **more)[0]
+        return mdpgrpo_fast.token_logprobs(x, p.tokens, p.mask, backend=backend, **more)[0]
 
     return candidate(case, p.leaf, p.weights, logprobs)
 

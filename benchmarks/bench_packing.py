@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from harness import DEVICE, Wrong, clock, provenance, write_json
-from step_problems import SIZES, make_model
+from problems.step import SIZES, make_model
 
-from mdpgrpo_fast import cpu_linear
 from mdpgrpo_fast.config import preset
-from mdpgrpo_fast.models import Policy
-from mdpgrpo_fast.packing import pack
+from mdpgrpo_fast.kernels import onednn
+from mdpgrpo_fast.models.packing import pack
+from mdpgrpo_fast.models.policy import Policy
 
 GROUP = 8
 CASES = ((512, 256), (256, 256), (64, 256))  # prompt, completion
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = []
     for vocab in VOCABULARIES if DEVICE.type == "cpu" else (size.vocab,):
         model = make_model(dataclasses.replace(size, vocab=vocab), DEVICE).eval()
-        cpu_linear.install(model)
+        onednn.install(model)
         policy = Policy(model, packing="on").eval()
         assert policy.packing is not None
         rows += [measure(policy, prompt, completion, vocab, args.rounds) for prompt, completion in CASES]

@@ -34,7 +34,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 from harness import CUDA, DEVICE, ROOT, clock, provenance, release, short, write_json
-from step_problems import SIZES, Case, Size, Step, Wrong, even_share, must_move, verify, write_problem
+from problems.step import SIZES, Case, Size, Step, Wrong, even_share, must_move, verify, write_problem
 
 LEARNING_RATE = 1e-5
 PROMPTS = 16  # of the data set
@@ -59,16 +59,16 @@ def our_steps(size: Size, case: Case, folder: Path, steps: int) -> Iterator[Call
     """A function that takes the next step."""
     from mdpgrpo_fast.config import TrainConfig, preset
     from mdpgrpo_fast.rewards import Scorer
-    from mdpgrpo_fast.runlog import RunDir
-    from mdpgrpo_fast.task import prepare
-    from mdpgrpo_fast.trainer import Trainer
+    from mdpgrpo_fast.training.run_dir import RunDir
+    from mdpgrpo_fast.training.task import prepare
+    from mdpgrpo_fast.training.trainer import Trainer
 
     run = TrainConfig(
         preset="grpo",
         model=str(folder / "model"),
         train_file=str(folder / "prompts.jsonl"),
         output_dir=str(folder / "ours"),
-        reward=["step_problems:even_share"],
+        reward=["problems.step:even_share"],
         prompts_per_step=size.prompts,
         steps=steps,
         cpu_linear="torch" if case.plain_linear else "auto",

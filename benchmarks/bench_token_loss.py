@@ -27,10 +27,11 @@ from harness import (
     require_backend,
     require_gpu,
 )
-from problems import Problem, Truth, peer, per_completion, problem, refuse_reference, shapes, trl_logprobs
+from problems.token_loss import Problem, Truth, peer, per_completion, problem, refuse_reference, shapes, trl_logprobs
 from torch import Tensor
 
-from mdpgrpo_fast import ops, reference
+import mdpgrpo_fast
+from mdpgrpo_fast import reference
 from mdpgrpo_fast.config import MDPGRPOConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -118,7 +119,7 @@ def eager(p: Problem, case: Case, backend: str) -> Candidate:
 
     def run() -> tuple[Tensor, Tensor]:
         x = p.leaf()
-        out = ops.token_loss(
+        out = mdpgrpo_fast.token_loss(
             x, p.tokens, p.mask, config, rewards=p.rewards, num_constraints=p.num_constraints, backend=backend, **more
         )
         return out.loss, torch.autograd.grad(out.loss, x)[0]
@@ -173,7 +174,7 @@ def own_in_place(p: Problem, case: Case, backend: str) -> Candidate:
     def run() -> tuple[Tensor, Tensor]:
         caught: list[Tensor] = []
         x = _Head.apply(weight, [work[:, :-1]], caught)
-        out = ops.token_loss(
+        out = mdpgrpo_fast.token_loss(
             x, p.tokens, p.mask, config, rewards=p.rewards, num_constraints=p.num_constraints, backend=backend,
             in_place=True, **more,
         )  # fmt: skip

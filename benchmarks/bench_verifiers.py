@@ -16,7 +16,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from verifiers_for_tests import ARGUMENTS, HOSTILE, long_prose, nltk_data, punkt_folder
+from helpers.verifiers import ARGUMENTS, HOSTILE, long_prose, nltk_data, punkt_folder
 
 from mdpgrpo_fast.verifiers import INSTRUCTIONS, verify
 

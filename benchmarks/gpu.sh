@@ -54,7 +54,7 @@ step tests 240 env MDPGRPO_AUTOTUNE=0 "$python" -m pytest "${workers[@]}" tests/
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
         step "$tool" 40 env MDPGRPO_AUTOTUNE=0 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-            --kernel-name kernel_substring=token_loss_kernel "$python" benchmarks/hopper_smoke.py
+            --kernel-name kernel_substring=token_loss_kernel "$python" benchmarks/compiled/hopper_smoke.py
     done
 fi
 step roofline 40 "$python" benchmarks/roofline.py
@@ -71,7 +71,7 @@ for part in token_loss:32 linear_token_loss:40 logprobs:9 linear_logprobs:11 adv
         --benchmark-only -q -p no:cacheprovider --benchmark-columns=median,iqr,rounds
 done
 
-folder=$("$python" benchmarks/speed_table.py --folder) || failed+=(folder)
+folder=$("$python" benchmarks/tables/speed_table.py --folder) || failed+=(folder)
 cp "$scratch"/{packing,generate,step}.json "$folder/" || failed+=(step)
 if [ -n "${OUT:-}" ]; then
     mkdir -p "$OUT/${folder##*/}"
@@ -79,9 +79,9 @@ if [ -n "${OUT:-}" ]; then
     cat "$scratch"/*.log >"$OUT/gpu.log"
     cp "$scratch/tiles/tiles.json" "$OUT/" 2>/dev/null
 fi
-"$python" benchmarks/speed_table.py || failed+=(table)
+"$python" benchmarks/tables/speed_table.py || failed+=(table)
 # Where `auto` takes the Hopper kernel from now on.
-"$python" benchmarks/crossovers.py || failed+=(crossovers)
+"$python" benchmarks/compiled/crossovers.py || failed+=(crossovers)
 if [ ${#failed[@]} -gt 0 ]; then
     echo "FAILED: ${failed[*]}"
     exit 1

@@ -28,11 +28,11 @@ from typing import Any
 
 import pytest
 import torch
-from learning import cpu_name
 from torch import Tensor
 
 import mdpgrpo_fast
-from mdpgrpo_fast import _ext, backends
+from mdpgrpo_fast.kernels import binaries
+from mdpgrpo_fast.ops import backends
 
 ROOT = Path(__file__).resolve().parents[1]
 CUDA = torch.cuda.is_available()
@@ -75,6 +75,16 @@ class Measured:
 # ---- where we are ---------------------------------------------------------------------------------------------------
 
 
+def cpu_name() -> str:
+    """The processor as the system names it."""
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
 def device_slug() -> str:
     """`cpu`, or the GPU's name: NVIDIA H200 is `h200`."""
     if not CUDA:
@@ -100,7 +110,7 @@ def _output(*command: str) -> str | None:
 
 def machine() -> str:
     if not CUDA:
-        compiled = _ext.variant("cpu") if _ext.why_missing("cpu") is None else "no compiled kernels"
+        compiled = binaries.variant("cpu") if binaries.why_missing("cpu") is None else "no compiled kernels"
         return f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {compiled}"
     p = torch.cuda.get_device_properties(0)
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown"

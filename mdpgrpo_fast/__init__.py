@@ -8,25 +8,27 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from .backends import backend_report
-    from .config import MDPGRPOConfig, TrainConfig, preset
-    from .linear import linear_token_logprobs, linear_token_loss
-    from .ops import advantages, token_logprobs, token_loss
-    from .verifiers import verify, verify_all
+from .version import __version__ as __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from .config import MDPGRPOConfig, TrainConfig, preset
+    from .ops.advantages import advantages
+    from .ops.backends import backend_report
+    from .ops.linear.losses import linear_token_logprobs, linear_token_loss
+    from .ops.logprobs import token_logprobs
+    from .ops.token_loss import token_loss
+    from .verifiers import verify, verify_all
 
 _HOME = {
     "MDPGRPOConfig": "config",
     "TrainConfig": "config",
-    "linear_token_logprobs": "linear",
-    "linear_token_loss": "linear",
+    "linear_token_logprobs": "ops.linear.losses",
+    "linear_token_loss": "ops.linear.losses",
     "preset": "config",
-    "advantages": "ops",
-    "backend_report": "backends",
-    "token_loss": "ops",
-    "token_logprobs": "ops",
+    "advantages": "ops.advantages",
+    "backend_report": "ops.backends",
+    "token_loss": "ops.token_loss",
+    "token_logprobs": "ops.logprobs",
     "verify": "verifiers",
     "verify_all": "verifiers",
 }

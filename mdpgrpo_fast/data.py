@@ -12,8 +12,6 @@ from typing import Any
 from . import verifiers
 from .config import ConfigError
 
-DEMO_DIR = Path(__file__).parent / "demo"
-
 
 @dataclass(frozen=True)
 class Example:

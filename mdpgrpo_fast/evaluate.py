@@ -45,7 +45,7 @@ def answer(
     model: Any, tokenizer: Any, prompts: list[list[int]], eos: list[int], max_new_tokens: int, batch_size: int
 ) -> tuple[list[str], list[bool]]:
     """Greedy responses to tokenised prompts, and whether each ended by itself; in the order of the prompts."""
-    from .rollout import decode, generate
+    from .rollout.generate import decode, generate
 
     texts, finished = [""] * len(prompts), [False] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together: less padding
@@ -134,11 +134,12 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
 
     from accelerate import PartialState
 
-    from . import cpu_linear
-    from .data import DEMO_DIR, read_prompts, tokenize
-    from .models import load, prompt_limit
+    from .data import read_prompts, tokenize
+    from .demo import DEMO_DIR
+    from .kernels import onednn
+    from .models.load import load, prompt_limit
     from .rewards import Scorer
-    from .rollout import eos_ids
+    from .rollout.generate import eos_ids
 
     for path in (config.output, config.completions):
         if path is not None and not Path(path).parent.is_dir():
@@ -151,7 +152,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     device = PartialState(cpu=config.cpu).device
     model.to(device).eval()
     if device.type == "cpu":
-        cpu_linear.install(model)
+        onednn.install(model)
     limit = prompt_limit(model, config.max_prompt_length, config.max_completion_length)
     prompts = tokenize(examples, tokenizer, limit)
     eos = eos_ids(model, tokenizer)

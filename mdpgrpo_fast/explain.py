@@ -12,9 +12,10 @@ from typing import Any, NoReturn, get_args, get_type_hints
 import torch
 from torch import Tensor
 
-from . import ops, reference
+from . import reference
 from .cli import report_errors
 from .config import PRESETS, ConfigError, MDPGRPOConfig, preset, unknown_name
+from .ops.advantages import advantages
 
 ADVANTAGE_KNOBS = (
     "group_std",
@@ -62,9 +63,9 @@ def explain_group(rewards: list[float], num_constraints: int, config: MDPGRPOCon
     Raises: ValueError for a number of rewards other than G, a non-finite reward or K < 1.
     """
     r, k = torch.tensor([rewards], dtype=torch.float64), torch.tensor([num_constraints])
-    ours = ops.advantages(r, k, config)
+    ours = advantages(r, k, config)
     plain = preset("grpo", num_generations=config.num_generations, kl_beta_pos=config.kl_beta_pos)
-    grpo = ops.advantages(r, k, plain)
+    grpo = advantages(r, k, plain)
 
     def shape(v: Tensor, on: bool) -> Tensor:
         knobs = (config.prospect_beta, config.prospect_gain, config.prospect_loss)

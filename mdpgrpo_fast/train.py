@@ -18,7 +18,7 @@ def resolve(argv: list[str]) -> tuple[TrainConfig, MDPGRPOConfig]:
 
     from .cli import parse, read_yaml
     from .config import unknown_name
-    from .data import DEMO_DIR
+    from .demo import DEMO_DIR
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
@@ -53,12 +53,12 @@ def main(argv: list[str] | None = None) -> int:
         run, method = resolve(sys.argv[1:] if argv is None else argv)
 
         # Heavy imports only now: `--help` and a wrong flag answer at once.
-        from .checkpoint import check_resume
         from .rewards import RewardError, Scorer
-        from .runlog import RunDir
-        from .task import prepare
-        from .trainer import Trainer
-        from .vllm_sampler import RolloutError
+        from .rollout.vllm.sampler import RolloutError
+        from .training.checkpoint import check_resume
+        from .training.run_dir import RunDir
+        from .training.task import prepare
+        from .training.trainer import Trainer
 
         task = prepare(run)
         scorer = Scorer(
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {e}; what was learned until then is in {out.path}", file=sys.stderr)
         return 1
     if trainer.accelerator.is_main_process:
-        from .report import write_report
+        from .report.page import write_report
 
         report = write_report(out.path)
         print(f"run directory: {out.path}   report: {report}")
@@ -114,6 +114,6 @@ if __name__ == "__main__":
         code = main()
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else 1
-    from .distributed import leave
+    from .training.distributed import leave
 
     leave(code)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from mdpgrpo_fast.config import ConfigError
-from mdpgrpo_fast.data import DEMO_DIR, batches, read_prompts, tokenize
+from mdpgrpo_fast.data import batches, read_prompts, tokenize
+from mdpgrpo_fast.demo import DEMO_DIR
 
 GOOD = {"prompt": "Say hi.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
 

@@ -4,19 +4,12 @@ import json
 import random
 
 import pytest
+import words
+from prompts import DEMO, INSTRUCTION_IDS, conflict, read_jsonl, shipped, to_jsonl
+from seed_policy import OBEY, OBEY_LAST, Recipe, check_tokenizer, make, obey_probability
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from writer import write
 
-from mdpgrpo_fast.demo import words
-from mdpgrpo_fast.demo.prompts import (
-    DEMO,
-    INSTRUCTION_IDS,
-    conflict,
-    read_jsonl,
-    shipped,
-    to_jsonl,
-)
-from mdpgrpo_fast.demo.seed_policy import OBEY, OBEY_LAST, Recipe, check_tokenizer, make, obey_probability
-from mdpgrpo_fast.demo.writer import write
 from mdpgrpo_fast.verifiers import validate, verify_all
 
 FILES = ("train.jsonl", "heldout.jsonl")

@@ -54,9 +54,10 @@ def test_command_line_writes_scores_and_completions(tmp_path: Path, capsys: pyte
 
 
 def test_batches_do_not_change_greedy_answers() -> None:
-    from mdpgrpo_fast.data import DEMO_DIR, read_prompts, tokenize
-    from mdpgrpo_fast.models import load
-    from mdpgrpo_fast.rollout import eos_ids
+    from mdpgrpo_fast.data import read_prompts, tokenize
+    from mdpgrpo_fast.demo import DEMO_DIR
+    from mdpgrpo_fast.models.load import load
+    from mdpgrpo_fast.rollout.generate import eos_ids
 
     model, tokenizer = load(None)
     examples = read_prompts(DEMO_DIR / "heldout.jsonl")[:6]

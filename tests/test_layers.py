@@ -1,152 +1,142 @@
-"""Imports go down only, and importing the package or a scoring worker stays cheap."""
+"""Imports go down only, nothing goes in a circle, and importing the package or a scoring worker stays cheap."""
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from helpers.imports import PACKAGE, Graph, first
+from helpers.inputs import ROOT
 
-PACKAGE = ROOT / "mdpgrpo_fast"
-HEAVY = ("torch", "transformers", "triton", "vllm", "matplotlib", "accelerate", "trl", "verl", "liger_kernel", "nltk")
+GRAPH = Graph(PACKAGE)
+HEAVY = {"torch", "transformers", "triton", "vllm", "matplotlib", "accelerate", "trl", "verl", "liger_kernel", "nltk"}
 
-# From the bottom up; a layer may import from lower ones, never from higher ones. A module that is in none of them
-# (helpers of one of these) is held to the same rule through what it imports and what imports it.
+# From the bottom up: files and folders of the first level. None imports from a higher layer.
 LAYERS = [
-    {"config", "verifiers"},
-    {"reference"},
+    {"version", "log", "config", "verifiers", "demo"},
+    {"reference", "cli"},
     {"kernels"},
     {"ops"},
-    {"data", "rollout", "rewards", "models", "packing", "lora", "metrics"},
+    {"data", "rewards"},
+    {"models"},
+    {"rollout"},
     {"evaluate"},
-    {"trainer"},
+    {"training"},
     {"train", "report", "explain", "integrations"},
 ]
-
-
-@cache
-def modules() -> dict[str, Path]:
-    """Dotted name inside the package -> file; "" is the package itself."""
-    found = {}
-    for path in sorted(PACKAGE.rglob("*.py")):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
-
-
-def is_type_checking(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-
-
-@cache
-def imports(name: str, top_level: bool = False) -> frozenset[str]:
-    """Absolute names of the modules that a module imports; with top_level, only those that its own import runs.
-
-    Names under `if TYPE_CHECKING:` are not imports.
-    """
-    path, found, queue = modules()[name], set(), [ast.parse(modules()[name].read_text(encoding="utf-8"))]
-    here = ["mdpgrpo_fast", *name.split(".")] if name else ["mdpgrpo_fast"]
-    package = here if path.name == "__init__.py" else here[:-1]
-    while queue:
-        node = queue.pop()
-        if is_type_checking(node) or (top_level and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))):
-            continue
-        queue += ast.iter_child_nodes(node)
-        if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            base += node.module.split(".") if node.module else []
-            found.add(".".join(base))
-            found.update(".".join([*base, alias.name]) for alias in node.names)
-    return frozenset(found)
-
-
-@cache
-def inside(name: str) -> frozenset[str]:
-    """Modules of the package that a module imports."""
-    ours = {x.removeprefix("mdpgrpo_fast").lstrip(".") for x in imports(name) if x.split(".")[0] == "mdpgrpo_fast"}
-    return frozenset(ours & set(modules()) - {name, ""})
-
-
-def outside(name: str, top_level: bool = False) -> set[str]:
-    """Other packages that a module imports."""
-    return {x.split(".")[0] for x in imports(name, top_level)} - {"mdpgrpo_fast"}
-
-
-def reach(name: str) -> set[str]:
-    """Everything of the package that a module leads to."""
-    seen, queue = set(), [name]
-    while queue:
-        for other in inside(queue.pop()) - seen:
-            seen.add(other)
-            queue.append(other)
-    return seen
-
-
-def top(name: str) -> str:
-    return name.split(".")[0]
+MOST_LEVELS, MOST_FILES, MOST_MODULES, MOST_LINES = 8, 12, 12, 400
 
 
 def under(*names: str) -> list[str]:
-    return [m for m in modules() if top(m) in names]
+    return [m for m in GRAPH.files if first(m) in names]
 
 
-def test_the_scan_sees_the_imports() -> None:
-    assert {"config", "reference"} <= inside("ops")
-    assert {"torch", "transformers"} <= outside("models") and "torch" not in outside("config")
-    assert "transformers" in outside("cli") and "transformers" not in outside("cli", top_level=True)
+def wrong(graph: Graph, layers: list[set[str]]) -> list[str]:
+    """Every rule on the direction of imports that a package breaks."""
+    found = [f"circle: {sorted(c)}" for c in graph.circles()]
+    found += [f"upward: {a} imports {b or 'the package root'}" for a, b in graph.upward(layers)]
+    try:
+        graph.levels()
+    except ValueError as e:
+        found.append(f"folders: {e}")
+    return found
 
 
-@pytest.mark.parametrize("level", range(len(LAYERS)), ids=lambda i: "+".join(sorted(LAYERS[i])))
-def test_imports_go_down_only(level: int) -> None:
-    higher = set().union(*LAYERS[level + 1 :])
-    for name in under(*LAYERS[level]):
-        wrong = {m for m in reach(name) if top(m) in higher}
-        assert not wrong, f"{name} leads up to {sorted(wrong)}"
+def test_imports_go_down_only_and_in_no_circle() -> None:
+    assert not wrong(GRAPH, LAYERS)
+    assert max(GRAPH.levels().values()) <= MOST_LEVELS
 
 
-def test_no_import_cycles() -> None:
-    # A package's own __init__ re-exports its modules.
-    for name in modules():
-        cycle = {m for m in reach(name) if name in reach(m) and top(m) != top(name)}
-        assert not cycle, f"{name} and {sorted(cycle)} import each other"
+def planted(root: Path, **files: str) -> Graph:
+    """A package of two layers, low and high, with files of this text in it."""
+    clean = {
+        "__init__": "from .version import __version__",
+        "version": "__version__ = '1'",
+        "low/__init__": "",
+        "low/a": "from ..version import __version__",
+        "low/b": "from .a import __version__",
+        "high": "from .low import b\nfrom .low.a import __version__",
+    }
+    for name, text in {**clean, **files}.items():
+        path = root / "package" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return Graph(root / "package")
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, None),
+        ({"low/a": "from .b import __version__"}, "circle: ['low.a', 'low.b']"),
+        ({"low/a": "def f():\n    from . import b"}, "circle: ['low.a', 'low.b']"),
+        ({"low/a": "from ..high import b"}, "upward: low.a imports high"),
+        ({"low/a": "import package.high"}, "upward: low.a imports high"),
+        ({"low/a": "from .. import __version__"}, "upward: low.a imports the package root"),
+        ({"low/a": "from package import high"}, "upward: low.a imports high"),
+        ({"new": "from .high import b", "low/a": "from ..new import b"}, "upward: low.a imports new"),
+        ({"high": "from .low import b\nfrom .new import x", "new": "from .high import b"}, "folders: circle between"),
+    ],
+)
+def test_a_planted_fault_is_found(tmp_path: Path, files: dict[str, str], expected: str | None) -> None:
+    found = wrong(planted(tmp_path, **files), [{"version"}, {"low"}, {"high"}])
+    assert any(f.startswith(expected) for f in found) if expected else not found, found
+
+
+def test_every_file_and_folder_has_a_layer() -> None:
+    assert {first(m) for m in GRAPH.files} - {""} <= set().union(*LAYERS)
+
+
+def test_a_reader_finds_the_way() -> None:
+    """Few modules at the first level, few files in a folder, no long module."""
+    folders: dict[Path, int] = {}
+    for path in GRAPH.files.values():
+        folders[path.parent] = folders.get(path.parent, 0) + 1
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        assert lines <= MOST_LINES, f"{path.relative_to(ROOT)} has {lines} lines"
+    assert folders[PACKAGE] - 1 <= MOST_MODULES  # beside __init__
+    for folder, count in folders.items():
+        assert count <= MOST_FILES, f"{folder.relative_to(ROOT)} has {count} modules"
 
 
 def test_reference_is_plain_torch() -> None:
-    assert inside("reference") == {"config"}
-    assert not outside("reference") & {"triton", "transformers", "numpy"}
+    assert GRAPH.edges["reference"] == {"config"}
+    assert not GRAPH.outside("reference") & {"triton", "transformers", "numpy"}
 
 
 def test_config_stands_alone() -> None:
-    assert not inside("config") and not outside("config") & set(HEAVY)
+    assert not GRAPH.edges["config"] and not GRAPH.outside("config") & HEAVY
 
 
 def test_verifiers_are_free_of_torch() -> None:
     for name in under("verifiers"):
-        assert not outside(name) & {"torch", "numpy", "transformers"}, name
-        assert all(top(m) in ("verifiers", "config") for m in reach(name)), name
+        assert not GRAPH.outside(name) & {"torch", "numpy", "transformers"}, name
+        assert all(first(m) in ("verifiers", "config") for m in GRAPH.reach(name)), name
 
 
 def test_kernels_know_no_config_and_no_transformers() -> None:
     for name in under("kernels"):
-        assert "config" not in inside(name) and "transformers" not in outside(name), name
+        assert "config" not in GRAPH.reach(name) and "transformers" not in GRAPH.outside(name), name
 
 
 def test_only_integrations_import_other_trainers() -> None:
-    for name in modules():
-        if top(name) != "integrations":
-            assert not outside(name) & {"trl", "verl", "liger_kernel"}, name
+    for name in GRAPH.files:
+        if first(name) != "integrations":
+            assert not GRAPH.outside(name) & {"trl", "verl", "liger_kernel"}, name
 
 
-def test_triton_is_imported_by_kernels_alone() -> None:
-    for name in modules():
-        if top(name) != "kernels":
-            assert "triton" not in outside(name, top_level=True), name
+def test_triton_is_imported_by_its_kernels_alone() -> None:
+    for name in GRAPH.files:
+        if not name.startswith("kernels.triton"):
+            assert "triton" not in GRAPH.outside(name, top_level=True), name
+
+
+def test_the_vllm_folder_imports_nothing_by_itself() -> None:
+    # vLLM's workers import `rollout.vllm.worker` by name.
+    for name in ("", "rollout", "rollout.vllm"):
+        assert GRAPH.edges[name] <= {"version"} and not GRAPH.outside(name, top_level=True) & HEAVY, name
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -158,15 +148,15 @@ def loaded_by(statement: str) -> set[str]:
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:
-    assert not loaded_by("import mdpgrpo_fast") & set(HEAVY)
+    assert not loaded_by("import mdpgrpo_fast") & HEAVY
 
 
 @pytest.mark.parametrize("module", ["rewards", "verifiers", "config", "data", "cli"])
 def test_scoring_workers_do_not_load_torch(module: str) -> None:
     """Every worker process imports these: a second copy of torch in each would cost seconds and gigabytes."""
-    assert not loaded_by(f"import mdpgrpo_fast.{module}") & set(HEAVY)
+    assert not loaded_by(f"import mdpgrpo_fast.{module}") & HEAVY
 
 
 def test_the_loss_needs_torch_alone() -> None:
-    loaded = loaded_by("import mdpgrpo_fast.ops")
+    loaded = loaded_by("from mdpgrpo_fast import token_loss, linear_token_loss")
     assert "torch" in loaded and not loaded & {"transformers", "accelerate", "matplotlib", "trl"}

@@ -8,12 +8,12 @@ import re
 from types import ModuleType
 
 import pytest
-from conftest import ROOT
+from helpers.inputs import ROOT
 
 
 @pytest.fixture(scope="module")
 def readme() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("readme_tool", ROOT / "benchmarks" / "readme.py")
+    spec = importlib.util.spec_from_file_location("readme_tool", ROOT / "benchmarks" / "tables" / "readme.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -22,13 +22,13 @@ def readme() -> ModuleType:
 
 def test_readme_agrees_with_the_result_files(readme: ModuleType) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme.render(text) == text, "run python benchmarks/readme.py"
+    assert readme.render(text) == text, "run python benchmarks/tables/readme.py"
 
 
 def test_result_file_says_where_its_numbers_come_from(readme: ModuleType) -> None:
     result = json.loads(readme.LEARNING.read_text(encoding="utf-8"))
     assert re.fullmatch(r"[0-9a-f]{40}", result["commit"]) and result["machine"] and result["versions"]["torch"]
-    assert result["command"].startswith("python benchmarks/learning.py")
+    assert result["command"].endswith("learning.py") and result["command"].startswith("python ")
     assert {r["variant"] for r in result["runs"]} >= {"paper", "grpo"}
 
 

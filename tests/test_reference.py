@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LossInputs, make_inputs
+from helpers.inputs import LossInputs, make_inputs
 
-from mdpgrpo_fast import ops, reference
+import mdpgrpo_fast
+from mdpgrpo_fast import reference
 from mdpgrpo_fast.config import MDPGRPOConfig, preset
 
 GOLDEN = Path(__file__).parent / "data" / "method_golden.jsonl"
@@ -39,7 +40,7 @@ def test_golden_groups(golden: list[dict[str, Any]], dtype: torch.dtype, budget:
     for (g, *knobs), rows in batches.items():
         config = MDPGRPOConfig(num_generations=g, multi_temperature=False, **dict(knobs))
         k = torch.tensor([r["num_constraints"] for r in rows])
-        got = ops.advantages(torch.tensor([r["rewards"] for r in rows], dtype=dtype), k, config)
+        got = mdpgrpo_fast.advantages(torch.tensor([r["rewards"] for r in rows], dtype=dtype), k, config)
         for theirs, ours in names.items():
             expected = torch.tensor([r["expected"][theirs] for r in rows], dtype=torch.float64)
             error = (getattr(got, ours).double() - expected).abs().max()
@@ -86,7 +87,7 @@ def test_advantages_follow_the_equations(group_std: Any, knobs: dict[str, Any]) 
     config = MDPGRPOConfig(num_generations=4, group_std=group_std, **knobs)
     groups = [[0.25, 0.5, 0.5, 1.0], [0.0, 0.0, 0.0, 0.25], [1.0, 0.75, 1.0, 1.0], [0.5, 0.0, 1.0, 0.5]]
     k = [4, 4, 4, 2]
-    got = ops.advantages(torch.tensor(groups, dtype=torch.float64), torch.tensor(k), config)
+    got = mdpgrpo_fast.advantages(torch.tensor(groups, dtype=torch.float64), torch.tensor(k), config)
     table = torch.stack([got.z, got.delta, got.advantage, got.kl_beta], -1)
     expected = torch.tensor([advantage_oracle(g, n, config) for g, n in zip(groups, k, strict=True)])
     torch.testing.assert_close(table, expected.double(), rtol=0, atol=1e-6)
@@ -96,7 +97,7 @@ def test_advantages_follow_the_equations(group_std: Any, knobs: dict[str, Any]) 
 
 def test_hand_computed_group() -> None:
     """r = 0, 0, 0, 1 with K = 4: μ = 1/4, σ = √3/4, z = -1/√3 and √3; s = 1/2, δ = -1 and 1."""
-    got = ops.advantages(
+    got = mdpgrpo_fast.advantages(
         torch.tensor([[0.0, 0.0, 0.0, 1.0]], dtype=torch.float64), torch.tensor([4]), MDPGRPOConfig(num_generations=4)
     )
     low = 0.8 * 2.0 * math.tanh(-0.8 / math.sqrt(3)) + 0.2 * 2.0 * math.tanh(-0.8)
@@ -116,7 +117,7 @@ def test_constant_group_has_z_exactly_zero(dtype: torch.dtype, group_std: Any) -
         rewards = torch.tensor(REPEATED, dtype=dtype)[:, None].expand(-1, size)
         k = torch.full((len(REPEATED),), 4)
         config = preset("grpo", num_generations=size, group_std=group_std, asymmetric_kl=True)
-        got = ops.advantages(rewards, k, config)
+        got = mdpgrpo_fast.advantages(rewards, k, config)
         assert (got.z == 0).all() and (got.std == 0).all() and (got.advantage == 0).all()
         assert torch.equal(got.mean, rewards[:, 0])
         assert (got.kl_beta == torch.tensor(config.kl_beta_pos, dtype=dtype)).all(), "A = 0 takes β₊"
@@ -131,18 +132,18 @@ def test_rewards_equal_but_for_rounding_are_a_constant_group(dtype: torch.dtype)
     assert rewards.unique().numel() == 2
     for knobs in ({"goal_mean": "mean"}, {"dual_anchor": False}, {"dual_anchor": False, "group_std": "sample"}):
         config = MDPGRPOConfig(num_generations=4, **knobs)
-        got = ops.advantages(rewards, torch.tensor([4]), config)
+        got = mdpgrpo_fast.advantages(rewards, torch.tensor([4]), config)
         assert (got.z == 0).all() and (got.std == 0).all() and (got.advantage == 0).all(), knobs
         assert (got.kl_beta == torch.tensor(config.kl_beta_pos, dtype=dtype)).all()
     # The smallest step of a real reward is far above it.
-    real = ops.advantages(torch.tensor([[0.7, 0.7, 0.7, 0.7001]], dtype=dtype), torch.tensor([4]), config)
+    real = mdpgrpo_fast.advantages(torch.tensor([[0.7, 0.7, 0.7, 0.7001]], dtype=dtype), torch.tensor([4]), config)
     assert real.z[0, 3] > 0.4
 
 
 def test_constant_group_still_learns_from_the_goal() -> None:
     """Zero-variance collapse is repaired: an all-fail group is pushed down, an all-pass group up."""
     rewards = torch.tensor([[0.0] * 4, [1.0] * 4, [0.5] * 4], dtype=torch.float64)
-    got = ops.advantages(rewards, torch.tensor([3, 3, 2]), MDPGRPOConfig(num_generations=4))
+    got = mdpgrpo_fast.advantages(rewards, torch.tensor([3, 3, 2]), MDPGRPOConfig(num_generations=4))
     assert (got.z == 0).all()
     assert (got.advantage[0] < 0).all() and (got.advantage[1] > 0).all() and (got.advantage[2] == 0).all()
     assert got.kl_beta[:, 0].tolist() == [0.025, 0.01, 0.01]
@@ -151,8 +152,8 @@ def test_constant_group_still_learns_from_the_goal() -> None:
 def test_population_and_sample_deviation() -> None:
     rewards = torch.tensor([[0.0, 1.0, 1.0]], dtype=torch.float64)
     k = torch.tensor([1])
-    population = ops.advantages(rewards, k, MDPGRPOConfig(num_generations=3, multi_temperature=False))
-    sample = ops.advantages(rewards, k, preset("grpo", num_generations=3))
+    population = mdpgrpo_fast.advantages(rewards, k, MDPGRPOConfig(num_generations=3, multi_temperature=False))
+    sample = mdpgrpo_fast.advantages(rewards, k, preset("grpo", num_generations=3))
     assert population.std.item() == pytest.approx(math.sqrt(2) / 3, abs=1e-15)
     assert sample.std.item() == pytest.approx(math.sqrt(1 / 3), abs=1e-15)
     assert sample.advantage[0, 0].item() == pytest.approx(-(2 / 3) / (math.sqrt(1 / 3) + 1e-4), abs=1e-14)
@@ -162,9 +163,9 @@ def test_advantages_do_not_depend_on_order() -> None:
     g = torch.Generator().manual_seed(3)
     rewards, k = torch.randint(0, 5, (6, 8), generator=g).double() / 4, torch.randint(1, 6, (6,), generator=g)
     config = MDPGRPOConfig()
-    base = ops.advantages(rewards, k, config).advantage
+    base = mdpgrpo_fast.advantages(rewards, k, config).advantage
     prompts, slots = torch.randperm(6, generator=g), torch.randperm(8, generator=g)
-    moved = ops.advantages(rewards[prompts][:, slots], k[prompts], config).advantage
+    moved = mdpgrpo_fast.advantages(rewards[prompts][:, slots], k[prompts], config).advantage
     torch.testing.assert_close(moved, base[prompts][:, slots], rtol=0, atol=1e-14)
     bound = max(config.prospect_gain, config.prospect_loss)
     assert base.abs().max() <= bound
@@ -177,7 +178,7 @@ def test_invalid_samples_are_as_if_they_were_not_there(group_std: Any, lost: tup
     valid = torch.ones(1, 4, dtype=torch.bool)
     valid[0, list(lost)] = False
     knobs: dict[str, Any] = {"group_std": group_std, "goal_std": "binomial", "multi_temperature": False}
-    got = ops.advantages(
+    got = mdpgrpo_fast.advantages(
         rewards.masked_fill(~valid, math.nan), k, MDPGRPOConfig(num_generations=4, **knobs), valid=valid
     )
     for name in ("z", "delta", "advantage"):
@@ -188,7 +189,7 @@ def test_invalid_samples_are_as_if_they_were_not_there(group_std: Any, lost: tup
     if kept.shape[1] < 2:  # no group of one: its z is 0 and the goal anchor is all there is
         assert (got.z == 0).all() and got.mean.isfinite().all()
         return
-    small = ops.advantages(kept, k, MDPGRPOConfig(num_generations=kept.shape[1], **knobs))
+    small = mdpgrpo_fast.advantages(kept, k, MDPGRPOConfig(num_generations=kept.shape[1], **knobs))
     torch.testing.assert_close(got.advantage[valid], small.advantage[0], rtol=0, atol=1e-15)
     torch.testing.assert_close(got.z[valid], small.z[0], rtol=0, atol=1e-15)
     torch.testing.assert_close(torch.stack([got.mean, got.std]), torch.stack([small.mean, small.std]), rtol=0, atol=0)
@@ -198,16 +199,16 @@ def test_released_goal_scale_is_that_of_the_configured_group() -> None:
     """s = √(G/(4K)) names the knob G: a dropped sample does not change it."""
     rewards = torch.tensor([[0.0, 1.0, 1.0, 0.0]], dtype=torch.float64)
     valid = torch.tensor([[True, True, True, False]])
-    got = ops.advantages(rewards, torch.tensor([4]), MDPGRPOConfig(num_generations=4), valid=valid)
+    got = mdpgrpo_fast.advantages(rewards, torch.tensor([4]), MDPGRPOConfig(num_generations=4), valid=valid)
     assert got.delta[0].tolist() == pytest.approx([-1.0, 1.0, 1.0, 0.0])
 
 
 def test_half_precision_rewards_are_computed_in_float32() -> None:
     rewards = torch.tensor([[0.0, 0.25, 0.5, 1.0]])
     k, config = torch.tensor([4]), MDPGRPOConfig(num_generations=4)
-    low = ops.advantages(rewards.bfloat16(), k, config)
+    low = mdpgrpo_fast.advantages(rewards.bfloat16(), k, config)
     assert low.advantage.dtype == torch.float32
-    assert torch.equal(low.advantage, ops.advantages(rewards, k, config).advantage)
+    assert torch.equal(low.advantage, mdpgrpo_fast.advantages(rewards, k, config).advantage)
 
 
 # ---- token objective: the oracle ------------------------------------------------------------------------------------
@@ -281,7 +282,7 @@ def config_for(**knobs: Any) -> MDPGRPOConfig:
 def run(batch: LossInputs, config: MDPGRPOConfig, **more: Any) -> tuple[reference.TokenLoss, torch.Tensor]:
     """The loss through the public door and its gradient."""
     logits = batch.logits.detach().requires_grad_()
-    out = ops.token_loss(
+    out = mdpgrpo_fast.token_loss(
         logits, batch.tokens, batch.mask, config, **{"max_completion_length": MAX_LENGTH, **batch.given(), **more}
     )
     (grad,) = torch.autograd.grad(out.loss, logits)
@@ -374,11 +375,13 @@ def test_gradcheck(level: Any, aggregation: Any) -> None:
     taus = torch.tensor([0.5, 1.2, 1.0], dtype=torch.float64)
 
     def loss(x: torch.Tensor) -> torch.Tensor:
-        return ops.token_loss(x, batch.tokens, batch.mask, config, temperature=taus, softcap=4.0, **batch.given()).loss
+        return mdpgrpo_fast.token_loss(
+            x, batch.tokens, batch.mask, config, temperature=taus, softcap=4.0, **batch.given()
+        ).loss
 
     assert torch.autograd.gradcheck(loss, batch.logits.requires_grad_(), eps=1e-6, atol=1e-7)
     assert torch.autograd.gradcheck(
-        lambda x: ops.token_logprobs(x, batch.tokens, temperature=taus)[0], batch.logits, eps=1e-6, atol=1e-7
+        lambda x: mdpgrpo_fast.token_logprobs(x, batch.tokens, temperature=taus)[0], batch.logits, eps=1e-6, atol=1e-7
     )
 
 
@@ -414,7 +417,9 @@ def test_importance_weight_multiplies_the_policy_term_only(level: Any) -> None:
     torch.testing.assert_close(both[0].loss, 1.7 * policy_only[0].loss + kl_only[0].loss, rtol=1e-13, atol=0)
     torch.testing.assert_close(both[1], 1.7 * policy_only[1] + kl_only[1], rtol=1e-11, atol=1e-14)
     assert kl_only[1].abs().sum() > 0
-    assert not ops.token_loss(*list(batch)[:3], config, importance_weight=w, **batch.given()).loss.requires_grad
+    assert not mdpgrpo_fast.token_loss(
+        *list(batch)[:3], config, importance_weight=w, **batch.given()
+    ).loss.requires_grad
 
 
 def test_a_number_a_scalar_tensor_and_a_row_tensor_of_one_temperature_agree() -> None:
@@ -425,7 +430,7 @@ def test_a_number_a_scalar_tensor_and_a_row_tensor_of_one_temperature_agree() ->
         for out, grad in results[1:]:
             torch.testing.assert_close(out.loss, results[0][0].loss, rtol=1e-6, atol=0)
             torch.testing.assert_close(grad, results[0][1], rtol=1e-5, atol=1e-7)
-    a, b = (ops.token_logprobs(batch.logits, batch.tokens, temperature=t)[0] for t in (0.5, torch.tensor(0.5)))
+    a, b = (mdpgrpo_fast.token_logprobs(batch.logits, batch.tokens, temperature=t)[0] for t in (0.5, torch.tensor(0.5)))
     assert torch.equal(a, b)
 
 
@@ -514,7 +519,7 @@ def test_k3_overflow_is_clamped_and_counted(dtype: torch.dtype) -> None:
 
 def test_kl_is_zero_at_the_reference_and_k3_is_never_negative() -> None:
     batch = make_inputs(13)
-    at, _ = ops.token_logprobs(batch.logits, batch.tokens)
+    at, _ = mdpgrpo_fast.token_logprobs(batch.logits, batch.tokens)
     for estimator in ("k1", "k2", "k3"):
         assert reference.kl_penalty(at, at, estimator)[0].abs().max() == 0
     assert reference.kl_penalty(at, batch.kwargs["ref_logprobs"], "k3")[0].min() >= 0
@@ -574,7 +579,7 @@ def test_minus_infinite_logits_of_real_tokens() -> None:
     batch = make_inputs(16)
     banned = (batch.tokens + 1) % 11
     batch.logits.scatter_(2, banned[..., None], -math.inf)
-    logp, entropy = ops.token_logprobs(batch.logits, batch.tokens)
+    logp, entropy = mdpgrpo_fast.token_logprobs(batch.logits, batch.tokens)
     kept = batch.logits.log_softmax(-1)
     expected = -(kept.exp() * kept.masked_fill(kept == -math.inf, 0)).sum(-1)
     torch.testing.assert_close(entropy, expected)
@@ -634,8 +639,8 @@ def test_row_order_does_not_matter_and_rows_do_not_see_each_other() -> None:
     torch.testing.assert_close(moved.loss, out.loss, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(moved_grad, grad[order], rtol=1e-6, atol=1e-9)
     for i in range(4):
-        alone, entropy = ops.token_logprobs(batch.logits[i : i + 1, :3], batch.tokens[i : i + 1, :3])
-        together, entropies = ops.token_logprobs(batch.logits, batch.tokens)
+        alone, entropy = mdpgrpo_fast.token_logprobs(batch.logits[i : i + 1, :3], batch.tokens[i : i + 1, :3])
+        together, entropies = mdpgrpo_fast.token_logprobs(batch.logits, batch.tokens)
         assert torch.equal(alone[0], together[i, :3]) and torch.equal(entropy[0], entropies[i, :3])
 
 
@@ -660,7 +665,9 @@ def test_strided_logits() -> None:
     wide.requires_grad_()
     view = wide[:, :-1, :v]
     assert not view.is_contiguous()
-    got = ops.token_loss(view, batch.tokens, batch.mask, config, max_completion_length=MAX_LENGTH, **batch.given())
+    got = mdpgrpo_fast.token_loss(
+        view, batch.tokens, batch.mask, config, max_completion_length=MAX_LENGTH, **batch.given()
+    )
     got.loss.backward()
     assert torch.equal(got.loss, out.loss) and torch.equal(wide.grad[:, :-1, :v], grad)
     assert (wide.grad[:, -1] == 0).all() and (wide.grad[..., v:] == 0).all()
@@ -670,7 +677,7 @@ def test_loss_scale_reaches_the_gradient() -> None:
     """An accumulation factor or an AMP scaler scales the gradient, and the same logits serve a second consumer."""
     batch = make_inputs(23)
     logits = batch.logits.clone().requires_grad_()
-    loss = ops.token_loss(logits, batch.tokens, batch.mask, config_for(), **batch.given()).loss
+    loss = mdpgrpo_fast.token_loss(logits, batch.tokens, batch.mask, config_for(), **batch.given()).loss
     (one,) = torch.autograd.grad(loss, logits, retain_graph=True)
     (half,) = torch.autograd.grad(loss, logits, grad_outputs=torch.tensor(0.5, dtype=torch.float64), retain_graph=True)
     (many,) = torch.autograd.grad(loss * 65536.0 + logits.sum() * 0, logits)
@@ -702,7 +709,7 @@ def test_float32_is_as_exact_as_torch_itself() -> None:
     batch = make_inputs(25, dtype="float32", vocab=32003, scale=6.0)
     truth = batch.logits.double().log_softmax(-1).gather(-1, batch.tokens[..., None]).squeeze(-1)
     torchs = batch.logits.log_softmax(-1).gather(-1, batch.tokens[..., None]).squeeze(-1)
-    ours, _ = ops.token_logprobs(batch.logits, batch.tokens)
+    ours, _ = mdpgrpo_fast.token_logprobs(batch.logits, batch.tokens)
     assert (ours - truth).abs().max() <= (torchs - truth).abs().max() + 5e-6
     double = LossInputs(*(x.double() if x.is_floating_point() else x for x in batch), kwargs=batch.kwargs)
     out, grad = run(batch, config_for())
@@ -715,8 +722,8 @@ def test_entropy_of_known_distributions() -> None:
     uniform, certain = torch.zeros(1, 1, 8, dtype=torch.float64), torch.zeros(1, 1, 8, dtype=torch.float64)
     certain[..., 3] = 1e4
     token = torch.full((1, 1), 3)
-    assert ops.token_logprobs(uniform, token)[1].item() == pytest.approx(math.log(8))
-    logp, entropy = ops.token_logprobs(certain.requires_grad_(), token)
+    assert mdpgrpo_fast.token_logprobs(uniform, token)[1].item() == pytest.approx(math.log(8))
+    logp, entropy = mdpgrpo_fast.token_logprobs(certain.requires_grad_(), token)
     assert logp.item() == 0 and entropy.item() == 0 and not entropy.requires_grad
 
 

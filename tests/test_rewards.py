@@ -35,7 +35,7 @@ def test_constraint_reward_is_the_share_satisfied_by_position() -> None:
 
 def test_several_rewards_with_weights_and_columns() -> None:
     (row,), dropped = score(
-        ["constraints", "rewards_for_tests:length", "rewards_for_tests:column"], ['"Hi."'], weights=[1.0, 0.5, 10.0]
+        ["constraints", "helpers.rewards:length", "helpers.rewards:column"], ['"Hi."'], weights=[1.0, 0.5, 10.0]
     )
     assert row.parts == [1.0, 5.0, 3.0] and row.total == pytest.approx(1 + 2.5 + 30)
     assert row.satisfied == [True, True, True] and dropped == 0
@@ -43,7 +43,7 @@ def test_several_rewards_with_weights_and_columns() -> None:
 
 def test_chat_prompts_give_chat_completions() -> None:
     example = Example([{"role": "user", "content": "Hi"}], columns={"prompt": []})
-    (row,), _ = score(["rewards_for_tests:chat"], ["four"], example)
+    (row,), _ = score(["helpers.rewards:chat"], ["four"], example)
     assert row.total == 4.0 and row.satisfied is None
 
 
@@ -52,24 +52,24 @@ def test_chat_prompts_give_chat_completions() -> None:
     [("hang", "no answer within 1 s"), ("die", "exit code 7"), ("boom", "KeyError: 'no such thing'")],
 )
 def test_a_broken_scorer_costs_its_own_sample(name: str, reason: str) -> None:
-    rows, dropped = score([f"rewards_for_tests:{name}"], ["a", name, "b", "c"], timeout=1.0)
+    rows, dropped = score([f"helpers.rewards:{name}"], ["a", name, "b", "c"], timeout=1.0)
     assert [r.total for r in rows] == [1.0, None, 1.0, 1.0] and dropped == 1
     assert reason in (rows[1].problem or "")
 
 
 def test_a_reward_that_is_no_number_costs_its_sample() -> None:
-    (row,), dropped = score(["rewards_for_tests:text"], ["a"])
+    (row,), dropped = score(["helpers.rewards:text"], ["a"])
     assert row.total is None and dropped == 1 and "ValueError" in (row.problem or "")
 
 
 def test_a_dropped_sample_keeps_its_verdicts() -> None:
-    (row,), _ = score(["constraints", "rewards_for_tests:none_for_bad"], ['"Hi."'], on_bad_reward="drop")
+    (row,), _ = score(["constraints", "helpers.rewards:none_for_bad"], ['"Hi."'], on_bad_reward="drop")
     assert row.total is None and row.satisfied == [True, True, True]
 
 
 @pytest.mark.parametrize("name", ["none", "nan"])
 def test_none_and_nan_are_errors_unless_dropped(name: str) -> None:
-    spec = [f"rewards_for_tests:{name}"]
+    spec = [f"helpers.rewards:{name}"]
     with pytest.raises(RewardError, match=r"gave (None|nan) for prompt 'Say hi\.', response 'bad'"):
         score(spec, ["fine", "bad"])
     rows, dropped = score(spec, ["fine", "bad"], on_bad_reward="drop")
@@ -81,8 +81,8 @@ def test_none_and_nan_are_errors_unless_dropped(name: str) -> None:
     [
         ("lengths", "must be 'constraints' or module:function; got 'lengths'"),
         ("no_such_module_here:f", "cannot be loaded: No module named"),
-        ("rewards_for_tests:missing", "cannot be loaded: .*missing"),
-        ("rewards_for_tests:NOT_A_FUNCTION", "is not a function"),
+        ("helpers.rewards:missing", "cannot be loaded: .*missing"),
+        ("helpers.rewards:NOT_A_FUNCTION", "is not a function"),
     ],
 )
 def test_bad_reward_names(spec: str, message: str) -> None:

@@ -1,1 +1,1 @@
-"""Triton kernels, one file per op, with shared device helpers in `common`. `library` registers them with torch."""
+"""Kernels by backend: `triton`, and `cpu` and `cuda`, compiled from csrc/. `schemas` is what they share."""

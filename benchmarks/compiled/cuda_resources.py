@@ -1,0 +1,118 @@
+"""What csrc/cuda compiles to, without a GPU: registers, spills, local memory, and the instructions that matter.
+
+    python benchmarks/compiled/cuda_resources.py          # a table, and results/compiled/cuda_resources.json
+
+Exit code 1 if a kernel spills or uses local memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULT = ROOT / "benchmarks" / "results" / "compiled" / "cuda_resources.json"
+ARCHITECTURES = ("90a", "100a")
+ELEMENTS = {"BFloat16": "bf16", "Float16": "fp16", "Float32": "fp32"}
+
+
+def tool(name: str) -> str:
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        sys.exit("cuda_resources.py: there is no nvcc; it needs a CUDA toolkit")
+    beside = Path(nvcc).parent / name
+    if beside.exists():
+        return str(beside)
+    import triton.backends.nvidia  # brings the tools that a part of the toolkit lacks
+
+    return str(Path(triton.backends.nvidia.__file__).parent / "bin" / name)
+
+
+def run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stderr}")
+    return done.stdout + done.stderr
+
+
+def name_of(mangled: str) -> str:
+    """token_loss bf16, two temperatures, soft-cap: from the template arguments."""
+    elements = re.findall(r"\d(BFloat16|Float16|Float32)E", mangled)
+    two, cap = re.findall(r"Lb([01])E", mangled)[:2]
+    parts = [f"token_loss {ELEMENTS[elements[0]]}"]
+    return ", ".join(parts + ["two temperatures"] * int(two) + ["soft-cap"] * int(cap))
+
+
+def widths(lines: list[str], instruction: str) -> dict[str, int]:
+    """Bits of a memory instruction -> how many there are."""
+    found: collections.Counter[str] = collections.Counter()
+    for line in lines:
+        if opcode := re.search(rf"\b{instruction}(\.[A-Z0-9.]+)?\b", line):
+            width = re.search(r"\.[US]?(128|64|16|8)\b", opcode[0])
+            found[width[1] if width else "32"] += 1
+    return dict(sorted(found.items(), key=lambda x: int(x[0])))
+
+
+def compiled(sm: str, folder: Path) -> list[dict[str, Any]]:
+    cubin = folder / f"{sm}.cubin"
+    source = ROOT / "csrc" / "cuda" / "token_loss.cu"
+    run("nvcc", "-std=c++17", "-O3", f"-gencode=arch=compute_{sm},code=sm_{sm}", "-cubin", "-Werror=all-warnings",
+        str(source), "-o", str(cubin))  # fmt: skip
+    usage = run(tool("cuobjdump"), "-res-usage", str(cubin))
+    code = run(tool("cuobjdump"), "-sass", str(cubin))
+    functions = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", code, re.S))
+    found = []
+    for mangled, registers, stack, shared, local in re.findall(
+        r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage
+    ):
+        lines = functions[mangled].splitlines()
+        found.append(
+            {
+                "kernel": name_of(mangled),
+                "sm": sm,
+                "registers": int(registers),
+                "spilled": int(stack),
+                "local": int(local) + sum(bool(re.search(r"\b(LDL|STL)\b", x)) for x in lines),
+                "shared": int(shared),
+                "bulk_copies": sum("UBLKCP" in x for x in lines),
+                "cluster_barriers": sum("UCGABAR" in x for x in lines),
+                "loads": widths(lines, "LDS"),
+                "global_loads": widths(lines, "LDG"),
+                "stores": widths(lines, "STG"),
+            }
+        )
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=RESULT, help="where the JSON goes")
+    output = parser.parse_args(argv).output
+    with tempfile.TemporaryDirectory() as folder:
+        kernels = [k for sm in ARCHITECTURES for k in compiled(sm, Path(folder))]
+    version = re.search(r"release ([\d.]+)", run("nvcc", "--version"))
+    document = {
+        "command": "python benchmarks/compiled/cuda_resources.py",
+        "nvcc": version and version[1],
+        "kernels": kernels,
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    numbers = ("registers", "spilled", "local", "bulk_copies")
+    print(f"{'kernel':45} {'sm':>5} {' '.join(f'{n:>11}' for n in numbers)}  bits of shared loads, of stores")
+    for k in kernels:
+        counts = " ".join(f"{k[n]:>11}" for n in numbers)
+        print(f"{k['kernel']:45} {k['sm']:>5} {counts}  {k['loads']} {k['stores']}")
+    return int(any(k["spilled"] or k["local"] for k in kernels))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Triton kernels, one module per op; `rows` and `method` hold device functions, `library` registers the ops."""

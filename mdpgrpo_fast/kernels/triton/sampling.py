@@ -1,0 +1,98 @@
+"""One token a row by Gumbel-max, with its log-probs at the row's temperature and at 1: one read of the logits."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .rows import LOG2E, NEG_INF, _accumulate, _columns, _gap, _tile
+from .tiles import launch_options, on_device
+from .tuning import tile_for
+
+
+@triton.jit
+def _race(z, columns, best, choice, seed, row, tau, NOISE: tl.constexpr, AXIS: tl.constexpr):
+    """One tile into each thread's best z / τ + Gumbel noise, and the column it is at; the first of equals."""
+    key = z / tau
+    if NOISE:
+        # Half a step up: never log 0. Small values have the resolution, so -log(E) and not -log(-log(u)) of u near 1.
+        u = tl.rand(seed, row * (1 << 32) + columns) + 2.3283064e-10
+        # E = -log(1 - u), by its series where 1 - u has no digits left.
+        key -= tl.log(tl.where(u < 1e-3, u * (1.0 + u * (0.5 + u * 0.33333334)), -tl.log(1.0 - u)))
+    top = tl.max(key, axis=AXIS)
+    first = tl.min(tl.where(key == (top[:, None] if AXIS == 1 else top[None, :]), columns, 2147483647), axis=AXIS)
+    return tl.maximum(best, top), tl.where(top > best, first, choice)
+
+
+@triton.jit(do_not_specialize=["n_rows", "tiles"], do_not_specialize_on_alignment=["temperature_ptr"])
+def _sample_kernel(
+    logits_ptr, temperature_ptr, seed_ptr, tokens_ptr, logprobs_ptr, n_rows, tiles, stride_l, NOISE: tl.constexpr,
+    V: tl.constexpr, BLOCK_V: tl.constexpr, WIDTH: tl.constexpr, AXIS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """NOISE: a draw at the row's τ; else the most likely token, both log-probs at 1."""
+    row = tl.program_id(0).to(tl.int64)
+    logits = logits_ptr + row * stride_l
+    tau, seed = 1.0, 0
+    if NOISE:
+        tau = tl.load(temperature_ptr + row).to(tl.float32)
+        tau = tl.where(tau > 0, tau, float("nan"))
+        seed = tl.load(seed_ptr)
+    k = LOG2E / tau
+    top = tl.full((BLOCK_V // WIDTH,), NEG_INF, tl.float32)
+    total = tl.zeros((BLOCK_V // WIDTH,), tl.float32)
+    moment = tl.zeros((BLOCK_V // WIDTH,), tl.float32)
+    total_policy = tl.zeros((BLOCK_V // WIDTH,), tl.float32)
+    best = tl.full((BLOCK_V // WIDTH,), NEG_INF, tl.float32)
+    choice = tl.zeros((BLOCK_V // WIDTH,), tl.int32)
+    for i in tl.range(0, tiles, num_stages=STAGES):
+        z, _ = _tile(logits, i * BLOCK_V, 0.0, "evict_first", False, False, V, BLOCK_V, WIDTH, AXIS)
+        top, total, moment, total_policy = _accumulate(z, top, total, moment, total_policy, k, LOG2E, NOISE, AXIS)
+        columns = _columns(i * BLOCK_V, BLOCK_V, WIDTH, AXIS)
+        best, choice = _race(z, columns, best, choice, seed, row, tau, NOISE, AXIS)
+    if V % BLOCK_V != 0:
+        z, _ = _tile(logits, V // BLOCK_V * BLOCK_V, 0.0, "evict_first", True, False, V, BLOCK_V, WIDTH, AXIS)
+        top, total, moment, total_policy = _accumulate(z, top, total, moment, total_policy, k, LOG2E, NOISE, AXIS)
+        columns = _columns(V // BLOCK_V * BLOCK_V, BLOCK_V, WIDTH, AXIS)
+        best, choice = _race(z, columns, best, choice, seed, row, tau, NOISE, AXIS)
+    peak = tl.max(top, axis=0)
+    gap = _gap(top, peak)
+    token = tl.min(tl.where(best == tl.max(best, axis=0), choice, V), axis=0)
+    # Rows of NaN have no best: a token in range, and NaN for its log-probs.
+    token = tl.where(token < V, token, 0)
+    d = tl.load(logits + token).to(tl.float32) - peak
+    log_total = tl.log(tl.sum(total * tl.exp2(gap * k), axis=0))
+    log_total_policy = log_total
+    if NOISE:
+        log_total_policy = tl.log(tl.sum(total_policy * tl.exp2(gap * LOG2E), axis=0))
+    tl.store(tokens_ptr + row, token.to(tl.int64))
+    tl.store(logprobs_ptr + row, d / tau - log_total)
+    tl.store(logprobs_ptr + tl.cast(n_rows, tl.int64) + row, d - log_total_policy)
+
+
+def launch_sample(logits: Tensor, temperature: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Token (R,) int64 of each row, its log-prob at the row's temperature and at 1, float32.
+
+    logits (R, V) with unit stride in V; temperature (R,), None: the most likely token. Noise from torch's generator of
+    the device, without a wait for it.
+    """
+    n, vocab = logits.shape
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    tokens = torch.empty(n, dtype=torch.int64, device=logits.device)
+    logprobs = torch.empty(2, n, dtype=torch.float32, device=logits.device)
+    seed = None
+    if temperature is not None:
+        temperature = temperature.contiguous()
+        seed = torch.randint(2**62, (1,), device=logits.device)
+    tile = tile_for(vocab, logits.dtype, logits.device)
+    options = launch_options(tile._replace(programs=0), logits)
+    del options["PERSISTENT"]
+    if n:
+        with on_device(logits.device):
+            _sample_kernel[(n,)](
+                logits, temperature, seed, tokens, logprobs, n, vocab // tile.block_v, logits.stride(0),
+                NOISE=temperature is not None, **options,
+            )  # fmt: skip
+    return tokens, logprobs[0], logprobs[1]

@@ -1,0 +1,1 @@
+"""Causal language models: loading, the policy around one, its head, adapters, packed forward passes."""

@@ -1,0 +1,262 @@
+"""Checks at the public doors: a ValueError that names the argument, what came and what is expected.
+
+Shapes and dtypes are always checked. Values are looked at where that is free, on the CPU, and elsewhere on request: on
+a GPU the look would wait for all work before it. Unlooked-at bad values there give a NaN loss, not a plausible one.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from ..config import ConfigError, MDPGRPOConfig
+
+Shape = tuple[int, ...]
+
+
+def refuse(name: str, got: Any, expected: str) -> NoReturn:
+    """Called where something does not fit: the words are put together only then, so that checks trace under compile."""
+    raise ValueError(f"{name} must be {expected}; got {got}")
+
+
+def check_shape(name: str, x: Tensor | None, *shapes: Shape) -> None:
+    """x, if there is one, has one of the shapes."""
+    if x is not None and tuple(x.shape) not in shapes:
+        refuse(name, f"shape {tuple(x.shape)}", f"of shape {' or '.join(str(s) for s in dict.fromkeys(shapes))}")
+
+
+def check_integers(name: str, x: Tensor) -> None:
+    if x.dtype not in (torch.int32, torch.int64):
+        refuse(name, x.dtype, "int32 or int64")
+
+
+def check_floating(name: str, x: Tensor) -> None:
+    if not x.is_floating_point():
+        refuse(name, x.dtype, "floating point")
+
+
+def look(x: Tensor, check_values: bool | None) -> bool:
+    """Whether to look at the values of x. Never while compiling, where a look would break the graph."""
+    return (x.device.type == "cpu" if check_values is None else check_values) and not torch.compiler.is_compiling()
+
+
+def check_range(name: str, x: Tensor, count: int, check_values: bool | None) -> None:
+    """Integers in [0, count)."""
+    if look(x, check_values) and x.numel():
+        low, high = int(x.min()), int(x.max())
+        if low < 0 or high >= count:
+            refuse(name, f"range {low} to {high}", f"in [0, {count})")
+
+
+def check_device(reference: Tensor, called: str = "logits", /, **others: Tensor | float | None) -> None:
+    for name, x in others.items():
+        if isinstance(x, Tensor) and x.ndim and x.device != reference.device:
+            refuse(name, f"device {x.device}", f"on {reference.device}, as {called} are")
+
+
+def check_rewards(
+    rewards: Tensor, num_constraints: Tensor, valid: Tensor | None, group_size: int, check_values: bool | None
+) -> None:
+    """rewards (P, G), num_constraints (P,), valid (P, G)."""
+    if rewards.ndim != 2:
+        refuse("rewards", f"shape {tuple(rewards.shape)}", "of shape (P, G)")
+    check_floating("rewards", rewards)
+    if rewards.shape[1] != group_size:
+        refuse("rewards", f"G = {rewards.shape[1]}", f"(P, G) with G = num_generations = {group_size}")
+    check_shape("num_constraints", num_constraints, (rewards.shape[0],))
+    check_shape("valid", valid, tuple(rewards.shape))
+    if valid is not None and valid.dtype != torch.bool:
+        refuse("valid", valid.dtype, "bool")
+    if look(rewards, check_values):
+        counted = rewards if valid is None else rewards.masked_fill(~valid, 0)
+        if not bool(counted.isfinite().all()):
+            refuse("rewards", "NaN or infinity", "finite (pass valid= to leave samples out)")
+        if not bool((num_constraints >= 1).all()):
+            refuse("num_constraints", num_constraints.tolist(), "at least 1")
+
+
+def check_groups(groups: Tensor, rewards: Tensor, group_size: int) -> None:
+    """groups (B,): each of the groups 0 .. P-1 has exactly G completions.
+
+    Always looked at but while compiling, also on a GPU: a wrong map gives plausible and wrong statistics.
+    """
+    if rewards.ndim != 1:
+        refuse("rewards", f"shape {tuple(rewards.shape)}", "of shape (B,) where groups are given")
+    check_shape("groups", groups, tuple(rewards.shape))
+    check_integers("groups", groups)
+    if torch.compiler.is_compiling():
+        return
+    ids, sizes = groups.unique(return_counts=True)
+    for group, size in zip(ids.tolist(), sizes.tolist(), strict=True):
+        if size != group_size:
+            expected = f"a map in which every group has G = num_generations = {group_size} completions"
+            refuse("groups", f"group {group} of size {size}", expected)
+    if ids.tolist() != list(range(len(ids))):
+        refuse("groups", f"group ids {ids.tolist()[:8]}", f"numbered 0 to {len(ids) - 1}")
+
+
+def check_logits(
+    logits: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None,
+    completion: Tensor | None,
+    num_completions: int | None,
+    temperature: Tensor | float,
+    softcap: float | None,
+    check_values: bool | None,
+    name: str = "logits",
+    vocab: int | None = None,
+) -> tuple[Shape, int]:
+    """Padded (B, L, V), or packed (T, V) with a completion map. Returns the shape of the rows and B.
+
+    For hidden states (B, L, D) or (T, D) with their name, and the vocabulary of the head that comes after.
+    """
+    last = "V" if vocab is None else "D"
+    if logits.ndim != (3 if completion is None else 2):
+        packed = f"of shape (T, {last}) with completion="
+        padded = f"of shape (B, L, {last}), or (T, {last}) with completion="
+        refuse(name, f"shape {tuple(logits.shape)}", padded if completion is None else packed)
+    check_floating(name, logits)
+    rows, width = tuple(logits.shape[:-1]), logits.shape[-1]
+    if width < 1:
+        refuse(name, f"shape {tuple(logits.shape)}", "of at least one column")
+    check_shape("tokens", tokens, rows)
+    check_integers("tokens", tokens)
+    check_shape("mask", mask, rows)
+    if softcap is not None and not softcap > 0:
+        refuse("softcap", softcap, "above 0, or None")
+    if completion is None:
+        if num_completions is not None:
+            refuse("num_completions", num_completions, f"left out for padded {name}")
+        count = rows[0]
+    else:
+        check_shape("completion", completion, rows)
+        check_integers("completion", completion)
+        if num_completions is None:
+            refuse("num_completions", None, f"given for packed {name}, or follow from rewards")
+        if num_completions < 1 and rows[0] > 0:
+            refuse("num_completions", num_completions, f"at least 1, as there are {rows[0]} rows")
+        count = num_completions
+        check_range("completion", completion, count, check_values)
+    check_knob("temperature", temperature, rows, count, check_values, positive=True)
+    check_range("tokens", tokens, width if vocab is None else vocab, check_values)
+    check_device(logits, name, tokens=tokens, mask=mask, completion=completion, temperature=temperature)
+    return rows, count
+
+
+def check_objective(
+    like: Tensor,
+    rows: Shape,
+    count: int,
+    config: MDPGRPOConfig,
+    completion: Tensor | None,
+    max_completion_length: int | None,
+    check_values: bool | None,
+    name: str = "logits",
+    *,
+    denominator: Tensor | float | None,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    importance_weight: Tensor | None,
+    epsilon_low: Tensor | float | None,
+    epsilon_high: Tensor | float | None,
+) -> None:
+    """What the objective takes beside the rows. like: the tensor, called name, on whose device all must be."""
+    if max_completion_length is None and completion is not None:
+        if config.aggregation == "dr_grpo" and denominator is None:
+            refuse("max_completion_length", None, f"given for packed {name} with aggregation = dr_grpo")
+    elif max_completion_length is not None and max_completion_length < 1:
+        refuse("max_completion_length", max_completion_length, "at least 1")
+    check_shape("old_logprobs", old_logprobs, rows)
+    check_shape("ref_logprobs", ref_logprobs, rows)
+    check_shape("importance_weight", importance_weight, rows)
+    if isinstance(denominator, Tensor) and denominator.numel() != 1:
+        refuse("denominator", f"shape {tuple(denominator.shape)}", "a number or a scalar tensor")
+    check_knob("epsilon_low", epsilon_low, rows, count, check_values)
+    check_knob("epsilon_high", epsilon_high, rows, count, check_values)
+    if config.temperature_objective == "corrected" and importance_weight is None:
+        raise ConfigError("importance_weight is required by temperature_objective = corrected")
+    check_device(like, name, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, importance_weight=importance_weight,
+                 epsilon_low=epsilon_low, epsilon_high=epsilon_high)  # fmt: skip
+
+
+def check_knob(
+    name: str, x: Tensor | float | None, rows: Shape, count: int, check_values: bool | None, positive: bool = False
+) -> None:
+    """A number, or a tensor with one value per completion (B,) or per row."""
+    if isinstance(x, Tensor):
+        if x.ndim:
+            check_shape(name, x, (count,), rows)
+        if positive and look(x, check_values) and not bool((x > 0).all()):
+            refuse(name, x.tolist(), "above 0 in every row")
+    elif positive and (x is None or not 0 < x < float("inf")):
+        refuse(name, x, "above 0")
+
+
+def check_advantages(
+    rewards: Tensor | None,
+    num_constraints: Tensor | None,
+    valid: Tensor | None,
+    groups: Tensor | None,
+    advantage: Tensor | float | None,
+    kl_beta: Tensor | float | None,
+    rows: Shape,
+    count: int,
+) -> None:
+    """Either rewards with their num_constraints, or advantage and kl_beta."""
+    for name, x in (("advantage", advantage), ("kl_beta", kl_beta)):
+        if rewards is None and x is None:
+            refuse(name, None, "given, or rewards")
+        if rewards is not None and x is not None:
+            refuse(name, "both it and rewards", "left out where rewards are given")
+        check_knob(name, x, rows, count, None)
+    if rewards is not None and num_constraints is None:
+        refuse("num_constraints", None, "given with rewards")
+    if rewards is not None and rewards.numel() != count:
+        refuse("rewards", f"{rewards.numel()} rewards", f"one for each of {count} completions")
+    for name, extra in (("num_constraints", num_constraints), ("valid", valid), ("groups", groups)):
+        if rewards is None and extra is not None:
+            refuse(name, "a tensor", "given with rewards only")
+
+
+def check_in_place(logits: Tensor) -> None:
+    if logits.stride(-1) != 1:
+        refuse("in_place", f"True with logits of stride {logits.stride()}", "off without unit stride in V")
+    if logits.dtype == torch.float16:
+        refuse("in_place", "True with float16", "off: a float16 gradient underflows before it is scaled")
+    base = logits if logits._base is None else logits._base
+    if base.is_leaf and base.requires_grad:
+        refuse("in_place", "True with logits that are a leaf", "off for a leaf, whose gradient would be itself")
+    extent = 1
+    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
+        if size > 1:
+            if stride < extent:
+                refuse("in_place", f"True with logits of stride {logits.stride()}", "off where rows overlap")
+            extent = stride * size
+
+
+def _place(logits: Tensor) -> tuple[Tensor, tuple[object, ...]]:
+    """The tensor whose memory it is, and where in it: two views of one slice are the same place."""
+    base = logits if logits._base is None else logits._base
+    return base, (logits.storage_offset(), tuple(logits.shape), logits.stride())
+
+
+def mark_overwritten(logits: Tensor) -> None:
+    if torch.compiler.is_compiling() or logits.is_inference():  # inference tensors count no versions
+        return
+    base, place = _place(logits)
+    version, places = getattr(base, "_overwritten", (-1, []))
+    # The write has moved the version by one. By more, and someone has filled the memory again.
+    kept: list[object] = places if version + 1 == logits._version else []
+    base._overwritten = (logits._version, [*kept, place])  # type: ignore[attr-defined]
+
+
+def refuse_overwritten(logits: Tensor) -> None:
+    if torch.compiler.is_compiling() or logits.is_inference():  # inference tensors count no versions
+        return
+    base, place = _place(logits)
+    version, places = getattr(base, "_overwritten", (-1, []))
+    if version == logits._version and place in places:
+        refuse("logits", "logits that hold their gradient, after token_loss(in_place=True)", "logits")

@@ -1,0 +1,302 @@
+"""The loop behind `linear_token_loss`: rows in chunks, their logits in a reused workspace, gradients while it is hot.
+
+A chunk's logits become the gradient of ℓ in place, without the weights of its rows: those are applied to the two small
+matrices that are made of it, hidden (n, D) before d weight and d hidden (n, D) after. So nothing about a row has to be
+known before its logits are read, and nothing is read twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...kernels import onednn
+from . import sharded
+from .engines import Engine, Rows, Weighed, logprobs_of
+
+# Rows of one tile of a GPU's matmul, and the most rows of one matmul for logits. That matmul has the same size for
+# every chunk, the last one padded: the order of its sums, and so a row's log-prob, never depends on the batch.
+TILE, CALL = 128, 512
+# Of a CPU's: rows in fours or eights are summed in the same order wherever they are.
+CPU_TILE = 16
+# Columns of the weight that are widened to float32 at once where a device has no mixed matmul.
+SLAB = 2048
+
+
+class Chunking(NamedTuple):
+    rows: int  # most rows of a chunk
+    call: int  # rows of one matmul for logits; rows are padded to a multiple of it
+
+
+class Needs(NamedTuple):
+    """Which gradients are asked for."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of a gradient until the loss scale has reached it: float16 has no room for one before."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def bytes_per_row(vocab: int, dtype: torch.dtype, fp32_logits: bool) -> int:
+    """Of the workspace: logits, and apart from them their gradient where it has another dtype."""
+    return vocab * (dtype.itemsize + 4 if fp32_logits and dtype.itemsize == 2 else dtype.itemsize)
+
+
+def chunking(width: int, row_bytes: int, budget: int, device: torch.device) -> Chunking:
+    """As many rows as the budget holds, in whole tiles; on a GPU fewer where the d hidden matmul fills it better."""
+    most = max(1, budget // row_bytes)
+    if device.type != "cuda":
+        return Chunking(most, most) if most < CPU_TILE else Chunking(most // CPU_TILE * CPU_TILE, CPU_TILE)
+    if most < TILE:
+        return Chunking(most, most)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+
+    def filled(rows: int) -> float:
+        tiles = rows // TILE * -(-width // (2 * TILE))
+        return tiles / (-(-tiles // processors) * processors)
+
+    # The number of tiles that takes least time per row; more rows where two are as good.
+    calls = -(-(most // TILE) // (CALL // TILE))
+    call = most // calls // TILE * TILE
+    rows = max((n * call for n in range((calls + 1) // 2, calls + 1)), key=lambda n: (round(filled(n), 2), n))
+    return Chunking(rows, call)
+
+
+def plan(n_rows: int, chunk: int, extents: list[int] | None) -> list[tuple[int, int]] | None:
+    """Ranges of rows. With extents, the rows of each completion in order, none is divided; None if one has to be."""
+    if extents is None:
+        return [(start, min(start + chunk, n_rows)) for start in range(0, n_rows, chunk)]
+    if max(extents, default=0) > chunk:
+        return None
+    found, start, stop = [], 0, 0
+    for extent in extents:
+        if stop + extent - start > chunk:
+            found.append((start, stop))
+            start = stop
+        stop += extent
+    return [*found, (start, stop)] if stop > start else found
+
+
+# ---- matmuls --------------------------------------------------------------------------------------------------------
+
+
+def into_logits(
+    out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float
+) -> None:  # fmt: skip
+    """out (n, V) = scale (hidden weightᵀ + bias), rounded once to the dtype of out."""
+    if out.dtype == hidden.dtype:
+        start = out if bias is None else bias
+        torch.addmm(start, hidden, weight.t(), beta=0 if bias is None else scale, alpha=scale, out=out)
+        return
+    if out.device.type == "cuda":
+        torch.ops.aten.mm.dtype_out(hidden, weight.t(), out.dtype, out=out)
+    else:
+        wide = hidden.to(out.dtype)
+        for at in range(0, len(weight), SLAB):
+            torch.mm(wide, weight[at : at + SLAB].t().to(out.dtype), out=out[:, at : at + SLAB])
+    if bias is not None:
+        out += bias
+    if scale != 1:
+        out *= scale
+
+
+def accumulate(out: Tensor, gradient: Tensor, hidden: Tensor, first: bool) -> None:
+    """out (V, D) (+)= gradientᵀ (n, V) hidden (n, D), in the dtype of out."""
+    beta = 0 if first else 1
+    if out.dtype == gradient.dtype:
+        torch.addmm(out, gradient.t(), hidden, beta=beta, out=out)
+    elif out.device.type == "cuda":
+        # addmm refuses a float32 sum of bfloat16 products in some releases of torch, baddbmm in none.
+        torch.ops.aten.baddbmm.dtype_out(
+            out[None], gradient.t()[None], hidden[None], out.dtype, beta=beta, out=out[None]
+        )  # fmt: skip
+    else:
+        wide = hidden.to(out.dtype)
+        for at in range(0, len(out), SLAB):
+            part = out[at : at + SLAB]
+            torch.addmm(part, gradient[:, at : at + SLAB].t().to(out.dtype), wide, beta=beta, out=part)
+
+
+class Head:
+    """hidden (B, L, D), of which some rows take part, and the linear layer after it, chunk by chunk.
+
+    index: (N,) the rows that take part, flat; None: all. The matmuls have the dtype of hidden.
+    """
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor | None, rows: Rows, scale: float,
+        needs: Needs, chunks: list[tuple[int, int]], size: Chunking, fp32_logits: bool, group: str,
+    ) -> None:  # fmt: skip
+        self.hidden, self.index, self.rows, self.scale = hidden, index, rows, scale
+        self.weight, self.bias = (None if x is None else x.detach().to(hidden.dtype) for x in (weight, bias))
+        self.group, self.size = group, size
+        vocab, width, device = len(weight), hidden.shape[2], hidden.device
+        most = max((stop - start for start, stop in chunks), default=0)
+        wide = fp32_logits and hidden.dtype.itemsize == 2
+        self.logits: Tensor | None = torch.empty(
+            -(-most // size.call) * size.call, vocab, dtype=torch.float32 if wide else hidden.dtype, device=device
+        )
+        self.gradient = torch.empty(most, vocab, dtype=hidden.dtype, device=device) if wide and any(needs) else None
+        kept = kept_dtype(hidden.dtype)
+        self.d_hidden = self.d_weight = self.d_bias = None
+        if needs.hidden:
+            make = torch.empty if index is None else torch.zeros
+            self.d_hidden = make(hidden.shape, dtype=kept, device=device)
+        # Sums over chunks are kept in float32; a single one is no sum.
+        summed = kept if len(chunks) == 1 and weight.dtype == hidden.dtype else torch.promote_types(kept, torch.float32)
+        self.weight_dtype = kept_dtype(weight.dtype)
+        if needs.weight:
+            make = torch.empty if chunks else torch.zeros
+            self.d_weight = make(vocab, width, dtype=summed, device=device)
+        if needs.bias:
+            make = torch.empty if chunks else torch.zeros
+            self.d_bias = make(vocab, dtype=summed, device=device)
+        self.first = True
+
+    def take(self, start: int, stop: int) -> Tensor:
+        """(n, D) hidden states of rows, 0 where a row does not count."""
+        _, length, width = self.hidden.shape
+        if self.index is not None:
+            at = self.index[start:stop]
+            h = self.hidden[at.div(length, rounding_mode="floor"), at % length]
+        elif self.hidden.is_contiguous():
+            h = self.hidden.view(-1, width)[start:stop]
+        else:
+            at = torch.arange(start, stop, device=self.hidden.device)
+            h = self.hidden[at.div(length, rounding_mode="floor"), at % length]
+        mask = self.rows.mask
+        # What a masked row holds may be NaN, and NaN times no weight would still be NaN.
+        return h if mask is None else h.masked_fill(~mask[start:stop, None], 0)
+
+    def forward(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """(n, D) hidden states and (n, V) logits of rows; the logits are overwritten by the next chunk's."""
+        h, call = self.take(start, stop), self.size.call
+        n = len(h)
+        if n % call:
+            h = torch.nn.functional.pad(h, (0, 0, 0, -n % call))
+        # On the CPU a call is a tile, and all tiles are one matmul.
+        step = call if h.device.type == "cuda" else len(h)
+        assert self.weight is not None and self.logits is not None
+        for at in range(0, len(h), max(1, step)):
+            into_logits(self.logits[at : at + step], h[at : at + step], self.weight, self.bias, self.scale)
+        return h[:n], self.logits[:n]
+
+    def target(self, z: Tensor) -> Tensor:
+        """Where the gradient of the logits z goes: over them, or beside them where they have another dtype."""
+        return z if self.gradient is None else self.gradient[: len(z)]
+
+    def backward(self, g: Tensor, h: Tensor, weights: Tensor, unit: float | Tensor, start: int, stop: int) -> None:
+        """From g (n, V), the gradient of each row's ℓ, and weights (n,): d hidden, d weight, d bias.
+
+        unit: what all weights are divided by before they meet a dtype of little range.
+        """
+        assert self.weight is not None
+        weights = weights * self.scale if self.scale != 1 else weights
+        if self.d_hidden is not None:
+            d = (onednn.mm(g, self.weight) * weights[:, None]).to(self.d_hidden.dtype)
+            flat = self.d_hidden.view(-1, d.shape[1])
+            if self.index is None:
+                flat[start:stop] = d
+            else:
+                flat.index_copy_(0, self.index[start:stop], d)
+        small = weights / unit
+        if self.d_weight is not None:
+            accumulate(self.d_weight, g, (h * small[:, None]).to(h.dtype), self.first)
+        if self.d_bias is not None:
+            accumulate(self.d_bias[:, None], g, small[:, None].to(h.dtype), self.first)
+        self.first = False
+
+    def gradients(self, unit: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of hidden, weight and bias, each empty where it is not needed; float16 ones as float32."""
+        # Room for the copy in another dtype.
+        self.logits = self.gradient = self.weight = None
+        if self.d_hidden is not None and self.group:
+            sharded.sum_over_ranks(self.d_hidden, self.group)
+        found = []
+        for x in (self.d_weight, self.d_bias):
+            if x is not None:
+                x = x.mul_(unit) if isinstance(unit, Tensor) else x
+                x = x.to(self.weight_dtype)
+            found.append(self.hidden.new_empty(0) if x is None else x)
+        return (self.hidden.new_empty(0) if self.d_hidden is None else self.d_hidden, *found)  # type: ignore[return-value]
+
+
+# ---- passes over all chunks -----------------------------------------------------------------------------------------
+
+
+def score(head: Head, engine: Engine, z: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    """ℓ (n,) and (5, n) statistics of whole rows, wherever their columns are; 0 where a row does not count."""
+    if not head.group:
+        return engine.score(z, rows)
+    s, tau = engine.settings, engine.temperature(rows)
+    statistics = sharded.merge(engine.score(z, rows)[1], rows.tokens, z.shape[1], tau, s.kl_temperature, head.group)
+    logprobs = logprobs_of(statistics, tau)
+    if rows.mask is not None:
+        statistics.masked_fill_(~rows.mask, 0)
+        logprobs.masked_fill_(~rows.mask, 0)
+    return logprobs, statistics
+
+
+def joined(scores: list[tuple[Tensor, Tensor]], like: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """ℓ (N,) and statistics (5, N) of all chunks."""
+    if not scores:
+        return like.new_zeros(0, dtype=dtype), like.new_zeros(5, 0, dtype=dtype)
+    logprobs, statistics = zip(*scores, strict=True)
+    return torch.cat(logprobs), torch.cat(statistics, 1)
+
+
+def score_all(head: Head, engine: Engine, chunks: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    """ℓ (N,) and (5, N) statistics: one matmul."""
+    scores = [score(head, engine, head.forward(a, b)[1], head.rows.part(a, b)) for a, b in chunks]
+    return joined(scores, head.hidden, engine.dtype)
+
+
+def weigh_all(
+    head: Head,
+    engine: Engine,
+    chunks: list[tuple[int, int]],
+    lengths: Tensor,
+    denominator: Tensor,
+    unit: float | Tensor,
+) -> Iterator[Weighed]:
+    """The objective of every chunk, its logits read once, and the gradients on the way: three matmuls at the most."""
+    s, count = engine.settings, len(lengths)
+    for a, b in chunks:
+        rows = head.rows.part(a, b)
+        h, z = head.forward(a, b)
+        g = head.target(z)
+        if s.two or head.group:
+            # ℓ at two temperatures are mixed by their weights, which follow from the whole row.
+            logprobs, statistics = score(head, engine, z, rows)
+            weighed = engine.objective(logprobs, statistics, rows, lengths, denominator, count)
+            head.backward(g, h, mix(engine, z, g, statistics, weighed.weights, rows), unit, a, b)
+        else:
+            weighed = engine.objective(*engine.unit(z, g, rows), rows, lengths, denominator, count)
+            head.backward(g, h, weighed.weights[0], unit, a, b)
+        yield weighed
+
+
+def backward_all(
+    head: Head, engine: Engine, chunks: list[tuple[int, int]], statistics: Tensor, weights: Tensor, unit: float | Tensor
+) -> None:
+    """The gradients where all statistics and weights (1 or 2, N) are known: the logits once more, two matmuls after."""
+    for a, b in chunks:
+        h, z = head.forward(a, b)
+        g, part = head.target(z), statistics[:, a:b].contiguous()
+        size = mix(engine, z, g, part, weights[:, a:b], head.rows.part(a, b))
+        head.backward(g, h, size, unit, a, b)
+
+
+def mix(engine: Engine, z: Tensor, g: Tensor, statistics: Tensor, weights: Tensor, rows: Rows) -> Tensor:
+    """The weighted gradient of rows into g, divided by the size of their weights, which is returned: (n,)."""
+    size = weights.abs().sum(0)
+    # A row without weight is 0; one whose weight is NaN stays so.
+    engine.mix(z, g, statistics, weights / torch.where(size == 0, 1, size), rows)
+    return size

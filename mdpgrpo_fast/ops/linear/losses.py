@@ -1,0 +1,324 @@
+"""The objective straight from hidden states and lm_head: never more logits than those of a chunk of rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ...config import MDPGRPOConfig
+from ...reference import TokenLoss
+from ..advantages import advantages_of, grouped_rewards
+from ..backends import choose
+from ..checks import check_advantages, check_device, check_objective
+from . import sharded
+from .checks import Lengths, check_head, check_lengths, compute_dtype
+from .op import AGGREGATION
+
+WORKSPACE_BYTES = 256 << 20
+Knob = Tensor | float
+
+
+def linear_token_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None,
+    config: MDPGRPOConfig,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    rewards: Tensor | None = None,
+    num_constraints: Tensor | None = None,
+    valid: Tensor | None = None,
+    groups: Tensor | None = None,
+    advantage: Knob | None = None,
+    kl_beta: Knob | None = None,
+    completion: Tensor | None = None,
+    num_completions: int | None = None,
+    max_completion_length: int | None = None,
+    old_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    importance_weight: Tensor | None = None,
+    temperature: Knob = 1.0,
+    epsilon_low: Knob | None = None,
+    epsilon_high: Knob | None = None,
+    softcap: float | None = None,
+    denominator: Knob | None = None,
+    lengths: Lengths | None = None,
+    skip_idle: bool = True,
+    workspace_bytes: int = WORKSPACE_BYTES,
+    fp32_logits: bool = False,
+    vocab_group: dist.ProcessGroup | None = None,
+    check_values: bool | None = None,
+    backend: str = "auto",
+) -> TokenLoss:
+    """`token_loss` of logits = softcap(logit_scale (hidden weightᵀ + bias)), which are never built as a whole.
+
+    Three matmuls where hidden and weight are trained, two where one of them is frozen, one where there is no gradient;
+    all of them in this call, and the backward pass only scales what it finds. One more where ρ is a completion's
+    (importance_level = sequence) and a completion has more rows than a chunk, or where its rows are packed on a GPU
+    without `lengths`. Same bits in every run, and a row's log-prob does not depend on what else is in the batch. Under
+    autocast the matmuls have its dtype.
+
+    Args:
+        hidden: (B, L, D), or packed (T, D) with `completion`, float: the states that lm_head would see, each at the
+            position that predicts its token. Any strides. Gets a gradient.
+        weight: (V, D), of the dtype of hidden, or float32 (master weights: the matmuls have the dtype of hidden, in
+            which a copy is made for the call). Gets a gradient in its own dtype, summed in float32 (V, D) where there
+            is more than one chunk; where it is frozen none is computed or allocated. An FSDP2 DTensor or a ZeRO-3
+            parameter is gathered; a DTensor's gradient is the mean over its mesh.
+        bias: (V,), like weight.
+        logit_scale: what the head's output is multiplied by, before the soft-cap.
+        lengths: how many rows of each completion count (B,), on the host, where mask is on a GPU: what does not count
+            is then left out of the matmuls without waiting for the device. 0 leaves a completion out that has A = 0 and
+            no KL term. Numbers that are not the mask's give a NaN loss. On the CPU the mask itself is looked at. On a
+            GPU without lengths every row is multiplied, and those that do not count are ignored.
+        skip_idle: leave out rows with A = 0 and no KL term, exact for loss and gradients; they report as masked rows
+            do (on a GPU with lengths, those of completions whose length is given as 0). False: their log-probs and
+            entropy are computed all the same.
+        workspace_bytes: of the chunk's logits. Beside it and the gradients, memory does not grow with T by more than a
+            few numbers a row.
+        fp32_logits: keep a chunk's logits in float32 although hidden is bfloat16 or float16.
+        vocab_group: weight (and bias) are this rank's V / ranks rows of a head that is split over the ranks of this
+            process group, in order; hidden and all else is the same on all of them. The gradient of hidden is whole.
+        All others: as in `token_loss`, with the same defaults.
+
+    Returns: TokenLoss, `.loss` with gradients for hidden, weight and bias.
+    Raises: ValueError naming the argument that does not fit, before anything is allocated; ConfigError.
+    """
+    if rewards is not None and num_completions is None and completion is not None:
+        num_completions = rewards.numel()
+    rows, count = check_head(
+        hidden, weight, bias, logit_scale, workspace_bytes, fp32_logits, vocab_group, tokens, mask, completion,
+        num_completions, temperature, softcap, check_values,
+    )  # fmt: skip
+    check_objective(
+        hidden, rows, count, config, completion, max_completion_length, check_values, "hidden",
+        denominator=denominator, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
+        importance_weight=importance_weight, epsilon_low=epsilon_low, epsilon_high=epsilon_high,
+    )  # fmt: skip
+    check_device(hidden, "hidden", rewards=rewards, num_constraints=num_constraints, valid=valid, groups=groups,
+                 advantage=advantage, kl_beta=kl_beta)  # fmt: skip
+    check_advantages(rewards, num_constraints, valid, groups, advantage, kl_beta, rows, count)
+    host_lengths = check_lengths(lengths, count, mask, completion, rows)
+    rewards, valid, slots = grouped_rewards(rewards, num_constraints, valid, groups, config, check_values)
+    dtype = compute_dtype(hidden)
+    name = choose(backend, hidden.device, dtype)
+    if rewards is not None and num_constraints is not None:
+        advantage, kl_beta = advantages_of(name, rewards, num_constraints, config, valid, slots)
+    same = not isinstance(temperature, Tensor) and temperature == config.kl_temperature
+    low, high = (config.epsilon_low if epsilon_low is None else epsilon_low,
+                 config.epsilon_high if epsilon_high is None else epsilon_high)  # fmt: skip
+    device, real = hidden.device, torch.float64 if dtype == torch.float64 else torch.float32
+    if denominator is not None:
+        denominator = _scalar(denominator, device, real)
+    assert advantage is not None and kl_beta is not None
+    with sharded.gathered(weight, bias):
+        head = (_as_padded(hidden, dtype), sharded.whole(weight), None if bias is None else sharded.whole(bias))
+        needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in head]
+        args = (
+            tokens.reshape(-1).contiguous(),
+            _flat(mask),
+            _flat(completion),
+            count,
+            host_lengths,
+            _knob(advantage, count, device, real),
+            _knob(kl_beta, count, device, real),
+            _flat(old_logprobs),
+            _flat(ref_logprobs),
+            _flat(importance_weight),
+            *(_knob(x, count, device, real) if isinstance(x, Tensor) else None for x in (temperature, low, high)),
+            denominator,
+            max_completion_length or max(rows[-1], 1),
+            [
+                *(1.0 if isinstance(x, Tensor) else float(x) for x in (temperature, low, high)),
+                config.delta or 0.0,
+                config.kl_temperature,
+                softcap or 0.0,
+                float(logit_scale),
+            ],
+            [
+                int(config.importance_level == "sequence"),
+                int(config.kl_estimator[1]),
+                AGGREGATION.index(config.aggregation),
+                int(config.rescale_per_row),
+                int(ref_logprobs is not None and not same),
+                int(fp32_logits),
+                int(skip_idle),
+                *map(int, needs),
+            ],
+            name,
+            workspace_bytes,
+            _group_name(vocab_group),
+        )
+        outputs = _LinearTokenLoss.apply(*head, args)
+    loss, per_row, marks, completion_kl, totals = outputs
+    logprobs, entropy, kl, ratio, _ = (x.view(rows) for x in per_row.unbind())
+    clipped_low, clipped_high, _ = (x.view(rows) for x in marks.unbind())
+    return TokenLoss(loss, logprobs, entropy, kl, ratio, clipped_low, clipped_high, completion_kl, totals)
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    completion: Tensor | None = None,
+    num_completions: int | None = None,
+    temperature: Knob = 1.0,
+    softcap: float | None = None,
+    lengths: Lengths | None = None,
+    workspace_bytes: int = WORKSPACE_BYTES,
+    fp32_logits: bool = False,
+    vocab_group: dist.ProcessGroup | None = None,
+    check_values: bool | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`token_logprobs` from hidden states and the head: log-probs, differentiable, and the detached entropy in nats.
+
+    Without gradient one matmul. With one: two where the head is frozen, of which the backward pass does none; four
+    where it is trained, as what a row's gradient is multiplied by is known only there. For the objective of this
+    library `linear_token_loss` needs less. Arguments, errors and memory as there; masked rows give 0.
+    """
+    if hidden.ndim == 2 and completion is None:
+        # Without a map every row is its own completion.
+        completion, num_completions = torch.arange(len(hidden), device=hidden.device), len(hidden)
+    rows, count = check_head(
+        hidden, weight, bias, logit_scale, workspace_bytes, fp32_logits, vocab_group, tokens, mask, completion,
+        num_completions, temperature, softcap, check_values,
+    )  # fmt: skip
+    host_lengths = check_lengths(lengths, count, mask, completion, rows)
+    dtype = compute_dtype(hidden)
+    name = choose(backend, hidden.device, dtype)
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    with sharded.gathered(weight, bias):
+        head = (_as_padded(hidden, dtype), sharded.whole(weight), None if bias is None else sharded.whole(bias))
+        args = (
+            tokens.reshape(-1).contiguous(),
+            _flat(mask),
+            _flat(completion),
+            count,
+            host_lengths,
+            _knob(temperature, count, hidden.device, real) if isinstance(temperature, Tensor) else None,
+            [1.0 if isinstance(temperature, Tensor) else float(temperature), softcap or 0.0, float(logit_scale)],
+            fp32_logits,
+            name,
+            workspace_bytes,
+            _group_name(vocab_group),
+        )
+        needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in head]
+        logprobs, entropy = _LinearTokenLogprobs.apply(*head, needs, args)
+    return logprobs.view(rows), entropy.view(rows)
+
+
+# ---- arguments ------------------------------------------------------------------------------------------------------
+
+
+def _as_padded(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, L, D), or (1, T, D) of packed states."""
+    return (hidden if hidden.ndim == 3 else hidden[None]).to(dtype)
+
+
+def _flat(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach().reshape(-1).contiguous()
+
+
+def _scalar(x: Knob, device: torch.device, dtype: torch.dtype) -> Tensor:
+    # Filled on the device: a copy from the host would wait for it.
+    if not isinstance(x, Tensor):
+        return torch.full((), float(x), dtype=dtype, device=device)
+    return x.detach().reshape(()).to(device, dtype)
+
+
+def _knob(x: Knob, count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """One value per completion (B,) or per row (T,), flat."""
+    if not isinstance(x, Tensor) or x.ndim == 0:
+        return _scalar(x, device, dtype).expand(count).contiguous()
+    return x.detach().reshape(-1).to(dtype).contiguous()
+
+
+def _group_name(group: dist.ProcessGroup | None) -> str:
+    return "" if group is None else group.group_name
+
+
+# ---- autograd -------------------------------------------------------------------------------------------------------
+
+
+def _own(saved: Tensor) -> Tensor:
+    """A saved gradient to write to: its own memory, or a copy where another backward pass may want it."""
+    # While compiling there is no asking.
+    kept = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
+    return saved.detach().clone() if kept else saved.detach()
+
+
+def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    gradient = _own(gradient)
+    torch.ops.mdpgrpo_fast.linear_scale_(gradient, scale, backend)
+    return gradient.to(dtype)  # float16: rounded only after the loss scale
+
+
+class _LinearTokenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, args: tuple[Any, ...]) -> Any:
+        *gradients, loss, rows, marks, completion_kl, totals = torch.ops.mdpgrpo_fast.linear_token_loss(
+            hidden, weight, bias, *args
+        )
+        ctx.save_for_backward(*gradients)
+        ctx.backend = args[-3]
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        ctx.mark_non_differentiable(rows, marks, completion_kl, totals)
+        ctx.set_materialize_grads(False)
+        return loss, rows, marks, completion_kl, totals
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:
+            return None, None, None, None
+        found = [
+            _scaled(x, grad_loss, dtype, ctx.backend) if need else None
+            for x, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
+        ]
+        return *found, None
+
+
+class _LinearTokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool], args: tuple[Any, ...]
+    ) -> Any:
+        unit_gradient = needs == [True, False, False]
+        logprobs, entropy, statistics, unit = torch.ops.mdpgrpo_fast.linear_token_logprobs(
+            hidden, weight, bias, unit_gradient, *args
+        )
+        ctx.unit_gradient, ctx.needs, ctx.args, ctx.dtype = unit_gradient, needs, args, hidden.dtype
+        ctx.save_for_backward(*([unit] if unit_gradient else [hidden, weight, bias, statistics]))
+        ctx.mark_non_differentiable(entropy)
+        ctx.set_materialize_grads(False)
+        return logprobs, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_logprobs: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        if grad_logprobs is None:
+            return None, None, None, None, None
+        if ctx.unit_gradient:
+            weights, mask = grad_logprobs, ctx.args[1]
+            if mask is not None:
+                # A row that does not count has no gradient, whatever comes in.
+                weights = weights.masked_fill(mask == 0, 0)
+            unit = _own(ctx.saved_tensors[0])
+            return unit.mul_(weights.view(*unit.shape[:-1], 1)).to(ctx.dtype), None, None, None, None
+        hidden, weight, bias, statistics = ctx.saved_tensors
+        with sharded.gathered(weight, bias):
+            found = torch.ops.mdpgrpo_fast.linear_token_logprobs_backward(
+                grad_logprobs.contiguous(), statistics, hidden, weight, bias, ctx.needs, *ctx.args
+            )
+        dtypes = (hidden.dtype, weight.dtype, weight.dtype)
+        return *(x.to(d) if need else None for x, d, need in zip(found, dtypes, ctx.needs, strict=True)), None, None

@@ -1,0 +1,46 @@
+"""Log-probabilities of given tokens and the entropy of each row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..reference import Layout
+from . import fused
+from .backends import choose
+from .checks import check_logits, refuse_overwritten
+
+
+def token_logprobs(
+    logits: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None = None,
+    *,
+    completion: Tensor | None = None,
+    num_completions: int | None = None,
+    temperature: Tensor | float = 1.0,
+    softcap: float | None = None,
+    check_values: bool | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of given tokens, differentiable, and the detached entropy in nats; each of the shape of tokens.
+
+    logits (B, L, V), or (T, V); tokens, mask, temperature, softcap, check_values and backend as in `token_loss`; masked
+    rows give 0 and cost no read. A temperature of one value per completion needs `completion` (T,) for packed rows.
+    Raises as `token_loss` does.
+    """
+    if logits.ndim == 2 and completion is None:
+        # Without a map every row is its own completion.
+        completion, num_completions = torch.arange(len(logits), device=logits.device), len(logits)
+    _, count = check_logits(logits, tokens, mask, completion, num_completions, temperature, softcap, check_values)
+    refuse_overwritten(logits)
+    name = choose(backend, logits.device, logits.dtype)
+    if name != "torch":
+        return fused.token_logprobs(name, logits, tokens, mask, completion, count, temperature, softcap)
+    at = Layout(count, completion).knob(temperature, torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    if mask is None:
+        return reference.token_logprobs(logits, tokens, at, softcap)
+    keep = mask != 0
+    logprobs, entropy = reference.token_logprobs(logits.masked_fill(~keep[..., None], 0), tokens, at, softcap)
+    return logprobs.masked_fill(~keep, 0), entropy.masked_fill(~keep, 0)

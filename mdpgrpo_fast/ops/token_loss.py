@@ -1,0 +1,139 @@
+"""The public functions: checks at the door, then a backend. Each backend is proven against `reference`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .. import reference
+from ..config import MDPGRPOConfig
+from ..reference import TokenLoss
+from . import fused
+from .advantages import advantages_of, grouped_rewards
+from .backends import choose, hopper_wins
+from .checks import (
+    check_advantages,
+    check_device,
+    check_in_place,
+    check_logits,
+    check_objective,
+    mark_overwritten,
+    refuse,
+    refuse_overwritten,
+)
+
+
+def token_loss(
+    logits: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None,
+    config: MDPGRPOConfig,
+    *,
+    rewards: Tensor | None = None,
+    num_constraints: Tensor | None = None,
+    valid: Tensor | None = None,
+    groups: Tensor | None = None,
+    advantage: Tensor | float | None = None,
+    kl_beta: Tensor | float | None = None,
+    completion: Tensor | None = None,
+    num_completions: int | None = None,
+    max_completion_length: int | None = None,
+    old_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    importance_weight: Tensor | None = None,
+    temperature: Tensor | float = 1.0,
+    epsilon_low: Tensor | float | None = None,
+    epsilon_high: Tensor | float | None = None,
+    softcap: float | None = None,
+    denominator: Tensor | float | None = None,
+    in_place: bool = False,
+    check_values: bool | None = None,
+    backend: str = "auto",
+) -> TokenLoss:
+    """The clipped policy objective with sign-dependent KL over completion tokens, aggregated to one loss.
+
+    Rows are tokens: padded (B, L), or packed (T,) with `completion` saying whose each row is, in any order. A knob is a
+    number, a tensor (B,) with one value per completion, or one of the rows' shape; where B = T it means completions.
+
+    Args:
+        logits: (B, L, V) or (T, V) float, the row at a token predicting it; the only input that gets a gradient. Any
+            strides with unit stride in V (others are copied).
+        tokens: rows of integers in [0, V); masked ones too.
+        mask: rows of bool or number, non-zero where the token belongs to the completion; None: all. What masked rows of
+            float inputs hold does not matter.
+        config: advantages, clip range, estimator, levels, aggregation.
+        rewards, num_constraints, valid, groups: see `advantages`; B = P * G completions, by groups or with `groups`.
+        advantage, kl_beta: knobs, instead of rewards; of `advantages` or any other estimator.
+        completion: (T,) integers in [0, B), packed rows only, with num_completions = B (default: that of the rewards).
+        max_completion_length: L of the `dr_grpo` normaliser in tokens; default: the width of tokens (padded only).
+        old_logprobs: rows, of the sampling policy at `temperature`; absent: on-policy, ratio 1.
+        ref_logprobs: rows, of the reference policy at config.kl_temperature; absent: no KL term.
+        importance_weight: rows, multiplies the policy term only; detached.
+        temperature: knob, of the policy term's log-probs.
+        epsilon_low, epsilon_high: knobs, clip range; default: the config's.
+        softcap: final logit soft-cap still to be applied (a model's own forward has applied it).
+        denominator: what the sum is divided by, for the batch of all micro-batches and ranks; default: this one's.
+        in_place: not with torch: the gradient overwrites the logits, which no one may use again; saves their memory.
+            Not for float16, whose gradient is kept in float32 until the loss scale has reached it.
+        check_values: look for tokens, rewards, temperatures out of range; default: where looking is free, on the CPU.
+            Elsewhere they give a NaN loss.
+        backend: "auto", "torch", "triton", "cpu" or "cuda".
+
+    Returns: TokenLoss; `.loss` is a scalar with gradient. All but torch compute in float32 and write the gradient in
+        this call, in the dtype of the logits; the backward pass only scales it.
+    Raises: ValueError naming the argument that does not fit, or why the backend cannot run; ConfigError for an unknown.
+    """
+    if rewards is not None and num_completions is None and completion is not None:
+        num_completions = rewards.numel()
+    rows, count = check_logits(logits, tokens, mask, completion, num_completions, temperature, softcap, check_values)
+    check_objective(
+        logits, rows, count, config, completion, max_completion_length, check_values, denominator=denominator,
+        old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, importance_weight=importance_weight,
+        epsilon_low=epsilon_low, epsilon_high=epsilon_high,
+    )  # fmt: skip
+    check_device(logits, rewards=rewards, num_constraints=num_constraints, valid=valid, groups=groups,
+                 advantage=advantage, kl_beta=kl_beta)  # fmt: skip
+    check_advantages(rewards, num_constraints, valid, groups, advantage, kl_beta, rows, count)
+    rewards, valid, slots = grouped_rewards(rewards, num_constraints, valid, groups, config, check_values)
+    refuse_overwritten(logits)
+    name = choose(backend, logits.device, logits.dtype)
+    if (
+        backend == "auto"
+        and name == "triton"
+        and hopper_wins(logits.device, logits.dtype, logits.shape[-1], logits.shape[:-1].numel())
+    ):
+        name = "cuda"
+    common: dict[str, Any] = {
+        "completion": completion,
+        "max_completion_length": max_completion_length or max(rows[-1], 1),
+        "old_logprobs": old_logprobs,
+        "ref_logprobs": ref_logprobs,
+        "importance_weight": importance_weight,
+        "temperature": temperature,
+        "epsilon_low": config.epsilon_low if epsilon_low is None else epsilon_low,
+        "epsilon_high": config.epsilon_high if epsilon_high is None else epsilon_high,
+        "softcap": softcap,
+        "denominator": denominator.reshape(()) if isinstance(denominator, Tensor) else denominator,
+    }
+    if name == "torch":
+        if in_place:
+            refuse("in_place", True, "left off: backend torch computes the gradient in the backward pass")
+        if rewards is not None and num_constraints is not None:
+            advantage, kl_beta = advantages_of(name, rewards, num_constraints, config, valid, slots)
+        assert advantage is not None and kl_beta is not None
+        return reference.token_loss(
+            logits, tokens, mask, config, advantage=advantage, kl_beta=kl_beta, num_completions=count, **common
+        )  # type: ignore[arg-type]
+    if in_place:
+        check_in_place(logits)
+    out = fused.token_loss(
+        name, logits, tokens, mask, config, count=count, rewards=rewards, num_constraints=num_constraints, valid=valid,
+        slots=slots, advantage=advantage, kl_beta=kl_beta, in_place=in_place, **common,
+    )  # fmt: skip
+    if in_place and out.loss.requires_grad:
+        mark_overwritten(logits)
+    return out
+
+
+# ---- logits that have been overwritten ------------------------------------------------------------------------------

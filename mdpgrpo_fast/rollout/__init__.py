@@ -1,0 +1,1 @@
+"""Sampling of completions: by the model itself, or by vLLM."""

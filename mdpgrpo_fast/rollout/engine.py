@@ -1,0 +1,72 @@
+"""The rollout engine of a run: the model itself, or vLLM in this process or as a server."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from ..config import MDPGRPOConfig, TrainConfig, require
+from ..demo import SEED_POLICY
+from .vllm.local import VLLMEngine
+from .vllm.sampler import LOWEST_TEMPERATURE, RolloutError, Sampler
+from .vllm.server import VLLMServer
+
+
+def make_engine(
+    run: TrainConfig, method: MDPGRPOConfig, context: int | None, accelerator: Accelerator
+) -> Sampler | None:
+    """vLLM as the run asks for it; None: the model itself samples. context: positions of the model, None: no limit.
+
+    Raises: ConfigError where vLLM cannot be had, or a temperature is below its floor.
+    """
+    if run.rollout == "transformers":
+        return None
+    lowest = min(method.slot_temperatures)
+    require(lowest >= LOWEST_TEMPERATURE, "temperatures", lowest, f"at least {LOWEST_TEMPERATURE} (vLLM's floor)")
+    if run.vllm_url is not None:
+        return VLLMServer(
+            run.vllm_url,
+            device=accelerator.device,
+            timeout=run.vllm_timeout,
+            retries=run.vllm_retries,
+            sync_dir=run.vllm_sync_dir,
+        )
+    return VLLMEngine(
+        run.model or str(SEED_POLICY),
+        device=accelerator.device,
+        sleep_mode=run.vllm_sleep,
+        gpu_memory_utilization=run.vllm_memory,
+        # Not the model's whole context, for which the memory may not do.
+        max_model_len=min(run.max_prompt_length + run.max_completion_length, context or sys.maxsize),
+        seed=run.seed + accelerator.process_index,
+    )
+
+
+def sync(engine: Sampler, accelerator: Accelerator, named: Iterable[tuple[str, Tensor]], version: int) -> None:
+    """The engine's weights become these, checked; with a server all ranks have one, and the first sends.
+
+    Raises: RolloutError, on all ranks where it is raised on one.
+    """
+    problem = None
+    try:
+        if isinstance(engine, VLLMServer) and not accelerator.is_main_process:
+            engine.follow(named, version)
+        else:
+            engine.sync(named, version)
+    except RolloutError as e:
+        problem = e
+    agree(accelerator, problem)
+
+
+def agree(accelerator: Accelerator, problem: Exception | None) -> None:
+    """Raises this rank's problem, or another's: none goes on to a collective call that the others do not make."""
+    texts = gather_object([None if problem is None else str(problem)])
+    if problem is not None:
+        raise problem
+    for text in texts:
+        if text is not None:
+            raise RolloutError(text)

@@ -1,0 +1,122 @@
+"""Completions of prompts: all rows in one batch, each at its own temperature, what was drawn recorded with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import ConfigError
+from ..kernels import onednn
+from .decoding import Decoder, complete
+from .sampling import sample
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """N completions. prompt_ids (N, S) left-padded, tokens (N, L) right-padded, L the longest completion."""
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor  # (N, S) bool
+    tokens: Tensor
+    lengths: Tensor  # (N,) tokens up to and including eos
+    finished: Tensor  # (N,) bool: an eos was sampled; False: cut at the length limit
+    temperature: Tensor  # (N,) float, 0 for greedy
+    sampling_logprobs: Tensor  # (N, L) float under the distribution drawn from: temperature and truncation applied
+    policy_logprobs: Tensor  # (N, L) float under the policy at temperature 1, untruncated
+
+    @property
+    def mask(self) -> Tensor:
+        """(N, L) bool, true on the completion's own tokens; from lengths, never from comparing with pad."""
+        return torch.arange(self.tokens.shape[1], device=self.lengths.device) < self.lengths[:, None]
+
+
+def eos_ids(model: Any, tokenizer: Any) -> list[int]:
+    """All end-of-sequence ids: the tokenizer's, and those of the model's settings that are its special tokens.
+
+    (A configuration that names none still has its class's default id, which may be an ordinary token.)
+
+    Raises: ConfigError where the tokenizer has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("the tokenizer has no end-of-sequence token (eos_token)")
+    ids = {tokenizer.eos_token_id}
+    for source in (model.config, model.generation_config):
+        eos = getattr(source, "eos_token_id", None)
+        named = eos if isinstance(eos, (list, tuple)) else [eos]
+        ids.update(i for i in named if i in tokenizer.added_tokens_decoder)
+    return sorted(ids)
+
+
+def left_pad(prompts: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids (N, S) padded on the left, and their bool mask."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts], device=device)
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    return ids, torch.arange(width, device=device) >= width - lengths[:, None]
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    prompts: list[list[int]],
+    *,
+    temperature: list[float] | None,
+    eos: list[int],
+    max_new_tokens: int,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    num_generations: int = 1,
+) -> Rollout:
+    """Draw num_generations completions of each of P prompts in one batch: N = P * num_generations rows.
+
+    model: a causal language model of transformers, or a PeftModel around one; called as it is, so that hooks of wrapped
+        modules run, and without its generation settings.
+    prompts: token ids; each different one is prefilled once, also where it is given several times.
+    temperature: of each row, the rows of a prompt next to each other; None: all rows greedily.
+
+    Raises: ValueError where a prompt is empty, num_generations or max_new_tokens is below 1, temperature is not one
+        number above 0 for each row, or the model cannot be used; FloatingPointError where a log-prob is not finite.
+    """
+    if not prompts or not all(prompts):
+        got = f"an empty row {prompts.index([])}" if prompts else "no row"
+        raise ValueError(f"prompts must be lists of token ids, at least one and none empty; got {got}")
+    for name, value in (("num_generations", num_generations), ("max_new_tokens", max_new_tokens)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1; got {value}")
+    rows = [p for p in prompts for _ in range(num_generations)]
+    if temperature is not None and (len(temperature) != len(rows) or not all(tau > 0 for tau in temperature)):
+        raise ValueError(
+            f"temperature must be None (greedy) or one number above 0 for each of the {len(rows)} rows; "
+            f"got {temperature!r}"
+        )
+    device = model.device
+    place = {p: i for i, p in enumerate(dict.fromkeys(map(tuple, rows)))}
+    origin = torch.tensor([place[tuple(p)] for p in rows], device=device)
+    ids, mask = left_pad([list(p) for p in place], eos[0], device)
+    tau = None if temperature is None else torch.tensor(temperature, dtype=torch.float32, device=device)
+
+    def draw(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return sample(logits, None if tau is None else tau[index], top_k, top_p, min_p)
+
+    ends = torch.tensor(eos, device=device)
+    with onednn.packed(model):
+        done = complete(Decoder(model, ids, mask, origin), draw, ends, max_new_tokens)
+    if not bool(done.sampling_logprobs.isfinite().all()):
+        row = int((~done.sampling_logprobs.isfinite()).any(1).int().argmax())
+        raise FloatingPointError(f"the model's logits must be finite; those of row {row} are not")
+    return Rollout(
+        prompt_ids=ids[origin],
+        prompt_mask=mask[origin],
+        temperature=torch.zeros(len(rows), device=device) if tau is None else tau,
+        **vars(done),
+    )
+
+
+def decode(rollout: Rollout, tokenizer: Any) -> list[str]:
+    """The completions as text, without special tokens."""
+    rows = [t[:n] for t, n in zip(rollout.tokens.tolist(), rollout.lengths.tolist(), strict=True)]
+    return tokenizer.batch_decode(rows, skip_special_tokens=True)

@@ -1,0 +1,120 @@
+"""Sampling of one step: temperature per row, top-k, top-p and min-p, and the log-probs of what was drawn."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..ops import backends
+from ..ops.logprobs import token_logprobs
+
+BLOCK = 512  # tokens of a partial sum
+# Elements worked on at once on the CPU, about what its cache holds.
+CHUNK = 1 << 18
+# Top-p alone sorts this many of a row's tokens before it tries more; a GPU sorts the row and spares itself the look.
+CANDIDATES = 1024
+
+
+def sample(
+    logits: Tensor, temperature: Tensor | None, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One token a row, int64, and its log-probs under what it was drawn from and under the policy, float32: (R,) each.
+
+    logits (R, V); temperature (R,) above 0, or None: the most likely token, whatever the truncation. The temperature
+    comes first, then top-k, top-p (a token goes when those before it already hold top_p) and min-p, each on what is
+    left and 0, 1 and 0 for none. Of equals at its border top-k takes any, so that k stay. NaN gives NaN log-probs.
+    """
+    vocab = logits.shape[1]
+    truncated = temperature is not None and (0 < top_k < vocab or top_p < 1 or min_p > 0)
+    if not truncated and backends.choose("auto", logits.device, logits.dtype) == "triton":
+        from ..kernels.triton.sampling import launch_sample
+
+        return launch_sample(logits, temperature)
+    if temperature is None:
+        tokens = logits.argmax(1)
+        policy = _logprobs(logits, tokens, 1.0)
+        return tokens, policy, policy
+    # In double: a float has too few values for the last tokens of a large vocabulary.
+    u = torch.rand(len(logits), dtype=torch.float64, device=logits.device)
+    if truncated:
+        z, ids = _truncated(logits, temperature, top_k, top_p, min_p)
+        p = z.softmax(1)
+        place = draw(p, u)[:, None]
+        tokens = (place if ids is None else ids.gather(1, place)).squeeze(1)
+        sampling = z.log_softmax(1).gather(1, place).squeeze(1)
+    else:
+        rows = max(1, CHUNK // vocab) if logits.device.type == "cpu" else len(logits)
+        parts = zip(logits.split(rows), temperature[:, None].split(rows), u.split(rows), strict=True)
+        tokens = torch.cat([draw((x.float() / tau).softmax(1), v) for x, tau, v in parts])
+        sampling = _logprobs(logits, tokens, temperature)
+    return tokens, sampling, _logprobs(logits, tokens, 1.0)
+
+
+def _logprobs(logits: Tensor, tokens: Tensor, temperature: Tensor | float) -> Tensor:
+    return token_logprobs(logits[:, None], tokens[:, None], temperature=temperature)[0].squeeze(1).float()
+
+
+def draw(p: Tensor, u: Tensor) -> Tensor:
+    """The first place (R,) of each row of p (R, C) where its cumulative sum exceeds u (R,) of the row's total.
+
+    p float32 at least 0, u float64 in [0, 1). Partial sums of blocks first, then the sums inside one block.
+    """
+    whole = p.shape[1] // BLOCK * BLOCK
+    sums = p[:, :whole].unflatten(1, (-1, BLOCK)).sum(2).double()
+    if whole < p.shape[1]:
+        sums = torch.cat([sums, p[:, whole:].sum(1, keepdim=True).double()], 1)
+    block, rest = _first_over(sums, u)
+    places = block[:, None] * BLOCK + torch.arange(BLOCK, device=p.device)
+    inside = p.gather(1, places.clamp(max=p.shape[1] - 1)).double() * (places < p.shape[1])
+    return block * BLOCK + _first_over(inside, rest)[0]
+
+
+def _first_over(w: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """The place (R,) where the running sum of w (R, C) exceeds u of the whole, and which share of that place u is."""
+    running = w.cumsum(1)
+    # Below 1 also after rounding, so that a place of probability 0 is never the first to exceed.
+    target = u.clamp(max=1 - 2**-53) * running[:, -1]
+    place = (running <= target[:, None]).sum(1)
+    own = w.gather(1, place[:, None]).squeeze(1)
+    before = running.gather(1, place[:, None]).squeeze(1) - own
+    return place, ((target - before) / own).clamp(min=0)
+
+
+def _truncated(
+    logits: Tensor, temperature: Tensor, top_k: int, top_p: float, min_p: float
+) -> tuple[Tensor, Tensor | None]:
+    """z = logits / temperature of the tokens that may be left, -inf where one is not; their ids, None for all tokens.
+
+    Both (R, C), the most likely first where there are ids.
+    """
+    tau = temperature[:, None]
+    ids: Tensor | None = None
+    if 0 < top_k < logits.shape[1]:
+        values, ids = logits.topk(top_k)
+        z = values.float() / tau
+        log_total = z.logsumexp(1, keepdim=True)
+    elif top_p < 1:
+        z, ids, log_total = _most_likely(logits, temperature, top_p)
+    else:
+        z = logits.float() / tau
+    if top_p < 1:
+        p = (z - log_total).exp()
+        z = z.masked_fill(p.cumsum(1) - p >= top_p, -torch.inf)
+    if min_p > 0:
+        z = z.masked_fill(z < z.amax(1, keepdim=True) + math.log(min_p), -torch.inf)
+    return z, ids
+
+
+def _most_likely(logits: Tensor, temperature: Tensor, top_p: float) -> tuple[Tensor, Tensor, Tensor]:
+    """z and ids (R, C) of enough of each row's most likely tokens to hold top_p, and log Σ exp z (R, 1) of all."""
+    vocab, tau = logits.shape[1], temperature[:, None]
+    size = min(CANDIDATES, vocab) if logits.device.type == "cpu" else vocab
+    while True:
+        values, ids = logits.topk(size) if size < vocab else logits.sort(descending=True)
+        z = values.float() / tau
+        log_total = z[:, :1] - _logprobs(logits, ids[:, 0], temperature)[:, None]
+        if size == vocab or bool(((z - log_total).exp().sum(1) >= top_p).all()):
+            return z, ids, log_total
+        size = min(8 * size, vocab)

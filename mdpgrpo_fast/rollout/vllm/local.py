@@ -1,0 +1,130 @@
+"""vLLM as the rollout engine in the trainer's own process; `vllm_client` has it as a server.
+
+vLLM is optional and imported only where an engine is made.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...config import ConfigError
+from .sampler import LOGPROBS_MODE, Completion, RolloutError, Sampler, completion
+from .worker import EXTENSION
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+class VLLMEngine(Sampler):
+    """vLLM in the trainer's process and on its device, one engine per rank.
+
+    model: directory or hub id. device: of the Rollout's tensors. sleep_mode: `sleep()` frees the engine's memory;
+    the next `sync` wakes it. gpu_memory_utilization: share of the device's memory that vLLM may take while awake.
+    engine_args: further ones of vLLM's `LLM`.
+
+    Raises: ConfigError where vLLM is not installed or does not start.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        device: torch.device | str,
+        dtype: str = "auto",
+        sleep_mode: bool = True,
+        gpu_memory_utilization: float = 0.3,
+        max_model_len: int | None = None,
+        seed: int = 0,
+        **engine_args: Any,
+    ) -> None:
+        super().__init__(device)
+        try:
+            import vllm
+        except ImportError as e:
+            raise ConfigError(f"rollout = vllm needs the package vllm (pip install vllm); got {e}") from None
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            engine_args.setdefault("distributed_executor_backend", "external_launcher")
+        self._vllm, self._sleep_mode = vllm, sleep_mode
+        self._asleep = False
+        # In this process, so that weights are handed over as they are.
+        try:
+            with _environment("VLLM_ENABLE_V1_MULTIPROCESSING", "0"):
+                self._llm = vllm.LLM(
+                    model=model,
+                    dtype=dtype,
+                    enable_sleep_mode=sleep_mode,
+                    gpu_memory_utilization=gpu_memory_utilization,
+                    max_model_len=max_model_len,
+                    seed=seed,
+                    logprobs_mode=LOGPROBS_MODE,
+                    generation_config="vllm",  # not the model's own
+                    worker_extension_cls=EXTENSION,
+                    **engine_args,
+                )
+        except (ValueError, RuntimeError) as e:
+            reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+            raise ConfigError(f"rollout = vllm: vLLM cannot start with {model!r}: {reason}") from e
+
+    def sleep(self) -> None:
+        """Free weights and cache, after the completions are drawn; the next `sync` brings them back."""
+        if self._sleep_mode and not self._asleep:
+            self._llm.sleep(level=2)
+            self._asleep, self.version = True, None
+
+    def sync(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
+        # The cache wakes after the weights are in, or it would take the room of what is on its way.
+        if self._asleep:
+            self._llm.wake_up(tags=["weights"])
+        super().sync(named_parameters, version)
+        if self._asleep:
+            self._llm.wake_up(tags=["kv_cache"])
+            self._asleep = False
+
+    def _complete(self, prompts: list[list[int]], settings: list[dict[str, Any]]) -> list[Completion]:
+        if self._asleep:
+            raise RolloutError("vLLM's weights were freed by sleep(): sync() must come before generate()")
+        answers = self._llm.generate(
+            [self._vllm.TokensPrompt(prompt_token_ids=p) for p in prompts],
+            [self._vllm.SamplingParams(**s, detokenize=False) for s in settings],
+            use_tqdm=False,
+        )
+        done: list[Completion | None] = []
+        problem = ""
+        for answer in answers:
+            o = answer.outputs[0]
+            try:
+                logprobs = [step[t].logprob for t, step in zip(o.token_ids, o.logprobs, strict=True)]
+                done.append(completion(list(o.token_ids), logprobs, o.finish_reason))
+            except (ValueError, LookupError, TypeError) as e:
+                done.append(None)
+                problem = problem or str(e)
+        kept = [c for c in done if c is not None]
+        if len(kept) < len(prompts):
+            raise RolloutError(f"vLLM returned {len(kept)} of {len(prompts)} completions: {problem}", done)
+        return kept
+
+    def _rpc(self, method: str, *args: Any) -> list[Any]:
+        return self._llm.collective_rpc(method, args=args)
+
+    def _send(self, weights: list[tuple[str, Tensor]]) -> None:
+        self._rpc("mdpgrpo_load", weights)
+
+    def _reset_cache(self) -> None:
+        if not self._llm.reset_prefix_cache():
+            raise RolloutError("vLLM did not drop its prefix cache, which is of the old weights")

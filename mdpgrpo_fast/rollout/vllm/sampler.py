@@ -1,0 +1,238 @@
+"""What both ways of sampling with vLLM share: settings per row, the record as a Rollout, weight sync with its check.
+
+Log-probs are recorded in its mode `processed_logprobs`:
+those of the distribution drawn from, after temperature and truncation. It cannot give the policy's own at temperature 1
+next to them; `with_policy_logprobs` takes these from the trainer's model.
+
+After each sync every parameter that the sampler holds is read back and its `bit_sum` compared with that of what was
+sent, so each holds exactly the values sent, whatever vLLM fused or sharded. Not proven: the order of the values inside
+one parameter, and what vLLM derives from parameters when it loads them (quantised weights, MLA). Supported are dense
+models whose parameters vLLM names as transformers does, apart from fused modules; another is refused by its first name.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..generate import Rollout, left_pad
+from .worker import bit_sum
+
+LOGPROBS_MODE = "processed_logprobs"
+LOWEST_TEMPERATURE = 0.01  # vLLM draws at this where less is asked, and only logs it
+SYNC_BYTES = 1 << 28  # of weights handed over at once
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One completion: its L tokens, their log-probs under the distribution drawn from, whether an eos ended it."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    finished: bool
+
+
+class RolloutError(RuntimeError):
+    """The engine failed; one line. partial: one entry per row, the completions that came and None for the others."""
+
+    def __init__(self, message: str, partial: Sequence[Completion | None] = ()) -> None:
+        super().__init__(message)
+        self.partial = list(partial)
+
+
+def completion(tokens: list[int], logprobs: list[float], finish_reason: str | None) -> Completion:
+    """A checked completion. Raises ValueError for one without tokens, without a log-prob for each, or cut off."""
+    if finish_reason not in ("stop", "length"):
+        raise ValueError(f"finish_reason must be stop or length; got {finish_reason!r}")
+    if not tokens or len(tokens) != len(logprobs) or not all(map(math.isfinite, logprobs)):
+        raise ValueError(f"a completion must have a finite log-prob per token; got {len(logprobs)} for {len(tokens)}")
+    return Completion(list(tokens), list(logprobs), finish_reason == "stop")
+
+
+def with_policy_logprobs(rollout: Rollout, policy: Any, *, micro_batch_size: int, backend: str) -> Rollout:
+    """The rollout with policy_logprobs filled in by the trainer's model as it stands: a forward pass over all rows.
+
+    What `temperature_objective = corrected` needs, before the first update on these completions: its weight
+    min(exp(policy - sampling), w_max) then corrects temperature and the sampler's own numerics at once.
+    policy: a `models.Policy`. micro_batch_size: rows of a pass. backend: as of `Policy.logprobs`.
+    """
+    r, out = rollout, []
+    for start in range(0, len(r.tokens), micro_batch_size):
+        rows = slice(start, start + micro_batch_size)
+        inputs = (r.prompt_ids[rows], r.prompt_mask[rows], r.tokens[rows], r.mask[rows])
+        out.append(policy.logprobs(inputs, inputs[3], r.lengths[rows].tolist(), 1.0, backend))
+    return replace(r, policy_logprobs=torch.cat(out))
+
+
+class Sampler(ABC):
+    """What both modes share: the settings of each row, the record as a Rollout, the sync and its check."""
+
+    logprobs_mode = LOGPROBS_MODE
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+        self.version: int | None = None  # of the last sync that held
+        self._layout: tuple[dict[str, str], dict[str, str]] | None = None
+
+    @abstractmethod
+    def _rpc(self, method: str, *args: Any) -> list[Any]:
+        """What each worker returns from a method of `WeightSync`."""
+
+    @abstractmethod
+    def _send(self, weights: list[tuple[str, Tensor]]) -> None:
+        """Weights under their transformers names, to all workers."""
+
+    @abstractmethod
+    def _reset_cache(self) -> None:
+        """Forget what was computed with earlier weights."""
+
+    @abstractmethod
+    def _complete(self, prompts: list[list[int]], settings: list[dict[str, Any]]) -> list[Completion]:
+        """A completion of each prompt, by its own sampling settings."""
+
+    @abstractmethod
+    def sleep(self) -> None:
+        """Give the device's memory to the trainer until the next sync; nothing where they do not share it."""
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        *,
+        num_generations: int = 1,
+        temperature: list[float] | None,
+        eos: list[int],
+        max_new_tokens: int,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int | None = None,
+    ) -> Rollout:
+        """Draw num_generations completions of each of P prompts, N = P * G rows with groups adjacent.
+
+        temperature: one of 0.01 or more for each of the N rows, or None for greedy. Truncation is in vLLM's order:
+        min-p, then top-k, then top-p. seed: of these rows; None leaves them to the engine's own, which is faster.
+        policy_logprobs of the result are NaN, until `with_policy_logprobs` fills them in.
+
+        Raises: ValueError for an empty prompt or a temperature that cannot be used; RolloutError where vLLM fails.
+        """
+        if not prompts or not all(prompts):
+            got = f"an empty row {prompts.index([])}" if prompts else "no row"
+            raise ValueError(f"prompts must be lists of token ids, at least one and none empty; got {got}")
+        rows = [p for p in prompts for _ in range(num_generations)]
+        greedy = temperature is None
+        taus = temperature or [0.0] * len(rows)
+        if not greedy and (len(taus) != len(rows) or not all(t >= LOWEST_TEMPERATURE for t in taus)):
+            raise ValueError(
+                f"temperature must be None (greedy) or one number of at least {LOWEST_TEMPERATURE} (vLLM's floor) for "
+                f"each of the {len(rows)} rows; got {temperature!r}"
+            )
+        common = {
+            "top_k": 0 if greedy else top_k,
+            "top_p": 1.0 if greedy else top_p,
+            "min_p": 0.0 if greedy else min_p,
+            "max_tokens": max_new_tokens,
+            # Exactly these end a completion, whatever the model's own files name.
+            "stop_token_ids": eos,
+            "ignore_eos": True,
+            "logprobs": 0,  # none but the drawn token's
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+        }
+        draw = random.Random(seed)
+        seeds = [None if seed is None or greedy else draw.getrandbits(62) for _ in rows]
+        settings = [{**common, "temperature": t, "seed": s} for t, s in zip(taus, seeds, strict=True)]
+        return self._rollout(rows, taus, eos, self._complete(rows, settings))
+
+    def _rollout(self, rows: list[list[int]], taus: list[float], eos: list[int], done: list[Completion]) -> Rollout:
+        ids, mask = left_pad(rows, eos[0], self.device)
+        width = max(len(c.tokens) for c in done)
+
+        def padded(values: list[list[Any]], fill: Any) -> Tensor:
+            return torch.tensor([v + [fill] * (width - len(v)) for v in values], device=self.device)
+
+        logprobs = padded([c.logprobs for c in done], 0.0)
+        return Rollout(
+            prompt_ids=ids,
+            prompt_mask=mask,
+            tokens=padded([c.tokens for c in done], eos[0]),
+            lengths=torch.tensor([len(c.tokens) for c in done], device=self.device),
+            finished=torch.tensor([c.finished for c in done], device=self.device),
+            temperature=torch.tensor(taus, dtype=torch.float32, device=self.device),
+            sampling_logprobs=logprobs,
+            policy_logprobs=torch.full_like(logprobs, torch.nan),
+        )
+
+    def sync(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Send the weights under their transformers names, then compare what the sampler holds with what was sent.
+
+        Tensors are cast to the dtype that the sampler holds. LoRA: pass the merged weights. Where going through
+        named_parameters is collective, ranks that do not sync have to go through it too.
+
+        Raises: RolloutError naming the tensor that the sampler does not know, was not sent, or holds otherwise.
+        """
+        self.version = None
+        self._rpc("mdpgrpo_version", "")  # until it is checked, it is of no version
+        dtypes, home = self._layout = self._layout or self._read_layout()
+        expected: dict[str, int] = {}
+        sums: set[int] = set()
+        batch: list[tuple[str, Tensor]] = []
+        size = 0
+        for name, tensor in named_parameters:
+            held = home.get(name)
+            if held is None:
+                if any(bit_sum(tensor.detach().to(getattr(torch, d))) in sums for d in set(dtypes.values())):
+                    continue  # another name of one already sent: tied embeddings
+                raise RolloutError(f"vLLM's model holds no parameter for {name!r}: its weights cannot be checked")
+            # A copy: merged LoRA weights may be taken back while they wait here.
+            sent = tensor.detach().to(getattr(torch, dtypes[held]), copy=True)
+            mine = bit_sum(sent)
+            sums.add(mine)
+            expected[held] = expected.get(held, 0) + mine
+            batch.append((name, sent))
+            size += sent.nbytes
+            if size >= SYNC_BYTES:
+                self._send(batch)
+                batch, size = [], 0
+        if batch:
+            self._send(batch)
+        self._check(expected, set(dtypes), version)
+        self._reset_cache()
+        self._rpc("mdpgrpo_version", str(version))
+        self.version = version
+
+    def _read_layout(self) -> tuple[dict[str, str], dict[str, str]]:
+        """dtype of each parameter held, and of each name that may be sent the one that holds it."""
+        dtypes: dict[str, str] = {}
+        home: dict[str, str] = {}
+        for worker in self._rpc("mdpgrpo_layout"):
+            dtypes.update(worker["held"])
+            for held in worker["held"]:
+                parts = held.split(".")
+                options = [worker["packed"].get(p, [p]) for p in parts]
+                names = [parts]
+                for i, option in enumerate(options):
+                    names = [[*n[:i], o, *n[i + 1 :]] for n in names for o in option]
+                home.update((".".join(n), held) for n in names)
+        return dtypes, home
+
+    def _check(self, expected: dict[str, int], held: set[str], version: int) -> None:
+        if missing := sorted(held - expected.keys()):
+            raise RolloutError(f"vLLM holds {missing[0]!r}, and {len(missing)} in all, that no weights were sent for")
+        workers = self._rpc("mdpgrpo_sums")
+        for name, want in expected.items():
+            got = [sums[name] for sums in workers if name in sums]
+            # Each worker holds all of it, or its shard of it.
+            whole = got and not any((g - want) % 2**64 for g in got)
+            if not whole and (sum(got) - want) % 2**64:
+                raise RolloutError(
+                    f"vLLM does not hold the weights of version {version}: checksum of {name!r} must be "
+                    f"{want % 2**64:016x}; got {' '.join(f'{g % 2**64:016x}' for g in got)}"
+                )

@@ -1,0 +1,1 @@
+"""The trainer and what it is made of: batches, distribution, checkpoints, metrics, the run directory."""

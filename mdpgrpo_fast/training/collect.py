@@ -1,0 +1,126 @@
+"""A step's completions: sampled, scored, with their advantages; groups without a gradient replaced on request."""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ..config import MDPGRPOConfig, TrainConfig
+from ..models.lora import merged
+from ..models.policy import Policy
+from ..ops.advantages import advantages
+from ..reference import Advantages
+from ..rewards import Score, Scorer
+from ..rollout.engine import sync
+from ..rollout.generate import Rollout, decode, generate
+from ..rollout.vllm.sampler import Sampler, with_policy_logprobs
+from .batch import Batch, replace_groups
+from .task import Task
+from .timing import StageClock
+
+
+class Collector:
+    """Where batches come from. policy: not wrapped; engine: what samples, None: the policy's own model."""
+
+    def __init__(
+        self, task: Task, run: TrainConfig, method: MDPGRPOConfig, accelerator: Accelerator, scorer: Scorer,
+        policy: Policy, engine: Sampler | None,
+    ) -> None:  # fmt: skip
+        self.task, self.run, self.method, self.accelerator, self.scorer = task, run, method, accelerator, scorer
+        self.policy, self.engine = policy, engine
+        self.problem = ""  # the last reason for a sample that was dropped
+
+    @property
+    def lm(self) -> Any:
+        return self.policy.model
+
+    def sample(self, rows: list[int]) -> Rollout:
+        """G completions of each prompt, slot g at its own temperature."""
+        method = self.method
+        draw = self.engine.generate if self.engine else partial(generate, self.lm)
+        return draw(
+            [self.task.train_ids[i] for i in rows],
+            num_generations=method.num_generations,
+            temperature=method.slot_temperatures * len(rows),
+            eos=self.task.eos,
+            max_new_tokens=self.run.max_completion_length,
+            top_k=method.top_k,
+            top_p=method.top_p,
+            min_p=method.min_p,
+        )
+
+    def sync(self, number: int) -> None:
+        """vLLM gets the weights as they are now. Called where each rank has them whole."""
+        if self.engine is not None:
+            # A tied head under both of its names: it may have an adapter of its own.
+            named = dict(self.lm.named_parameters(remove_duplicate=False))
+            weights = merged(self.lm, named) if self.run.lora else named.items()
+            sync(self.engine, self.accelerator, weights, number)
+
+    def collect(self, rows: list[int], number: int, clock: StageClock) -> Batch:
+        """Completions of the prompts, scored; groups without a gradient are replaced, `refill` times at most."""
+        g, rows, train = self.method.num_generations, list(rows), self.task.train
+        others = random.Random(f"{self.run.seed} {number} {self.accelerator.process_index}")
+
+        def sampled(rows: list[int]) -> tuple[Rollout, list[str], list[Score]]:
+            with clock.stage("generate"):
+                rollout = self.sample(rows)
+                if self.engine is not None and self.method.temperature_objective == "corrected":
+                    with self.accelerator.autocast():
+                        size = self.run.micro_batch_size
+                        rollout = with_policy_logprobs(
+                            rollout, self.policy, micro_batch_size=size, backend=self.run.backend
+                        )
+            with clock.stage("score"):
+                responses = decode(rollout, self.task.tokenizer)
+                return rollout, responses, self.scorer([train[i] for i in rows for _ in range(g)], responses)
+
+        with clock.stage("generate"):
+            self.sync(number)
+        rollout, responses, scores = sampled(rows)
+        for left in range(self.run.refill, -1, -1):
+            with clock.stage("score"):
+                batch = self.assemble(rollout, rows, responses, scores)
+                still = self.idle(batch.adv).all(1).nonzero().flatten().tolist() if left else []
+            if not still:
+                break
+            fresh = [others.randrange(len(train)) for _ in still]
+            more, more_responses, more_scores = sampled(fresh)
+            rollout = replace_groups(rollout, still, more, g)
+            for j, (group, row) in enumerate(zip(still, fresh, strict=True)):
+                rows[group] = row
+                responses[group * g : (group + 1) * g] = more_responses[j * g : (j + 1) * g]
+                scores[group * g : (group + 1) * g] = more_scores[j * g : (j + 1) * g]
+        if self.engine is not None:
+            self.engine.sleep()
+        self.problem = next((s.problem for s in scores if s.problem), self.problem)
+        return batch
+
+    def assemble(self, rollout: Rollout, rows: list[int], responses: list[str], scores: list[Score]) -> Batch:
+        """Advantages, and the tokens that count."""
+        g, device, method = self.method.num_generations, self.accelerator.device, self.method
+        examples = [self.task.train[i] for i in rows for _ in range(g)]
+        totals = torch.tensor([0.0 if s.total is None else s.total for s in scores], device=device).view(-1, g)
+        valid = torch.tensor([s.total is not None for s in scores], device=device).view(-1, g)
+        k = torch.tensor([self.task.train[i].num_constraints(self.run.num_constraints) for i in rows], device=device)
+        adv = advantages(totals, k, method, valid=valid, backend=self.run.backend)
+        mask = rollout.mask & (valid.flatten() & (rollout.finished | (not method.mask_truncated)))[:, None]
+        weight = None
+        if method.temperature_objective == "corrected":
+            gap = (rollout.policy_logprobs - rollout.sampling_logprobs).masked_fill(~rollout.mask, 0)
+            weight = gap.exp().clamp(max=method.importance_weight_cap)
+        tokens = mask.sum(1)
+        looked_at = tokens.masked_fill(self.idle(adv).flatten() & self.run.skip_idle, 0)
+        # One wait for the device.
+        counts = torch.stack([tokens, looked_at, rollout.prompt_mask.sum(1), rollout.lengths]).tolist()
+        return Batch(rollout, examples, responses, scores, totals, valid, adv, mask, weight, *counts)
+
+    def idle(self, adv: Advantages) -> Tensor:
+        """(P, G) bool: completions whose loss is 0 whatever the policy."""
+        idle = adv.advantage == 0
+        return idle & (adv.kl_beta == 0) if self.method.needs_reference else idle

@@ -1,0 +1,199 @@
+"""What several devices change: whole weights for sampling, gathered weights for saving, settings that must agree."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
+from ..config import ConfigError, TrainConfig
+
+T = TypeVar("T")
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether no rank holds all weights between forward passes."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return accelerator.state.deepspeed_plugin.zero_stage == 3
+    return accelerator.distributed_type == DistributedType.FSDP
+
+
+def accelerator(run: TrainConfig, path: Path) -> Accelerator:
+    """accelerate as it was launched, its settings held against the run's. Raises ConfigError where they contradict."""
+    try:
+        made = Accelerator(
+            mixed_precision=run.mixed_precision, cpu=run.cpu, log_with=run.report_to or None, project_dir=path
+        )
+    except (ValueError, ImportError) as e:
+        raise ConfigError(f"accelerate refuses its configuration: {str(e).strip().splitlines()[0]}") from None
+    check(made, run)
+    return made
+
+
+def check(accelerator: Accelerator, run: TrainConfig) -> None:
+    """Settles what accelerate's own configuration leaves open. Raises ConfigError where it contradicts the run."""
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ConfigError(
+            "gradient_accumulation_steps of accelerate must be 1, micro-batches are accumulated here "
+            f"(tokens_per_micro_batch); got {accelerator.gradient_accumulation_steps}"
+        )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        _check_fsdp(accelerator, run)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        _check_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config, run)
+
+
+def _check_fsdp(accelerator: Accelerator, run: TrainConfig) -> None:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    if not accelerator.is_fsdp2:
+        raise ConfigError("fsdp_version of accelerate's configuration must be 2; got 1")
+    plugin = accelerator.state.fsdp_plugin
+    # Every rank has loaded the weights. From one rank's copy accelerate would untie a tied head.
+    plugin.cpu_ram_efficient_loading = False
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(run.mixed_precision)
+    if dtype is not None:
+        # The weights of the passes alone: not the advantages and log-probs that go in and come out, nor the sums.
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
+        )
+
+
+def _check_deepspeed(config: dict[str, Any], run: TrainConfig) -> None:
+    if "optimizer" in config:
+        raise ConfigError("the DeepSpeed configuration must have no optimizer section: the run has its own AdamW")
+    wanted = {"gradient_accumulation_steps": 1, "gradient_clipping": run.max_grad_norm}
+    for name, value in wanted.items():
+        given = config.get(name, "auto")
+        if given != "auto" and float(given) != value:
+            knob = " (max_grad_norm)" if name == "gradient_clipping" else ""
+            raise ConfigError(f"{name} of the DeepSpeed configuration must be {value}{knob}; got {given}")
+        config[name] = value
+    for name in ("bf16", "fp16"):
+        given, here = config.get(name, {}).get("enabled", "auto"), run.mixed_precision == name
+        if given not in ("auto", here):
+            raise ConfigError(
+                f"{name} of the DeepSpeed configuration must be {str(here).lower()} (mixed_precision = "
+                f"{run.mixed_precision}); got {str(given).lower()}"
+            )
+    config["train_micro_batch_size_per_gpu"] = 1  # it asks for a number; ours are counted in tokens
+    config.setdefault("zero_force_ds_cpu_optimizer", False)
+    # Or the model at the end of a run could not be saved.
+    config.setdefault("zero_optimization", {})["stage3_gather_16bit_weights_on_model_save"] = True
+
+
+def prepare(
+    accelerator: Accelerator, policy: nn.Module, optimizer: Any, reference: nn.Module | None
+) -> tuple[Any, Any]:
+    """The policy and its optimiser as accelerate wraps them; a reference goes to the device, in shards under FSDP."""
+    model, optimizer = accelerator.prepare(policy, optimizer)
+    if accelerator.distributed_type != DistributedType.FSDP:
+        if reference is not None:
+            # In the policy's dtype, which DeepSpeed may have changed: the KL of two equal models is 0.
+            reference.to(accelerator.device, next(policy.parameters()).dtype)
+        return model, optimizer
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    if reference is not None:
+        register_fsdp_forward_method(fsdp2_prepare_model(accelerator, reference), "logprobs")
+    # Whatever runs the model goes through the root, which has to be the first whose forward pass runs.
+    for name in ("call", "logprobs"):
+        register_fsdp_forward_method(model, name)
+    return model, optimizer
+
+
+def call_whole(accelerator: Accelerator, model: nn.Module, function: Callable[[], T]) -> T:
+    """function(), which runs forward passes of the language model in `model`, as many as it likes on each rank.
+
+    Sharded weights are gathered once for all of them and let go afterwards; called by all ranks together.
+    """
+    if not is_sharded(accelerator):
+        return function()
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return _call_unsharded(model, function, bool(accelerator.state.fsdp_plugin.reshard_after_forward))
+    with _gathered(model):
+        return function()
+
+
+def _call_unsharded(model: Any, function: Callable[[], T], reshard: bool) -> T:
+    from torch.distributed.fsdp import FSDPModule
+
+    model.set_reshard_after_forward(False)
+    parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
+
+    def gathered() -> T:
+        for m in parts:
+            m.unshard()
+        return function()
+
+    try:
+        return model.call(gathered)
+    finally:
+        model.set_reshard_after_forward(reshard)
+        model.set_reshard_after_forward(False, recurse=False)  # the root, as torch itself has it
+        for m in parts:
+            m.reshard()
+
+
+@contextmanager
+def _gathered(engine: Any) -> Iterator[None]:
+    """All parameters of a DeepSpeed engine, with its hooks off, which would let them go after each layer."""
+    import deepspeed
+
+    offload = engine.optimizer.parameter_offload
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        for hook in [*offload.forward_hooks, *offload.backward_hooks]:
+            hook.remove()
+        offload.forward_hooks, offload.backward_hooks = [], []
+        try:
+            yield
+        finally:
+            offload._register_deepspeed_module(offload.module)
+
+
+def whole_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor] | None:
+    """State of the language model in a `Policy`, gathered on the main process; None where it needs no gathering."""
+    if not is_sharded(accelerator):
+        return None
+    state = accelerator.get_state_dict(model)
+    return {k.removeprefix("model."): v for k, v in (state or {}).items()}
+
+
+def norm_of(norm: Any) -> float:
+    """A gradient norm as a number: of a tensor, sharded or not, or DeepSpeed's own (None before its first step)."""
+    if norm is None:
+        return float("nan")
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
+def leave(code: int) -> NoReturn:
+    """The end of a process, at an exit status.
+
+    gloo's threads take the GIL to free tensors of finished work: at the interpreter's shutdown they abort, and while a
+    process group is destroyed they may wait for ever. So a process of several under gloo ends without either.
+    """
+    if dist.is_available() and dist.is_initialized():
+        if dist.get_backend() == "gloo":
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        dist.destroy_process_group()
+    sys.exit(code)
+
+
+def most(accelerator: Accelerator, count: int) -> int:
+    """The largest count of all ranks."""
+    if accelerator.num_processes == 1:
+        return count
+    found = accelerator.gather(torch.tensor([count], device=accelerator.device))
+    return int(found.max())

@@ -1,0 +1,117 @@
+"""What a step says about itself: group health, per-temperature slots, token statistics, and why a gradient is zero."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import MDPGRPOConfig
+from ..reference import TOTALS, Advantages, TokenLoss
+
+GOAL = 0.5  # the share of constraints under which a response counts as a failure, the paper's goal mean
+
+
+def group_health(rewards: Tensor, valid: Tensor, adv: Advantages, has_kl: bool) -> dict[str, float]:
+    """Shares of the P groups with a known weakness of z-score GRPO, and reward statistics. rewards, valid: (P, G)."""
+    best = rewards.masked_fill(~valid, -torch.inf).amax(1)
+    still = (adv.advantage == 0).all(1)
+    kept = rewards[valid]
+    return {
+        "reward": kept.mean().item() if kept.numel() else 0.0,
+        "reward_std": kept.std(correction=0).item() if kept.numel() else 0.0,
+        "advantage_mean": adv.advantage[valid].mean().item() if kept.numel() else 0.0,
+        "zero_variance_groups": (adv.std == 0).float().mean().item(),
+        "large_z_groups": (adv.z.abs().amax(1) > 2).float().mean().item(),
+        # All members under the goal, and yet plain z would reinforce the best of them.
+        "gain_below_goal_groups": ((best < GOAL) & (adv.z.amax(1) > 0)).float().mean().item(),
+        "zero_gradient_groups": 0.0 if has_kl else still.float().mean().item(),
+    }
+
+
+def slot_statistics(
+    rewards: Tensor, valid: Tensor, config: MDPGRPOConfig, weight: Tensor | None, mask: Tensor
+) -> list[dict[str, Any]]:
+    """Reward mean and spread of each temperature of the group; with an importance weight (B, L), its effective sample
+    size as a share of the tokens."""
+    rows = []
+    slots = torch.tensor(config.slot_temperatures, device=rewards.device)
+    for tau in sorted(set(config.slot_temperatures)):
+        pick = (slots == slots.new_tensor(tau)).expand_as(rewards)
+        r = rewards[pick & valid]
+        ess = None
+        if weight is not None:
+            w = weight[pick.flatten()][mask[pick.flatten()]]
+            ess = (w.sum().square() / (w.square().sum() * w.numel()).clamp(min=1e-12)).item() if w.numel() else None
+        rows.append(
+            {
+                "temperature": tau,
+                "reward": r.mean().item() if r.numel() else None,
+                "reward_std": r.std(correction=0).item() if r.numel() else None,
+                "ess": ess,
+            }
+        )
+    return rows
+
+
+class TokenStatistics:
+    """Token-weighted means over the micro-batches of a step, read from the device once."""
+
+    def __init__(self) -> None:
+        self._totals: list[Tensor] = []
+
+    def add(self, out: TokenLoss) -> None:
+        self._totals.append(out.totals)
+
+    def read(self) -> dict[str, float]:
+        assert self._totals, "read before add"
+        table = torch.stack(self._totals).double()
+        column = {name: table[:, i] for i, name in enumerate(TOTALS)}
+        n = column["tokens"].sum().clamp(min=1)
+        means = ("kl", "entropy", "clip_low", "clip_high", "ratio_mean")
+        values = [(column[name] * column["tokens"]).sum() / n for name in means]
+        values += [column["ratio_max"].amax(), column["kl_clamped"].sum()]
+        return dict(zip([*means, "ratio_max", "kl_clamped"], torch.stack(values).tolist(), strict=True))
+
+
+def why_zero(
+    loss: float, grad_norm: float, rollout_tokens: int, adv: Advantages, config: MDPGRPOConfig, has_kl: bool
+) -> str | None:
+    """One line on why the loss or the gradient is 0 at this step; None where neither is."""
+    if rollout_tokens == 0:
+        return "no token counts: every completion was dropped or masked as truncated"
+    if grad_norm == 0:
+        if bool((adv.advantage == 0).all()):
+            anchor = "the goal anchor is off" if config.alpha == 0 else "the goal anchor is 0 too"
+            kl = "the policy still equals the reference" if has_kl else "there is no KL term"
+            return f"the gradient is 0: the rewards of every group are all equal, so z = 0, {anchor} and {kl}"
+        return "the gradient is 0 although advantages are not: every token's ratio is clipped, or gradients underflow"
+    if abs(loss) < 1e-7:
+        return "the loss is 0 but its gradient is not: on-policy the ratio is 1 and the advantages cancel in the mean"
+    return None
+
+
+SUMS = ("dropped", "kl_clamped", "tokens_per_second")
+HIGHEST = ("ratio_max", "memory_mb")
+
+
+def over_ranks(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """One metrics row of those of all ranks: means, but sums of SUMS and maxima of HIGHEST; nested ones by name.
+
+    None counts for nothing; text is the first there is. Rows have the same keys, and lists the same length.
+    """
+    out: dict[str, Any] = {}
+    for name in rows[0]:
+        values = [v for row in rows if (v := row.get(name)) is not None]
+        if not values or isinstance(values[0], str):
+            out[name] = values[0] if values else None
+        elif isinstance(values[0], dict):
+            out[name] = over_ranks(values)
+        elif isinstance(values[0], list):
+            out[name] = [over_ranks(list(parts)) for parts in zip(*values, strict=True)]
+        else:
+            join = sum if name in SUMS else max if name in HIGHEST else statistics.fmean
+            out[name] = join(values)
+    return out

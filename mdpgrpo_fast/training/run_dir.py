@@ -1,0 +1,213 @@
+"""The run directory and everything that watches a run: JSON lines, trackers, the progress bar, sample tables."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from ..config import ConfigError, MDPGRPOConfig, TrainConfig
+from ..data import Example
+from ..rewards import Score
+from ..rollout.vllm.sampler import RolloutError
+from ..version import __version__
+
+
+def move_aside(path: Path) -> Path | None:
+    """Rename an earlier run of this name to the first free `name.1`, `name.2` …; returns where it went.
+
+    Raises: ConfigError where the path holds something else than a run, which is left alone.
+    """
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return None
+    if not any((path / name).exists() for name in ("config.yaml", "metrics.jsonl", "summary.json")):
+        raise ConfigError(f"output_dir {str(path)!r} exists and is no earlier run")
+    number = 1
+    while (old := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    path.rename(old)
+    return old
+
+
+class RunDir:
+    """Files of one run; JSON lines are flushed line by line, so that a killed run keeps what it had.
+
+    The first rank alone makes the directory (at once with `create`) and writes to it.
+    """
+
+    def __init__(self, path: str | Path, create: bool = True) -> None:
+        self.path = Path(path)
+        self.moved: Path | None = None
+        if create:
+            self.make()
+
+    def make(self) -> None:
+        """The directory, empty; an earlier run in it is moved aside. Raises ConfigError."""
+        try:
+            self.moved = move_aside(self.path.absolute())
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise ConfigError(f"output_dir {str(self.path)!r} cannot be made: {e.strerror or e}") from None
+
+    def write_config(self, run: TrainConfig, method: MDPGRPOConfig) -> None:
+        text = yaml.safe_dump({"run": asdict(run), "method": asdict(method)}, sort_keys=False)
+        (self.path / "config.yaml").write_text(text, encoding="utf-8")
+
+    def append(self, name: str, row: dict[str, Any]) -> None:
+        with (self.path / name).open("a", encoding="utf-8") as f:
+            f.write(json.dumps(row) + "\n")
+
+    def write_json(self, name: str, value: dict[str, Any]) -> None:
+        (self.path / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def check_trackers(names: list[str]) -> None:
+    """Raises ConfigError for a tracker that accelerate does not know or whose package is missing."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known, available = [str(n) for n in LOGGER_TYPE_TO_CLASS], [str(n) for n in get_available_trackers()]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"report_to must be among {', '.join(known)}; got {name!r}")
+        if name not in available:
+            raise ConfigError(f"report_to {name!r} needs the package {name}, which is not installed")
+
+
+def tracker_values(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """A metrics row flattened to numbers with slash-separated names."""
+    flat: dict[str, float] = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            flat.update(tracker_values(value, f"{prefix}{key}/"))
+        elif key == "slots":
+            for slot in value:
+                numbers = {k: v for k, v in slot.items() if k != "temperature"}
+                flat.update(tracker_values(numbers, f"{prefix}slot_{slot['temperature']:g}/"))
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and key != "step":
+            flat[prefix + key] = value
+    return flat
+
+
+def progress_values(row: dict[str, Any], hsr: float | None, ssr: float | None) -> str:
+    """The numbers of the progress bar."""
+    shares = "" if hsr is None or ssr is None else f"HSR {hsr:.2f} SSR {ssr:.2f} "
+    return (
+        f"{shares}r {row['reward']:.2f} KL {row['kl']:.4f} clip {row['clip_low'] + row['clip_high']:.3f} "
+        f"H {row['entropy']:.2f} {row['tokens_per_second']:.0f} tok/s"
+    )
+
+
+def spread(count: int, limit: int) -> list[int]:
+    """At most `limit` indices below `count`, evenly spaced: rows of like prompts stand next to each other."""
+    limit = min(count, limit)
+    return [i * count // limit for i in range(limit)]
+
+
+def sample_table(rows: list[dict[str, Any]], limit: int = 4) -> str:
+    """A few completions of a step as a plain-text table that fits the terminal."""
+    width = max(40, shutil.get_terminal_size((120, 20)).columns)
+    lines = []
+    for row in rows[:limit]:
+        marks = "".join("+" if ok else "-" for ok in row["satisfied"] or [])
+        reward = "dropped" if row["reward"] is None else f"{row['reward']:.2f}"
+        head = f"  τ {row['temperature']:<4g} r {reward:<5} {marks:<6} "
+        text = " ".join(row["response"].split())
+        room = width - len(head) - 1
+        lines.append(head + (text if len(text) <= room else text[: room - 1] + "…"))
+    return "\n".join(lines)
+
+
+def completion_row(
+    step: int,
+    phase: str,
+    example: Example,
+    response: str,
+    temperature: float,
+    score: Score,
+    advantage: float | None,
+    finished: bool,
+) -> dict[str, Any]:
+    """A line of completions.jsonl."""
+    return {
+        "step": step,
+        "phase": phase,
+        "prompt": example.prompt,
+        "response": response,
+        "temperature": round(temperature, 6),
+        "reward": score.total,
+        "advantage": advantage,
+        "instruction_ids": example.instruction_ids,
+        "satisfied": score.satisfied,
+        "finished": finished,
+        **({"problem": score.problem} if score.problem else {}),
+    }
+
+
+def flat_config(run: TrainConfig, method: MDPGRPOConfig) -> dict[str, Any]:
+    """All knobs as tracker hyperparameters, which take numbers and text alone."""
+    values = {**asdict(run), **asdict(method)}
+    return {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in values.items()}
+
+
+def peak_memory_mb() -> float:
+    """Peak of this process: the GPU allocator's where one is used, else resident memory, in MB of 10⁶ bytes."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return round(torch.cuda.max_memory_allocated() / 1e6, 1)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
+
+
+def shares(result: dict[str, Any] | None) -> str:
+    if result is None:
+        return "no held-out prompts"
+    if result["hsr"] is None:
+        return f"reward {result['reward']:.3f}" if result["reward"] is not None else "no reward"
+    return f"HSR {result['hsr']:.3f}, SSR {result['ssr']:.3f} over {result['count']} prompts"
+
+
+def summarize(run: TrainConfig, before: dict[str, Any] | None, after: dict[str, Any] | None) -> dict[str, Any]:
+    """summary.json as far as settings and held-out results go."""
+    first, last = before or {}, after or {}
+    types = {
+        t: {"before": row["rate"], "after": last["types"][t]["rate"] if last else None, "count": row["count"]}
+        for t, row in first.get("types", {}).items()
+    }
+    return {
+        "hsr_before": first.get("hsr"),
+        "hsr_after": last.get("hsr"),
+        "ssr_before": first.get("ssr"),
+        "ssr_after": last.get("ssr"),
+        "method": run.preset,
+        "seed": run.seed,
+        "model": run.model or "embedded seed policy",
+        "train_file": run.train_file or "embedded",
+        "eval_file": run.eval_file or ("embedded" if before else None),
+        "types": types,
+        "versions": {
+            "mdpgrpo_fast": __version__,
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def keep_partial(out: RunDir, accelerator: Accelerator, error: RolloutError, step: int, tokenizer: Any) -> int:
+    """Completions that came before an engine failed, of all ranks, as partial_rollout.jsonl; how many."""
+    rank = accelerator.process_index
+    kept = gather_object([(rank, i, c) for i, c in enumerate(error.partial) if c is not None])
+    for rank, i, c in kept if accelerator.is_main_process else []:
+        text = tokenizer.decode(c.tokens)
+        row = {"step": step, "rank": rank, "row": i, "tokens": c.tokens, "response": text, "finished": c.finished}
+        out.append("partial_rollout.jsonl", row)
+    return len(kept)

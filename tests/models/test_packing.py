@@ -1,0 +1,382 @@
+"""Groups with their prompt once: equal to the padded pass in loss and gradients, in every corner, or refused."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from helpers.losses import config_for
+
+from mdpgrpo_fast.config import ConfigError
+from mdpgrpo_fast.models import shared_prompt
+from mdpgrpo_fast.models.packing import Packed, Packing, Unpackable, bins, masks, pack
+from mdpgrpo_fast.models.policy import Policy
+from mdpgrpo_fast.models.shared_prompt import Layout, shared_prompt_attention
+from mdpgrpo_fast.ops import backends
+
+VOCAB = 97
+SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+WINDOW = {"head_dim": 8, "sliding_window": 5}
+MODELS: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "llama": (tf.LlamaConfig, {}, "blocks"),
+    "llama eager": (tf.LlamaConfig, {"attn_implementation": "eager"}, "masks"),
+    "llama flex": (tf.LlamaConfig, {"attn_implementation": "flex_attention"}, "flex"),
+    "qwen2": (tf.Qwen2Config, {}, "blocks"),
+    "gemma2": (tf.Gemma2Config, WINDOW, "masks"),  # sliding window and soft-cap: its attention is eager
+    "gemma3": (tf.Gemma3TextConfig, WINDOW, "blocks"),  # sliding window under sdpa: blocks where it does not reach
+    "mistral": (tf.MistralConfig, {"sliding_window": 5}, "blocks"),
+    "gpt2": (tf.GPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 4}, "blocks"),
+}
+PROMPTS = [6, 1, 3]
+LENGTHS = [[4, 1, 7], [2, 9], [3, 0]]  # a single token, an empty completion, and 6 + 7 positions beyond the window
+
+
+def build(name: str) -> Any:
+    kind, more, _ = MODELS[name]
+    more = dict(more)
+    attention = more.pop("attn_implementation", None)
+    torch.manual_seed(0)
+    sizes = {**SIZES, **HEADS, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **more}
+    if name == "gpt2":
+        sizes = {k: v for k, v in sizes.items() if k in more or k.endswith("_id") or k == "vocab_size"}
+    model = tf.AutoModelForCausalLM.from_config(
+        kind(**sizes), **({"attn_implementation": attention} if attention else {})
+    )
+    for p in model.parameters():  # away from the small initial weights: attention has to matter
+        torch.nn.init.normal_(p, std=0.2)
+    return model.eval()
+
+
+def packing_of(model: Any, dtype: torch.dtype = torch.float32) -> Packing:
+    return Packing(model, torch.device("cpu"), dtype)
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, list[int], list[int], list[list[int]]]:
+    """Prompt ids and mask, tokens and mask, lengths of both, and the groups' rows."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = [n for group in LENGTHS for n in group]
+    prompt_lengths = [s for s, group in zip(PROMPTS, LENGTHS, strict=True) for _ in group]
+    rows, groups = iter(range(len(lengths))), []
+    for group in LENGTHS:
+        groups.append([next(rows) for _ in group])
+    prompts = torch.randint(3, VOCAB, (len(PROMPTS), max(PROMPTS)), generator=generator)
+    ids = torch.stack([prompts[g] for g, group in enumerate(groups) for _ in group])
+    tokens = torch.randint(3, VOCAB, (len(lengths), max(lengths)), generator=generator)
+    at = torch.arange(max(PROMPTS))
+    prompt_mask = at >= max(PROMPTS) - torch.tensor(prompt_lengths)[:, None]
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return ids, prompt_mask, tokens, mask, prompt_lengths, lengths, groups
+
+
+def packed(groups: list[list[int]] | None = None) -> Packed:
+    ids, _, tokens, _, prompt_lengths, lengths, all_groups = batch()
+    return pack(ids, prompt_lengths, tokens, lengths, groups or all_groups)
+
+
+def gradients(
+    policy: Policy, inputs: Any, mask: Any, lengths: list[int], **given: Any
+) -> tuple[Any, list[torch.Tensor]]:
+    out = policy(inputs, mask, config_for(), lengths, denominator=7.0, **given)
+    found = torch.autograd.grad(out.loss, [p for p in policy.model.parameters()], allow_unused=True)
+    return out, [g for g in found if g is not None]
+
+
+@pytest.mark.parametrize("lm_head", ["fused", "logits"])
+@pytest.mark.parametrize("name", [n for n in MODELS if "flex" not in n])
+def test_packed_equals_padded(name: str, lm_head: str) -> None:
+    policy = Policy(build(name), lm_head, packing="on")
+    assert policy.packing is not None and policy.packing.mode == MODELS[name][2]
+    ids, prompt_mask, tokens, mask, _, lengths, _ = batch()
+    one = packed()
+    advantage, beta, tau = torch.linspace(-1, 1, 7), torch.full((7,), 0.05), torch.linspace(0.5, 1.3, 7)
+    refs = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(2)) - 4
+    rows = torch.tensor(one.rows)
+    expected, wanted = gradients(
+        policy, (ids, prompt_mask, tokens, mask), mask, lengths, advantage=advantage, kl_beta=beta, temperature=tau,
+        ref_logprobs=refs,
+    )  # fmt: skip
+    out, found = gradients(
+        policy, one, None, one.lengths, advantage=advantage[rows], kl_beta=beta[rows], temperature=tau[rows],
+        ref_logprobs=refs.flatten()[one.source],
+    )  # fmt: skip
+    torch.testing.assert_close(out.loss, expected.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out.logprobs, expected.logprobs.flatten()[one.source], rtol=1e-4, atol=2e-5)
+    assert out.totals[0] == expected.totals[0] == sum(lengths)
+    assert len(found) == len(wanted) > 10
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-5 * max(1.0, theirs.abs().max().item()))
+
+
+def test_flex_attention_scores_as_the_padded_pass() -> None:
+    """Forward alone: PyTorch has no backward pass of it on the CPU."""
+    ids, prompt_mask, tokens, mask, _, lengths, _ = batch()
+    one = packed()
+    with torch.compiler.set_stance("force_eager"):  # transformers compiles it, which takes a minute here
+        policy = Policy(build("llama flex"), packing="on")
+        assert policy.packing is not None and policy.packing.mode == "flex"
+        expected = policy.logprobs((ids, prompt_mask, tokens, mask), mask, lengths, 1.0, "auto")
+        found = policy.logprobs(one, None, one.lengths, 1.0, "auto")
+    torch.testing.assert_close(found, expected.flatten()[one.source], rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_log_probs_do_not_depend_on_the_other_groups(name: str) -> None:
+    policy = Policy(build(name), packing="on")
+    whole = packed()
+    together = policy.logprobs(whole, None, whole.lengths, 1.0, "auto")
+    at = 0
+    for rows in batch()[-1]:
+        one = packed([rows])
+        alone = policy.logprobs(one, None, one.lengths, 1.0, "auto")
+        torch.testing.assert_close(together[at : at + len(alone)], alone, rtol=1e-4, atol=1e-5)
+        at += len(alone)
+
+
+def test_a_sliding_window_takes_masks_only_where_it_reaches() -> None:
+    packing = packing_of(build("mistral"))
+    assert "shared_prompt" not in packing.arguments(packed())
+    assert "shared_prompt" in packing.arguments(packed([[3]])), "1 + 2 positions fit into the window"
+
+
+# ---- layout ---------------------------------------------------------------------------------------------------------
+
+
+def test_layout_of_a_packed_row() -> None:
+    one = packed()
+    assert one.layout.prompts == [(0, 6), (18, 19), (30, 33)]
+    assert one.layout.completions == [[(6, 10), (10, 11), (11, 18)], [(19, 21), (21, 30)], [(33, 36)]]
+    assert one.rows == [0, 1, 2, 3, 4, 5] and one.lengths == [4, 1, 7, 2, 9, 3] and one.layout.longest == 13
+    assert one.positions[0, :11].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 6], "positions restart after the prompt"
+    assert one.predictors[:6].tolist() == [5, 6, 7, 8, 5, 5], "the prompt's last state predicts every first token"
+    ids, _, tokens, *_ = batch()
+    assert one.ids[0, :6].equal(ids[0]) and one.ids[0, 18] == ids[3, -1] and one.ids[0, 11:18].equal(tokens[2, :7])
+    assert one.tokens.equal(tokens.flatten()[one.source]) and one.completion.bincount().tolist() == one.lengths
+
+
+def test_a_batch_without_a_token_cannot_be_packed() -> None:
+    with pytest.raises(ValueError, match="groups must hold a completion with at least one token"):
+        packed([[6]])
+
+
+def test_bins_hold_whole_groups_within_the_budget() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        costs = torch.randint(
+            1, 100, (int(torch.randint(1, 20, (), generator=generator)),), generator=generator
+        ).tolist()
+        budget = int(torch.randint(max(costs), 300, (), generator=generator))
+        found = bins(costs, budget)
+        assert sorted(i for b in found for i in b) == list(range(len(costs)))
+        assert all(0 < sum(costs[i] for i in b) <= budget for b in found)
+        assert len(found) <= 2 * -(-sum(costs) // budget)
+    with pytest.raises(ValueError, match="tokens_per_micro_batch must hold the largest group, 9 tokens; got 8"):
+        bins([3, 9], 8)
+
+
+def test_masks_by_their_definition() -> None:
+    one = packed()
+    where = {i: (g, 0) for g, (a, b) in enumerate(one.layout.prompts) for i in range(a, b)}
+    for g, spans in enumerate(one.layout.completions):
+        where |= {i: (g, j) for j, (a, b) in enumerate(spans, 1) for i in range(a, b)}
+    for window in (None, 3):
+        found, at = masks(one.layout, one.positions, window), one.positions[0].tolist()
+        for q in range(len(at)):
+            for k in range(len(at)):
+                allowed = where[q][0] == where[k][0] and where[k][1] in (0, where[q][1]) and at[k] <= at[q]
+                assert found[q, k] == (allowed and (window is None or at[q] - at[k] < window)), (q, k)
+
+
+# ---- attention ------------------------------------------------------------------------------------------------------
+
+
+def qkv(layout: Layout, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    length = layout.own[-1][1]
+    return [torch.randn(1, h, length, 8, generator=generator, dtype=dtype).requires_grad_() for h in (6, 2, 2)]
+
+
+def expected_attention(inputs: list[torch.Tensor], one: Packed, scale: float) -> torch.Tensor:
+    q, k, v = inputs
+    allowed = masks(one.layout, one.positions)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1), attn_mask=allowed, scale=scale
+    )
+    return out.transpose(1, 2)
+
+
+@pytest.mark.parametrize("peaked", [1.0, 30.0])
+def test_attention_over_blocks_is_that_under_a_mask(peaked: float) -> None:
+    one = packed()
+    inputs = qkv(one.layout)
+    out, expected = shared_prompt_attention(*inputs, one.layout, peaked), expected_attention(inputs, one, peaked)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(4), dtype=out.dtype)
+    pairs = zip(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True)
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
+
+
+def varlen(
+    q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int, p: float, causal: bool, *_: Any, scale: float
+) -> Any:
+    """Variable-length flash attention by its definition, on (T, H, d); rows without keys are 0 and inf."""
+    assert cu_q.dtype == cu_k.dtype == torch.int32 and len(cu_q) == len(cu_k) and p == 0
+    assert cu_q[-1] == len(q) and cu_k[-1] == len(k), "the segments tile all rows"
+    out, lse = torch.zeros_like(q), torch.full((q.shape[1], len(q)), torch.inf, dtype=q.dtype)
+    for i in range(len(cu_q) - 1):
+        a, b, c, d = int(cu_q[i]), int(cu_q[i + 1]), int(cu_k[i]), int(cu_k[i + 1])
+        assert b - a <= max_q and d - c <= max_k
+        if a == b or c == d:
+            continue
+        keys, values = (x[c:d].repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(0, 1) for x in (k, v))
+        scores = q[a:b].transpose(0, 1) @ keys.transpose(1, 2) * scale
+        if causal:
+            scores = scores.masked_fill(torch.ones(b - a, d - c).triu(1).bool(), -torch.inf)
+        lse[:, a:b] = scores.logsumexp(-1)
+        out[a:b] = ((scores - lse[:, a:b, None]).exp() @ values).transpose(0, 1)
+    return out, lse, torch.zeros(2), torch.zeros(0), torch.zeros(0)
+
+
+def varlen_backward(
+    grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, cu_q: Any, cu_k: Any, *rest: Any, scale: float
+) -> Any:
+    """Its backward pass as the algorithm has it: from the output and the log-sum-exp that it is given."""
+    causal, group = rest[3], q.shape[1] // k.shape[1]
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for i in range(len(cu_q) - 1):
+        a, b, c, d = int(cu_q[i]), int(cu_q[i + 1]), int(cu_k[i]), int(cu_k[i + 1])
+        if a == b or c == d:
+            continue
+        keys, values = (x[c:d].repeat_interleave(group, 1).transpose(0, 1) for x in (k, v))
+        q1, g1, o1 = (x[a:b].transpose(0, 1) for x in (q, grad, out))
+        p = (q1 @ keys.transpose(1, 2) * scale - lse[:, a:b, None]).exp()
+        if causal:
+            p = p.masked_fill(torch.ones(b - a, d - c).triu(1).bool(), 0)
+        ds = p * (g1 @ values.transpose(1, 2) - (g1 * o1).sum(-1, keepdim=True)) * scale
+        dq[a:b] += (ds @ keys).transpose(0, 1)
+        for whole, one in ((dk, ds.transpose(1, 2) @ q1), (dv, p.transpose(1, 2) @ g1)):
+            whole[c:d] += one.unflatten(0, (-1, group)).sum(1).transpose(0, 1)
+    return dq, dk, dv
+
+
+def test_the_gpus_calls_by_what_they_are_documented_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segments, layouts and merging of the GPU path, on an emulation of the two ops of PyTorch that it calls."""
+    for name, fake in (("_flash_attention_forward", varlen), ("_flash_attention_backward", varlen_backward)):
+        real = getattr(torch.ops.aten, name).default._schema
+        assert [a.name for a in real.arguments[:4]] in (
+            ["query", "key", "value", "cum_seq_q"], ["grad_out", "query", "key", "value"]
+        )  # fmt: skip
+        monkeypatch.setattr(torch.ops.aten, name, fake)
+    monkeypatch.setattr(shared_prompt, "_cpu", shared_prompt._cuda)
+    one = packed()
+    inputs = qkv(one.layout)
+    out, expected = shared_prompt_attention(*inputs, one.layout, 0.3), expected_attention(inputs, one, 0.3)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(4), dtype=out.dtype)
+    pairs = zip(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True)
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
+
+
+def test_bfloat16_attention_is_as_good_as_pytorchs_own() -> None:
+    one = packed()
+    exact = expected_attention(qkv(one.layout), one, 0.3)
+    inputs = [x.detach().bfloat16() for x in qkv(one.layout)]
+    ours = shared_prompt_attention(*inputs, one.layout, 0.3).double() - exact
+    theirs = expected_attention(inputs, one, 0.3).double() - exact
+    assert ours.abs().max() < 2 * theirs.abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_on_a_gpu(dtype: torch.dtype) -> None:
+    """The real kernels: as far from float64 as PyTorch's own attention under a mask, forward and backward."""
+    one = packed()
+    exact = qkv(one.layout)
+    scale, grad = 0.3, torch.randn(1, one.layout.own[-1][1], 6, 8, dtype=torch.float64)
+    wanted = expected_attention(exact, one, scale)
+    truth = [wanted, *torch.autograd.grad(wanted, exact, grad)]
+    found = []
+    for function in (shared_prompt_attention, None):
+        leaves = [x.detach().to("cuda", dtype).requires_grad_() for x in exact]
+        device = Packed(**{**vars(one), "positions": one.positions.cuda()})
+        out = function(*leaves, one.layout, scale) if function else expected_attention(leaves, device, scale)
+        found.append([out, *torch.autograd.grad(out, leaves, grad.to("cuda", dtype))])
+    for ours, theirs, want in zip(*found, truth, strict=True):
+        error, own = ((x.double().cpu() - want).norm() / want.norm() for x in (ours, theirs))
+        assert error < 2 * own + torch.finfo(dtype).eps
+
+
+# ---- models that cannot ---------------------------------------------------------------------------------------------
+
+
+def mamba() -> Any:
+    return tf.MambaForCausalLM(
+        tf.MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, state_size=4)
+    ).eval()
+
+
+def test_a_model_without_positions_or_attention_falls_back_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    backends.say_once.cache_clear()
+    assert Policy(mamba(), packing="auto").packing is None
+    assert "prompts are not shared inside a group: it has layers of other kinds than attention" in caplog.text
+    with pytest.raises(ConfigError, match="packing = on cannot be had for this model: it has layers of other kinds"):
+        Policy(mamba(), packing="on")
+    bloom = tf.BloomForCausalLM(tf.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=1, n_head=4)).eval()
+    with pytest.raises(Unpackable, match="its forward pass takes no position_ids"):
+        packing_of(bloom)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_model_whose_states_differ_is_found(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Positions that are ignored, for one: the trial sees what comes out."""
+    model = build("llama").to(dtype)
+    assert packing_of(model, dtype).mode == "blocks", "as it is, it passes"
+    forward = model.model.forward
+
+    def deaf(*args: Any, position_ids: Any = None, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model.model, "forward", deaf)
+    with pytest.raises(Unpackable, match="its hidden states differ when groups are packed, by"):
+        packing_of(model, dtype)
+
+
+def test_a_model_that_masks_by_the_place_in_the_row_is_refused() -> None:
+    config = tf.GPTNeoConfig(
+        vocab_size=VOCAB, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
+        window_size=16, max_position_embeddings=64,
+    )  # fmt: skip
+    with pytest.raises(Unpackable, match="a mask of its own"):
+        packing_of(tf.GPTNeoForCausalLM(config).eval())
+
+
+@pytest.mark.parametrize(("capability", "dtype", "size", "fits"), [
+    ((9, 0), torch.bfloat16, 128, True), ((9, 0), torch.float32, 128, False), ((7, 5), torch.float16, 128, False),
+    ((9, 0), torch.bfloat16, 512, False), ((9, 0), torch.bfloat16, 100, False),
+])  # fmt: skip
+def test_a_gpu_without_the_kernels_takes_masks(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype, size: int, fits: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert shared_prompt.runs_on(torch.device("cuda"), dtype, size) == fits
+    assert not shared_prompt.runs_on(torch.device("mps"), dtype, size)
+    model = build("llama")
+    model.config.head_dim = size
+    assert Packing(model, torch.device("cuda"), dtype).mode == ("blocks" if fits else "masks")
+
+
+def test_installing_leaves_the_model_as_it_was() -> None:
+    model = build("qwen2")
+    ids = torch.arange(12)[None] + 3
+    before = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    saved = copy.deepcopy(model.config).to_dict()
+    assert packing_of(model).mode == "blocks"
+    assert torch.equal(model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits, before)
+    assert model.config.to_dict() == saved, "nothing of it is written to config.json"
+    assert packing_of(model).mode == "blocks", "a second time as the first"

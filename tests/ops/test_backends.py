@@ -1,0 +1,429 @@
+"""Which backend runs and why, its tiles, its ops under torch.library and torch.compile, its machine code, its GPU."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.inputs import ROOT, LossInputs
+from helpers.losses import (
+    BACKENDS,
+    DEVICE,
+    GIVEN,
+    GPU,
+    arguments,
+    call,
+    config_for,
+    gpu,
+    loss_of,
+    make_batch,
+    packed,
+    run,
+)
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import mdpgrpo_fast
+from mdpgrpo_fast import reference
+from mdpgrpo_fast.config import ConfigError
+from mdpgrpo_fast.kernels import schemas
+from mdpgrpo_fast.kernels.triton import (
+    advantages,
+    completions,
+    logprobs,
+    method,
+    objective,
+    sampling,
+    tiles,
+    token_loss,
+    tuning,
+)
+from mdpgrpo_fast.ops import backends, fused
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+# ---- the choice -----------------------------------------------------------------------------------------------------
+
+
+def test_an_explicit_choice_runs_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match=r"^backend 'triton' cannot run: .* CPU.* interpreter \(TRITON_INTERPRET=1\)$"):
+        backends.choose("triton", CPU, torch.float32)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert backends.choose("triton", CPU, dtype) == "triton"
+    with pytest.raises(ValueError, match=r"cannot run: it takes bfloat16, float16, float32, not float64$"):
+        backends.choose("triton", CPU, torch.float64)
+    for backend, where in (("triton", "CUDA devices"), ("cuda", "CUDA devices"), ("cpu", "the CPU")):
+        with pytest.raises(ValueError, match=rf"cannot run: it runs on {where}, not on meta$"):
+            backends.choose(backend, torch.device("meta"), torch.float32)
+    with pytest.raises(ValueError, match=r"^backend 'cuda' cannot run: it runs on CUDA devices, not on the CPU$"):
+        backends.choose("cuda", CPU, torch.float32)
+    assert backends.choose("torch", torch.device("meta"), torch.float64) == "torch"
+    with pytest.raises(ConfigError, match="unknown backend 'tirton'; did you mean 'triton'"):
+        backends.choose("tirton", CPU, torch.float32)
+
+
+def test_an_old_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    with pytest.raises(ValueError, match=r"cannot run: it needs compute capability 8.0 or above, not \(7, 5\)"):
+        backends.choose("triton", CUDA, torch.float16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    assert backends.choose("auto", CUDA, torch.float16) == "triton"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (12, 0))
+    with pytest.raises(ValueError, match=r"'cuda' .* needs compute capability 9.0 or 10.0, not \(12, 0\)"):
+        backends.choose("cuda", CUDA, torch.float16)
+
+
+def test_kernels_that_cannot_be_imported_are_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mdpgrpo_fast.kernels.triton", None)
+    monkeypatch.delitem(sys.modules, "mdpgrpo_fast.kernels.triton.library")
+    reason = backends._missing.__wrapped__("triton")
+    assert reason.startswith("its kernels cannot be imported: ModuleNotFoundError")
+
+
+def test_auto_says_once_what_it_takes_and_why(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A silent fallback is how a user runs the slow path for a month."""
+    backends.say_once.cache_clear()
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with caplog.at_level(logging.INFO, logger="mdpgrpo_fast"):
+        for _ in range(3):
+            assert backends.choose("auto", CPU, torch.float32) == "cpu", "the interpreter is never chosen unasked"
+            assert backends.choose("auto", CPU, torch.float64) == "torch"
+        backends.choose("torch", CPU, torch.float32)
+        backends.choose("triton", CPU, torch.float32)
+        monkeypatch.setattr(backends, "_missing", lambda backend: "no compiler")
+        assert backends.choose("auto", CPU, torch.float32) == "torch"
+        said = [(r.levelname, r.message) for r in caplog.records]
+        assert said == [
+            ("INFO", "backend cpu: the tensors are torch.float32 on cpu"),
+            ("INFO", "backend torch, not cpu: it takes bfloat16, float16, float32, not float64"),
+            ("WARNING", "backend torch, not cpu: no compiler"),
+        ]
+        monkeypatch.undo()
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        caplog.clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+        for dtype in (torch.bfloat16, torch.float64) * 2:
+            backends.choose("auto", CUDA, dtype)
+    assert [(r.levelname, r.message) for r in caplog.records] == [
+        ("INFO", "backend triton: the tensors are torch.bfloat16 on cuda"),
+        ("WARNING", "backend torch, not triton: it takes bfloat16, float16, float32, not float64"),
+    ]
+
+
+def test_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    backends.backend_report()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"torch {torch.__version__}, triton ")
+    assert lines[1] == "CPU:" and lines[2].startswith("  torch   ready")
+    assert re.match(r"  triton  not here: .*TRITON_INTERPRET=1", lines[3])
+    assert re.match(r"  cpu     ready: compiled kernels \((avx512|avx2|plain)\)", lines[4])
+    assert re.match(r"  cuda    not here: ", lines[5])
+    assert lines[6].startswith("  auto    takes cpu")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    backends.backend_report()
+    assert "  triton  ready" in capsys.readouterr().out
+
+
+def test_constants_of_kernels_and_reference_agree() -> None:
+    assert method.KL_EXPONENT_MAX.value == reference.KL_EXPONENT_MAX
+    assert method.RATIO_EXPONENT_MAX.value == reference.RATIO_EXPONENT_MAX
+    assert schemas.TOTALS == reference.TOTALS
+    assert [method.K1.value, method.K2.value, method.K3.value] == [1, 2, 3]
+    goals = (method.HALF.value, method.MAX_HALF_MEAN.value, method.MEAN.value)
+    assert [schemas.GOAL_MEAN[i] for i in goals] == ["half", "max_half_mean", "mean"]
+
+
+# ---- tiles ----------------------------------------------------------------------------------------------------------
+
+
+def test_tiles_fit_the_row() -> None:
+    for tile in tiles.CANDIDATES:
+        for vocab in (1, 2, 100, 128, 129, 4096, 4097, 128256):
+            fitted = tiles.fit(tile, vocab)
+            assert 128 <= fitted.block_v <= max(tile.block_v, 128) and fitted.block_v & (fitted.block_v - 1) == 0
+            assert fitted.block_v >= min(vocab, tile.block_v) and 1 <= fitted.warps <= tile.warps
+            assert fitted.block_v >= 32 * fitted.warps, "no thread without a column"
+    assert tiles.grid_for(tiles.CANDIDATES[0], 70_000, CPU) == (70_000,), "one dimension: y and z end at 65535"
+    assert tuning.tile_for(4097, torch.float32, CPU) == tiles.fit(tiles.CANDIDATES[0], 4097)
+
+
+def test_the_first_tile_stays_unless_another_clearly_wins() -> None:
+    some = list(tiles.CANDIDATES[:3])
+    assert tuning.choose(some, dict(zip(some, (1.0, 0.98, 1.2), strict=True)).__getitem__) == some[0]
+    assert tuning.choose(some, dict(zip(some, (1.0, 0.90, 0.8), strict=True)).__getitem__) == some[2]
+
+    def first_does_not_fit(tile: tiles.Tile) -> float:
+        if tile == some[0]:
+            raise tuning.triton.runtime.OutOfResources(300_000, 200_000, "shared memory")
+        return float(tiles.index(tile))
+
+    assert tuning.choose(some, first_does_not_fit) == some[1]
+
+
+def test_measured_tiles_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whole or not at all: an unreadable file, an unwritable folder or another process's tiles do no harm."""
+    monkeypatch.setenv("MDPGRPO_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(tuning, "_tuned", {})
+    monkeypatch.setattr(tuning, "_key", lambda vocab, dtype, device: f"gpu, V {vocab}, {dtype}")
+    assert tuning.cache_file() == tmp_path / "cache" / "tiles.json"
+    assert tuning._known(32000, torch.float32, CUDA) is None
+    tile, other = tiles.CANDIDATES[1], tiles.CANDIDATES[2]
+    tuning._save(tuning._key(32000, torch.float32, CUDA), tile)
+    tuning._save(tuning._key(64000, torch.float32, CUDA), other)
+    assert tuning._known(32000, torch.float32, CUDA) == tile and tuning._known(64000, torch.float32, CUDA) == other
+    assert [p.name for p in tuning.cache_file().parent.iterdir()] == ["tiles.json"]
+    key = tuning._key(32000, torch.float32, CUDA)
+    for junk in ("{", "[]", json.dumps({key: [1, 2]}), json.dumps({key: [3000, 8, 1, 0]})):
+        tuning.cache_file().write_text(junk)
+        monkeypatch.setattr(tuning, "_tuned", {})
+        assert tuning._known(32000, torch.float32, CUDA) is None, junk
+    monkeypatch.setenv("MDPGRPO_CACHE_DIR", str(tuning.cache_file() / "no folder"))
+    tuning._save("key", tile)
+
+
+# ---- torch.library --------------------------------------------------------------------------------------------------
+
+REWARDS = {"rewards": torch.tensor([[0.25, 1.0]]), "num_constraints": torch.tensor([4]), **GIVEN}
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, tuple[Any, ...]]]:
+    """Every op that runs, with a copy of its arguments."""
+    calls: list[tuple[Any, tuple[Any, ...]]] = []
+    find = fused._op
+
+    def record(backend: str, name: str) -> Any:
+        op = find(backend, name)
+
+        def run_it(*args: Any) -> Any:
+            calls.append((op.default, tuple(a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args)))
+            return op(*args)
+
+        return run_it
+
+    monkeypatch.setattr(fused, "_op", record)
+    return calls
+
+
+@each_backend
+def test_opcheck(backend: str, recorded: list[tuple[Any, tuple[Any, ...]]]) -> None:
+    """Schemas, fake implementations and what each op mutates, for a lean and a full call of every op."""
+    batch = make_batch(17, lengths=(1, 1))
+    full = {"temperature": torch.ones(2), "epsilon_low": torch.ones(2) / 5, "denominator": torch.tensor(3.0), **REWARDS}
+    for one, more in ((batch, {}), (packed(batch), full)):
+        run(backend, one, config_for(importance_level="sequence"), **more)
+        call(backend, LossInputs(one.logits.to(DEVICE), *list(one)[1:], kwargs=one.kwargs), config_for(), **more)
+    leaf = batch.logits.to(DEVICE).requires_grad_()
+    call(backend, LossInputs(leaf * 1, *list(batch)[1:], kwargs=batch.kwargs), config_for(), in_place=True)
+    at, _ = mdpgrpo_fast.token_logprobs(leaf, batch.tokens.to(DEVICE), batch.mask.to(DEVICE), backend=backend)
+    torch.autograd.grad(at.sum(), leaf)
+    rewards, k = (REWARDS[n].to(DEVICE) for n in ("rewards", "num_constraints"))
+    mdpgrpo_fast.advantages(rewards, k, config_for(), backend=backend)
+    assert {op._schema.name for op, _ in recorded} == {f"mdpgrpo_fast::{backend}_{name}" for name in schemas.SCHEMAS}
+    for op, args in list(recorded):
+        torch.library.opcheck(op, args)
+
+
+# ---- torch.compile --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+COMPILERS = ["eager", "aot_eager", pytest.param("inductor", marks=GPU)]
+
+
+@each_backend
+@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_token_loss_compiles_without_graph_breaks(backend: str, compiler: str) -> None:
+    """Liger#1366: no float64 scalar, no look at a value and no Python of the launch is in the way."""
+    batch = make_batch(18, lengths=(2, 1))
+    taus, rewards = {"temperature": torch.tensor([0.5, 1.2])}, {**REWARDS, "softcap": 9.0}
+    for level, more in (("sequence", taus), ("token", rewards)):
+        plain = loss_of(backend, importance_level=level)
+        grads = []
+        for f in (plain, torch.compile(plain, fullgraph=True, backend=compiler)):
+            args, options = arguments(batch, **more)
+            grads.append(torch.autograd.grad(3 * f(*args, **options), args[0])[0])
+        assert torch.equal(*grads)
+
+
+@each_backend
+@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_compiled_loss_keeps_its_graph(backend: str, compiler: str) -> None:
+    """With retain_graph the first gradient is neither scaled again nor the memory of the second."""
+    args, options = arguments(make_batch(19, lengths=(2, 1)))
+    plain = loss_of(backend)
+    (expected,) = torch.autograd.grad(3 * plain(*args, **options), args[0])
+    loss = 3 * torch.compile(plain, fullgraph=True, backend=compiler)(*args, **options)
+    first, second = (torch.autograd.grad(loss, args[0], retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, expected) and torch.equal(second, expected)
+
+
+@each_backend
+@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_token_logprobs_compiles_without_graph_breaks(backend: str, compiler: str) -> None:
+    batch, tau = make_batch(20), torch.tensor([0.5, 0.7, 1.0, 1.2], device=DEVICE)
+
+    def total(x: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return mdpgrpo_fast.token_logprobs(x, tokens, mask, temperature=tau, backend=backend)[0].square().sum()
+
+    grads = []
+    for f in (total, torch.compile(total, fullgraph=True, backend=compiler)):
+        args, _ = arguments(batch)
+        grads.append(torch.autograd.grad(f(*args), args[0])[0])
+    assert torch.equal(*grads)
+
+
+@each_backend
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_new_lengths_and_new_knobs_do_not_recompile(backend: str) -> None:
+    """Lengths are dynamic, knobs given as tensors are data: a guard on either would compile in each step."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss_of(backend), fullgraph=True, backend=counter)
+    for i, (longest, tau, beta) in enumerate(((4, 0.5, 0.1), (3, 0.7, 0.2), (5, 0.9, 0.3))):
+        batch = make_batch(i, lengths=(longest, 2))
+        args, options = arguments(batch, temperature=torch.tensor([tau, 1.0]), kl_beta=torch.tensor(beta))
+        for x in (*args, options["old_logprobs"], options["ref_logprobs"]):
+            torch._dynamo.mark_dynamic(x, 1)
+        torch.autograd.grad(compiled(*args, **options), args[0])
+    assert counter.frame_count == 1
+
+
+# ---- the kernels themselves -----------------------------------------------------------------------------------------
+
+KERNELS = [
+    token_loss._token_loss_kernel, token_loss._scale_kernel, logprobs._logprobs_kernel, completions._totals_kernel,
+    logprobs._logprobs_backward_kernel, completions._completions_kernel, advantages._advantages_kernel,
+    objective._objective_kernel, sampling._sample_kernel,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.fn.__name__)
+def test_no_kernel_is_specialised_on_what_changes_with_a_batch(kernel: Any) -> None:
+    """A length, temperature or coefficient as constexpr compiles once for each value."""
+    parameters = inspect.signature(kernel.fn).parameters.values()
+    constant = {p.name for p in parameters if "constexpr" in str(p.annotation)}
+    assert constant and all(name.isupper() for name in constant)
+    assert not any(p.name.isupper() and p.name != "G" for p in parameters if p.name not in constant)
+
+
+@pytest.fixture(scope="module")
+def machine_code(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The kernels compiled for every architecture, which needs no GPU; the interpreter must not be chosen there."""
+    output = tmp_path_factory.mktemp("resources") / "resources.json"
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    found = []
+    # An odd vocabulary has rows that are not aligned, and code of its own.
+    for what in (["--vocab", "32000"], ["--vocab", "32001", "--sm", "90"]):
+        script = str(ROOT / "benchmarks" / "compiled" / "kernel_resources.py")
+        command = [sys.executable, script, *what, "--dtype", "bfloat16", "--output", str(output)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        found += json.loads(output.read_text())["kernels"]
+    return found
+
+
+def test_kernels_compile_without_spills(machine_code: list[dict[str, Any]]) -> None:
+    names = [k.fn.__name__.strip("_").removesuffix("_kernel") for k in KERNELS]
+    assert {(r["kernel"], r["sm"]) for r in machine_code} == {(n, sm) for n in names for sm in (80, 90, 100, 120)}
+    assert [r for r in machine_code if r["spilled"]] == []
+
+
+@pytest.mark.parametrize("sm", [80, 90, 100, 120])
+def test_rows_are_read_and_written_in_128_bit_pieces(machine_code: list[dict[str, Any]], sm: int) -> None:
+    sweeping = {"token_loss", "logprobs", "logprobs_backward", "scale", "sample"}
+    rows = [r for r in machine_code if r["sm"] == sm and r["kernel"] in sweeping and "V=32000 " in r["case"]]
+    assert {r["kernel"] for r in rows} == sweeping
+    for r in rows:
+        assert r["loads"].get("128", 0) > 0, r["case"]
+        writes = r["kernel"] not in ("logprobs", "sample") or "unit gradient" in r["case"]
+        assert (r["stores"].get("128", 0) > 0) == writes, r["case"]
+
+
+# ---- on a GPU -------------------------------------------------------------------------------------------------------
+
+
+@each_backend
+@gpu
+def test_more_than_two_to_the_31_elements(backend: str) -> None:
+    """Offsets of rows and the size of the gradient pass int32: the last rows are those of the same rows alone."""
+    batch, count = make_batch(50, lengths=(3, 2), vocab=256000, dtype="bfloat16"), 2**31 // 256000 + 100
+    logits, tokens = batch.logits.flatten(0, 1)[None].to(DEVICE), batch.tokens.flatten()[None].to(DEVICE)
+    n = tokens.numel()
+    big = torch.zeros(1, count, logits.shape[2], dtype=torch.bfloat16, device=DEVICE)
+    big[0, -n:] = logits[0]
+    all_tokens, mask = (torch.zeros(1, count, dtype=torch.long, device=DEVICE) for _ in range(2))
+    all_tokens[0, -n:], mask[0, -n:] = tokens[0], 1
+    args = {"advantage": 1.0, "kl_beta": 0.0, "denominator": 6.0, "backend": backend}
+    out = mdpgrpo_fast.token_loss(big.requires_grad_(), all_tokens, mask, config_for(aggregation="dapo"), **args)
+    small = mdpgrpo_fast.token_loss(logits.requires_grad_(), tokens, None, config_for(aggregation="dapo"), **args)
+    (grad,), (expected,) = torch.autograd.grad(out.loss, big), torch.autograd.grad(small.loss, logits)
+    assert torch.equal(out.logprobs[0, -n:], small.logprobs[0]) and torch.equal(grad[0, -n:], expected[0])
+    torch.testing.assert_close(out.loss, small.loss)
+    assert not grad[0, :-n].any()
+
+
+@each_backend
+@gpu
+def test_memory_is_one_gradient_and_none_in_place(backend: str) -> None:
+    tokens = torch.zeros(4, 256, dtype=torch.long, device=DEVICE)
+    leaf = torch.randn(4, 256, 32000, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    size = leaf.numel() * leaf.element_size()
+    for in_place, factor in ((False, None), (False, 1.0), (True, 0.0)):  # the first call measures tiles
+        logits = leaf * 1
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        given = {"advantage": 1.0, "kl_beta": 0.0, "backend": backend, "in_place": in_place}
+        torch.autograd.grad(mdpgrpo_fast.token_loss(logits, tokens, None, config_for(), **given).loss, logits)
+        assert factor is None or torch.cuda.max_memory_allocated() - before <= (factor + 0.02) * size
+
+
+@each_backend
+@gpu
+def test_no_wait_for_the_device(backend: str) -> None:
+    """Neither the checks nor a loss scale look at a value."""
+    (x, *rest), options = arguments(make_batch(51), temperature=torch.ones(4))
+    for mode in ("default", "error"):  # the first pass compiles
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            for level in ("token", "sequence"):
+                loss = mdpgrpo_fast.token_loss(
+                    x, *rest, config_for(importance_level=level), backend=backend, **options
+                ).loss
+                torch.autograd.grad(loss * 0.5, x)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@each_backend
+@gpu
+def test_new_shapes_and_knobs_compile_no_new_kernel(backend: str) -> None:
+    counts = []
+    for i, lengths in enumerate(((3, 2), (17, 5), (1, 33), (16, 16), (7, 1, 2, 4))):
+        batch = make_batch(i, lengths=lengths, vocab=64)
+        run(backend, batch, config_for(), temperature=0.5 + 0.1 * i, kl_beta=0.1 * i)
+        counts.append(sum(len(cache[0]) for cache in token_loss._token_loss_kernel.device_caches.values()))
+    assert counts[-1] == counts[0] > 0

@@ -1,0 +1,217 @@
+"""Training on several processes, with gloo on the CPU: the same parameters however many, and runs that are resumed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from helpers.inputs import unavailable
+from helpers.ranks import spawn
+
+DEEPSPEED = Path(sys.prefix) / "deepspeed"
+PROMPTS = 6  # per step, over all ranks
+KNOBS = {"max_completion_length": 10, "learning_rate": 2e-4, "eval_samples": 4, "log_completions": 0, "seed": 7}
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+}  # fmt: skip
+KINDS: dict[str, dict[str, str]] = {
+    "ddp": {},
+    "fsdp2": FSDP,
+    "zero2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+    "zero3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+}
+
+TYPES = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+
+
+def train(
+    rank: int, ranks: int, kind: str, folder: str, knobs: dict[str, Any], fixed: bool, stop_at: int = 0
+) -> dict[str, Any]:
+    """A run of the embedded policy on this rank; fixed: with completions that depend on the prompt alone.
+
+    stop_at: the step that is interrupted.
+    """
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    if kind == "ddp":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    else:
+        # accelerate has these for accelerators alone; on a CPU nothing else of it asks for one.
+        PartialState(cpu=True)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+    if kind.startswith("zero"):
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        import deepspeed
+        from deepspeed.ops.op_builder import ShareMemCommBuilder  # compiled at first use, and waits by spinning
+
+        deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
+    if ranks > 1:
+        os.environ |= KINDS[kind]
+    from mdpgrpo_fast.config import TrainConfig, preset
+    from mdpgrpo_fast.rewards import Scorer
+    from mdpgrpo_fast.rollout.generate import Rollout
+    from mdpgrpo_fast.training.batch import replace_groups
+    from mdpgrpo_fast.training.collect import Collector
+    from mdpgrpo_fast.training.run_dir import RunDir
+    from mdpgrpo_fast.training.task import prepare
+    from mdpgrpo_fast.training.trainer import Trainer
+
+    texts: list[list[int]] = []
+    step, sample, collect = Trainer.step, Collector.sample, Collector.collect
+
+    def watched_step(self: Trainer, number: int, rows: list[int]) -> dict[str, Any]:
+        if number == stop_at:
+            raise KeyboardInterrupt
+        return step(self, number, rows)
+
+    def watched_collect(self: Collector, *args: Any) -> Any:
+        batch = collect(self, *args)
+        texts.append(batch.rollout.tokens.flatten().tolist())
+        return batch
+
+    def fixed_sample(self: Collector, rows: list[int]) -> Rollout:
+        state, g = torch.get_rng_state(), self.method.num_generations
+        parts = []
+        for i in rows:
+            torch.manual_seed(1000 * i)
+            parts.append(sample(self, [i]))
+        torch.set_rng_state(state)
+        width = max(p.tokens.shape[1] for p in parts)
+        whole = Rollout(**{
+            n: torch.zeros((len(rows) * g, *([width] if x.ndim == 2 else [])), dtype=x.dtype)
+            for n, x in vars(parts[0]).items()
+        })  # fmt: skip
+        for j, part in enumerate(parts):
+            whole = replace_groups(whole, [j], part, g)
+        return whole
+
+    Trainer.step, Collector.collect = watched_step, watched_collect  # type: ignore[method-assign]
+    if fixed:
+        Collector.sample = fixed_sample  # type: ignore[method-assign]
+    run = TrainConfig(prompts_per_step=PROMPTS // ranks, output_dir=folder, **{**KNOBS, **knobs})
+    method = preset("exact", num_generations=4)
+    with Scorer(run.reward) as scorer:
+        out = RunDir(folder, create=rank == 0 and not run.resume)
+        trainer = Trainer(prepare(run), run, method, out, scorer)
+        trainer.train()
+        from mdpgrpo_fast.training.distributed import whole_state
+
+        state = whole_state(trainer.accelerator, trainer.model)
+        state = dict(trainer.lm.state_dict()) if state is None else state
+    # The embedding is the head too: gathered states may leave one of the two out.
+    flat = {n: x.detach().float().clone() for n, x in state.items() if "lm_head" not in n}
+    acc = trainer.accelerator
+    done = {"processes": acc.num_processes, "seed": torch.initial_seed(), "kind": acc.distributed_type.value}
+    return {"parameters": flat, "tokens": texts, **done}
+
+
+def losses(folder: Path) -> list[float]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [r["loss"] for r in map(json.loads, lines) if "loss" in r]
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], atol: float) -> None:
+    assert found.keys() == expected.keys() and len(found) > 5
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def need_deepspeed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind.startswith("zero"):
+        # Before the processes import accelerate, which looks for it then.
+        monkeypatch.setattr(sys, "path", [*sys.path, str(DEEPSPEED)])  # which they are given
+    here = importlib.util.find_spec("deepspeed") is not None or (DEEPSPEED / "deepspeed").exists()
+    if kind.startswith("zero") and not here:
+        unavailable(f"peer deepspeed is neither installed nor in {DEEPSPEED} (see constraints-test-deepspeed.txt)")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Five steps in one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    (one,) = spawn(train, 1, folder, "ddp", str(folder / "run"), {"steps": 5}, True)
+    return one["parameters"], losses(folder / "run")
+
+
+@pytest.mark.parametrize(("kind", "ranks"), [("ddp", 2), ("ddp", 3), ("fsdp2", 2), ("zero2", 2), ("zero3", 2)])
+def test_more_processes_make_the_same_steps(
+    kind: str, ranks: int, alone: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need_deepspeed(kind, monkeypatch)
+    found = spawn(train, ranks, tmp_path, kind, str(tmp_path / "run"), {"steps": 5}, True)
+    expected, steps = alone
+    assert [f["processes"] for f in found] == [ranks] * ranks
+    assert {f["kind"] for f in found} == {TYPES[kind]}, "it is this that ran"
+    assert losses(tmp_path / "run") == pytest.approx(steps, abs=1e-5)
+    assert_equal(found[0]["parameters"], expected, 1e-5)
+
+
+@pytest.mark.parametrize(("kind", "ranks"), [("ddp", 1), ("ddp", 2), ("fsdp2", 2)])
+def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
+    kind: str, ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, sampling included: weights, AdamW's state, schedule, random state of each rank, order of prompts."""
+    need_deepspeed(kind, monkeypatch)
+    knobs = {"steps": 4, "save_every": 2, "warmup_steps": 1}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    expected = spawn(train, ranks, tmp_path, kind, str(whole), knobs, False)
+    stopped = spawn(train, ranks, tmp_path, kind, str(parts), knobs, False, 4)
+    assert len(stopped[0]["tokens"]) == 3 and len(losses(parts)) == 3, "the third step is to be taken back"
+    found = spawn(train, ranks, tmp_path, kind, str(parts), {**knobs, "resume": True}, False)
+    assert ranks == 1 or {f["kind"] for f in (*found, *expected)} == {TYPES[kind]}
+    for rank, (one, want) in enumerate(zip(found, expected, strict=True)):
+        assert one["tokens"] == want["tokens"][2:] and want["seed"] == KNOBS["seed"] + rank
+        assert one["parameters"].keys() == want["parameters"].keys()
+        assert all(torch.equal(one["parameters"][n], x) for n, x in want["parameters"].items())
+    assert losses(parts) == losses(whole) and len(losses(whole)) == 4
+    summary = json.loads((parts / "summary.json").read_text())
+    assert summary["steps"] == 4 and summary["processes"] == ranks and summary["hsr_before"] is not None
+    kept = sorted(p.name for p in (parts / "checkpoints").iterdir())
+    assert kept == ["step-2", "step-4"]
+    if ranks > 1:
+        assert expected[0]["tokens"] != expected[1]["tokens"]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "zero3"])
+def test_ranks_without_a_token_that_counts_take_part(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One rank has nothing to look at, the other more groups than go into a micro-batch: nobody waits for ever."""
+    need_deepspeed(kind, monkeypatch)
+    found = spawn(train_unevenly, 2, tmp_path, kind, str(tmp_path / "run"))
+    assert found[0]["passes"] == found[1]["passes"] == 3
+    assert found[0]["counted"] == 0 < found[1]["counted"]
+    assert found[0]["norm"] == pytest.approx(found[1]["norm"]) and found[0]["norm"] > 0
+
+
+def train_unevenly(rank: int, ranks: int, kind: str, folder: str) -> dict[str, Any]:
+    from mdpgrpo_fast.training.trainer import Trainer
+
+    seen: dict[str, Any] = {}
+    pieces, update = Trainer.pieces, Trainer.update
+
+    def watched_pieces(self: Trainer, batch: Any) -> Any:
+        if rank == 0:
+            batch.mask = torch.zeros_like(batch.mask)
+            batch.counted, batch.contributing = [[0] * len(batch.counted)] * 2
+        self.budget = 1 + max(
+            batch.prompt_lengths[i] + sum(batch.lengths[i : i + 4]) for i in range(0, len(batch.lengths), 4)
+        )
+        found = pieces(self, batch)
+        return seen.update(passes=len(found), counted=sum(p.counted for p in found)) or found
+
+    def watched_update(self: Trainer, *args: Any) -> Any:
+        row = update(self, *args)
+        return seen.update(norm=row["grad_norm"]) or row
+
+    Trainer.pieces, Trainer.update = watched_pieces, watched_update  # type: ignore[method-assign]
+    train(rank, ranks, kind, folder, {"steps": 1}, True)
+    return seen
