@@ -170,7 +170,7 @@ def test_the_first_tile_stays_unless_another_clearly_wins() -> None:
     def first_does_not_fit(tile: tiles.Tile) -> float:
         if tile == some[0]:
             raise tuning.triton.runtime.OutOfResources(300_000, 200_000, "shared memory")
-        return float(tiles.index(tile))
+        return float(some.index(tile))
 
     assert tuning.choose(some, first_does_not_fit) == some[1]
 

@@ -518,7 +518,8 @@ TRITON_CASES: list[dict[str, Any]] = [
 TRITON_SCRIPT = """
 import json, sys, torch
 from liger_kernel.transformers.grpo_loss import triton_grpo_loss
-from test_ops import TRITON_CASES, equal_beta, make_inputs
+from helpers.inputs import make_inputs
+from tests.ops.test_ops import TRITON_CASES, equal_beta
 for case in TRITON_CASES:
     batch = equal_beta(make_inputs(43, dtype="float32", vocab=37))
     x = torch.cat([batch.logits, torch.zeros(4, 1, 37)], 1).requires_grad_()
