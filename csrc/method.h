@@ -1,5 +1,5 @@
-// The scalars of the method: what METHOD.md says of a group and of a token, once for the CPU and for CUDA.
-// Mirrors mdpgrpo_fast/reference.py, whose names it keeps.
+// The rows' inputs and the method of a token, once for the CPU and for CUDA. Names are those of
+// mdpgrpo_fast/kernels/schemas.py (Rows, Settings) and of mdpgrpo_fast/reference.py (the equations).
 #pragma once
 
 #include <cmath>
@@ -22,6 +22,68 @@ MDPGRPO_INLINE bool is_nan(R x) {
   return !(x == x);
 }
 
+// ---- inputs ---------------------------------------------------------------------------------------------------------
+
+// Members of Rows: knobs are a number, or have one value per completion or per row; the others have one per row.
+#define MDPGRPO_KNOBS(X) X(advantage) X(kl_beta) X(temperature) X(epsilon_low) X(epsilon_high)
+#define MDPGRPO_PER_ROW(X) X(old_logprobs) X(ref_logprobs) X(importance_weight)
+
+template <class R>
+struct Knob {
+  const float* each = nullptr;
+  bool per_row = false;
+  R number = R(0);
+
+  MDPGRPO_INLINE R at(int64_t completion, int64_t row) const {
+    return each == nullptr ? number : R(each[per_row ? row : completion]);
+  }
+};
+
+template <class R>
+struct Rows {
+  int64_t n_rows, row_length, num_completions;
+  const int64_t* tokens;
+  const uint8_t* mask;        // null: all rows count
+  const int64_t* completion;  // null: rows lie in order, row_length of each completion
+#define X(name) Knob<R> name;
+  MDPGRPO_KNOBS(X)
+#undef X
+#define X(name) const float* name;  // null: not given
+  MDPGRPO_PER_ROW(X)
+#undef X
+
+  MDPGRPO_INLINE bool kept(int64_t row) const { return mask == nullptr || mask[row] != 0; }
+  MDPGRPO_INLINE bool known(int64_t row) const {
+    const int64_t c = completion == nullptr ? row / row_length : completion[row];
+    return c >= 0 && c < num_completions;
+  }
+  // The completion of a row; an unknown one becomes 0, and the caller makes its row NaN.
+  MDPGRPO_INLINE int64_t completion_of(int64_t row) const {
+    return !known(row) ? 0 : completion == nullptr ? row / row_length : completion[row];
+  }
+  // NaN where it is not above 0, which would give plausible numbers.
+  MDPGRPO_INLINE R temperature_of(int64_t c, int64_t row) const {
+    const R tau = temperature.at(c, row);
+    return tau > R(0) ? tau : R(NAN);
+  }
+};
+
+template <class R>
+struct Settings {
+  R delta, softcap, kl_temperature;  // 0 is "off" for delta and softcap
+  R alpha, prospect_beta, prospect_gain, prospect_loss, kl_beta_pos, kl_beta_neg;
+  bool sequence;
+  int32_t estimator;    // 1, 2, 3: k1, k2, k3
+  int32_t aggregation;  // 0 grpo, 1 dapo, 2 dr_grpo, 3 bnpo
+  bool rescale, two_temperatures;
+  int64_t group_size;
+  bool sample_std;
+  int32_t goal_mean;  // 0 half, 1 max_half_mean, 2 mean
+  bool binomial, prospect, prospect_on_goal;
+};
+
+// ---- the objective of a token ---------------------------------------------------------------------------------------
+
 // ρ = exp(log ρ), and dρ/dlog ρ, which is 0 where the exponent was clamped.
 template <class R>
 struct Ratio {
@@ -29,7 +91,7 @@ struct Ratio {
 };
 
 template <class R>
-MDPGRPO_INLINE Ratio<R> ratio_of(R log_ratio) {
+MDPGRPO_INLINE Ratio<R> importance_ratio(R log_ratio) {
   const bool over = log_ratio > R(RATIO_EXPONENT_MAX);
   const R ratio = exp(over ? R(RATIO_EXPONENT_MAX) : log_ratio);
   return {ratio, over ? R(0) : ratio};
@@ -37,14 +99,16 @@ MDPGRPO_INLINE Ratio<R> ratio_of(R log_ratio) {
 
 // J = min(ρA, clip(ρ)A), ρ capped at delta first (0: no cap); dJ/dρ; whether the lower or the upper clip holds.
 template <class R>
-struct Policy {
+struct Clipped {
   R value, slope;
-  bool clipped_low, clipped_high;
+  bool low, high;
 };
 
 template <class R>
-MDPGRPO_INLINE Policy<R> policy_of(R ratio, R advantage, R epsilon_low, R epsilon_high, R delta) {
-  const R low = R(1) - epsilon_low, high = R(1) + epsilon_high;
+MDPGRPO_INLINE Clipped<R> clipped_objective(R ratio, R advantage, const Rows<R>& rows, const Settings<R>& settings,
+                                            int64_t c, int64_t row) {
+  const R low = R(1) - rows.epsilon_low.at(c, row), high = R(1) + rows.epsilon_high.at(c, row);
+  const R delta = settings.delta;
   if (is_nan(low) || is_nan(high)) return {low + high, advantage, false, false};
   // A NaN of the ratio stays one: both comparisons are false.
   R inside = ratio < low ? low : ratio;
@@ -66,7 +130,7 @@ struct KL {
 };
 
 template <class R>
-MDPGRPO_INLINE KL<R> kl_of(R logprob, R ref_logprob, int64_t estimator) {
+MDPGRPO_INLINE KL<R> kl_penalty(R logprob, R ref_logprob, int32_t estimator) {
   const R d = ref_logprob - logprob;
   if (estimator == 1) return {-d, d * R(0) + R(1), false};
   if (estimator == 2) return {d * d / R(2), -d, false};
@@ -82,39 +146,39 @@ struct Token {
   bool clipped_low, clipped_high, kl_clamped;
 };
 
+// What multiplies J: the importance weight, and τ where the policy term is rescaled.
 template <class R>
-struct TokenInputs {
-  R logprob, kl_logprob;
-  bool has_old, has_ref, sequence;
-  R old_logprob, ref_logprob, weight;  // weight: importance weight, times τ where the policy term is rescaled
-  R sequence_ratio, sequence_slope;    // at sequence level ρ and -c are the completion's
-  R advantage, beta, epsilon_low, epsilon_high, delta;
-  int64_t estimator;
-};
+MDPGRPO_INLINE R policy_weight(const Rows<R>& rows, const Settings<R>& settings, int64_t row, R tau) {
+  return (rows.importance_weight == nullptr ? R(1) : R(rows.importance_weight[row])) * (settings.rescale ? tau : R(1));
+}
 
+// coupled_ratio, coupled_slope: at sequence level ρ and -c are the completion's.
 template <class R>
-MDPGRPO_INLINE Token<R> token_of(const TokenInputs<R>& in) {
+MDPGRPO_INLINE Token<R> token_objective(const Rows<R>& rows, const Settings<R>& settings, int64_t c, int64_t row, R tau,
+                                        R logprob, R kl_logprob, R coupled_ratio, R coupled_slope) {
   Ratio<R> ratio = {R(1), R(1)};
-  if (in.sequence)
-    ratio.value = in.sequence_ratio;
-  else if (in.has_old)
-    ratio = ratio_of(in.logprob - in.old_logprob);
-  const Policy<R> j = policy_of(ratio.value, in.advantage, in.epsilon_low, in.epsilon_high, in.delta);
+  if (settings.sequence)
+    ratio.value = coupled_ratio;
+  else if (rows.old_logprobs != nullptr)
+    ratio = importance_ratio(logprob - R(rows.old_logprobs[row]));
+  const Clipped<R> j = clipped_objective(ratio.value, rows.advantage.at(c, row), rows, settings, c, row);
+  const R weight = policy_weight(rows, settings, row, tau);
   Token<R> out;
-  out.loss = -in.weight * j.value;
-  out.c = in.sequence ? -in.sequence_slope : -in.weight * j.slope * ratio.slope;
+  out.loss = -weight * j.value;
+  out.c = settings.sequence ? -coupled_slope : -weight * j.slope * ratio.slope;
   // On-policy the ratio is 1 whatever ℓ is: a NaN must not get lost on the way.
-  if (is_nan(in.logprob)) out.loss = out.c = in.logprob;
+  if (is_nan(logprob)) out.loss = out.c = logprob;
   out.ratio = ratio.value;
-  out.clipped_low = j.clipped_low;
-  out.clipped_high = j.clipped_high;
+  out.clipped_low = j.low;
+  out.clipped_high = j.high;
   out.kl = out.c_kl = R(0);
   out.kl_clamped = false;
-  if (in.has_ref) {
-    const KL<R> kl = kl_of(in.kl_logprob, in.ref_logprob, in.estimator);
+  if (rows.ref_logprobs != nullptr) {
+    const R beta = rows.kl_beta.at(c, row);
+    const KL<R> kl = kl_penalty(kl_logprob, R(rows.ref_logprobs[row]), settings.estimator);
     out.kl = kl.value;
-    out.loss += in.beta * kl.value;
-    out.c_kl = in.beta * kl.slope;
+    out.loss += beta * kl.value;
+    out.c_kl = beta * kl.slope;
     out.kl_clamped = kl.clamped;
   }
   return out;
@@ -122,7 +186,7 @@ MDPGRPO_INLINE Token<R> token_of(const TokenInputs<R>& in) {
 
 // What the aggregation multiplies a token's loss by; length: the tokens of its completion, 1 but for mean of means.
 template <class R>
-MDPGRPO_INLINE R share_of(R denominator, R length) {
+MDPGRPO_INLINE R token_share(R denominator, R length) {
   if (is_nan(denominator)) return denominator;
   return R(1) / ((denominator < R(1) ? R(1) : denominator) * length);
 }

@@ -145,11 +145,8 @@ class Arguments {
  public:
   Arguments(StableIValue* stack, int32_t device_type) : stack_(stack), device_type_(device_type) {}
 
-  Tensor tensor(const char* name) {
-    Tensor t(reinterpret_cast<AtenTensorHandle>(stack_[next_++]), name);
-    check(t.device_type() == device_type_, name, " lies on another device than this op runs on");
-    return t;
-  }
+  Tensor tensor(const char* name) { return take(name, device_type_); }
+  Tensor host(const char* name) { return take(name, aoti_torch_device_type_cpu()); }
   int64_t integer() { return static_cast<int64_t>(stack_[next_++]); }
   bool boolean() { return (stack_[next_++] & 0xff) != 0; }
   double number() {
@@ -159,6 +156,12 @@ class Arguments {
   }
 
  private:
+  Tensor take(const char* name, int32_t device_type) {
+    Tensor t(reinterpret_cast<AtenTensorHandle>(stack_[next_++]), name);
+    check(t.device_type() == device_type, name, " lies on another device than this op runs on");
+    return t;
+  }
+
   StableIValue* stack_;
   int32_t device_type_;
   size_t next_ = 0;

@@ -49,9 +49,8 @@ class TokenLoss:
     clipped_low: Tensor
     clipped_high: Tensor
     completion_kl: Tensor  # (B,) mean KL estimate over each completion's tokens
-    totals: (
-        Tensor  # (8,) in the order of TOTALS: token count, token means and shares, the largest ratio, clamped tokens
-    )
+    # (8,) in the order of TOTALS: token count, token means and shares, the largest ratio, clamped tokens
+    totals: Tensor
 
     def total(self, name: str) -> Tensor:
         """A member of TOTALS as a scalar tensor, still on the device."""
@@ -62,16 +61,16 @@ class TokenLoss:
 class Layout:
     """Which completion a row belongs to: rows (B, L) of B completions, or rows (T,) with a map to them."""
 
-    count: int  # B
+    num_completions: int  # B
     completion: Tensor | None = None  # (T,) integers
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum over each completion's rows: (B,)."""
         if self.completion is None:
             return x.sum(1)
-        return x.new_zeros(self.count).index_add(0, self.completion, x)
+        return x.new_zeros(self.num_completions).index_add(0, self.completion, x)
 
-    def spread(self, x: Tensor) -> Tensor:
+    def broadcast(self, x: Tensor) -> Tensor:
         """One value per completion (B,), as it broadcasts over the rows."""
         return x[:, None] if self.completion is None else x[self.completion]
 
@@ -80,7 +79,7 @@ class Layout:
         if not isinstance(x, Tensor):
             return x
         x = x.detach().to(dtype)
-        return self.spread(x) if tuple(x.shape) == (self.count,) else x
+        return self.broadcast(x) if tuple(x.shape) == (self.num_completions,) else x
 
 
 def _float(x: Tensor) -> Tensor:
@@ -193,17 +192,14 @@ def importance_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, layou
     """ρ = exp(ℓ - ℓ_old) per token, or exp of its completion mean at sequence level (GSPO); broadcasts over rows."""
     exponent = (logprobs - old_logprobs).masked_fill(mask == 0, 0)
     if level == "sequence":
-        exponent = layout.spread(layout.sum(exponent) / layout.sum(mask).clamp(min=1))
+        exponent = layout.broadcast(layout.sum(exponent) / layout.sum(mask).clamp(min=1))
     return exponent.clamp(max=RATIO_EXPONENT_MAX).exp()
 
 
 def clipped_objective(
-    ratio: Tensor,
-    advantage: Tensor | float,
-    epsilon_low: Tensor | float,
-    epsilon_high: Tensor | float,
+    ratio: Tensor, advantage: Tensor | float, epsilon_low: Tensor | float, epsilon_high: Tensor | float,
     delta: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """J = min(ρA, clip(ρ)A), ρ capped at delta first; and where the lower or the upper clip holds."""
     low_bound, high_bound = (
         torch.as_tensor(x, dtype=ratio.dtype, device=ratio.device) for x in (1 - epsilon_low, 1 + epsilon_high)
@@ -217,6 +213,20 @@ def clipped_objective(
     low = (ratio < low_bound) & (advantage < 0)
     high = (ratio > high_bound) & (advantage > 0)
     return torch.where(clipped < free, clipped, free), low, high
+
+
+def clipped_objective_slope(
+    ratio: Tensor, advantage: Tensor, epsilon_low: Tensor | float, epsilon_high: Tensor | float, delta: float | None
+) -> Tensor:
+    """dJ/dρ of `clipped_objective`: that of the unclipped branch where both are equal."""
+    low, high = (
+        torch.as_tensor(x, dtype=ratio.dtype, device=ratio.device) for x in (1 - epsilon_low, 1 + epsilon_high)
+    )
+    inside = ratio.clamp(low, high)
+    free = advantage if delta is None else torch.where(ratio > delta, 0, advantage)
+    capped = ratio if delta is None else ratio.clamp(max=delta)
+    take = inside * advantage < capped * advantage
+    return torch.where(take, torch.where(inside == ratio, advantage, 0), free)
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
@@ -235,6 +245,16 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> tuple[
     return d.exp() - d - 1, over
 
 
+def kl_penalty_slope(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
+    """∂KL/∂ℓ of `kl_penalty`."""
+    d = ref_logprobs - logprobs
+    if estimator == "k1":
+        return torch.where(d.isnan(), d, 1)
+    if estimator == "k2":
+        return -d
+    return torch.where(d > KL_EXPONENT_MAX, 0, 1 - d.clamp(max=KL_EXPONENT_MAX).exp())
+
+
 def default_denominator(lengths: Tensor, aggregation: str, max_completion_length: int) -> Tensor:
     """What `aggregate` divides by when this batch is the whole batch: completions, tokens or B * max length.
 
@@ -251,7 +271,7 @@ def default_denominator(lengths: Tensor, aggregation: str, max_completion_length
 def token_shares(lengths: Tensor, layout: Layout, aggregation: str, denominator: Tensor | float) -> Tensor:
     """What each row's loss is multiplied by before the sum over all: one value per completion, as it broadcasts."""
     each = lengths if aggregation == "grpo" else torch.ones_like(lengths)
-    return layout.spread(1 / (each.clamp(min=1) * torch.as_tensor(denominator, device=lengths.device).clamp(min=1)))
+    return layout.broadcast(1 / (each.clamp(min=1) * torch.as_tensor(denominator, device=lengths.device).clamp(min=1)))
 
 
 def aggregate(per_token: Tensor, mask: Tensor, layout: Layout, aggregation: str, denominator: Tensor | float) -> Tensor:
@@ -273,24 +293,11 @@ class Objective:
 
 
 def token_objective(
-    logprobs: Tensor,
-    kl_logprobs: Tensor,
-    keep: Tensor,
-    layout: Layout,
-    *,
-    advantage: Tensor | float,
-    kl_beta: Tensor | float,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    importance_weight: Tensor | None,
-    temperature: Tensor | float,
-    epsilon_low: Tensor | float,
-    epsilon_high: Tensor | float,
-    delta: float | None,
-    importance_level: str,
-    kl_estimator: str,
-    rescale_per_row: bool,
-) -> Objective:
+    logprobs: Tensor, kl_logprobs: Tensor, keep: Tensor, layout: Layout, *, advantage: Tensor | float,
+    kl_beta: Tensor | float, old_logprobs: Tensor | None, ref_logprobs: Tensor | None,
+    importance_weight: Tensor | None, temperature: Tensor | float, epsilon_low: Tensor | float,
+    epsilon_high: Tensor | float, delta: float | None, importance_level: str, kl_estimator: str, rescale_per_row: bool,
+) -> Objective:  # fmt: skip
     """The objective as a function of ℓ, differentiable with respect to logprobs and kl_logprobs (ℓ at the KL's τ).
 
     All of the rows' shape, or broadcasting to it; keep: bool. Rows that are not kept may hold anything but NaN in ℓ.
@@ -353,22 +360,19 @@ def token_loss(
     keep = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask != 0
     mask = keep.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     layout = Layout(tokens.shape[0] if num_completions is None else num_completions, completion)
-    same = not isinstance(temperature, Tensor) and temperature == config.kl_temperature
+    two_temperatures = ref_logprobs is not None and (
+        isinstance(temperature, Tensor) or temperature != config.kl_temperature
+    )
+    epsilon_low = config.epsilon_low if epsilon_low is None else epsilon_low
+    epsilon_high = config.epsilon_high if epsilon_high is None else epsilon_high
     advantage, kl_beta, temperature, epsilon_low, epsilon_high = (
-        layout.knob(x, mask.dtype)
-        for x in (
-            advantage,
-            kl_beta,
-            temperature,
-            config.epsilon_low if epsilon_low is None else epsilon_low,
-            config.epsilon_high if epsilon_high is None else epsilon_high,
-        )
+        layout.knob(x, mask.dtype) for x in (advantage, kl_beta, temperature, epsilon_low, epsilon_high)
     )
     # A masked position may hold any number, NaN included: it is taken out before it meets arithmetic.
     logits = logits.masked_fill(~keep[..., None], 0)
     logprobs, entropy = token_logprobs(logits, tokens, temperature, softcap)
     logprobs = kl_logprobs = logprobs.masked_fill(~keep, 0)
-    if ref_logprobs is not None and not same:
+    if two_temperatures:
         kl_logprobs = token_logprobs(logits, tokens, config.kl_temperature, softcap)[0].masked_fill(~keep, 0)
     parts = token_objective(
         logprobs, kl_logprobs, keep, layout, advantage=advantage, kl_beta=kl_beta, old_logprobs=old_logprobs,
@@ -384,16 +388,9 @@ def token_loss(
         entropy = entropy.masked_fill(~keep, 0)
         completion_kl, totals = batch_totals(mask, layout, entropy, parts)
     return TokenLoss(
-        loss=loss,
-        logprobs=logprobs.detach(),
-        entropy=entropy,
-        kl=parts.kl,
-        ratio=parts.ratio,
-        clipped_low=parts.clipped_low,
-        clipped_high=parts.clipped_high,
-        completion_kl=completion_kl,
-        totals=totals,
-    )
+        loss, logprobs.detach(), entropy, parts.kl, parts.ratio, parts.clipped_low, parts.clipped_high, completion_kl,
+        totals,
+    )  # fmt: skip
 
 
 # ---- the head -------------------------------------------------------------------------------------------------------

@@ -24,12 +24,13 @@ from unittest import mock
 
 import torch
 import triton
+from triton._utils import find_paths_if, get_iterable_path
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from mdpgrpo_fast.kernels.schemas import Flags, Numbers
-from mdpgrpo_fast.kernels.triton import advantages, logprobs, objective, sampling, token_loss, tuning
+from mdpgrpo_fast.kernels.schemas import Groups, Rows, Settings
+from mdpgrpo_fast.kernels.triton import advantages, logprobs, objective, sampling, tiles, token_loss
 
 ARCHITECTURES = (80, 90, 100, 120)
 # Registers, shared memory (bytes) and threads of one multiprocessor (CUDA programming guide, compute capabilities).
@@ -48,7 +49,7 @@ class Launch:
 
     case: str
     kernel: JITFunction
-    signature: dict[str, str]
+    signature: dict[str, Any]
     constants: dict[tuple[int, ...], Any]
     attributes: dict[tuple[int, ...], Any]
     options: dict[str, Any]
@@ -68,39 +69,25 @@ class Resources:
     stores: dict[str, int]
 
 
-TYPES = {
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.int64: "i64",
-    torch.int32: "i32",
-    torch.uint8: "u8",
-    torch.bool: "i1",
-}
-
-
 def describe(case: str, kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
-    """What Triton's own launch would specialise on: alignment, ones, absent tensors."""
-    names = [p.name for p in kernel.params]
-    options = {k: v for k, v in kwargs.items() if k not in names}
-    values = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
-    signature, constants, attributes = {}, {}, {}
-    for i, p in enumerate(kernel.params):
-        value = values[p.name]
-        is_one = type(value) is int and value == 1 and not p.do_not_specialize
-        if p.is_constexpr or value is None or is_one:
-            signature[p.name], constants[(i,)] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[p.name] = f"*{TYPES[value.dtype]}"
-            if value.data_ptr() % 16 == 0 and not p.do_not_specialize_on_alignment:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[p.name] = "fp32"
-        else:
-            signature[p.name] = "i64" if abs(value) >= 2**31 else "i32"
-            if value % 16 == 0 and not p.do_not_specialize:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-    return Launch(case, kernel, signature, constants, attributes, options)
+    """What Triton's own launch would specialise on, taken from its binder: alignment, ones, absent tensors."""
+    backend = make_backend(GPUTarget("cuda", ARCHITECTURES[0], 32))
+    bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(
+        *args, **kwargs
+    )
+    kinds, marks = [x[0] for x in specialization], [x[1] for x in specialization]
+    signature = dict(zip([p.name for p in kernel.params], kinds, strict=True))
+    constants = find_paths_if(kinds, lambda _, kind: kind == "constexpr")
+    attributes = find_paths_if(marks, lambda _, mark: isinstance(mark, str))
+    values = list(bound.values())
+    return Launch(
+        case,
+        kernel,
+        signature,
+        {path: get_iterable_path(values, path) for path in constants},
+        {path: backend.parse_attr(get_iterable_path(marks, path)) for path in attributes},
+        options,
+    )
 
 
 def record(case: str, run: Any) -> list[Launch]:
@@ -115,86 +102,66 @@ def record(case: str, run: Any) -> list[Launch]:
     return launches
 
 
-FLAGS = {
-    "sequence": False,
-    "estimator": 3,
-    "aggregation": 0,
-    "rescale": False,
-    "two_temperatures": False,
-    "group_size": 2,
-    "sample_std": False,
-    "goal_mean": 0,
-    "binomial": False,
-    "prospect": True,
-    "prospect_on_goal": True,
-}
+# MDP-GRPO as the paper has it, two completions a group.
+PLAIN = Settings(
+    epsilon_low=0.2, epsilon_high=0.2, alpha=0.2, prospect_beta=0.8, prospect_gain=1.25, prospect_loss=2.0,
+    kl_beta_pos=0.01, kl_beta_neg=0.025, aggregation=0, group_size=2, prospect=1, prospect_on_goal=1,
+)  # fmt: skip
+FULL = PLAIN._replace(delta=2.0, softcap=30.0, two_temperatures=1)
 
 
-def cases(vocab: int, dtype: torch.dtype, tile: tuning.Tile) -> list[Launch]:
+def cases(vocab: int, dtype: torch.dtype, tile: tiles.Tile) -> list[Launch]:
     """The leanest and the fullest objective, log-probs and their gradient, scaling, advantages."""
     b, length = 2, 4
+    n = b * length
     logits = torch.empty(b, length, vocab, dtype=dtype)
-    gradient, tokens = torch.empty_like(logits), torch.zeros(b * length, dtype=torch.long)
-    mask, row, each = torch.ones(b * length, dtype=torch.uint8), torch.zeros(b * length), torch.zeros(b)
-    completion, one, places = torch.zeros(b * length, dtype=torch.long), torch.ones(1), torch.arange(b)
-    plain = Numbers(1.0, 0.2, 0.2, 0.0, 0.0, 1.0, 0.2, 0.8, 1.25, 2.0, 0.01, 0.025)
-    full = plain._replace(delta=2.0, softcap=30.0)
+    gradient, statistics = torch.empty_like(logits), torch.zeros(5, n)
+    row, each, one = torch.zeros(n), torch.zeros(b), torch.ones(1)
     name = f"V={vocab} {str(dtype).removeprefix('torch.')}"
+    alone = Rows(torch.zeros(n, dtype=torch.long), temperature=row)
+    rows = alone._replace(mask=torch.ones(n, dtype=torch.uint8), temperature=None)
+    everything = {"old_logprobs": row, "ref_logprobs": row, "importance_weight": row}
+    per_row = {"temperature": row, "epsilon_low": row, "epsilon_high": row}
+    per_completion = {"temperature": each, "epsilon_low": each, "epsilon_high": each}
+    packed = Rows(alone.tokens, rows.mask, alone.tokens, advantage=each, kl_beta=each, **everything, **per_row)
+    groups = Groups(torch.zeros(b), torch.ones(1))
+    all_groups = groups._replace(valid=torch.ones(b, dtype=torch.uint8), slots=torch.arange(b))
 
-    def loss(*tensors: Any, completion: Any = None, numbers: Numbers = plain, **flags: bool | int) -> Callable[[], Any]:
-        """tensors: rewards to kl_beta (six), old_logprobs to epsilon_high (six), denominator."""
-        x, out = (t if completion is None else t.view(1, b * length, vocab) for t in (logits, gradient))
-        rest = (length, numbers, Flags(**{**FLAGS, **flags}), tile)
-        return lambda: token_loss.launch_token_loss(x, out, tokens, mask, completion, b, *tensors, *rest)
+    def loss(rows: Rows, groups: Groups, settings: Settings, denominator: torch.Tensor | None) -> Callable[[], Any]:
+        x, out = (t if rows.completion is None else t.view(1, n, vocab) for t in (logits, gradient))
+        return lambda: token_loss.launch_token_loss(x, out, rows, groups, settings, denominator, b, length, tile=tile)
 
-    none, six, statistics = (None,) * 4, (row,) * 6, torch.zeros(5, b * length)
-    rewards, valid = (torch.zeros(b), torch.ones(1)), torch.ones(b, dtype=torch.uint8)
-    everything = {"numbers": full, "two_temperatures": True}
-    per_row = {**everything, "completion": completion, "sequence": True, "estimator": 2, "aggregation": 1}
+    sequence = FULL._replace(sequence=1, estimator=2, aggregation=1)
+    chunk = packed._replace(mask=None, advantage=row, kl_beta=row)
+    single = Settings(softcap=30.0)
     runs: dict[str, Callable[[], Any]] = {
-        "on-policy, rewards": loss(*rewards, *none, None, row, *none, one),
+        "on-policy, rewards": loss(rows._replace(ref_logprobs=row), groups, PLAIN, one),
         "full, token level": loss(
-            *rewards, valid, places, None, None, row, row, row, each, each, each, one, rescale=True, **everything
+            rows._replace(**everything, **per_completion), all_groups, FULL._replace(rescale=1), one
         ),
-        "full, sequence level": loss(*none, each, each, *six, None, **per_row),
+        "full, sequence level": loss(packed, Groups(), sequence, None),
         # The three of `linear_token_loss`, on a chunk's logits in place.
-        "unit gradient": lambda: logprobs.launch_logprobs(
-            logits, tokens, None, None, 0, row, 1.0, 1.0, 30.0, False, gradient=logits
-        ),
+        "unit gradient": lambda: logprobs.launch_logprobs(logits, alone, single, 0, logits, tile=tile),
         "two temperatures": lambda: logprobs.launch_logprobs_backward(
-            row, logits, tokens, None, None, 0, row, 1.0, 30.0, statistics, row, 1.0, logits
+            logits, row, alone, single, 0, statistics, row, logits, tile=tile
         ),
         "objective, sequence": lambda: objective.launch_objective(
-            statistics,
-            row,
-            None,
-            completion,
-            b,
-            *six,
-            row,
-            row,
-            each,
-            one,
-            (*full[:4], 1.0),
-            True,
-            3,
-            True,
-            True,
-            True,
+            statistics, row, chunk, FULL._replace(sequence=1, rescale=1), each, one, b
         ),
-        "sampling": lambda: sampling.launch_sample(logits.view(-1, vocab), row),
-        "sampling, greedy": lambda: sampling.launch_sample(logits.view(-1, vocab), None),
-        "log-probs": lambda: logprobs.launch_logprobs(logits, tokens, mask, None, b, each, 1.0, 1.0, 0.0, False),
+        "sampling": lambda: sampling.launch_sample(logits.view(-1, vocab), row, tile=tile),
+        "sampling, greedy": lambda: sampling.launch_sample(logits.view(-1, vocab), None, tile=tile),
+        "log-probs": lambda: logprobs.launch_logprobs(
+            logits, rows._replace(temperature=each), Settings(), b, tile=tile
+        ),
         "log-probs backward": lambda: logprobs.launch_logprobs_backward(
-            row, logits, tokens, mask, None, b, each, 1.0, 30.0, statistics
+            logits, row, rows._replace(temperature=each), single, b, statistics, tile=tile
         ),
-        "scale": lambda: token_loss.launch_scale(gradient, one),
+        "scale": lambda: token_loss.launch_scale(gradient, one, tile=tile),
         "advantages": lambda: advantages.launch_advantages(
-            torch.zeros(2, 8), torch.ones(2), None, list(plain[6:]), False, 0, False, True, True
+            Groups(torch.zeros(16), torch.ones(2)), PLAIN._replace(group_size=8)
         ),
     }
-    with mock.patch.object(tuning, "CANDIDATES", (tile,)):
-        return [launch for title, run in runs.items() for launch in record(f"{name}, {title}", run)]
+    return [launch for title, run in runs.items() for launch in record(f"{name}, {title}", run)]
 
 
 def tool(name: str) -> str:
@@ -244,11 +211,11 @@ def compile_for(launch: Launch, sm: int) -> Resources:
     )
 
 
-def measure(vocabs: list[int], dtypes: list[torch.dtype], tiles: list[tuning.Tile], sms: list[int]) -> list[Resources]:
+def measure(vocabs: list[int], dtypes: list[torch.dtype], chosen: list[tiles.Tile], sms: list[int]) -> list[Resources]:
     unique = {}
     for vocab in vocabs:
         for dtype in dtypes:
-            for tile in dict.fromkeys(tuning.fit(t, vocab) for t in tiles):
+            for tile in dict.fromkeys(tiles.fit(t, vocab) for t in chosen):
                 for launch in cases(vocab, dtype, tile):
                     facts = (launch.signature, launch.constants, launch.attributes, launch.options)
                     key = (launch.kernel, *map(str, facts))
@@ -264,8 +231,8 @@ def main() -> int:
     parser.add_argument("--all-tiles", action="store_true", help="every candidate of tuning, not its default alone")
     parser.add_argument("--output", type=Path, default=RESULT)
     args = parser.parse_args()
-    tiles = list(tuning.CANDIDATES if args.all_tiles else tuning.CANDIDATES[:1])
-    found = measure(args.vocab, [getattr(torch, d) for d in args.dtype], tiles, args.sm)
+    chosen = list(tiles.CANDIDATES if args.all_tiles else tiles.CANDIDATES[:1])
+    found = measure(args.vocab, [getattr(torch, d) for d in args.dtype], chosen, args.sm)
     head = f"{'kernel':22}{'sm':>4}{'warps':>6}{'regs':>6}{'spill':>6}{'shared':>8}{'occup.':>8}"
     print(head + "  loads, stores (bits: count)")
     for r in found:

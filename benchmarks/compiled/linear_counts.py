@@ -20,6 +20,7 @@ import torch
 import triton
 from triton.runtime.jit import JITFunction
 
+from mdpgrpo_fast.kernels.schemas import Rows, Settings
 from mdpgrpo_fast.ops.linear import op, select
 from mdpgrpo_fast.ops.linear.chunks import Chunking, bytes_per_row, chunking
 
@@ -53,8 +54,9 @@ def count(hidden: bool, weight: bool, sequence: bool, two: bool) -> dict[str, An
     """Multiply-adds in units of T x V x D, kernels by name, and other launches of one call."""
     chunk, b = size(), 8
     x, w = torch.zeros(b, TOKENS // b, SMALL_WIDTH), torch.zeros(SMALL_VOCAB, SMALL_WIDTH)
-    rows = torch.zeros(TOKENS)
-    numbers, flags = [1.0, 0.2, 0.2, 0.0, 1.0, 0.0, 1.0], [sequence, 3, 1, 0, two, 0, 1, hidden, weight, False]
+    each, row = torch.ones(b), torch.zeros(TOKENS)
+    rows = Rows(row.long(), advantage=each, kl_beta=each, old_logprobs=row, ref_logprobs=row)
+    settings = Settings(epsilon_low=0.2, epsilon_high=0.2, sequence=int(sequence), two_temperatures=int(two))
     launched: dict[str, int] = {}
 
     def record(self: JITFunction, *args: Any, **kwargs: Any) -> None:
@@ -63,13 +65,13 @@ def count(hidden: bool, weight: bool, sequence: bool, two: bool) -> dict[str, An
 
     with (
         mock.patch.object(JITFunction, "run", record),
-        mock.patch.object(op, "_size", lambda *args: chunk),
+        mock.patch.object(op, "chunking", lambda *args: chunk),
         mock.patch.object(select, "may_look", lambda device: False),
         torch.profiler.profile(with_flops=True) as trace,
     ):
         op._token_loss(
-            x, w, None, rows.long(), None, None, b, None, torch.ones(b), torch.ones(b), rows, rows, None, None, None,
-            None, None, TOKENS // b, numbers, [int(f) for f in flags], "triton", BUDGET, "",
+            x, w, None, [hidden, weight, False], None, TOKENS // b, True, list(rows), b, None, settings.numbers,
+            settings.flags, 1.0, False, "triton", BUDGET, "",
         )  # fmt: skip
     events = trace.key_averages()
     flops = sum(e.flops for e in events if e.key in MATMULS) / 2

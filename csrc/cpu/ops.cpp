@@ -1,5 +1,5 @@
-// The ops `mdpgrpo_fast::_cpu_*`: raw arguments in, everything checked, rows in parallel. mdpgrpo_fast/compiled.py
-// prepares the arguments; an argument that is not given is an empty tensor.
+// The ops `mdpgrpo_fast::_cpu_*`: raw arguments in, everything checked, rows in parallel. mdpgrpo_fast/kernels/cpu.py
+// prepares the arguments.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -10,8 +10,7 @@
 #include <sys/mman.h>
 #endif
 
-#include "../method.h"
-#include "../torch_abi.h"
+#include "../inputs.h"
 #include "rows.h"
 
 namespace mdpgrpo {
@@ -76,63 +75,7 @@ struct Gradient {
   void zero(int64_t i) const { std::memset(to.row(i), 0, static_cast<size_t>(to.vocab * to.item)); }
 };
 
-// A number, or a tensor with one value per completion or per row.
-struct Knob {
-  const float* each = nullptr;
-  bool per_row = false;
-  double number = 1;
-
-  Knob(double x) : number(x) {}
-  Knob(const Tensor& t, int64_t n_rows, int64_t n_completions, double x) : number(x) {
-    if (t.numel() == 0) return;
-    per_row = t.numel() != n_completions;
-    each = elements<float>(t, per_row ? n_rows : n_completions);
-  }
-  double at(int64_t completion, int64_t row) const {
-    return each == nullptr ? number : each[per_row ? row : completion];
-  }
-};
-
-// τ of a row; NaN where it is not above 0, which would give plausible numbers.
-inline double temperature_at(const Knob& knob, int64_t completion, int64_t row) {
-  const double tau = knob.at(completion, row);
-  return tau > 0 ? tau : NOT_A_NUMBER;
-}
-
-// Which completion a row belongs to, and whether it counts.
-struct Layout {
-  int64_t n_rows, row_length, n_completions;
-  const int64_t* completion;  // null: rows lie in order, row_length of each
-  const uint8_t* mask;
-
-  Layout(const Tensor& map, const Tensor& mask_, int64_t n, int64_t length, int64_t count)
-      : n_rows(n), row_length(length), n_completions(count), completion(elements<int64_t>(map, n, true)),
-        mask(elements<uint8_t>(mask_, n, true)) {}
-  bool kept(int64_t row) const { return mask == nullptr || mask[row] != 0; }
-  bool known(int64_t row) const {
-    const int64_t c = raw(row);
-    return c >= 0 && c < n_completions;
-  }
-  int64_t of(int64_t row) const { return known(row) ? raw(row) : 0; }
-
- private:
-  int64_t raw(int64_t row) const { return completion == nullptr ? row / row_length : completion[row]; }
-};
-
 // ---- advantages -----------------------------------------------------------------------------------------------------
-
-struct AdvantageKnobs {
-  float alpha, prospect_beta, prospect_gain, prospect_loss, kl_beta_pos, kl_beta_neg;
-  bool sample_std;
-  int64_t goal_mean;  // 0 half, 1 max_half_mean, 2 mean
-  bool binomial, prospect, prospect_on_goal;
-
-  // numbers: α, prospect β, λ₊, λ₋, β₊, β₋.
-  AdvantageKnobs(const double* numbers) {
-    float* const to[6] = {&alpha, &prospect_beta, &prospect_gain, &prospect_loss, &kl_beta_pos, &kl_beta_neg};
-    for (int i = 0; i < 6; ++i) *to[i] = static_cast<float>(numbers[i]);
-  }
-};
 
 struct Completion {
   float z = 0, delta = 0, advantage = 0, beta = 0;
@@ -141,8 +84,9 @@ struct Completion {
 // Statistics, anchors, A and KL coefficient of one prompt's G completions. In float32 on purpose, as the reference has
 // float32 rewards: the mean of 1/6, 1/2, 5/6 is then 1/2, and the sign of A is not decided by the rounding of the
 // rewards.
-void group(const float* rewards, const uint8_t* valid, int64_t size, float constraints, const AdvantageKnobs& o,
-           float& mean, float& std_, Completion* out) {
+void group_advantages(const float* rewards, const uint8_t* valid, float constraints, const Settings<float>& s,
+                      float& mean, float& std_, Completion* out) {
+  const int64_t size = s.group_size;
   const auto counts = [&](int64_t i) { return valid == nullptr || valid[i] != 0; };
   float n = 0, total = 0, top = -HUGE_VALF, bottom = HUGE_VALF;
   for (int64_t i = 0; i < size; ++i) {
@@ -158,13 +102,13 @@ void group(const float* rewards, const uint8_t* valid, int64_t size, float const
   float square = 0;
   for (int64_t i = 0; i < size; ++i)
     if (counts(i)) square += (rewards[i] - mean) * (rewards[i] - mean);
-  std_ = constant ? 0 : std::sqrt(square / std::max(o.sample_std ? n - 1 : n, 1.0f));
-  const float scale = o.sample_std ? std_ + 1e-4f : std::max(std_, 1e-8f);
-  const float goal = o.goal_mean == 0 ? 0.5f : o.goal_mean == 1 ? (mean < 0.5f ? 0.5f : mean) : mean;
+  std_ = constant ? 0 : std::sqrt(square / std::max(s.sample_std ? n - 1 : n, 1.0f));
+  const float scale = s.sample_std ? std_ + 1e-4f : std::max(std_, 1e-8f);
+  const float goal = s.goal_mean == 0 ? 0.5f : s.goal_mean == 1 ? (mean < 0.5f ? 0.5f : mean) : mean;
   const float k = constraints >= 1 ? constraints : std::numeric_limits<float>::quiet_NaN();
-  const float goal_scale = std::sqrt((o.binomial ? 1.0f : static_cast<float>(size)) / (4 * k));
-  const auto shape = [&](float v) {
-    return (v < 0 ? o.prospect_loss : o.prospect_gain) * std::tanh(o.prospect_beta * v);
+  const float goal_scale = std::sqrt((s.binomial ? 1.0f : static_cast<float>(size)) / (4 * k));
+  const auto prospect_shape = [&](float v) {
+    return (v < 0 ? s.prospect_loss : s.prospect_gain) * std::tanh(s.prospect_beta * v);
   };
   for (int64_t i = 0; i < size; ++i) {
     Completion c;
@@ -173,10 +117,10 @@ void group(const float* rewards, const uint8_t* valid, int64_t size, float const
       c.z = constant ? 0 : (r - mean) / scale;
       c.delta = (r - goal) / goal_scale;
     }
-    const float relative = o.prospect ? shape(c.z) : c.z;
-    const float absolute = o.prospect && o.prospect_on_goal ? shape(c.delta) : c.delta;
-    c.advantage = (1 - o.alpha) * relative + o.alpha * absolute;
-    c.beta = c.advantage < 0 ? o.kl_beta_neg : o.kl_beta_pos;
+    const float relative = s.prospect ? prospect_shape(c.z) : c.z;
+    const float absolute = s.prospect && s.prospect_on_goal ? prospect_shape(c.delta) : c.delta;
+    c.advantage = (1 - s.alpha) * relative + s.alpha * absolute;
+    c.beta = c.advantage < 0 ? s.kl_beta_neg : s.kl_beta_pos;
     out[i] = c;
   }
 }
@@ -184,96 +128,85 @@ void group(const float* rewards, const uint8_t* valid, int64_t size, float const
 // ---- the objective --------------------------------------------------------------------------------------------------
 
 struct Objective {
-  const Layout& layout;
-  Knob temperature, epsilon_low, epsilon_high, advantage, beta;
-  const float *old_logprobs, *ref_logprobs, *weight;
-  double delta, kl_temperature;
-  bool sequence, rescale, two;
-  int64_t estimator;
+  Rows<double> rows;
+  Settings<double> settings;
   std::vector<double> lengths, ratio, slope;  // per completion
 
-  double factor(int64_t row, int64_t c) const {
-    return (weight == nullptr ? 1 : weight[row]) * (rescale ? temperature_at(temperature, c, row) : 1);
-  }
+  Objective(const RowTensors& given, int64_t n, int64_t row_length, int64_t num_completions, bool knobs_per_row = false)
+      : rows(given.rows<double>(n, row_length, num_completions, knobs_per_row)),
+        settings(given.given.settings<double>()) {}
 
   // What couples the tokens of a completion: how many they are; at sequence level its ρ, and Σ over its tokens of
   // w dJ/dρ ρ / tokens, which each of them has as derivative with respect to its own ℓ. logprobs: null on-policy.
   void couple(const float* logprobs) {
-    const size_t b = static_cast<size_t>(layout.n_completions);
+    const size_t b = static_cast<size_t>(rows.num_completions);
     lengths.assign(b, 0), ratio.assign(b, 0), slope.assign(b, 0);
-    for (int64_t row = 0; row < layout.n_rows; ++row) {
-      if (!layout.kept(row) || !layout.known(row)) continue;
-      const size_t c = static_cast<size_t>(layout.of(row));
+    for (int64_t row = 0; row < rows.n_rows; ++row) {
+      if (!rows.kept(row) || !rows.known(row)) continue;
+      const size_t c = static_cast<size_t>(rows.completion_of(row));
       lengths[c] += 1;
-      if (logprobs != nullptr) ratio[c] += static_cast<double>(logprobs[row]) - old_logprobs[row];
+      if (logprobs != nullptr) ratio[c] += static_cast<double>(logprobs[row]) - rows.old_logprobs[row];
     }
-    if (!sequence) return;
+    if (!settings.sequence) return;
     std::vector<Ratio<double>> whole(b);
     for (size_t c = 0; c < b; ++c) {
-      whole[c] = ratio_of(ratio[c] / std::max(lengths[c], 1.0));
+      whole[c] = importance_ratio(ratio[c] / std::max(lengths[c], 1.0));
       ratio[c] = whole[c].value;
     }
-    for (int64_t row = 0; row < layout.n_rows; ++row) {
-      if (!layout.kept(row) || !layout.known(row)) continue;
-      const int64_t i = layout.of(row);
+    for (int64_t row = 0; row < rows.n_rows; ++row) {
+      if (!rows.kept(row) || !rows.known(row)) continue;
+      const int64_t i = rows.completion_of(row);
       const size_t c = static_cast<size_t>(i);
-      const Policy<double> j =
-          policy_of(ratio[c], advantage.at(i, row), epsilon_low.at(i, row), epsilon_high.at(i, row), delta);
-      slope[c] += factor(row, i) * j.slope;
+      const Clipped<double> j = clipped_objective(ratio[c], rows.advantage.at(i, row), rows, settings, i, row);
+      slope[c] += policy_weight(rows, settings, row, rows.temperature_of(i, row)) * j.slope;
     }
     for (size_t c = 0; c < b; ++c) slope[c] *= whole[c].slope / std::max(lengths[c], 1.0);
   }
 
-  Token<double> at(int64_t row, int64_t c, double logprob, double kl_logprob) const {
-    TokenInputs<double> in;
-    in.logprob = logprob, in.kl_logprob = kl_logprob;
-    in.has_old = old_logprobs != nullptr, in.has_ref = ref_logprobs != nullptr, in.sequence = sequence;
-    in.old_logprob = in.has_old ? old_logprobs[row] : 0;
-    in.ref_logprob = in.has_ref ? ref_logprobs[row] : 0;
-    in.weight = factor(row, c);
-    in.sequence_ratio = sequence ? ratio[static_cast<size_t>(c)] : 1;
-    in.sequence_slope = sequence ? slope[static_cast<size_t>(c)] : 0;
-    in.advantage = advantage.at(c, row), in.beta = beta.at(c, row);
-    in.epsilon_low = epsilon_low.at(c, row), in.epsilon_high = epsilon_high.at(c, row);
-    in.delta = delta;
-    in.estimator = estimator;
-    return token_of(in);
+  Token<double> at(int64_t row, int64_t c, double tau, double logprob, double kl_logprob) const {
+    const bool coupled = settings.sequence;
+    return token_objective(rows, settings, c, row, tau, logprob, kl_logprob,
+                           coupled ? ratio[static_cast<size_t>(c)] : 1.0,
+                           coupled ? slope[static_cast<size_t>(c)] : 0.0);
+  }
+  double share(double denominator, double length) const {
+    return token_share(denominator, settings.aggregation == 0 ? length : 1.0);
   }
 };
 
 // The (5, N) rows and (3, N) marks that every caller returns.
 struct Record {
   int64_t n;
-  float* rows;
+  float* per_row;
   bool* marks;
 
   void masked(int64_t row) const {
-    for (int64_t i = 0; i < 5; ++i) rows[i * n + row] = i == 3 ? 1.0f : 0.0f;
+    for (int64_t i = 0; i < 5; ++i) per_row[i * n + row] = i == 3 ? 1.0f : 0.0f;
     for (int64_t i = 0; i < 3; ++i) marks[i * n + row] = false;
   }
   void token(int64_t row, double logprob, double entropy, const Token<double>& t, double share) const {
     const double values[5] = {logprob, entropy, t.kl, t.ratio, share * t.loss};
-    for (int64_t i = 0; i < 5; ++i) rows[i * n + row] = static_cast<float>(values[i]);
+    for (int64_t i = 0; i < 5; ++i) per_row[i * n + row] = static_cast<float>(values[i]);
     marks[row] = t.clipped_low, marks[n + row] = t.clipped_high, marks[2 * n + row] = t.kl_clamped;
   }
 };
 
 // Loss, mean KL of each completion, and the eight totals, in the order of the rows.
-void sum_up(const Layout& layout, const Record& record, float* loss, float* completion_kl, float* totals) {
+void sum_up(const Rows<float>& rows, const Record& record, float* loss, float* completion_kl, float* totals) {
   const int64_t n = record.n;
-  std::vector<double> kl(static_cast<size_t>(layout.n_completions), 0.0), length = kl;
+  std::vector<double> kl(static_cast<size_t>(rows.num_completions), 0.0), length = kl;
   double sums[8] = {}, total = 0, top = 0;
   for (int64_t row = 0; row < n; ++row) {
-    if (!layout.kept(row)) continue;
-    const float* const r = record.rows + row;
+    if (!rows.kept(row)) continue;
+    const float* const r = record.per_row + row;
     sums[0] += 1;
     sums[1] += r[2 * n], sums[2] += r[n], sums[5] += r[3 * n];
     sums[3] += record.marks[row], sums[4] += record.marks[n + row], sums[7] += record.marks[2 * n + row];
     top = std::max<double>(top, r[3 * n]);
     total += r[4 * n];
-    if (!layout.known(row)) continue;
-    kl[static_cast<size_t>(layout.of(row))] += r[2 * n];
-    length[static_cast<size_t>(layout.of(row))] += 1;
+    if (!rows.known(row)) continue;
+    kl[static_cast<size_t>(rows.completion_of(row))] += r[2 * n];
+    length[static_cast<size_t>(rows.completion_of(row))] += 1;
   }
   for (size_t c = 0; c < kl.size(); ++c) completion_kl[c] = static_cast<float>(kl[c] / std::max(length[c], 1.0));
   const double tokens = std::max(sums[0], 1.0);
@@ -339,198 +272,144 @@ class Sweep {
 
 // ---- ops ------------------------------------------------------------------------------------------------------------
 
-const char* const KNOBS =
-    "Tensor old_logprobs, Tensor ref_logprobs, Tensor importance_weight, Tensor temperature, Tensor epsilon_low, "
-    "Tensor epsilon_high, Tensor advantage, Tensor kl_beta, Tensor denominator, ";
-
-struct KnobArguments {
-  Tensor old_logprobs, ref_logprobs, weight, temperature, low, high, advantage, beta, denominator;
-  KnobArguments(Arguments& a)
-      : old_logprobs(a.tensor("old_logprobs")), ref_logprobs(a.tensor("ref_logprobs")),
-        weight(a.tensor("importance_weight")), temperature(a.tensor("temperature")), low(a.tensor("epsilon_low")),
-        high(a.tensor("epsilon_high")), advantage(a.tensor("advantage")), beta(a.tensor("kl_beta")),
-        denominator(a.tensor("denominator")) {}
-  Objective objective(const Layout& layout, const double* numbers, double kl_temperature) const {
-    const int64_t n = layout.n_rows, b = layout.n_completions;
-    Objective o{layout,
-                Knob(temperature, n, b, numbers[0]),
-                Knob(low, n, b, numbers[1]),
-                Knob(high, n, b, numbers[2]),
-                Knob(advantage, n, b, 0),
-                Knob(beta, n, b, 0),
-                elements<float>(old_logprobs, n, true),
-                elements<float>(ref_logprobs, n, true),
-                elements<float>(weight, n, true),
-                numbers[3],
-                kl_temperature,
-                false,
-                false,
-                false,
-                3,
-                {},
-                {},
-                {}};
-    return o;
-  }
-};
-
 const std::string TOKEN_LOSS =
-    std::string(
-        "(Tensor logits, Tensor(a!) gradient, Tensor tokens, Tensor mask, Tensor completion, Tensor rewards, "
-        "Tensor num_constraints, Tensor valid, Tensor slots, ") +
-    KNOBS +
-    "Tensor numbers, Tensor flags, int n_completions, int max_completion_length, Tensor(b!) loss, Tensor(c!) rows, "
-    "Tensor(d!) marks, Tensor(e!) completion_kl, Tensor(f!) totals) -> ()";
+    std::string("(Tensor logits, Tensor(a!) gradient, ") + INPUTS +
+    "Tensor rewards, Tensor num_constraints, Tensor valid, Tensor slots, Tensor denominator, int num_completions, "
+    "int max_completion_length, Tensor(b!) loss, Tensor(c!) per_row, Tensor(d!) marks, Tensor(e!) completion_kl, "
+    "Tensor(f!) totals) -> ()";
 
 void token_loss(StableIValue* stack, uint64_t, uint64_t) {
   Arguments args(stack, aoti_torch_device_type_cpu());
-  const Tensor logits_ = args.tensor("logits"), gradient_ = args.tensor("gradient"), tokens_ = args.tensor("tokens"),
-               mask_ = args.tensor("mask"), completion_ = args.tensor("completion"), rewards_ = args.tensor("rewards"),
-               constraints_ = args.tensor("num_constraints"), valid_ = args.tensor("valid"),
-               slots_ = args.tensor("slots");
-  const KnobArguments given(args);
-  const Tensor numbers_ = args.tensor("numbers"), flags_ = args.tensor("flags");
+  const Tensor logits_ = args.tensor("logits"), gradient_ = args.tensor("gradient");
+  const RowTensors given(args);
+  const Tensor rewards_ = args.tensor("rewards"), constraints_ = args.tensor("num_constraints"),
+               valid_ = args.tensor("valid"), slots_ = args.tensor("slots"), denominator_ = args.tensor("denominator");
   const int64_t b = args.integer(), max_length = args.integer();
-  const Tensor loss_ = args.tensor("loss"), rows_ = args.tensor("rows"), marks_ = args.tensor("marks"),
+  const Tensor loss_ = args.tensor("loss"), per_row_ = args.tensor("per_row"), marks_ = args.tensor("marks"),
                completion_kl_ = args.tensor("completion_kl"), totals_ = args.tensor("totals");
 
   const Logits logits(logits_);
   const Gradient gradient(gradient_, logits);
   const int64_t n = logits.rows();
-  check(b > 0, "rows belong to completions: n_completions must be above 0, not ", std::to_string(b));
-  const double* const numbers = elements<double>(numbers_, 12);
-  const int64_t* const flags = elements<int64_t>(flags_, 11);
-  const int64_t* const tokens = elements<int64_t>(tokens_, n);
-  const Layout layout(completion_, mask_, n, logits.length, b);
-  const Record record{n, elements<float>(rows_, 5 * n), elements<bool>(marks_, 3 * n)};
+  check(b > 0, "rows belong to completions: num_completions must be above 0, not ", std::to_string(b));
+  const Record record{n, elements<float>(per_row_, 5 * n), elements<bool>(marks_, 3 * n)};
   float* const loss = elements<float>(loss_, 1);
   float* const completion_kl = elements<float>(completion_kl_, b);
   float* const totals = elements<float>(totals_, 8);
+  Objective objective(given, n, logits.length, b);
+  Rows<double>& rows = objective.rows;
+  const Settings<double>& settings = objective.settings;
 
-  const int64_t group_size = flags[5];
   std::vector<float> advantages, betas;
   if (rewards_.numel() > 0) {
-    check(group_size > 0 && rewards_.numel() % group_size == 0, "rewards must be whole groups");
-    const int64_t prompts = rewards_.numel() / group_size;
-    const float* const rewards = elements<float>(rewards_, prompts * group_size);
+    const Settings<float> s = given.given.settings<float>();
+    const int64_t size = s.group_size;
+    check(size > 0 && rewards_.numel() % size == 0, "rewards must be whole groups");
+    const int64_t prompts = rewards_.numel() / size;
+    const float* const rewards = elements<float>(rewards_, prompts * size);
     const float* const constraints = elements<float>(constraints_, prompts);
-    const uint8_t* const valid = elements<uint8_t>(valid_, prompts * group_size, true);
+    const uint8_t* const valid = elements<uint8_t>(valid_, prompts * size, true);
     const int64_t* const slots = elements<int64_t>(slots_, b, true);
-    AdvantageKnobs knobs(numbers + 6);
-    knobs.sample_std = flags[6] != 0, knobs.goal_mean = flags[7], knobs.binomial = flags[8] != 0;
-    knobs.prospect = flags[9] != 0, knobs.prospect_on_goal = flags[10] != 0;
-    std::vector<Completion> each(static_cast<size_t>(prompts * group_size));
+    std::vector<Completion> each(static_cast<size_t>(prompts * size));
     for (int64_t p = 0; p < prompts; ++p) {
       float mean, std_;
-      group(rewards + p * group_size, valid == nullptr ? nullptr : valid + p * group_size, group_size, constraints[p],
-            knobs, mean, std_, each.data() + p * group_size);
+      group_advantages(rewards + p * size, valid == nullptr ? nullptr : valid + p * size, constraints[p], s, mean, std_,
+                       each.data() + p * size);
     }
     for (int64_t c = 0; c < b; ++c) {
       const int64_t place = slots == nullptr ? c : slots[c];
-      check(place >= 0 && place < prompts * group_size, "slots must point into the rewards");
+      check(place >= 0 && place < prompts * size, "slots must point into the rewards");
       advantages.push_back(each[static_cast<size_t>(place)].advantage);
       betas.push_back(each[static_cast<size_t>(place)].beta);
     }
-  }
-  Objective objective = given.objective(layout, numbers, numbers[5]);
-  objective.sequence = flags[0] != 0, objective.rescale = flags[3] != 0, objective.two = flags[4] != 0;
-  objective.estimator = flags[1];
-  if (!advantages.empty()) {
-    objective.advantage.each = advantages.data(), objective.beta.each = betas.data();
-    objective.advantage.per_row = objective.beta.per_row = false;
+    rows.advantage.each = advantages.data(), rows.kl_beta.each = betas.data();
+    rows.advantage.per_row = rows.kl_beta.per_row = false;
   }
 
   const int64_t grain = GRAIN / std::max<int64_t>(logits.vocab, 1);
-  RowOptions options{logits.vocab, numbers[4], objective.two, false};
-  if (objective.sequence && objective.old_logprobs != nullptr) {
+  RowOptions options{logits.vocab, settings.softcap, settings.two_temperatures, false};
+  if (settings.sequence && rows.old_logprobs != nullptr) {
     // ρ needs ℓ of the whole completion first.
     parallel(n, grain, [&](int64_t begin, int64_t end) {
-      const Sweep sweep(logits, tokens, options, objective.kl_temperature);
+      const Sweep sweep(logits, rows.tokens, options, settings.kl_temperature);
       for (int64_t row = begin; row < end; ++row) {
-        if (!layout.kept(row)) continue;
-        const double tau = temperature_at(objective.temperature, layout.of(row), row);
-        record.rows[row] = sweep.read(row, tau, layout.known(row)).logprob;
+        if (!rows.kept(row)) continue;
+        const double tau = rows.temperature_of(rows.completion_of(row), row);
+        record.per_row[row] = sweep.read(row, tau, rows.known(row)).logprob;
       }
     });
-    objective.couple(record.rows);
+    objective.couple(record.per_row);
   } else {
     objective.couple(nullptr);
   }
-  const int64_t aggregation = flags[2];  // 0 grpo, 1 dapo, 2 dr_grpo, 3 bnpo
   double denominator = 0;
-  if (given.denominator.numel() > 0) {
-    denominator = *elements<float>(given.denominator, 1);
+  if (denominator_.numel() > 0) {
+    denominator = *elements<float>(denominator_, 1);
   } else {
     for (const double length : objective.lengths)
-      denominator += aggregation == 1 || aggregation == 3 ? length : length > 0;
-    if (aggregation == 2) denominator *= static_cast<double>(max_length);
+      denominator += settings.aggregation == 1 || settings.aggregation == 3 ? length : length > 0;
+    if (settings.aggregation == 2) denominator *= static_cast<double>(max_length);
   }
 
   options.keep = gradient.wanted;
   parallel(n, grain, [&](int64_t begin, int64_t end) {
-    const Sweep sweep(logits, tokens, options, objective.kl_temperature);
+    const Sweep sweep(logits, rows.tokens, options, settings.kl_temperature);
     for (int64_t row = begin; row < end; ++row) {
-      if (!layout.kept(row)) {
+      if (!rows.kept(row)) {
         record.masked(row);
         if (gradient.wanted) gradient.zero(row);
         continue;
       }
-      const int64_t c = layout.of(row);
-      const double tau = temperature_at(objective.temperature, c, row);
-      const Row r = sweep.read(row, tau, layout.known(row));
+      const int64_t c = rows.completion_of(row);
+      const double tau = rows.temperature_of(c, row);
+      const Row r = sweep.read(row, tau, rows.known(row));
       const RowStatistics& s = r.statistics;
-      const float kl_logprob = objective.two
-                                   ? static_cast<float>((r.own.z - s.peak) / objective.kl_temperature - s.log_total_kl)
-                                   : r.logprob;
-      const Token<double> t = objective.at(row, c, r.logprob, kl_logprob);
-      const double share = share_of(denominator, aggregation == 0 ? objective.lengths[static_cast<size_t>(c)] : 1.0);
+      const bool two = settings.two_temperatures;
+      const float kl_logprob =
+          two ? static_cast<float>((r.own.z - s.peak) / settings.kl_temperature - s.log_total_kl) : r.logprob;
+      const Token<double> t = objective.at(row, c, tau, r.logprob, kl_logprob);
+      const double share = objective.share(denominator, objective.lengths[static_cast<size_t>(c)]);
       record.token(row, r.logprob, s.entropy, t, share);
       if (!gradient.wanted) continue;
-      const double a = share * (objective.two ? t.c : t.c + t.c_kl) / tau;
-      const double a_kl = objective.two ? share * t.c_kl / objective.kl_temperature : 0;
+      const double a = share * (two ? t.c : t.c + t.c_kl) / tau;
+      const double a_kl = two ? share * t.c_kl / settings.kl_temperature : 0;
       if (a == 0 && a_kl == 0)
         gradient.zero(row);
       else
         sweep.write(gradient.to.row(row), gradient.to.element, r, a, a_kl, gradient.streaming, logits.after(row));
     }
   });
-  sum_up(layout, record, loss, completion_kl, totals);
+  sum_up(given.rows<float>(n, logits.length, b), record, loss, completion_kl, totals);
 }
 
-const char* const LOGPROBS =
-    "(Tensor logits, Tensor(a!) gradient, Tensor tokens, Tensor mask, Tensor completion, Tensor temperature, "
-    "int n_completions, float temperature_value, float kl_temperature, float softcap, bool two, Tensor(b!) logprobs, "
-    "Tensor(c!) statistics) -> ()";
+const std::string LOGPROBS = std::string("(Tensor logits, Tensor(a!) gradient, ") + INPUTS +
+                             "int num_completions, Tensor(b!) logprobs, Tensor(c!) statistics) -> ()";
 
 // ℓ and the statistics of rows, 0 where masked; with a gradient also ∂ℓ/∂x.
 void logprobs(StableIValue* stack, uint64_t, uint64_t) {
   Arguments args(stack, aoti_torch_device_type_cpu());
-  const Tensor logits_ = args.tensor("logits"), gradient_ = args.tensor("gradient"), tokens_ = args.tensor("tokens"),
-               mask_ = args.tensor("mask"), completion_ = args.tensor("completion"),
-               temperature_ = args.tensor("temperature");
+  const Tensor logits_ = args.tensor("logits"), gradient_ = args.tensor("gradient");
+  const RowTensors given(args);
   const int64_t b = args.integer();
-  const double tau_value = args.number(), kl_temperature = args.number(), softcap = args.number();
-  const bool two = args.boolean();
   const Tensor logprobs_ = args.tensor("logprobs"), statistics_ = args.tensor("statistics");
 
   const Logits logits(logits_);
   const Gradient gradient(gradient_, logits);
-  check(!(two && gradient.wanted), "the gradient of two temperatures needs their weights");
   const int64_t n = logits.rows();
-  const int64_t* const tokens = elements<int64_t>(tokens_, n);
-  const Layout layout(completion_, mask_, n, logits.length, b);
-  const Knob temperature(temperature_, n, b, tau_value);
+  const Rows<double> rows = given.rows<double>(n, logits.length, b);
+  const Settings<double> settings = given.given.settings<double>();
+  check(!(settings.two_temperatures && gradient.wanted), "the gradient of two temperatures needs their weights");
   float* const out = elements<float>(logprobs_, n);
   float* const statistics = elements<float>(statistics_, 5 * n);
-  const RowOptions options{logits.vocab, softcap, two, gradient.wanted};
+  const RowOptions options{logits.vocab, settings.softcap, settings.two_temperatures, gradient.wanted};
   parallel(n, GRAIN / std::max<int64_t>(logits.vocab, 1), [&](int64_t begin, int64_t end) {
-    const Sweep sweep(logits, tokens, options, kl_temperature);
+    const Sweep sweep(logits, rows.tokens, options, settings.kl_temperature);
     for (int64_t row = begin; row < end; ++row) {
       double values[6] = {};
-      if (layout.kept(row)) {
+      if (rows.kept(row)) {
         // Without a map of completions every knob may be one per row.
-        const bool known = b == 0 || layout.known(row);
-        const double tau = temperature_at(temperature, b == 0 ? 0 : layout.of(row), row);
+        const bool known = b == 0 || rows.known(row);
+        const double tau = rows.temperature_of(b == 0 ? 0 : rows.completion_of(row), row);
         const Row r = sweep.read(row, tau, known);
         const RowStatistics& s = r.statistics;
         const double found[6] = {s.peak, s.log_total, s.entropy, s.log_total_kl, r.own.z, r.logprob};
@@ -546,19 +425,17 @@ void logprobs(StableIValue* stack, uint64_t, uint64_t) {
   });
 }
 
-const char* const LOGPROBS_BACKWARD =
-    "(Tensor grad_logprobs, Tensor grad_kl, Tensor logits, Tensor(a!) gradient, Tensor tokens, Tensor mask, "
-    "Tensor completion, Tensor temperature, int n_completions, float temperature_value, float kl_temperature, "
-    "float softcap, Tensor statistics) -> ()";
+const std::string LOGPROBS_BACKWARD =
+    std::string("(Tensor logits, Tensor(a!) gradient, Tensor grad_logprobs, Tensor grad_kl, ") + INPUTS +
+    "int num_completions, Tensor statistics) -> ()";
 
 // Σ of the incoming gradients times ∂ℓ/∂x, of one temperature or two; the statistics are given.
 void logprobs_backward(StableIValue* stack, uint64_t, uint64_t) {
   Arguments args(stack, aoti_torch_device_type_cpu());
-  const Tensor grad_ = args.tensor("grad_logprobs"), grad_kl_ = args.tensor("grad_kl"), logits_ = args.tensor("logits"),
-               gradient_ = args.tensor("gradient"), tokens_ = args.tensor("tokens"), mask_ = args.tensor("mask"),
-               completion_ = args.tensor("completion"), temperature_ = args.tensor("temperature");
+  const Tensor logits_ = args.tensor("logits"), gradient_ = args.tensor("gradient"),
+               grad_ = args.tensor("grad_logprobs"), grad_kl_ = args.tensor("grad_kl");
+  const RowTensors given(args);
   const int64_t b = args.integer();
-  const double tau_value = args.number(), kl_temperature = args.number(), softcap = args.number();
   const Tensor statistics_ = args.tensor("statistics");
 
   const Logits logits(logits_);
@@ -567,17 +444,16 @@ void logprobs_backward(StableIValue* stack, uint64_t, uint64_t) {
   const int64_t n = logits.rows();
   const float* const grad = elements<float>(grad_, n);
   const float* const grad_kl = elements<float>(grad_kl_, n, true);
-  const int64_t* const tokens = elements<int64_t>(tokens_, n);
-  const Layout layout(completion_, mask_, n, logits.length, b);
-  const Knob temperature(temperature_, n, b, tau_value);
+  const Rows<double> rows = given.rows<double>(n, logits.length, b);
+  const Settings<double> settings = given.given.settings<double>();
   const float* const statistics = elements<float>(statistics_, 5 * n);
-  const RowOptions options{logits.vocab, softcap, grad_kl != nullptr, true};
+  const RowOptions options{logits.vocab, settings.softcap, grad_kl != nullptr, true};
   parallel(n, GRAIN / std::max<int64_t>(logits.vocab, 1), [&](int64_t begin, int64_t end) {
-    const Sweep sweep(logits, tokens, options, kl_temperature);
+    const Sweep sweep(logits, rows.tokens, options, settings.kl_temperature);
     for (int64_t row = begin; row < end; ++row) {
-      const double tau = temperature_at(temperature, b == 0 ? 0 : layout.of(row), row);
-      const double a = grad[row] / tau, a_kl = grad_kl == nullptr ? 0 : grad_kl[row] / kl_temperature;
-      if (!layout.kept(row) || (grad[row] == 0 && a_kl == 0)) {
+      const double tau = rows.temperature_of(b == 0 ? 0 : rows.completion_of(row), row);
+      const double a = grad[row] / tau, a_kl = grad_kl == nullptr ? 0 : grad_kl[row] / settings.kl_temperature;
+      if (!rows.kept(row) || (grad[row] == 0 && a_kl == 0)) {
         gradient.zero(row);
         continue;
       }
@@ -588,91 +464,79 @@ void logprobs_backward(StableIValue* stack, uint64_t, uint64_t) {
   });
 }
 
-const std::string OBJECTIVE = std::string("(Tensor statistics, Tensor logprobs, Tensor mask, Tensor completion, ") +
-                              KNOBS +
-                              "Tensor lengths, Tensor numbers, int n_completions, bool sequence, int estimator, "
-                              "bool mean_of_means, bool rescale, bool two, Tensor(a!) rows, Tensor(b!) marks, "
-                              "Tensor(c!) weights) -> ()";
+const std::string OBJECTIVE = std::string("(Tensor statistics, Tensor logprobs, ") + INPUTS +
+                              "Tensor lengths, Tensor denominator, int num_completions, Tensor(a!) per_row, "
+                              "Tensor(b!) marks, Tensor(c!) weights) -> ()";
 
-// The objective of rows whose statistics are known, and ∂loss/∂ℓ. numbers: τ, ε_low, ε_high, delta, the KL's τ.
+// The objective of rows whose statistics are known, and ∂loss/∂ℓ.
 void objective(StableIValue* stack, uint64_t, uint64_t) {
   Arguments args(stack, aoti_torch_device_type_cpu());
-  const Tensor statistics_ = args.tensor("statistics"), logprobs_ = args.tensor("logprobs"),
-               mask_ = args.tensor("mask"), completion_ = args.tensor("completion");
-  const KnobArguments given(args);
-  const Tensor lengths_ = args.tensor("lengths"), numbers_ = args.tensor("numbers");
+  const Tensor statistics_ = args.tensor("statistics"), logprobs_ = args.tensor("logprobs");
+  const RowTensors given(args);
+  const Tensor lengths_ = args.tensor("lengths"), denominator_ = args.tensor("denominator");
   const int64_t b = args.integer();
-  const bool sequence = args.boolean();
-  const int64_t estimator = args.integer();
-  const bool mean_of_means = args.boolean(), rescale = args.boolean(), two = args.boolean();
-  const Tensor rows_ = args.tensor("rows"), marks_ = args.tensor("marks"), weights_ = args.tensor("weights");
+  const Tensor per_row_ = args.tensor("per_row"), marks_ = args.tensor("marks"), weights_ = args.tensor("weights");
 
-  const int64_t n = completion_.numel();
-  check(b > 0, "rows belong to completions: n_completions must be above 0, not ", std::to_string(b));
-  const double* const numbers = elements<double>(numbers_, 5);
-  const Layout layout(completion_, mask_, n, 1, b);
-  Objective o = given.objective(layout, numbers, numbers[4]);
-  // One value per row, also where there are as many completions as rows.
-  for (Knob* knob : {&o.temperature, &o.epsilon_low, &o.epsilon_high, &o.advantage, &o.beta}) knob->per_row = true;
-  o.sequence = sequence, o.rescale = rescale, o.two = two, o.estimator = estimator;
+  const int64_t n = given.completion.numel();
+  check(b > 0, "rows belong to completions: num_completions must be above 0, not ", std::to_string(b));
+  Objective o(given, n, 1, b, true);
+  const Rows<double>& rows = o.rows;
+  const bool two = o.settings.two_temperatures, sequence = o.settings.sequence;
   const float* const s = elements<float>(statistics_, 5 * n);
   const float* const logprobs = elements<float>(logprobs_, n, true);
   const float* const lengths = elements<float>(lengths_, b);
-  const double denominator = *elements<float>(given.denominator, 1);
-  const Record record{n, elements<float>(rows_, 5 * n), elements<bool>(marks_, 3 * n)};
+  const double denominator = *elements<float>(denominator_, 1);
+  const Record record{n, elements<float>(per_row_, 5 * n), elements<bool>(marks_, 3 * n)};
   float* const weights = elements<float>(weights_, (two ? 2 : 1) * n);
-  check(!sequence || o.old_logprobs == nullptr || logprobs != nullptr, "logprobs are needed at sequence level");
-  if (sequence) o.couple(o.old_logprobs == nullptr ? nullptr : logprobs);
+  check(!sequence || rows.old_logprobs == nullptr || logprobs != nullptr, "logprobs are needed at sequence level");
+  if (sequence) o.couple(rows.old_logprobs == nullptr ? nullptr : logprobs);
   for (int64_t row = 0; row < n; ++row) {
-    if (!layout.kept(row)) {
+    if (!rows.kept(row)) {
       record.masked(row);
       weights[row] = 0;
       if (two) weights[n + row] = 0;
       continue;
     }
-    const int64_t c = layout.of(row);
-    const double tau = temperature_at(o.temperature, c, row), z = static_cast<double>(s[4 * n + row]) - s[row];
+    const int64_t c = rows.completion_of(row);
+    const double tau = rows.temperature_of(c, row), z = static_cast<double>(s[4 * n + row]) - s[row];
     const float logprob = static_cast<float>(z / tau - s[n + row]);
-    const float kl_logprob = two ? static_cast<float>(z / o.kl_temperature - s[3 * n + row]) : logprob;
-    const Token<double> t = o.at(row, c, logprob, kl_logprob);
-    const double share = share_of<double>(denominator, mean_of_means ? lengths[c] : 1.0f);
+    const float kl_logprob = two ? static_cast<float>(z / o.settings.kl_temperature - s[3 * n + row]) : logprob;
+    const Token<double> t = o.at(row, c, tau, logprob, kl_logprob);
+    const double share = o.share(denominator, lengths[c]);
     record.token(row, logprob, s[2 * n + row], t, share);
     weights[row] = static_cast<float>(share * (two ? t.c : t.c + t.c_kl));
     if (two) weights[n + row] = static_cast<float>(share * t.c_kl);
   }
 }
 
-const char* const TOTALS =
-    "(Tensor rows, Tensor marks, Tensor mask, Tensor completion, int n_completions, Tensor(a!) loss, "
-    "Tensor(b!) completion_kl, Tensor(c!) totals) -> ()";
+const std::string TOTALS = std::string("(Tensor per_row, Tensor marks, ") + INPUTS +
+                           "int num_completions, Tensor(a!) loss, Tensor(b!) completion_kl, Tensor(c!) totals) -> ()";
 
 void totals(StableIValue* stack, uint64_t, uint64_t) {
   Arguments args(stack, aoti_torch_device_type_cpu());
-  const Tensor rows_ = args.tensor("rows"), marks_ = args.tensor("marks"), mask_ = args.tensor("mask"),
-               completion_ = args.tensor("completion");
+  const Tensor per_row_ = args.tensor("per_row"), marks_ = args.tensor("marks");
+  const RowTensors given(args);
   const int64_t b = args.integer();
   const Tensor loss_ = args.tensor("loss"), completion_kl_ = args.tensor("completion_kl"),
                totals_ = args.tensor("totals");
-  const int64_t n = completion_.numel();
-  const Layout layout(completion_, mask_, n, 1, b);
-  const Record record{n, elements<float>(rows_, 5 * n), elements<bool>(marks_, 3 * n)};
-  sum_up(layout, record, elements<float>(loss_, 1), elements<float>(completion_kl_, b), elements<float>(totals_, 8));
+  const int64_t n = given.completion.numel();
+  const Record record{n, elements<float>(per_row_, 5 * n), elements<bool>(marks_, 3 * n)};
+  sum_up(given.rows<float>(n, 1, b, true), record, elements<float>(loss_, 1), elements<float>(completion_kl_, b),
+         elements<float>(totals_, 8));
 }
 
 const char* const ADVANTAGES =
-    "(Tensor rewards, Tensor num_constraints, Tensor valid, Tensor numbers, bool sample_std, int goal_mean, "
-    "bool binomial, bool prospect, bool prospect_on_goal, Tensor(a!) groups, Tensor(b!) completions) -> ()";
+    "(Tensor numbers, Tensor flags, Tensor rewards, Tensor num_constraints, Tensor valid, Tensor slots, "
+    "Tensor(a!) per_group, Tensor(b!) per_completion) -> ()";
 
 void advantages(StableIValue* stack, uint64_t, uint64_t) {
   Arguments args(stack, aoti_torch_device_type_cpu());
+  const SettingsTensors given(args);
   const Tensor rewards_ = args.tensor("rewards"), constraints_ = args.tensor("num_constraints"),
-               valid_ = args.tensor("valid"), numbers_ = args.tensor("numbers");
-  AdvantageKnobs o(elements<double>(numbers_, 6));
-  o.sample_std = args.boolean(), o.goal_mean = args.integer(), o.binomial = args.boolean();
-  o.prospect = args.boolean(), o.prospect_on_goal = args.boolean();
-  const Tensor groups_ = args.tensor("groups"), completions_ = args.tensor("completions");
-  check(rewards_.dim() == 2, "rewards must have 2 dimensions");
-  const int64_t p = rewards_.size(0), g = rewards_.size(1), n = p * g;
+               valid_ = args.tensor("valid"), slots_ = args.tensor("slots"), groups_ = args.tensor("per_group"),
+               completions_ = args.tensor("per_completion");
+  const Settings<float> s = given.settings<float>();
+  const int64_t g = s.group_size, p = constraints_.numel(), n = p * g;
   const float* const rewards = elements<float>(rewards_, n);
   const float* const constraints = elements<float>(constraints_, p);
   const uint8_t* const valid = elements<uint8_t>(valid_, n, true);
@@ -682,7 +546,8 @@ void advantages(StableIValue* stack, uint64_t, uint64_t) {
     std::vector<Completion> each(static_cast<size_t>(g));
     for (int64_t i = begin; i < end; ++i) {
       float mean, std_;
-      group(rewards + i * g, valid == nullptr ? nullptr : valid + i * g, g, constraints[i], o, mean, std_, each.data());
+      group_advantages(rewards + i * g, valid == nullptr ? nullptr : valid + i * g, constraints[i], s, mean, std_,
+                       each.data());
       groups[i] = mean, groups[p + i] = std_;
       for (int64_t j = 0; j < g; ++j) {
         const Completion& c = each[static_cast<size_t>(j)];

@@ -49,13 +49,14 @@ void launch(RowArguments p, cudaStream_t stream) {
   int resident = 0;
   require(cudaOccupancyMaxActiveClusters(&resident, kernel, &config), "clusters");
   check(resident > 0, "no cluster of ", std::to_string(cluster), " blocks fits this device");
-  config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(p.n_rows, resident) * cluster));
+  config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(p.rows.n_rows, resident) * cluster));
   require(cudaLaunchKernelEx(&config, kernel, p), "launch");
 }
 
 template <class E, class Out>
-void launch_for(const RowArguments& p, bool two, cudaStream_t stream) {
-  if (p.softcap > 0)
+void launch_for(const RowArguments& p, cudaStream_t stream) {
+  const bool two = p.settings.two_temperatures;
+  if (p.settings.softcap > 0)
     two ? launch<E, Out, true, true>(p, stream) : launch<E, Out, false, true>(p, stream);
   else
     two ? launch<E, Out, true, false>(p, stream) : launch<E, Out, false, false>(p, stream);
@@ -74,11 +75,11 @@ void token_loss_rows_op(StableIValue* stack, uint64_t, uint64_t) {
   check(aoti_torch_get_current_cuda_stream(call.device, &stream) == 0, "no stream");
   const auto at = static_cast<cudaStream_t>(stream);
   if (call.dtype == DType::bfloat16)
-    launch_for<BFloat16, BFloat16>(call.p, call.two, at);
+    launch_for<BFloat16, BFloat16>(call.p, at);
   else if (call.dtype == DType::float16)
-    launch_for<Float16, Float32>(call.p, call.two, at);
+    launch_for<Float16, Float32>(call.p, at);
   else
-    launch_for<Float32, Float32>(call.p, call.two, at);
+    launch_for<Float32, Float32>(call.p, at);
 }
 
 std::string load_error;

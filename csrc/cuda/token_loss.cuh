@@ -27,19 +27,12 @@ constexpr int CHUNKS = 4;  // of a slice: the first is worked on while the other
 struct RowArguments {
   const void* logits;
   void* gradient;  // null: only the loss is wanted
-  int64_t n_rows, row_length, vocab, stride_b, stride_l, gradient_stride_b, gradient_stride_l, n_completions;
+  int64_t vocab, stride_b, stride_l, gradient_stride_b, gradient_stride_l;
   int32_t slice;  // columns of a block, a multiple of what 16 bytes hold
-  const int64_t* tokens;
-  const uint8_t* mask;        // null: all rows count
-  const int64_t* completion;  // null: rows lie in order
-  const float *old_logprobs, *ref_logprobs, *weight;
-  const float *temperature, *epsilon_low, *epsilon_high, *advantage, *beta;
-  bool temperature_per_row, low_per_row, high_per_row, advantage_per_row, beta_per_row;
-  float temperature_value, low_value, high_value, delta, softcap, kl_temperature;
+  Rows<float> rows;
+  Settings<float> settings;
   const float *denominator, *lengths, *ratio, *slope, *statistics;
-  int32_t estimator;
-  bool sequence, mean_of_means, rescale;
-  float* rows;
+  float* per_row;
   bool* marks;
 };
 
@@ -173,23 +166,17 @@ MDPGRPO_DEVICE void request(const Slice<E>& slice, unsigned char* memory, BlockM
   }
 }
 
-MDPGRPO_DEVICE float knob(const float* each, bool per_row, float number, int64_t completion, int64_t row) {
-  return each == nullptr ? number : each[per_row ? row : completion];
-}
-
 struct RowScalars {
   int64_t completion, token;  // token -1: none
   bool known;
   float tau;
 
   MDPGRPO_DEVICE RowScalars(const RowArguments& p, int64_t row) {
-    const int64_t c = p.completion == nullptr ? row / p.row_length : p.completion[row];
-    known = c >= 0 && c < p.n_completions;
-    completion = known ? c : 0;
-    token = p.tokens[row];
+    known = p.rows.known(row);
+    completion = p.rows.completion_of(row);
+    token = p.rows.tokens[row];
     if (token < 0 || token >= p.vocab) token = -1;
-    tau = knob(p.temperature, p.temperature_per_row, p.temperature_value, completion, row);
-    if (!(tau > 0.0f)) tau = NAN;
+    tau = p.rows.temperature_of(completion, row);
   }
 };
 
@@ -201,35 +188,21 @@ struct RowStatistics {
 template <bool TWO>
 MDPGRPO_DEVICE void conclude(const RowArguments& p, int64_t row, const RowScalars& r, const RowStatistics& s,
                              bool record, float* weights) {
-  const int64_t c = r.completion, n = p.n_rows;
+  const int64_t c = r.completion, n = p.rows.n_rows;
+  const Settings<float>& settings = p.settings;
   const float logprob = (s.target - s.peak) / r.tau - s.log_total;
-  TokenInputs<float> in;
-  in.logprob = logprob;
-  in.kl_logprob = TWO ? (s.target - s.peak) / p.kl_temperature - s.log_total_kl : logprob;
-  in.has_old = p.old_logprobs != nullptr;
-  in.has_ref = p.ref_logprobs != nullptr;
-  in.sequence = p.sequence;
-  in.old_logprob = in.has_old ? p.old_logprobs[row] : 0.0f;
-  in.ref_logprob = in.has_ref ? p.ref_logprobs[row] : 0.0f;
-  in.weight = (p.weight == nullptr ? 1.0f : p.weight[row]) * (p.rescale ? r.tau : 1.0f);
-  in.sequence_ratio = p.sequence ? p.ratio[c] : 1.0f;
-  in.sequence_slope = p.sequence ? p.slope[c] : 0.0f;
-  in.advantage = knob(p.advantage, p.advantage_per_row, 0.0f, c, row);
-  in.beta = knob(p.beta, p.beta_per_row, 0.0f, c, row);
-  in.epsilon_low = knob(p.epsilon_low, p.low_per_row, p.low_value, c, row);
-  in.epsilon_high = knob(p.epsilon_high, p.high_per_row, p.high_value, c, row);
-  in.delta = p.delta;
-  in.estimator = p.estimator;
-  const Token<float> t = token_of(in);
-  const float share = share_of(*p.denominator, p.mean_of_means ? p.lengths[c] : 1.0f);
+  const float kl_logprob = TWO ? (s.target - s.peak) / settings.kl_temperature - s.log_total_kl : logprob;
+  const Token<float> t = token_objective(p.rows, settings, c, row, r.tau, logprob, kl_logprob,
+                                         settings.sequence ? p.ratio[c] : 1.0f, settings.sequence ? p.slope[c] : 0.0f);
+  const float share = token_share(*p.denominator, settings.aggregation == 0 ? p.lengths[c] : 1.0f);
   weights[0] = share * (TWO ? t.c : t.c + t.c_kl) / r.tau;
-  weights[1] = TWO ? share * t.c_kl / p.kl_temperature : 0.0f;
+  weights[1] = TWO ? share * t.c_kl / settings.kl_temperature : 0.0f;
   if (!record) return;
-  p.rows[row] = logprob;
-  p.rows[n + row] = s.entropy;
-  p.rows[2 * n + row] = t.kl;
-  p.rows[3 * n + row] = t.ratio;
-  p.rows[4 * n + row] = share * t.loss;
+  p.per_row[row] = logprob;
+  p.per_row[n + row] = s.entropy;
+  p.per_row[2 * n + row] = t.kl;
+  p.per_row[3 * n + row] = t.ratio;
+  p.per_row[4 * n + row] = share * t.loss;
   p.marks[row] = t.clipped_low;
   p.marks[n + row] = t.clipped_high;
   p.marks[2 * n + row] = t.kl_clamped;
@@ -244,7 +217,7 @@ MDPGRPO_DEVICE void open(const RowArguments& p, const Slice<E>& slice, const uns
   for (int i = 0; i < E::N; ++i) {
     z[i] = E::load(v.x[i]);
     slope[i] = 1.0f;
-    if (CAP) z[i] = capped(z[i], p.softcap, slope[i]);
+    if (CAP) z[i] = capped(z[i], p.settings.softcap, slope[i]);
   }
   if (slice.column(vector, 0) >= 0 && slice.column(vector, E::N - 1) < p.vocab) return;
 #pragma unroll
@@ -283,7 +256,7 @@ MDPGRPO_DEVICE void put_zeros(const RowArguments& p, const Slice<E>& slice, type
 template <class E, bool TWO, bool CAP>
 MDPGRPO_DEVICE RowStatistics read(const RowArguments& p, const Slice<E>& slice, const unsigned char* memory,
                                   BlockMemory& block, const RowScalars& r, uint32_t phase) {
-  const float k = LOG2E_F / r.tau, k_kl = LOG2E_F / p.kl_temperature;
+  const float k = LOG2E_F / r.tau, k_kl = LOG2E_F / p.settings.kl_temperature;
   Sums sums = {NOTHING, 0.0f, 0.0f, 0.0f};
   for (int c = 0; c < CHUNKS; ++c) {
     hw::wait(&block.arrived[c], phase);
@@ -307,7 +280,7 @@ MDPGRPO_DEVICE RowStatistics read(const RowArguments& p, const Slice<E>& slice, 
     if (r.token >= 0 && at >= 0 && at < slice.columns) {
       float slope;
       block.target = E::load(reinterpret_cast<const typename E::Storage*>(memory)[at]);
-      if (CAP) block.target = capped(block.target, p.softcap, slope);
+      if (CAP) block.target = capped(block.target, p.settings.softcap, slope);
     }
   }
   hw::sync_block();
@@ -336,7 +309,7 @@ template <class E, class Out, bool TWO, bool CAP>
 MDPGRPO_DEVICE void write(const RowArguments& p, const Slice<E>& slice, const unsigned char* memory,
                           const RowScalars& r, const RowStatistics& s, float a, float a_kl,
                           typename Out::Storage* out) {
-  const float k = LOG2E_F / r.tau, k_kl = LOG2E_F / p.kl_temperature;
+  const float k = LOG2E_F / r.tau, k_kl = LOG2E_F / p.settings.kl_temperature;
   const float log2_total = s.log_total * LOG2E_F, log2_total_kl = s.log_total_kl * LOG2E_F;
   for (int32_t v = hw::thread(); v < slice.vectors; v += hw::THREADS) {
     float z[E::N], slope[E::N];
@@ -361,18 +334,19 @@ MDPGRPO_DEVICE void token_loss_rows(const RowArguments& p, unsigned char* memory
     for (int c = 0; c < CHUNKS; ++c) hw::initialise(&block.arrived[c]);
   // Also: no block writes to another before that one has begun.
   hw::sync_cluster();
+  const int64_t n = p.rows.n_rows;
   uint32_t phase = 0;
-  for (int64_t row = hw::cluster(); row < p.n_rows; row += hw::clusters()) {
-    const int64_t outer = row / p.row_length, inner = row % p.row_length;
+  for (int64_t row = hw::cluster(); row < n; row += hw::clusters()) {
+    const int64_t outer = row / p.rows.row_length, inner = row % p.rows.row_length;
     const auto* logits = static_cast<const typename E::Storage*>(p.logits) + outer * p.stride_b + inner * p.stride_l;
     auto* out =
         static_cast<typename Out::Storage*>(p.gradient) + outer * p.gradient_stride_b + inner * p.gradient_stride_l;
     const Slice<E> slice(p, logits, hw::rank());
     const bool first = hw::rank() == 0 && hw::thread() == 0;
-    if (p.mask != nullptr && p.mask[row] == 0) {
+    if (!p.rows.kept(row)) {
       if (first) {
-        for (int i = 0; i < 5; ++i) p.rows[i * p.n_rows + row] = i == 3 ? 1.0f : 0.0f;
-        for (int i = 0; i < 3; ++i) p.marks[i * p.n_rows + row] = false;
+        for (int i = 0; i < 5; ++i) p.per_row[i * n + row] = i == 3 ? 1.0f : 0.0f;
+        for (int i = 0; i < 3; ++i) p.marks[i * n + row] = false;
       }
       if (p.gradient != nullptr) put_zeros<E, Out>(p, slice, out);
       continue;
@@ -382,8 +356,8 @@ MDPGRPO_DEVICE void token_loss_rows(const RowArguments& p, unsigned char* memory
     const RowScalars r(p, row);
     RowStatistics s;
     if (given) {
-      s = {p.statistics[row], p.statistics[p.n_rows + row], p.statistics[2 * p.n_rows + row],
-           p.statistics[3 * p.n_rows + row], p.statistics[4 * p.n_rows + row]};
+      s = {p.statistics[row], p.statistics[n + row], p.statistics[2 * n + row], p.statistics[3 * n + row],
+           p.statistics[4 * n + row]};
       if (needed)
         for (int c = 0; c < CHUNKS; ++c) hw::wait(&block.arrived[c], phase);
     } else {

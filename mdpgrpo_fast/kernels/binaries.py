@@ -1,4 +1,4 @@
-"""Loads the compiled parts of csrc/: `cpu`, and `cuda` for Hopper; keeps why one is not there.
+"""Compiled parts of csrc/, `cpu`, and `cuda` for Hopper: loads them, keeps why one is not there, fills their inputs.
 
 They bind to libtorch's stable C ABI and to nothing of Python: one file serves every Python and every torch from 2.10.
 """
@@ -11,6 +11,9 @@ import os
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
+from .schemas import Groups, Rows, Settings
 
 OLDEST_TORCH = (2, 10)
 HOW = {
@@ -57,3 +60,27 @@ def _library(path: Path) -> ctypes.CDLL:
 def variant(part: str) -> str:
     """Which of its variants a loaded part takes on this machine: the instruction set, or the architectures."""
     return _library(file_of(part)).mdpgrpo_variant().decode()
+
+
+# ---- inputs ---------------------------------------------------------------------------------------------------------
+
+# Of the members that are not float32.
+DTYPES = {
+    "tokens": torch.int64,
+    "mask": torch.uint8,
+    "completion": torch.int64,
+    "valid": torch.uint8,
+    "slots": torch.int64,
+}
+
+
+def given(x: Tensor | None, like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """As raw ops take a tensor: contiguous and of one dtype; an empty one for what is not given."""
+    return like.new_empty(0, dtype=dtype) if x is None else x.to(dtype).contiguous()
+
+
+def inputs(like: Tensor, settings: Settings, *members: Rows | Groups) -> dict[str, Tensor]:
+    """Rows, groups and settings as raw ops take them, by name; they check all of it before a pointer is read."""
+    found = {n: given(x, like, DTYPES.get(n, torch.float32)) for m in members for n, x in m._asdict().items()}
+    numbers = torch.tensor(settings.numbers, dtype=torch.float64, device="cpu")
+    return {**found, "numbers": numbers, "flags": torch.tensor(settings.flags, dtype=torch.int64, device="cpu")}

@@ -1,119 +1,226 @@
-"""The fused ops `mdpgrpo_fast::<backend>_<op>`: schemas, fake implementations, registration; what their numbers mean.
+"""Inputs in the one form that everything below the public functions takes, and schemas of the fused ops.
 
-A backend brings launchers of one form, so that every op below exists once per backend and is written once.
+That form is `(logits | hidden, weight; rows, groups, settings)`. The ops are `mdpgrpo_fast::<backend>_<op>`; a backend
+brings launchers of one form, so that each op exists once per backend and is written once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from ..config import MDPGRPOConfig
 
-class Numbers(NamedTuple):
-    """The real-valued knobs, in the order of the op's `numbers` argument. 0 is "off" for delta and softcap."""
+GOAL_MEAN = ("half", "max_half_mean", "mean")
+AGGREGATION = ("grpo", "dapo", "dr_grpo", "bnpo")
+GRPO, DAPO, DR_GRPO, BNPO = range(4)
 
-    temperature: float
-    epsilon_low: float
-    epsilon_high: float
-    delta: float
-    softcap: float
-    kl_temperature: float
-    alpha: float
-    prospect_beta: float
-    prospect_gain: float
-    prospect_loss: float
-    kl_beta_pos: float
-    kl_beta_neg: float
-
-
-class Flags(NamedTuple):
-    """The discrete knobs, in the order of the op's `flags` argument."""
-
-    sequence: bool  # importance ratio per completion
-    estimator: int  # 1, 2, 3: k1, k2, k3
-    aggregation: int  # 0 grpo, 1 dapo, 2 dr_grpo, 3 bnpo
-    rescale: bool  # multiply the policy term by τ
-    two_temperatures: bool  # the KL's log-probs are at another temperature than the policy's
-    group_size: int  # G
-    sample_std: bool
-    goal_mean: int  # 0 half, 1 max_half_mean, 2 mean
-    binomial: bool
-    prospect: bool
-    prospect_on_goal: bool
-
-
-# Rows of the (5, N) float32 output and of the (3, N) bool one, and the members of the (8,) totals.
+# Rows of the (5, N) float32 output and of the (3, N) bool one.
 ROWS = ("logprobs", "entropy", "kl", "ratio", "loss")
 MARKS = ("clipped_low", "clipped_high", "kl_clamped")
-TOTALS = ("tokens", "kl", "entropy", "clip_low", "clip_high", "ratio_mean", "ratio_max", "kl_clamped")
+NUM_TOTALS = 8  # members of `reference.TOTALS`
 # Rows of the (5, N) statistics: maximum, log Σ exp, entropy, log Σ exp at the KL temperature, z of the token.
 STATISTICS = 5
 
+# Members of Rows with a value per completion or per row; the others have one per row.
+KNOBS = ("advantage", "kl_beta", "temperature", "epsilon_low", "epsilon_high")
+
+
+class Rows(NamedTuple):
+    """What N rows bring beside their logits. None: not given, or one number for all, which is in Settings.
+
+    Below the public functions all are flat and contiguous: (N,), or, of KNOBS, (B,) with one value per completion.
+    """
+
+    tokens: Any  # integers in [0, V); with a vocabulary split over ranks, relative to this rank's part
+    mask: Any = None  # uint8, non-zero where a row counts
+    completion: Any = None  # integers in [0, B); None: rows lie in order, as many of each completion
+    advantage: Any = None
+    kl_beta: Any = None
+    old_logprobs: Any = None
+    ref_logprobs: Any = None
+    importance_weight: Any = None
+    temperature: Any = None
+    epsilon_low: Any = None
+    epsilon_high: Any = None
+
+    def part(self, start: int, stop: int) -> Rows:
+        """Some of the rows, where every member has one value per row."""
+        return Rows(*(None if x is None else x[start:stop] for x in self))
+
+    def per_row(self, num_completions: int) -> Rows:
+        """Whether each of KNOBS has one value per row and not one per completion; None for the others."""
+        found = {n: x is not None and x.numel() != num_completions for n in KNOBS for x in [getattr(self, n)]}
+        return Rows(tokens=None, **found)
+
+
+class Groups(NamedTuple):
+    """Rewards by group of G completions, which advantages are made of. All None: advantages are given."""
+
+    rewards: Any = None  # (P * G,) float
+    num_constraints: Any = None  # (P,)
+    valid: Any = None  # (P * G,) uint8: completions whose reward counts; None: all
+    slots: Any = None  # (B,) place of each completion in the rewards; None: in order
+
+
+class Settings(NamedTuple):
+    """The numbers and choices that all rows share. 0 is "off" for delta and softcap."""
+
+    temperature: float = 1.0
+    epsilon_low: float = 0.0
+    epsilon_high: float = 0.0
+    delta: float = 0.0
+    softcap: float = 0.0
+    kl_temperature: float = 1.0
+    alpha: float = 0.0
+    prospect_beta: float = 1.0
+    prospect_gain: float = 1.0
+    prospect_loss: float = 1.0
+    kl_beta_pos: float = 0.0
+    kl_beta_neg: float = 0.0
+    sequence: int = 0  # importance ratio per completion
+    estimator: int = 3  # 1, 2, 3: k1, k2, k3
+    aggregation: int = DAPO  # place in AGGREGATION
+    rescale: int = 0  # multiply the policy term by τ
+    two_temperatures: int = 0  # the KL's log-probs are at another temperature than the policy's
+    group_size: int = 1  # G
+    sample_std: int = 0
+    goal_mean: int = 0  # place in GOAL_MEAN
+    binomial: int = 0
+    prospect: int = 0
+    prospect_on_goal: int = 0
+
+    @classmethod
+    def of(cls, config: MDPGRPOConfig, rows: Rows, softcap: float | None = None) -> Settings:
+        """Those of a config, for rows as a public function was given them: its numbers are taken from there."""
+        c = config
+
+        def number(x: Any, default: float) -> float:
+            return default if x is None or isinstance(x, Tensor) else float(x)
+
+        same = not isinstance(rows.temperature, Tensor) and rows.temperature == c.kl_temperature
+        beta_pos, beta_neg = c.betas
+        return cls(
+            temperature=number(rows.temperature, 1.0),
+            epsilon_low=number(rows.epsilon_low, c.epsilon_low),
+            epsilon_high=number(rows.epsilon_high, c.epsilon_high),
+            delta=c.delta or 0.0,
+            softcap=softcap or 0.0,
+            kl_temperature=c.kl_temperature,
+            alpha=c.alpha,
+            prospect_beta=c.prospect_beta,
+            prospect_gain=c.prospect_gain,
+            prospect_loss=c.prospect_loss,
+            kl_beta_pos=beta_pos,
+            kl_beta_neg=beta_neg,
+            sequence=int(c.importance_level == "sequence"),
+            estimator=int(c.kl_estimator[1]),
+            aggregation=AGGREGATION.index(c.aggregation),
+            rescale=int(c.rescale_per_row),
+            two_temperatures=int(rows.ref_logprobs is not None and not same),
+            group_size=c.num_generations,
+            sample_std=int(c.group_std == "sample"),
+            goal_mean=GOAL_MEAN.index(c.goal_mean),
+            binomial=int(c.goal_std == "binomial"),
+            prospect=int(c.prospect),
+            prospect_on_goal=int(c.prospect_on_goal),
+        )
+
+    @classmethod
+    def read(cls, numbers: Sequence[float], flags: Sequence[int]) -> Settings:
+        """From the two vectors that ops take."""
+        return cls(*numbers, *flags)  # type: ignore[arg-type]
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """The real-valued ones, as the ops take them; the discrete ones are `flags`."""
+        return self[:NUM_NUMBERS]
+
+    @property
+    def flags(self) -> tuple[int, ...]:
+        return self[NUM_NUMBERS:]  # type: ignore[return-value]
+
+
+NUM_NUMBERS = Settings._fields.index("sequence")
+
+
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of a gradient until the loss scale has reached it: float16 has no room for one before."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+# ---- ops ------------------------------------------------------------------------------------------------------------
+
+SETTINGS = "float[] numbers, int[] flags"
 OBJECTIVE = (
-    "Tensor tokens, Tensor? mask, Tensor? completion, SymInt n_completions, Tensor? rewards, Tensor? num_constraints, "
-    "Tensor? valid, Tensor? slots, Tensor? advantage, Tensor? kl_beta, Tensor? old_logprobs, Tensor? ref_logprobs, "
-    "Tensor? importance_weight, Tensor? temperature, Tensor? epsilon_low, Tensor? epsilon_high, Tensor? denominator, "
-    "SymInt max_completion_length, float[] numbers, int[] flags"
+    "Tensor?[] rows, Tensor?[] groups, Tensor? denominator, SymInt num_completions, SymInt max_completion_length, "
+    + SETTINGS
 )
-OUTPUTS = "Tensor loss, Tensor rows, Tensor marks, Tensor completion_kl, Tensor totals"
+OUTPUTS = "Tensor loss, Tensor per_row, Tensor marks, Tensor completion_kl, Tensor totals"
 SCHEMAS = {
     # With a new gradient; without one; with the gradient over the logits.
     "token_loss": f"(Tensor logits, {OBJECTIVE}) -> (Tensor gradient, {OUTPUTS})",
     "token_loss_value": f"(Tensor logits, {OBJECTIVE}) -> ({OUTPUTS})",
     "token_loss_": f"(Tensor(a!) logits, {OBJECTIVE}) -> ({OUTPUTS})",
-    "token_logprobs": "(Tensor logits, Tensor tokens, Tensor? mask, Tensor? completion, SymInt n_completions, "
-    "Tensor? temperature, float temperature_value, float softcap) -> (Tensor logprobs, Tensor statistics)",
-    "token_logprobs_backward": "(Tensor grad_logprobs, Tensor logits, Tensor tokens, Tensor? mask, Tensor? completion, "
-    "SymInt n_completions, Tensor? temperature, float temperature_value, float softcap, Tensor statistics) -> Tensor",
-    "advantages": "(Tensor rewards, Tensor num_constraints, Tensor? valid, float[] numbers, bool sample_std, "
-    "int goal_mean, bool binomial, bool prospect, bool prospect_on_goal) -> (Tensor groups, Tensor completions)",
+    "token_logprobs": f"(Tensor logits, Tensor?[] rows, SymInt num_completions, {SETTINGS}) -> "
+    "(Tensor logprobs, Tensor statistics)",
+    "token_logprobs_backward": "(Tensor logits, Tensor grad_logprobs, Tensor?[] rows, SymInt num_completions, "
+    f"{SETTINGS}, Tensor statistics) -> Tensor",
+    "advantages": f"(Tensor?[] groups, {SETTINGS}) -> (Tensor per_group, Tensor per_completion)",
     "scale_": "(Tensor(a!) gradient, Tensor scale) -> ()",
 }
 
 
-def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float16 has no room for a gradient before the loss scale has reached it."""
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
 class Launchers(NamedTuple):
-    """What a backend's ops run. Arguments and results as `kernels.token_loss.launch_token_loss` and its like say."""
+    """What a backend's ops run, and the chunks of `linear_token_loss`. Arguments and results as
+    `kernels.triton.token_loss.launch_token_loss` and its like say."""
+
+    options: Callable[[Tensor], dict[str, Any]]  # what launchers of logits take beside their inputs: Triton's tile
 
     token_loss: Callable[..., tuple[Tensor, ...]]
     logprobs: Callable[..., tuple[Tensor, Tensor]]
     logprobs_backward: Callable[..., Tensor]
+    objective: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    totals: Callable[..., tuple[Tensor, Tensor, Tensor]]
     advantages: Callable[..., tuple[Tensor, Tensor]]
     scale: Callable[..., None]
+
+
+def new_outputs(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Room for what is said of N rows: (5, N) as in ROWS and (3, N) as in MARKS."""
+    per_row = torch.empty(len(ROWS), n, dtype=torch.float32, device=device)
+    return per_row, torch.empty(len(MARKS), n, dtype=torch.bool, device=device)
+
+
+def new_totals(num_completions: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the loss (), KL per completion (B,) and totals (8,)."""
+    return tuple(torch.empty(s, dtype=torch.float32, device=device) for s in ((), (num_completions,), (NUM_TOTALS,)))  # type: ignore[return-value]
 
 
 # ---- fake implementations -------------------------------------------------------------------------------------------
 
 
-def _fake_token_loss_value(logits: Tensor, *args: object) -> tuple[Tensor, ...]:
-    n, b = logits.shape[0] * logits.shape[1], args[3]
-    return (
-        logits.new_empty((), dtype=torch.float32),
-        logits.new_empty((len(ROWS), n), dtype=torch.float32),
-        logits.new_empty((len(MARKS), n), dtype=torch.bool),
-        logits.new_empty((b,), dtype=torch.float32),  # type: ignore
-        logits.new_empty((len(TOTALS),), dtype=torch.float32),
-    )
+def _fake_token_loss_value(logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    per_row, marks = new_outputs(logits.shape[0] * logits.shape[1], logits.device)
+    loss, completion_kl, totals = new_totals(args[3], logits.device)
+    return loss, per_row, marks, completion_kl, totals
 
 
-def _fake_token_loss(logits: Tensor, *args: object) -> tuple[Tensor, ...]:
+def _fake_token_loss(logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return logits.new_empty(logits.shape, dtype=gradient_dtype(logits.dtype)), *_fake_token_loss_value(logits, *args)
 
 
-def _fake_logprobs(logits: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+def _fake_logprobs(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     n = logits.shape[0] * logits.shape[1]
     return logits.new_empty((n,), dtype=torch.float32), logits.new_empty((STATISTICS, n), dtype=torch.float32)
 
 
-def _fake_advantages(rewards: Tensor, *args: object) -> tuple[Tensor, Tensor]:
-    p, g = rewards.shape
+def _fake_advantages(groups: list[Tensor], numbers: list[float], flags: list[int]) -> tuple[Tensor, Tensor]:
+    rewards, p, g = groups[0], groups[1].shape[0], Settings.read(numbers, flags).group_size
     return rewards.new_empty((2, p), dtype=torch.float32), rewards.new_empty((4, p, g), dtype=torch.float32)
 
 
@@ -121,31 +228,50 @@ def _fake_advantages(rewards: Tensor, *args: object) -> tuple[Tensor, Tensor]:
 
 
 def register(backend: str, launch: Launchers, keys: tuple[str, ...]) -> torch.library.Library:
-    """Defines the ops of a backend for these dispatch keys; no autograd here: `fused` wraps them."""
+    """Defines the ops of a backend for these dispatch keys; no autograd here: `ops.fused` wraps them."""
 
-    def token_loss_value(logits: Tensor, *args: Any, gradient: Tensor | None = None) -> tuple[Tensor, ...]:
-        *rest, numbers, flags = args
-        return launch.token_loss(logits, gradient, *rest, Numbers(*numbers), Flags(*flags))
+    def objective(gradient: str) -> Callable[..., tuple[Tensor, ...]]:
+        def run(
+            logits: Tensor, rows: Any, groups: Any, denominator: Tensor | None, num_completions: int,
+            max_completion_length: int, numbers: Any, flags: Any,
+        ) -> tuple[Tensor, ...]:  # fmt: skip
+            out = None if gradient == "none" else logits
+            if gradient == "new":
+                out = torch.empty(logits.shape, dtype=gradient_dtype(logits.dtype), device=logits.device)
+            found = launch.token_loss(
+                logits, out, Rows(*rows), Groups(*groups), Settings.read(numbers, flags), denominator, num_completions,
+                max_completion_length, **launch.options(logits),
+            )  # fmt: skip
+            return (out, *found) if gradient == "new" else found  # type: ignore[arg-type]
 
-    def token_loss(logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        gradient = torch.empty(logits.shape, dtype=gradient_dtype(logits.dtype), device=logits.device)
-        return gradient, *token_loss_value(logits, *args, gradient=gradient)
+        return run
 
-    def token_loss_in_place(logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        return token_loss_value(logits, *args, gradient=logits)
+    def logprobs(logits: Tensor, rows: Any, num_completions: int, numbers: Any, flags: Any) -> tuple[Tensor, Tensor]:
+        settings = Settings.read(numbers, flags)
+        return launch.logprobs(logits, Rows(*rows), settings, num_completions, **launch.options(logits))
 
-    def logprobs(*args: Any) -> tuple[Tensor, Tensor]:
-        *rest, softcap = args
-        return launch.logprobs(*rest, 1.0, softcap, False)
+    def logprobs_backward(
+        logits: Tensor, grad: Tensor, rows: Any, num_completions: int, numbers: Any, flags: Any, statistics: Tensor
+    ) -> Tensor:
+        settings = Settings.read(numbers, flags)
+        return launch.logprobs_backward(
+            logits, grad, Rows(*rows), settings, num_completions, statistics, **launch.options(logits)
+        )
+
+    def advantages(groups: Any, numbers: Any, flags: Any) -> tuple[Tensor, Tensor]:
+        return launch.advantages(Groups(*groups), Settings.read(numbers, flags))
+
+    def scale(gradient: Tensor, factor: Tensor) -> None:
+        launch.scale(gradient, factor, **launch.options(gradient))
 
     implementations: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-        "token_loss": (token_loss, _fake_token_loss),
-        "token_loss_value": (token_loss_value, _fake_token_loss_value),
-        "token_loss_": (token_loss_in_place, _fake_token_loss_value),
+        "token_loss": (objective("new"), _fake_token_loss),
+        "token_loss_value": (objective("none"), _fake_token_loss_value),
+        "token_loss_": (objective("in place"), _fake_token_loss_value),
         "token_logprobs": (logprobs, _fake_logprobs),
-        "token_logprobs_backward": (launch.logprobs_backward, lambda g, logits, *args: logits.new_empty(logits.shape)),
-        "advantages": (launch.advantages, _fake_advantages),
-        "scale_": (launch.scale, lambda gradient, scale: None),
+        "token_logprobs_backward": (logprobs_backward, lambda logits, *args: logits.new_empty(logits.shape)),
+        "advantages": (advantages, _fake_advantages),
+        "scale_": (scale, lambda gradient, scale: None),
     }
     library = torch.library.Library("mdpgrpo_fast", "FRAGMENT")
     for name, (function, fake) in implementations.items():
@@ -154,9 +280,3 @@ def register(backend: str, launch: Launchers, keys: tuple[str, ...]) -> torch.li
             library.impl(f"{backend}_{name}", function, key)
         torch.library.register_fake(f"mdpgrpo_fast::{backend}_{name}", fake, lib=library)
     return library
-
-
-GOAL_MEAN = ("half", "max_half_mean", "mean")
-
-
-AGGREGATION = ("grpo", "dapo", "dr_grpo", "bnpo")

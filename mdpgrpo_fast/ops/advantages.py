@@ -9,14 +9,11 @@ from torch import Tensor
 
 from .. import reference
 from ..config import MDPGRPOConfig
+from ..kernels.schemas import Groups, Rows
 from ..reference import Advantages
 from . import fused
 from .backends import choose
-from .checks import (
-    check_groups,
-    check_rewards,
-    check_shape,
-)
+from .checks import check_device, check_groups, check_rewards, check_shape
 
 
 def advantages(
@@ -43,67 +40,49 @@ def advantages(
     Raises: ValueError for a shape that does not fit, a non-finite reward, K < 1, a group that is not of size G, or a
         backend that cannot run here, with the reason; ConfigError for an unknown backend.
     """
-    shape, slots = rewards.shape, None
-    if groups is not None:
-        rewards, valid, slots = _by_group(rewards, valid, groups, config.num_generations)
-    check_rewards(rewards, num_constraints, valid, config.num_generations, check_values)
-    name = choose(backend, rewards.device, _as_kernel_dtype(rewards))
-    if name == "torch":
-        out = _reference_advantages(rewards, num_constraints, config, valid)
-    else:
-        out = fused.advantages(name, rewards, num_constraints, config, valid)
-    if slots is None:
+    by_group = grouped(rewards, num_constraints, valid, groups, config, check_values)
+    # Rewards of any float dtype are computed in float32 by a kernel, but float64 asks for float64.
+    dtype = rewards.dtype if rewards.dtype == torch.float64 else torch.float32
+    out = _advantages(choose(backend, rewards.device, dtype), by_group, config)
+    if by_group.slots is None:
         return out
-    each = {n: getattr(out, n).flatten()[slots].view(shape) for n in ("z", "delta", "advantage", "kl_beta")}
+    names = ("z", "delta", "advantage", "kl_beta")
+    each = {n: getattr(out, n).flatten()[by_group.slots].view(rewards.shape) for n in names}
     return dataclasses.replace(out, **each)
 
 
-def grouped_rewards(
+def grouped(
     rewards: Tensor | None, num_constraints: Tensor | None, valid: Tensor | None, groups: Tensor | None,
     config: MDPGRPOConfig, check_values: bool | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Checked rewards and valid (P, G), and the place of each completion in them where groups are given."""
-    slots = None
-    if rewards is not None and groups is not None:
-        rewards, valid, slots = _by_group(rewards, valid, groups, config.num_generations)
-    if rewards is not None and num_constraints is not None:
-        check_rewards(rewards, num_constraints, valid, config.num_generations, check_values)
-    return rewards, valid, slots
+) -> Groups:  # fmt: skip
+    """Checked: rewards and valid (P, G), num_constraints (P,), and the place of each completion where it has a map."""
+    if rewards is None or num_constraints is None:
+        return Groups()
+    slots, size = None, config.num_generations
+    if groups is not None:
+        check_groups(groups, rewards, size)
+        check_shape("valid", valid, tuple(rewards.shape))
+        order = groups.argsort(stable=True)
+        slots = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        valid = None if valid is None else valid[order].view(-1, size)
+        rewards = rewards[order].view(-1, size)
+    check_rewards(rewards, num_constraints, valid, size, check_values)
+    check_device(rewards, "rewards", num_constraints=num_constraints, valid=valid, groups=groups)
+    return Groups(rewards, num_constraints, valid, slots)
 
 
-def advantages_of(
-    backend: str, rewards: Tensor, num_constraints: Tensor, config: MDPGRPOConfig, valid: Tensor | None,
-    slots: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """A and KL coefficient (B,) of the completions, from what `grouped_rewards` returns."""
-    if backend == "torch":
-        adv = _reference_advantages(rewards, num_constraints, config, valid)
-    else:
-        adv = fused.advantages(backend, rewards, num_constraints, config, valid)
-    place = slice(None) if slots is None else slots
-    return adv.advantage.flatten()[place], adv.kl_beta.flatten()[place]
+def with_advantages(rows: Rows, backend: str, groups: Groups, config: MDPGRPOConfig) -> Rows:
+    """Rows with A and KL coefficient (B,) of their completions, where there are rewards (of `grouped`)."""
+    if groups.rewards is None:
+        return rows
+    found = _advantages(backend, groups, config)
+    place = slice(None) if groups.slots is None else groups.slots
+    return rows._replace(advantage=found.advantage.flatten()[place], kl_beta=found.kl_beta.flatten()[place])
 
 
-def _reference_advantages(
-    rewards: Tensor, num_constraints: Tensor, config: MDPGRPOConfig, valid: Tensor | None
-) -> Advantages:
+def _advantages(backend: str, groups: Groups, config: MDPGRPOConfig) -> Advantages:
+    if backend != "torch":
+        return fused.advantages(backend, groups, config)
     # A reward that does not count may be anything.
-    counted = rewards if valid is None else rewards.masked_fill(~valid, 0)
-    return reference.advantages(counted, num_constraints, config, valid)
-
-
-def _as_kernel_dtype(rewards: Tensor) -> torch.dtype:
-    # Rewards of any float dtype are computed in float32 by a kernel, but float64 asks for float64.
-    return rewards.dtype if rewards.dtype == torch.float64 else torch.float32
-
-
-def _by_group(
-    rewards: Tensor, valid: Tensor | None, groups: Tensor, group_size: int
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(B,) rewards as (P, G), with the place of each completion in them."""
-    check_groups(groups, rewards, group_size)
-    check_shape("valid", valid, tuple(rewards.shape))
-    order = groups.argsort(stable=True)
-    slots = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    by_group = None if valid is None else valid[order].view(-1, group_size)
-    return rewards[order].view(-1, group_size), by_group, slots
+    counted = groups.rewards if groups.valid is None else groups.rewards.masked_fill(~groups.valid, 0)
+    return reference.advantages(counted, groups.num_constraints, config, groups.valid)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..config import ConfigError, MDPGRPOConfig
+from ..kernels.schemas import KNOBS, Rows
 
 Shape = tuple[int, ...]
 
@@ -97,98 +98,81 @@ def check_groups(groups: Tensor, rewards: Tensor, group_size: int) -> None:
         refuse("groups", f"group ids {ids.tolist()[:8]}", f"numbered 0 to {len(ids) - 1}")
 
 
-def check_logits(
-    logits: Tensor,
-    tokens: Tensor,
-    mask: Tensor | None,
-    completion: Tensor | None,
-    num_completions: int | None,
-    temperature: Tensor | float,
-    softcap: float | None,
-    check_values: bool | None,
-    name: str = "logits",
-    vocab: int | None = None,
-) -> tuple[Shape, int]:
-    """Padded (B, L, V), or packed (T, V) with a completion map. Returns the shape of the rows and B.
+def check_rows(
+    x: Tensor, rows: Rows, num_completions: int | None, softcap: float | None, check_values: bool | None,
+    name: str = "logits", vocab: int | None = None,
+) -> tuple[Shape, int]:  # fmt: skip
+    """What log-probs take: padded (B, L, V), or packed (T, V) with a completion map. Returns the rows' shape and B.
 
-    For hidden states (B, L, D) or (T, D) with their name, and the vocabulary of the head that comes after.
+    rows: as given to a public function. For hidden states (B, L, D) or (T, D): their name, and the vocabulary of the
+    head that comes after.
     """
     last = "V" if vocab is None else "D"
-    if logits.ndim != (3 if completion is None else 2):
+    if x.ndim != (3 if rows.completion is None else 2):
         packed = f"of shape (T, {last}) with completion="
         padded = f"of shape (B, L, {last}), or (T, {last}) with completion="
-        refuse(name, f"shape {tuple(logits.shape)}", padded if completion is None else packed)
-    check_floating(name, logits)
-    rows, width = tuple(logits.shape[:-1]), logits.shape[-1]
+        refuse(name, f"shape {tuple(x.shape)}", padded if rows.completion is None else packed)
+    check_floating(name, x)
+    shape, width = tuple(x.shape[:-1]), x.shape[-1]
     if width < 1:
-        refuse(name, f"shape {tuple(logits.shape)}", "of at least one column")
-    check_shape("tokens", tokens, rows)
-    check_integers("tokens", tokens)
-    check_shape("mask", mask, rows)
+        refuse(name, f"shape {tuple(x.shape)}", "of at least one column")
+    check_shape("tokens", rows.tokens, shape)
+    check_integers("tokens", rows.tokens)
+    check_shape("mask", rows.mask, shape)
     if softcap is not None and not softcap > 0:
         refuse("softcap", softcap, "above 0, or None")
-    if completion is None:
+    if rows.completion is None:
         if num_completions is not None:
             refuse("num_completions", num_completions, f"left out for padded {name}")
-        count = rows[0]
+        num_completions = shape[0]
     else:
-        check_shape("completion", completion, rows)
-        check_integers("completion", completion)
+        check_shape("completion", rows.completion, shape)
+        check_integers("completion", rows.completion)
         if num_completions is None:
             refuse("num_completions", None, f"given for packed {name}, or follow from rewards")
-        if num_completions < 1 and rows[0] > 0:
-            refuse("num_completions", num_completions, f"at least 1, as there are {rows[0]} rows")
-        count = num_completions
-        check_range("completion", completion, count, check_values)
-    check_knob("temperature", temperature, rows, count, check_values, positive=True)
-    check_range("tokens", tokens, width if vocab is None else vocab, check_values)
-    check_device(logits, name, tokens=tokens, mask=mask, completion=completion, temperature=temperature)
-    return rows, count
+        if num_completions < 1 and shape[0] > 0:
+            refuse("num_completions", num_completions, f"at least 1, as there are {shape[0]} rows")
+        check_range("completion", rows.completion, num_completions, check_values)
+    check_knob("temperature", rows.temperature, shape, num_completions, check_values, positive=True)
+    check_range("tokens", rows.tokens, width if vocab is None else vocab, check_values)
+    check_device(x, name, **rows._asdict())
+    return shape, num_completions
 
 
 def check_objective(
-    like: Tensor,
-    rows: Shape,
-    count: int,
-    config: MDPGRPOConfig,
-    completion: Tensor | None,
-    max_completion_length: int | None,
-    check_values: bool | None,
-    name: str = "logits",
-    *,
-    denominator: Tensor | float | None,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    importance_weight: Tensor | None,
-    epsilon_low: Tensor | float | None,
-    epsilon_high: Tensor | float | None,
-) -> None:
-    """What the objective takes beside the rows. like: the tensor, called name, on whose device all must be."""
-    if max_completion_length is None and completion is not None:
+    rows: Rows, shape: Shape, num_completions: int, config: MDPGRPOConfig, max_completion_length: int | None,
+    denominator: Tensor | float | None, check_values: bool | None, name: str = "logits",
+) -> None:  # fmt: skip
+    """What the objective takes beside `check_rows`. name: of the logits or hidden states."""
+    if max_completion_length is None and rows.completion is not None:
         if config.aggregation == "dr_grpo" and denominator is None:
             refuse("max_completion_length", None, f"given for packed {name} with aggregation = dr_grpo")
     elif max_completion_length is not None and max_completion_length < 1:
         refuse("max_completion_length", max_completion_length, "at least 1")
-    check_shape("old_logprobs", old_logprobs, rows)
-    check_shape("ref_logprobs", ref_logprobs, rows)
-    check_shape("importance_weight", importance_weight, rows)
     if isinstance(denominator, Tensor) and denominator.numel() != 1:
         refuse("denominator", f"shape {tuple(denominator.shape)}", "a number or a scalar tensor")
-    check_knob("epsilon_low", epsilon_low, rows, count, check_values)
-    check_knob("epsilon_high", epsilon_high, rows, count, check_values)
-    if config.temperature_objective == "corrected" and importance_weight is None:
+    for member, x in rows._asdict().items():
+        if member not in ("tokens", "mask", "completion", "temperature"):
+            if member in KNOBS:
+                check_knob(member, x, shape, num_completions, check_values)
+            else:
+                check_shape(member, x, shape)
+    if config.temperature_objective == "corrected" and rows.importance_weight is None:
         raise ConfigError("importance_weight is required by temperature_objective = corrected")
-    check_device(like, name, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, importance_weight=importance_weight,
-                 epsilon_low=epsilon_low, epsilon_high=epsilon_high)  # fmt: skip
 
 
 def check_knob(
-    name: str, x: Tensor | float | None, rows: Shape, count: int, check_values: bool | None, positive: bool = False
+    name: str,
+    x: Tensor | float | None,
+    shape: Shape,
+    num_completions: int,
+    check_values: bool | None,
+    positive: bool = False,
 ) -> None:
     """A number, or a tensor with one value per completion (B,) or per row."""
     if isinstance(x, Tensor):
         if x.ndim:
-            check_shape(name, x, (count,), rows)
+            check_shape(name, x, (num_completions,), shape)
         if positive and look(x, check_values) and not bool((x > 0).all()):
             refuse(name, x.tolist(), "above 0 in every row")
     elif positive and (x is None or not 0 < x < float("inf")):
@@ -196,29 +180,26 @@ def check_knob(
 
 
 def check_advantages(
-    rewards: Tensor | None,
-    num_constraints: Tensor | None,
-    valid: Tensor | None,
+    rows: Rows, num_completions: int, rewards: Tensor | None, num_constraints: Tensor | None, valid: Tensor | None,
     groups: Tensor | None,
-    advantage: Tensor | float | None,
-    kl_beta: Tensor | float | None,
-    rows: Shape,
-    count: int,
-) -> None:
+) -> None:  # fmt: skip
     """Either rewards with their num_constraints, or advantage and kl_beta."""
-    for name, x in (("advantage", advantage), ("kl_beta", kl_beta)):
-        if rewards is None and x is None:
+    for name in ("advantage", "kl_beta"):
+        given = getattr(rows, name) is not None
+        if rewards is None and not given:
             refuse(name, None, "given, or rewards")
-        if rewards is not None and x is not None:
+        if rewards is not None and given:
             refuse(name, "both it and rewards", "left out where rewards are given")
-        check_knob(name, x, rows, count, None)
     if rewards is not None and num_constraints is None:
         refuse("num_constraints", None, "given with rewards")
-    if rewards is not None and rewards.numel() != count:
-        refuse("rewards", f"{rewards.numel()} rewards", f"one for each of {count} completions")
+    if rewards is not None and rewards.numel() != num_completions:
+        refuse("rewards", f"{rewards.numel()} rewards", f"one for each of {num_completions} completions")
     for name, extra in (("num_constraints", num_constraints), ("valid", valid), ("groups", groups)):
         if rewards is None and extra is not None:
             refuse(name, "a tensor", "given with rewards only")
+
+
+# ---- logits that have been overwritten ------------------------------------------------------------------------------
 
 
 def check_in_place(logits: Tensor) -> None:

@@ -1,7 +1,7 @@
 """Autograd around the fused ops `mdpgrpo_fast::<backend>_<op>`, which write the gradient in the forward pass.
 
-The functions take checked arguments of `ops` and bring them to the ops' form: logits (B, L, V) or (1, T, V), all else
-flat.
+The functions take checked inputs of the public functions and bring them to the ops' form: logits (B, L, V) or
+(1, T, V), all else flat.
 """
 
 from __future__ import annotations
@@ -13,40 +13,57 @@ import torch
 from torch import Tensor
 
 from ..config import MDPGRPOConfig
-from ..kernels.schemas import AGGREGATION, GOAL_MEAN
+from ..kernels.schemas import KNOBS, Groups, Rows, Settings
 from ..log import say_once
 from ..reference import Advantages, TokenLoss
-
-Knob = Tensor | float
 
 
 def _op(backend: str, name: str) -> Any:
     return getattr(torch.ops.mdpgrpo_fast, f"{backend}_{name}")
 
 
-def _flat(x: Tensor | None) -> Tensor | None:
+# ---- inputs ---------------------------------------------------------------------------------------------------------
+
+
+def flat(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.detach().reshape(-1).contiguous()
 
 
-def _flags(x: Tensor | None) -> Tensor | None:
+def as_bytes(x: Tensor | None) -> Tensor | None:
     """Non-zero means yes, as contiguous bytes."""
     return None if x is None else (x if x.dtype == torch.bool else x != 0).reshape(-1).contiguous().view(torch.uint8)
 
 
-def _knob(x: Knob, count: int, device: torch.device) -> Tensor | None:
-    """A tensor of one value per completion or per row; None where it is a number, which goes its own way."""
-    if not isinstance(x, Tensor):
-        return None
-    if x.ndim == 0:  # a scalar may lie on the CPU, as elsewhere in PyTorch
-        x = x.to(device).expand(count)
-    return x.detach().reshape(-1).contiguous()
+def flat_rows(rows: Rows, num_completions: int, device: torch.device, dtype: torch.dtype | None = None) -> Rows:
+    """Rows as given to a public function, in the form that everything below takes. dtype: of the knobs, if any.
+
+    A number is in Settings and becomes None, but for advantages, whose kernels take tensors alone.
+    """
+
+    def knob(name: str, x: Any) -> Tensor | None:
+        if x is None or (not isinstance(x, Tensor) and name not in ("advantage", "kl_beta")):
+            return None
+        x = scalar(x, device, dtype or torch.float32) if not isinstance(x, Tensor) else x
+        if x.ndim == 0:  # a scalar may lie on the CPU, as elsewhere in PyTorch
+            x = x.to(device).expand(num_completions)
+        return flat(x if dtype is None else x.to(dtype))
+
+    members = {n: knob(n, x) if n in KNOBS else flat(x) for n, x in rows._asdict().items()}
+    return Rows(**{**members, "mask": as_bytes(rows.mask)})
 
 
-def _number(x: Knob) -> float:
-    return 1.0 if isinstance(x, Tensor) else float(x)
+def scalar(x: Tensor | float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """() on the device. A number is filled in there: a copy from the host would wait for it."""
+    if isinstance(x, Tensor):
+        return x.detach().reshape(()).to(device, dtype)
+    return torch.full((), float(x), dtype=dtype, device=device)
 
 
-def _as_rows(logits: Tensor) -> Tensor:
+def _flat_groups(groups: Groups) -> list[Tensor | None]:
+    return list(Groups(flat(groups.rewards), flat(groups.num_constraints), as_bytes(groups.valid), flat(groups.slots)))
+
+
+def _as_padded(logits: Tensor) -> Tensor:
     """(1, T, V) of packed logits, and unit stride in V, by a copy and a notice where it is not."""
     logits = logits if logits.ndim == 3 else logits[None]
     if logits.stride(-1) == 1 or logits.shape[-1] == 1:
@@ -56,12 +73,16 @@ def _as_rows(logits: Tensor) -> Tensor:
     return logits.contiguous()
 
 
+def saved_gradient(saved: Tensor) -> Tensor:
+    """A saved gradient to write to: its own memory, or a copy where another backward pass may want it (retain_graph).
+
+    While compiling there is no asking, and functionalisation would copy what is written to anyway.
+    """
+    kept = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
+    return saved.detach().clone() if kept else saved.detach()
+
+
 # ---- the objective --------------------------------------------------------------------------------------------------
-
-
-def _kept_graph() -> bool:
-    """Whether this backward pass keeps its graph for another one (retain_graph)."""
-    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 class _TokenLoss(torch.autograd.Function):
@@ -85,107 +106,38 @@ class _TokenLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, None, None, None]:
         if grad_loss is None:
             return None, None, None, None
-        gradient = ctx.saved_tensors[0].detach()
+        (gradient,) = ctx.saved_tensors
         if gradient.dtype != ctx.dtype:  # float16: rounded only after the loss scale
-            return (gradient * grad_loss).to(ctx.dtype), None, None, None
-        # While compiling there is no asking, and functionalisation would copy what is written to anyway.
-        if torch.compiler.is_compiling() or _kept_graph():
-            gradient = gradient.clone()
+            return (gradient.detach() * grad_loss).to(ctx.dtype), None, None, None
+        gradient = saved_gradient(gradient)
         _op(ctx.backend, "scale_")(gradient, grad_loss)
         return gradient, None, None, None
 
 
 def token_loss(
-    backend: str,
-    logits: Tensor,
-    tokens: Tensor,
-    mask: Tensor | None,
-    config: MDPGRPOConfig,
-    *,
-    count: int,
-    completion: Tensor | None,
-    rewards: Tensor | None,
-    num_constraints: Tensor | None,
-    valid: Tensor | None,
-    slots: Tensor | None,
-    advantage: Knob | None,
-    kl_beta: Knob | None,
-    max_completion_length: int,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    importance_weight: Tensor | None,
-    temperature: Knob,
-    epsilon_low: Knob,
-    epsilon_high: Knob,
-    softcap: float | None,
-    denominator: Knob | None,
-    in_place: bool,
-) -> TokenLoss:
-    """`ops.token_loss` on a fused backend. count: B; rewards, valid by group, slots (B,) the places in them."""
-    same = not isinstance(temperature, Tensor) and temperature == config.kl_temperature
-    if ref_logprobs is None:
-        same = True
-    device = logits.device
-
-    def per_completion(x: Knob | None) -> Tensor | None:
-        if x is None or isinstance(x, Tensor):
-            return None if x is None else _knob(x, count, device)
-        return torch.full((count,), float(x), dtype=torch.float32, device=device)
-
+    backend: str, logits: Tensor, rows: Rows, groups: Groups, settings: Settings, denominator: Tensor | float | None,
+    num_completions: int, max_completion_length: int, in_place: bool,
+) -> TokenLoss:  # fmt: skip
+    """`ops.token_loss` on a fused backend. rows: as given; groups: of `advantages.grouped`."""
     if denominator is not None:
-        if isinstance(denominator, Tensor):
-            denominator = denominator.detach().to(device=device, dtype=torch.float32)
-        else:
-            denominator = torch.full((), float(denominator), dtype=torch.float32, device=device)
-    numbers = [
-        _number(temperature),
-        _number(epsilon_low),
-        _number(epsilon_high),
-        config.delta or 0.0,
-        softcap or 0.0,
-        config.kl_temperature,
-        *_advantage_numbers(config),
-    ]
-    flags = [
-        int(config.importance_level == "sequence"),
-        int(config.kl_estimator[1]),
-        AGGREGATION.index(config.aggregation),
-        int(config.rescale_per_row),
-        int(not same),
-        config.num_generations,
-        *_advantage_flags(config),
-    ]
+        denominator = scalar(denominator, logits.device, torch.float32)
     args = (
-        _flat(tokens),
-        _flags(mask),
-        _flat(completion),
-        count,
-        _flat(rewards),
-        _flat(num_constraints),
-        _flags(valid),
-        _flat(slots),
-        per_completion(advantage),
-        per_completion(kl_beta),
-        _flat(old_logprobs),
-        _flat(ref_logprobs),
-        _flat(importance_weight),
-        _knob(temperature, count, device),
-        _knob(epsilon_low, count, device),
-        _knob(epsilon_high, count, device),
-        denominator,
-        max_completion_length,
-        numbers,
-        flags,
-    )
-    x = _as_rows(logits)
+        list(flat_rows(rows, num_completions, logits.device)), _flat_groups(groups), denominator, num_completions,
+        max_completion_length, list(settings.numbers), list(settings.flags),
+    )  # fmt: skip
+    x = _as_padded(logits)
     if torch.is_grad_enabled() and logits.requires_grad:
         outputs = _TokenLoss.apply(x, backend, in_place, args)
     else:
         outputs = _op(backend, "token_loss_value")(x, *args)
-    loss, rows, marks, completion_kl, totals = outputs
-    shape = tokens.shape
-    logprobs, entropy, kl, ratio, _ = (r.view(shape) for r in rows.unbind())
-    clipped_low, clipped_high, _ = (m.view(shape) for m in marks.unbind())
+    return as_token_loss(outputs, rows.tokens.shape)
+
+
+def as_token_loss(outputs: Any, shape: torch.Size) -> TokenLoss:
+    """The outputs of an op, each row's where it stands."""
+    loss, per_row, marks, completion_kl, totals = outputs
+    logprobs, entropy, kl, ratio, _ = (x.view(shape) for x in per_row.unbind())
+    clipped_low, clipped_high, _ = (x.view(shape) for x in marks.unbind())
     return TokenLoss(loss, logprobs, entropy, kl, ratio, clipped_low, clipped_high, completion_kl, totals)
 
 
@@ -209,57 +161,31 @@ class _TokenLogprobs(torch.autograd.Function):
         if grad_logprobs is None:
             return None, None, None
         logits, statistics = ctx.saved_tensors
-        gradient = _op(ctx.backend, "token_logprobs_backward")(
-            grad_logprobs.contiguous(), logits, *ctx.args, statistics
-        )
-        return gradient, None, None
+        backward = _op(ctx.backend, "token_logprobs_backward")
+        return backward(logits, grad_logprobs.contiguous(), *ctx.args, statistics), None, None
 
 
 def token_logprobs(
-    backend: str,
-    logits: Tensor,
-    tokens: Tensor,
-    mask: Tensor | None,
-    completion: Tensor | None,
-    count: int,
-    temperature: Knob,
-    softcap: float | None,
+    backend: str, logits: Tensor, rows: Rows, num_completions: int, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     """`ops.token_logprobs` on a fused backend."""
+    temperature = 1.0 if isinstance(rows.temperature, Tensor) else float(rows.temperature)
+    settings = Settings(temperature=temperature, softcap=softcap or 0.0)
     args = (
-        _flat(tokens), _flags(mask), _flat(completion), count, _knob(temperature, count, logits.device),
-        _number(temperature), softcap or 0.0,
+        list(flat_rows(rows, num_completions, logits.device)), num_completions, list(settings.numbers),
+        list(settings.flags),
     )  # fmt: skip
-    logprobs, entropy = _TokenLogprobs.apply(_as_rows(logits), backend, args)
-    return logprobs.view(tokens.shape), entropy.view(tokens.shape)
+    logprobs, entropy = _TokenLogprobs.apply(_as_padded(logits), backend, args)
+    return logprobs.view(rows.tokens.shape), entropy.view(rows.tokens.shape)
 
 
 # ---- advantages -----------------------------------------------------------------------------------------------------
 
 
-def _advantage_numbers(config: MDPGRPOConfig) -> list[float]:
-    c = config
-    return [c.alpha, c.prospect_beta, c.prospect_gain, c.prospect_loss, *c.betas]
-
-
-def _advantage_flags(config: MDPGRPOConfig) -> list[int]:
-    c = config
-    return [
-        int(c.group_std == "sample"),
-        GOAL_MEAN.index(c.goal_mean),
-        int(c.goal_std == "binomial"),
-        int(c.prospect),
-        int(c.prospect_on_goal),
-    ]
-
-
-def advantages(
-    backend: str, rewards: Tensor, num_constraints: Tensor, config: MDPGRPOConfig, valid: Tensor | None
-) -> Advantages:
+def advantages(backend: str, groups: Groups, config: MDPGRPOConfig) -> Advantages:
     """`ops.advantages` on a fused backend: float32 whatever the rewards are."""
-    sample, goal, *switches = _advantage_flags(config)
-    groups, completions = _op(backend, "advantages")(
-        rewards.detach().contiguous(), num_constraints.contiguous(), _flags(valid), _advantage_numbers(config),
-        bool(sample), goal, *(bool(s) for s in switches),
-    )  # fmt: skip
-    return Advantages(*groups.unbind(), *completions.unbind())
+    settings = Settings.of(config, Rows(None))
+    per_group, per_completion = _op(backend, "advantages")(
+        _flat_groups(groups._replace(slots=None)), list(settings.numbers), list(settings.flags)
+    )
+    return Advantages(*per_group.unbind(), *per_completion.unbind())

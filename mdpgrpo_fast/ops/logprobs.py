@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..kernels.schemas import Rows
 from ..reference import Layout
 from . import fused
 from .backends import choose
-from .checks import check_logits, refuse_overwritten
+from .checks import check_rows, refuse_overwritten
 
 
 def token_logprobs(
@@ -33,14 +34,16 @@ def token_logprobs(
     if logits.ndim == 2 and completion is None:
         # Without a map every row is its own completion.
         completion, num_completions = torch.arange(len(logits), device=logits.device), len(logits)
-    _, count = check_logits(logits, tokens, mask, completion, num_completions, temperature, softcap, check_values)
+    rows = Rows(tokens, mask, completion, temperature=temperature)
+    _, num_completions = check_rows(logits, rows, num_completions, softcap, check_values)
     refuse_overwritten(logits)
     name = choose(backend, logits.device, logits.dtype)
     if name != "torch":
-        return fused.token_logprobs(name, logits, tokens, mask, completion, count, temperature, softcap)
-    at = Layout(count, completion).knob(temperature, torch.float64 if logits.dtype == torch.float64 else torch.float32)
+        return fused.token_logprobs(name, logits, rows, num_completions, softcap)
+    real = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    tau = Layout(num_completions, completion).knob(temperature, real)
     if mask is None:
-        return reference.token_logprobs(logits, tokens, at, softcap)
+        return reference.token_logprobs(logits, tokens, tau, softcap)
     keep = mask != 0
-    logprobs, entropy = reference.token_logprobs(logits.masked_fill(~keep[..., None], 0), tokens, at, softcap)
+    logprobs, entropy = reference.token_logprobs(logits.masked_fill(~keep[..., None], 0), tokens, tau, softcap)
     return logprobs.masked_fill(~keep, 0), entropy.masked_fill(~keep, 0)

@@ -1,23 +1,22 @@
-"""The public functions: checks at the door, then a backend. Each backend is proven against `reference`."""
+"""The objective over logits: checks, a backend, and the reference or a fused op, proven against it."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from torch import Tensor
 
 from .. import reference
 from ..config import MDPGRPOConfig
+from ..kernels.schemas import Rows, Settings
 from ..reference import TokenLoss
 from . import fused
-from .advantages import advantages_of, grouped_rewards
+from .advantages import grouped, with_advantages
 from .backends import choose, hopper_wins
 from .checks import (
     check_advantages,
     check_device,
     check_in_place,
-    check_logits,
     check_objective,
+    check_rows,
     mark_overwritten,
     refuse,
     refuse_overwritten,
@@ -86,54 +85,34 @@ def token_loss(
     """
     if rewards is not None and num_completions is None and completion is not None:
         num_completions = rewards.numel()
-    rows, count = check_logits(logits, tokens, mask, completion, num_completions, temperature, softcap, check_values)
-    check_objective(
-        logits, rows, count, config, completion, max_completion_length, check_values, denominator=denominator,
-        old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, importance_weight=importance_weight,
-        epsilon_low=epsilon_low, epsilon_high=epsilon_high,
+    rows = Rows(
+        tokens, mask, completion, advantage, kl_beta, old_logprobs, ref_logprobs, importance_weight, temperature,
+        epsilon_low, epsilon_high,
     )  # fmt: skip
-    check_device(logits, rewards=rewards, num_constraints=num_constraints, valid=valid, groups=groups,
-                 advantage=advantage, kl_beta=kl_beta)  # fmt: skip
-    check_advantages(rewards, num_constraints, valid, groups, advantage, kl_beta, rows, count)
-    rewards, valid, slots = grouped_rewards(rewards, num_constraints, valid, groups, config, check_values)
+    shape, num_completions = check_rows(logits, rows, num_completions, softcap, check_values)
+    check_objective(rows, shape, num_completions, config, max_completion_length, denominator, check_values)
+    check_device(logits, rewards=rewards, num_constraints=num_constraints, valid=valid, groups=groups)
+    check_advantages(rows, num_completions, rewards, num_constraints, valid, groups)
+    by_group = grouped(rewards, num_constraints, valid, groups, config, check_values)
     refuse_overwritten(logits)
     name = choose(backend, logits.device, logits.dtype)
-    if (
-        backend == "auto"
-        and name == "triton"
-        and hopper_wins(logits.device, logits.dtype, logits.shape[-1], logits.shape[:-1].numel())
-    ):
+    size = logits.shape[:-1].numel()
+    if backend == "auto" and name == "triton" and hopper_wins(logits.device, logits.dtype, logits.shape[-1], size):
         name = "cuda"
-    common: dict[str, Any] = {
-        "completion": completion,
-        "max_completion_length": max_completion_length or max(rows[-1], 1),
-        "old_logprobs": old_logprobs,
-        "ref_logprobs": ref_logprobs,
-        "importance_weight": importance_weight,
-        "temperature": temperature,
-        "epsilon_low": config.epsilon_low if epsilon_low is None else epsilon_low,
-        "epsilon_high": config.epsilon_high if epsilon_high is None else epsilon_high,
-        "softcap": softcap,
-        "denominator": denominator.reshape(()) if isinstance(denominator, Tensor) else denominator,
-    }
+    longest = max_completion_length or max(shape[-1], 1)
+    denominator = denominator.reshape(()) if isinstance(denominator, Tensor) else denominator
     if name == "torch":
         if in_place:
             refuse("in_place", True, "left off: backend torch computes the gradient in the backward pass")
-        if rewards is not None and num_constraints is not None:
-            advantage, kl_beta = advantages_of(name, rewards, num_constraints, config, valid, slots)
-        assert advantage is not None and kl_beta is not None
+        rows = with_advantages(rows, name, by_group, config)
         return reference.token_loss(
-            logits, tokens, mask, config, advantage=advantage, kl_beta=kl_beta, num_completions=count, **common
-        )  # type: ignore[arg-type]
+            logits, config=config, num_completions=num_completions, max_completion_length=longest, softcap=softcap,
+            denominator=denominator, **rows._asdict(),
+        )  # fmt: skip
     if in_place:
         check_in_place(logits)
-    out = fused.token_loss(
-        name, logits, tokens, mask, config, count=count, rewards=rewards, num_constraints=num_constraints, valid=valid,
-        slots=slots, advantage=advantage, kl_beta=kl_beta, in_place=in_place, **common,
-    )  # fmt: skip
+    settings = Settings.of(config, rows, softcap)
+    out = fused.token_loss(name, logits, rows, by_group, settings, denominator, num_completions, longest, in_place)
     if in_place and out.loss.requires_grad:
         mark_overwritten(logits)
     return out
-
-
-# ---- logits that have been overwritten ------------------------------------------------------------------------------

@@ -29,9 +29,9 @@ def sample(
     vocab = logits.shape[1]
     truncated = temperature is not None and (0 < top_k < vocab or top_p < 1 or min_p > 0)
     if not truncated and backends.choose("auto", logits.device, logits.dtype) == "triton":
-        from ..kernels.triton.sampling import launch_sample
+        from ..kernels.triton.library import sample
 
-        return launch_sample(logits, temperature)
+        return sample(logits, temperature)
     if temperature is None:
         tokens = logits.argmax(1)
         policy = _logprobs(logits, tokens, 1.0)

@@ -56,7 +56,7 @@ struct Machine {
 inline Machine machine;
 
 [[noreturn]] inline void fail(const char* what) {
-  std::fprintf(stderr, "hopper_on_fibers: %s\n", what);
+  std::fprintf(stderr, "cuda_on_fibers: %s\n", what);
   std::abort();
 }
 inline void take_turns() { swapcontext(&machine.current->context, &machine.scheduler); }
@@ -234,13 +234,14 @@ void launch(RowArguments p) {
   task.body = token_loss_rows<E, Out, TWO, CAP>;
   task.p = &p;
   // Two clusters, so that each takes several rows.
-  hw::machine.clusters = p.n_rows < 2 ? 1 : 2;
+  hw::machine.clusters = p.rows.n_rows < 2 ? 1 : 2;
   for (hw::machine.cluster = 0; hw::machine.cluster < hw::machine.clusters; ++hw::machine.cluster) run_cluster(shape);
 }
 
 template <class E, class Out>
-void launch_for(const RowArguments& p, bool two) {
-  if (p.softcap > 0)
+void launch_for(const RowArguments& p) {
+  const bool two = p.settings.two_temperatures;
+  if (p.settings.softcap > 0)
     two ? launch<E, Out, true, true>(p) : launch<E, Out, false, true>(p);
   else
     two ? launch<E, Out, true, false>(p) : launch<E, Out, false, false>(p);
@@ -249,15 +250,15 @@ void launch_for(const RowArguments& p, bool two) {
 void token_loss_rows_op(StableIValue* stack, uint64_t, uint64_t) {
   const RowCall call = row_call(stack, aoti_torch_device_type_cpu());
   if (call.dtype == DType::bfloat16)
-    launch_for<BFloat16, BFloat16>(call.p, call.two);
+    launch_for<BFloat16, BFloat16>(call.p);
   else if (call.dtype == DType::float16)
-    launch_for<Float16, Float32>(call.p, call.two);
+    launch_for<Float16, Float32>(call.p);
   else
-    launch_for<Float32, Float32>(call.p, call.two);
+    launch_for<Float32, Float32>(call.p);
 }
 
 const bool registered = [] {
-  static Library library("CPU", "hopper_on_fibers.cpp");
+  static Library library("CPU", "cuda_on_fibers.cpp");
   library.add("_cuda_token_loss_rows", TOKEN_LOSS_ROWS, token_loss_rows_op);
   return true;
 }();

@@ -19,7 +19,9 @@ from torch import Tensor
 
 import mdpgrpo_fast
 from mdpgrpo_fast import reference
-from mdpgrpo_fast.kernels import binaries, schemas
+from mdpgrpo_fast.kernels import binaries
+from mdpgrpo_fast.kernels.binaries import inputs
+from mdpgrpo_fast.kernels.schemas import KNOBS, Rows, Settings
 
 CSRC = ROOT / "csrc"
 VARIANT = "from mdpgrpo_fast.kernels import binaries as b; print(b.why_missing('cpu') or b.variant('cpu'))"
@@ -80,20 +82,26 @@ def test_why_a_part_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 # ---- checks ---------------------------------------------------------------------------------------------------------
 
 
+FOUR = Rows(torch.zeros(4, dtype=torch.int64), completion=torch.zeros(4, dtype=torch.int64))
+
+
+TWO = Settings(two_temperatures=1)
+
+
 def totals_arguments(**more: Any) -> dict[str, Any]:
+    per_row = torch.zeros(5, 4)
     return {
-        "rows": torch.zeros(5, 4), "marks": torch.zeros(3, 4, dtype=torch.bool), "mask": torch.empty(0),
-        "completion": torch.zeros(4, dtype=torch.int64), "n_completions": 1, "loss": torch.empty(()),
-        "completion_kl": torch.empty(1), "totals": torch.empty(8), **more,
+        "per_row": per_row, "marks": torch.zeros(3, 4, dtype=torch.bool), **inputs(per_row, Settings(), FOUR),
+        "num_completions": 1, "loss": torch.empty(()), "completion_kl": torch.empty(1), "totals": torch.empty(8),
+        **more,
     }  # fmt: skip
 
 
-def logprobs_arguments(**more: Any) -> dict[str, Any]:
+def logprobs_arguments(settings: Settings = Settings(), **more: Any) -> dict[str, Any]:  # noqa: B008
+    logits = torch.zeros(1, 4, 8)
     return {
-        "logits": torch.zeros(1, 4, 8), "gradient": torch.empty(0), "tokens": torch.zeros(4, dtype=torch.int64),
-        "mask": torch.empty(0), "completion": torch.empty(0), "temperature": torch.empty(0), "n_completions": 0,
-        "temperature_value": 1.0, "kl_temperature": 1.0, "softcap": 0.0, "two": False, "logprobs": torch.empty(4),
-        "statistics": torch.empty(5, 4), **more,
+        "logits": logits, "gradient": torch.empty(0), **inputs(logits, settings, FOUR._replace(completion=None)),
+        "num_completions": 0, "logprobs": torch.empty(4), "statistics": torch.empty(5, 4), **more,
     }  # fmt: skip
 
 
@@ -105,20 +113,23 @@ def test_nothing_wrong_reaches_a_pointer() -> None:
     logprobs(**logprobs_arguments())
     wide = torch.zeros(5, 8)[:, ::2]
     for op, arguments, message in (
-        (totals, totals_arguments(rows=torch.zeros(5, 4).double()), "rows must be float32, not float64"),
-        (totals, totals_arguments(rows=wide), "rows must be contiguous"),
+        (totals, totals_arguments(per_row=torch.zeros(5, 4).double()), "per_row must be float32, not float64"),
+        (totals, totals_arguments(per_row=wide), "per_row must be contiguous"),
         (totals, totals_arguments(totals=torch.empty(7)), "totals must have 8 elements, not 7"),
         (totals, totals_arguments(completion=torch.zeros(4)), "completion must be int64, not float32"),
         (logprobs, logprobs_arguments(logits=torch.zeros(4, 8)), "logits must have 3 dimensions, not 2"),
         (logprobs, logprobs_arguments(logits=torch.zeros(1, 4, 8).int()), "logits must be float32, bfloat16 or"),
         (logprobs, logprobs_arguments(logits=torch.zeros(1, 8, 4).mT), "logits must have unit stride in the vocab"),
         (logprobs, logprobs_arguments(gradient=torch.zeros(1, 4, 7)), "gradient must have the shape of the logits"),
-        (logprobs, logprobs_arguments(two=True, gradient=torch.zeros(1, 4, 8)), "gradient of two temperatures needs"),
+        (logprobs, logprobs_arguments(TWO, gradient=torch.zeros(1, 4, 8)), "gradient of two temperatures needs"),
+        (logprobs, logprobs_arguments(tokens=torch.empty(0)), "tokens must be int64, not float32"),
+        (logprobs, logprobs_arguments(temperature=torch.zeros(3)), "temperature must have 4 elements, not 3"),
+        (logprobs, logprobs_arguments(flags=torch.zeros(3).long()), "flags must have 11 elements, not 3"),
     ):  # fmt: skip
         with pytest.raises(RuntimeError, match=f"^mdpgrpo_fast: .*{message}"):
             op(**arguments)
     with pytest.raises((RuntimeError, NotImplementedError)):
-        totals(**totals_arguments(rows=torch.zeros(5, 4, device="meta")))
+        totals(**totals_arguments(per_row=torch.zeros(5, 4, device="meta")))
 
 
 # ---- edges ----------------------------------------------------------------------------------------------------------
@@ -328,6 +339,11 @@ def test_constants_of_csrc_and_reference_agree() -> None:
     header = (CSRC / "method.h").read_text()
     for name in ("KL_EXPONENT_MAX", "RATIO_EXPONENT_MAX"):
         assert float(re.search(rf"{name} = ([\d.]+)", header).group(1)) == getattr(reference, name)  # type: ignore
-    source = (CSRC / "cpu" / "ops.cpp").read_text()
-    assert f"elements<double>(numbers_, {len(schemas.Numbers._fields)})" in source
-    assert f"elements<int64_t>(flags_, {len(schemas.Flags._fields)})" in source
+    source, settings = (CSRC / "inputs.h").read_text(), Settings()
+    assert f"elements<double>(numbers, {len(settings.numbers)})" in source
+    assert f"elements<int64_t>(flags, {len(settings.flags)})" in source
+    knobs, per_row = (
+        re.findall(r"X\((\w+)\)", re.search(rf"{m}\(X\) (.*)", header).group(1)) for m in ("KNOBS", "PER_ROW")
+    )  # type: ignore
+    assert set(knobs) == set(KNOBS)
+    assert {"tokens", "mask", "completion", *knobs, *per_row} == set(Rows._fields)

@@ -39,7 +39,7 @@ emulated = [
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    target = tmp_path_factory.mktemp("fibers") / "hopper_on_fibers.so"
+    target = tmp_path_factory.mktemp("fibers") / "cuda_on_fibers.so"
     torch_libraries = Path(torch.__file__).parent / "lib"
     source = str(ROOT / "tests" / "helpers" / "cuda_on_fibers.cpp")
     subprocess.run(

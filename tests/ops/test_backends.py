@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import os
@@ -11,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -34,7 +33,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import mdpgrpo_fast
 from mdpgrpo_fast import reference
-from mdpgrpo_fast.config import ConfigError
+from mdpgrpo_fast.config import ConfigError, MDPGRPOConfig
 from mdpgrpo_fast.kernels import schemas
 from mdpgrpo_fast.kernels.triton import (
     advantages,
@@ -142,8 +141,10 @@ def test_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
 def test_constants_of_kernels_and_reference_agree() -> None:
     assert method.KL_EXPONENT_MAX.value == reference.KL_EXPONENT_MAX
     assert method.RATIO_EXPONENT_MAX.value == reference.RATIO_EXPONENT_MAX
-    assert schemas.TOTALS == reference.TOTALS
+    assert len(reference.TOTALS) == schemas.NUM_TOTALS
     assert [method.K1.value, method.K2.value, method.K3.value] == [1, 2, 3]
+    assert method.MEAN_OF_MEANS.value == schemas.GRPO
+    assert [schemas.AGGREGATION[i] for i in range(4)] == list(get_args(get_type_hints(MDPGRPOConfig)["aggregation"]))
     goals = (method.HALF.value, method.MAX_HALF_MEAN.value, method.MEAN.value)
     assert [schemas.GOAL_MEAN[i] for i in goals] == ["half", "max_half_mean", "mean"]
 
@@ -155,9 +156,9 @@ def test_tiles_fit_the_row() -> None:
     for tile in tiles.CANDIDATES:
         for vocab in (1, 2, 100, 128, 129, 4096, 4097, 128256):
             fitted = tiles.fit(tile, vocab)
-            assert 128 <= fitted.block_v <= max(tile.block_v, 128) and fitted.block_v & (fitted.block_v - 1) == 0
-            assert fitted.block_v >= min(vocab, tile.block_v) and 1 <= fitted.warps <= tile.warps
-            assert fitted.block_v >= 32 * fitted.warps, "no thread without a column"
+            assert 128 <= fitted.block <= max(tile.block, 128) and fitted.block & (fitted.block - 1) == 0
+            assert fitted.block >= min(vocab, tile.block) and 1 <= fitted.warps <= tile.warps
+            assert fitted.block >= 32 * fitted.warps, "no thread without a column"
     assert tiles.grid_for(tiles.CANDIDATES[0], 70_000, CPU) == (70_000,), "one dimension: y and z end at 65535"
     assert tuning.tile_for(4097, torch.float32, CPU) == tiles.fit(tiles.CANDIDATES[0], 4097)
 
@@ -321,13 +322,45 @@ KERNELS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.fn.__name__)
-def test_no_kernel_is_specialised_on_what_changes_with_a_batch(kernel: Any) -> None:
-    """A length, temperature or coefficient as constexpr compiles once for each value."""
-    parameters = inspect.signature(kernel.fn).parameters.values()
-    constant = {p.name for p in parameters if "constexpr" in str(p.annotation)}
-    assert constant and all(name.isupper() for name in constant)
-    assert not any(p.name.isupper() and p.name != "G" for p in parameters if p.name not in constant)
+SPECIALISATIONS = """
+import kernel_resources as k, torch
+from mdpgrpo_fast.kernels.schemas import Groups, Rows, Settings
+tile, found = k.tiles.fit(k.tiles.CANDIDATES[0], 64), []
+# Another batch in every respect that may change from step to step; the second begins off 16 bytes.
+for b, length, number, shift in ((2, 3, 0.5, 0), (3, 17, 0.7, 1), (16, 16, 1.0, 0)):
+    n, settings = b * length, Settings(number, number, number, 2 * number, number, number, number, number, group_size=2)
+    def row(size=n, dtype=torch.float32):
+        return torch.zeros(size + shift, dtype=dtype)[shift:]
+    rows = Rows(row(dtype=torch.int64), row(dtype=torch.uint8), old_logprobs=row(), ref_logprobs=row(),
+                importance_weight=row(), temperature=row(b), epsilon_low=row(b), epsilon_high=row())
+    groups = Groups(row(4 * b), row(2 * b), row(4 * b, torch.uint8), row(b, torch.int64))
+    logits, statistics = torch.empty(b, length, 64), torch.zeros(5, n)
+    per_row = rows._replace(advantage=row(), kl_beta=row(), completion=row(dtype=torch.int64))
+    def run():
+        for level in (0, 1):
+            at = settings._replace(sequence=level)
+            k.token_loss.launch_token_loss(logits, logits, rows, groups, at, row(1)[0], b, length, tile=tile)
+        k.logprobs.launch_logprobs_backward(logits, row(), rows, settings, b, statistics, row(), tile=tile)
+        chunk = per_row._replace(temperature=row(), epsilon_low=row(), epsilon_high=row())
+        k.objective.launch_objective(statistics, row(), chunk, at, row(b), row(1)[0], b)
+        k.token_loss.launch_scale(logits, row(1)[0], tile=tile)
+        k.sampling.launch_sample(logits.view(n, 64), row(), tile=tile)
+        k.advantages.launch_advantages(groups, settings)
+    launches = k.record("", run)
+    found.append([(x.kernel.fn.__name__, str((x.signature, x.constants, x.attributes, x.options))) for x in launches])
+for one, *others in zip(*found, strict=True):
+    assert all(x == one for x in others), "\\n".join([one[0], one[1], *(x[1] for x in others)])
+print(*sorted({name for name, _ in found[0]}))
+"""
+
+
+def test_a_new_batch_compiles_no_new_kernel() -> None:
+    """Neither lengths, temperatures and coefficients nor where a vector begins in memory are compiled in."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "benchmarks" / "compiled")))
+    done = subprocess.run([sys.executable, "-c", SPECIALISATIONS], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert set(done.stdout.split()) == {k.fn.__name__ for k in KERNELS}
 
 
 @pytest.fixture(scope="module")

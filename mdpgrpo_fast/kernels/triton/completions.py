@@ -1,129 +1,109 @@
-"""The small kernels around the rows: what couples the tokens of a completion, and the sums over rows.
+"""Small kernels around the rows: what couples the tokens of a completion, and the sums over rows.
 
 Both walk the rows of a completion in order, so that every sum has one fixed order and no atomics.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .method import _group, _pick, _policy, _ratio
-from .rows import _value
+from ..schemas import Groups, Rows, Settings, new_totals
+from .method import _advantage_of, _clipped_objective, _importance_ratio
+from .rows import _knob
+from .tiles import BLOCK_ROWS, kernel_groups, kernel_rows, kernel_settings, on_device
 
-# Pointers to vectors that may begin anywhere (see token_loss).
-SMALL = """mask_ptr completion_ptr logprobs_ptr old_ptr weight_ptr temperature_ptr low_ptr high_ptr advantage_ptr
-beta_ptr rewards_ptr constraints_ptr valid_ptr slots_ptr lengths_ptr ratio_ptr slope_ptr""".split()
+ADVANTAGES = (
+    "alpha prospect_beta prospect_gain prospect_loss kl_beta_pos kl_beta_neg sample_std goal_mean binomial prospect "
+    "prospect_on_goal"
+)
+COUPLING = f"temperature epsilon_low epsilon_high delta sequence rescale {ADVANTAGES}"
+COUPLING_ROWS = "mask completion advantage kl_beta old_logprobs importance_weight temperature epsilon_low epsilon_high"
 
 
-@triton.jit
-def _advantage_of(
-    advantage_ptr, beta_ptr, rewards_ptr, constraints_ptr, valid_ptr, slots_ptr, completion, rows, mask,
-    advantage_per_row, beta_per_row, G, alpha, prospect_beta, prospect_gain, prospect_loss, beta_pos, beta_neg,
-    HAS_REWARDS: tl.constexpr, HAS_VALID: tl.constexpr, HAS_SLOTS: tl.constexpr, SAMPLE_STD: tl.constexpr,
-    GOAL_MEAN: tl.constexpr, BINOMIAL: tl.constexpr, PROSPECT: tl.constexpr, PROSPECT_ON_GOAL: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-):  # fmt: skip
-    """A and KL coefficient of rows of one completion: given, or from its group's rewards."""
-    if HAS_REWARDS:
-        place = completion
-        if HAS_SLOTS:
-            place = tl.load(slots_ptr + completion).to(tl.int64)
-        _, _, _, _, advantages, betas = _group(
-            rewards_ptr, constraints_ptr, valid_ptr, place // G, G, alpha, prospect_beta, prospect_gain,
-            prospect_loss, beta_pos, beta_neg, HAS_VALID, SAMPLE_STD, GOAL_MEAN, BINOMIAL, PROSPECT, PROSPECT_ON_GOAL,
-            BLOCK_G,
-        )  # fmt: skip
-        return _pick(advantages, place % G, BLOCK_G), _pick(betas, place % G, BLOCK_G)
-    else:
-        return (
-            _value(advantage_ptr, 0.0, completion, rows, advantage_per_row, mask, True),
-            _value(beta_ptr, 0.0, completion, rows, beta_per_row, mask, True),
-        )
+class Coupling(NamedTuple):
+    """What the tokens of a completion share, (B,) float32 each: its tokens; at sequence level its ρ, and -c."""
+
+    lengths: Tensor | None = None
+    ratio: Tensor | None = None
+    slope: Tensor | None = None
 
 
 @triton.jit
-def _rows_of(i, completion, n_rows, row_length, mask_ptr, completion_ptr, HAS_MASK: tl.constexpr,
-             PACKED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _rows_of(i, rows, completion, n_rows, row_length, BLOCK: tl.constexpr):
     """Block i of the rows that may be a completion's, and which of them are its kept tokens."""
-    if PACKED:
-        rows = i * BLOCK + tl.arange(0, BLOCK)
-        mine = rows < n_rows
-        mine = mine & (tl.load(completion_ptr + rows, mask=mine, other=-1) == completion)
+    if rows.completion is not None:
+        row = i * BLOCK + tl.arange(0, BLOCK)
+        mine = row < n_rows
+        mine = mine & (tl.load(rows.completion + row, mask=mine, other=-1) == completion)
     else:
         place = i * BLOCK + tl.arange(0, BLOCK)
-        rows = completion * row_length + place
+        row = completion * row_length + place
         mine = place < row_length
-    if HAS_MASK:
-        mine = mine & (tl.load(mask_ptr + rows, mask=mine, other=0) != 0)
-    return rows, mine
+    if rows.mask is not None:
+        mine = mine & (tl.load(rows.mask + row, mask=mine, other=0) != 0)
+    return row, mine
 
 
-@triton.jit(do_not_specialize=["n_rows", "row_length", "G"], do_not_specialize_on_alignment=SMALL)
+# Pointers to vectors that may begin anywhere: read one element at a time, they gain nothing from being aligned, and a
+# kernel for every combination would be compiled.
+@triton.jit(
+    do_not_specialize=["n_rows", "row_length", "G"],
+    do_not_specialize_on_alignment=["logprobs_ptr", "lengths_ptr", "ratio_ptr", "slope_ptr"],
+)
 def _completions_kernel(
-    mask_ptr, completion_ptr, logprobs_ptr, old_ptr, weight_ptr, temperature_ptr, low_ptr, high_ptr, advantage_ptr,
-    beta_ptr, rewards_ptr, constraints_ptr, valid_ptr, slots_ptr, lengths_ptr, ratio_ptr, slope_ptr, n_rows,
-    row_length, G, temperature_per_row, low_per_row, high_per_row, advantage_per_row, beta_per_row, temperature,
-    epsilon_low, epsilon_high, delta, alpha, prospect_beta, prospect_gain, prospect_loss, beta_pos, beta_neg,
-    SEQUENCE: tl.constexpr, RESCALE: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr, HAS_OLD: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr,
-    HAS_DELTA: tl.constexpr, HAS_REWARDS: tl.constexpr, HAS_VALID: tl.constexpr, HAS_SLOTS: tl.constexpr,
-    SAMPLE_STD: tl.constexpr, GOAL_MEAN: tl.constexpr, BINOMIAL: tl.constexpr, PROSPECT: tl.constexpr,
-    PROSPECT_ON_GOAL: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK: tl.constexpr,
+    logprobs_ptr, rows, per_row, groups, settings, lengths_ptr, ratio_ptr, slope_ptr, n_rows, row_length, G,
+    BLOCK_G: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Per completion: its tokens; at sequence level its ρ, and Σ over its tokens of w dJ/dρ ρ / tokens, which every
     token of it shares as derivative with respect to ℓ."""
     completion = tl.program_id(0).to(tl.int64)
-    blocks = tl.cdiv(n_rows if PACKED else row_length, BLOCK)
+    blocks = tl.cdiv(row_length if rows.completion is None else n_rows, BLOCK)
     count = 0.0
     log_ratio = 0.0
     for i in range(0, blocks):
-        rows, mine = _rows_of(i, completion, n_rows, row_length, mask_ptr, completion_ptr, HAS_MASK, PACKED, BLOCK)
+        row, mine = _rows_of(i, rows, completion, n_rows, row_length, BLOCK)
         count += tl.sum(mine.to(tl.float32), axis=0)
-        if HAS_OLD:
-            new = tl.load(logprobs_ptr + rows, mask=mine, other=0.0)
-            old = tl.load(old_ptr + rows, mask=mine, other=0.0).to(tl.float32)
+        if logprobs_ptr is not None:
+            new = tl.load(logprobs_ptr + row, mask=mine, other=0.0)
+            old = tl.load(rows.old_logprobs + row, mask=mine, other=0.0).to(tl.float32)
             log_ratio += tl.sum(tl.where(mine, new - old, 0.0), axis=0)
     tl.store(lengths_ptr + completion, count)
-    if SEQUENCE:
-        ratio, slope = _ratio(log_ratio / tl.maximum(count, 1.0))
+    if settings.sequence:
+        ratio, slope = _importance_ratio(log_ratio / tl.maximum(count, 1.0))
         total = 0.0
         for i in range(0, blocks):
-            rows, mine = _rows_of(i, completion, n_rows, row_length, mask_ptr, completion_ptr, HAS_MASK, PACKED, BLOCK)
-            advantage, _ = _advantage_of(
-                advantage_ptr, beta_ptr, rewards_ptr, constraints_ptr, valid_ptr, slots_ptr, completion, rows, mine,
-                advantage_per_row, beta_per_row, G, alpha, prospect_beta, prospect_gain, prospect_loss, beta_pos,
-                beta_neg, HAS_REWARDS, HAS_VALID, HAS_SLOTS, SAMPLE_STD, GOAL_MEAN, BINOMIAL, PROSPECT,
-                PROSPECT_ON_GOAL, BLOCK_G,
-            )  # fmt: skip
-            low = _value(low_ptr, epsilon_low, completion, rows, low_per_row, mine, HAS_LOW)
-            high = _value(high_ptr, epsilon_high, completion, rows, high_per_row, mine, HAS_HIGH)
-            _, part, _, _ = _policy(ratio, advantage, low, high, delta, HAS_DELTA)
-            if HAS_WEIGHT:
-                part *= tl.load(weight_ptr + rows, mask=mine, other=0.0).to(tl.float32)
-            if RESCALE:
-                part *= _value(temperature_ptr, temperature, completion, rows, temperature_per_row, mine,
-                               HAS_TEMPERATURE)  # fmt: skip
+            row, mine = _rows_of(i, rows, completion, n_rows, row_length, BLOCK)
+            advantage, _ = _advantage_of(rows, per_row, groups, settings, G, completion, row, mine, BLOCK_G)
+            _, part, _, _ = _clipped_objective(ratio, advantage, rows, per_row, settings, completion, row, mine)
+            if rows.importance_weight is not None:
+                part *= tl.load(rows.importance_weight + row, mask=mine, other=0.0).to(tl.float32)
+            if settings.rescale:
+                part *= _knob(rows.temperature, per_row.temperature, settings.temperature, completion, row, mine)
             total += tl.sum(tl.where(mine, part, 0.0), axis=0)
         tl.store(ratio_ptr + completion, ratio)
         tl.store(slope_ptr + completion, total * slope / tl.maximum(count, 1.0))
 
 
-@triton.jit(do_not_specialize=["n_rows", "row_length", "n_completions"])
+@triton.jit(do_not_specialize=["n_rows", "row_length", "num_completions"])
 def _totals_kernel(
-    rows_ptr, marks_ptr, mask_ptr, completion_ptr, completion_kl_ptr, totals_ptr, loss_ptr, n_rows, row_length,
-    n_completions, HAS_MASK: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
+    per_row_ptr, marks_ptr, rows, completion_kl_ptr, totals_ptr, loss_ptr, n_rows, row_length, num_completions,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program b < B: mean KL of completion b. Program B: loss, means, shares and maximum over all rows."""
     completion = tl.program_id(0).to(tl.int64)
     n = tl.cast(n_rows, tl.int64)
-    if completion < n_completions:
+    if completion < num_completions:
         length = 0.0
         own_kl = 0.0
-        for i in range(0, tl.cdiv(n_rows if PACKED else row_length, BLOCK)):
-            own, inside = _rows_of(i, completion, n_rows, row_length, mask_ptr, completion_ptr, HAS_MASK, PACKED, BLOCK)
+        for i in range(0, tl.cdiv(row_length if rows.completion is None else n_rows, BLOCK)):
+            own, inside = _rows_of(i, rows, completion, n_rows, row_length, BLOCK)
             length += tl.sum(inside.to(tl.float32), axis=0)
-            own_kl += tl.sum(tl.load(rows_ptr + 2 * n + own, mask=inside, other=0.0), axis=0)
+            own_kl += tl.sum(tl.load(per_row_ptr + 2 * n + own, mask=inside, other=0.0), axis=0)
         tl.store(completion_kl_ptr + completion, own_kl / tl.maximum(length, 1.0))
     else:
         count = tl.zeros((BLOCK,), tl.float32)
@@ -136,20 +116,20 @@ def _totals_kernel(
         high = tl.zeros((BLOCK,), tl.float32)
         clamped = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, n_rows, BLOCK):
-            rows = start + tl.arange(0, BLOCK)
-            mine = rows < n_rows
-            if HAS_MASK:
-                mine = mine & (tl.load(mask_ptr + rows, mask=mine, other=0) != 0)
+            row = start + tl.arange(0, BLOCK)
+            mine = row < n_rows
+            if rows.mask is not None:
+                mine = mine & (tl.load(rows.mask + row, mask=mine, other=0) != 0)
             count += mine.to(tl.float32)
-            entropy += tl.load(rows_ptr + n + rows, mask=mine, other=0.0)
-            kl += tl.load(rows_ptr + 2 * n + rows, mask=mine, other=0.0)
-            r = tl.load(rows_ptr + 3 * n + rows, mask=mine, other=0.0)
+            entropy += tl.load(per_row_ptr + n + row, mask=mine, other=0.0)
+            kl += tl.load(per_row_ptr + 2 * n + row, mask=mine, other=0.0)
+            r = tl.load(per_row_ptr + 3 * n + row, mask=mine, other=0.0)
             ratio += r
             ratio_max = tl.maximum(ratio_max, r)
-            loss += tl.load(rows_ptr + 4 * n + rows, mask=mine, other=0.0)
-            low += tl.load(marks_ptr + rows, mask=mine, other=0).to(tl.float32)
-            high += tl.load(marks_ptr + n + rows, mask=mine, other=0).to(tl.float32)
-            clamped += tl.load(marks_ptr + 2 * n + rows, mask=mine, other=0).to(tl.float32)
+            loss += tl.load(per_row_ptr + 4 * n + row, mask=mine, other=0.0)
+            low += tl.load(marks_ptr + row, mask=mine, other=0).to(tl.float32)
+            high += tl.load(marks_ptr + n + row, mask=mine, other=0).to(tl.float32)
+            clamped += tl.load(marks_ptr + 2 * n + row, mask=mine, other=0).to(tl.float32)
         tokens = tl.sum(count, axis=0)
         share = 1.0 / tl.maximum(tokens, 1.0)
         tl.store(loss_ptr, tl.sum(loss, axis=0))
@@ -161,3 +141,48 @@ def _totals_kernel(
         tl.store(totals_ptr + 5, tl.sum(ratio, axis=0) * share)
         tl.store(totals_ptr + 6, tl.max(ratio_max, axis=0))
         tl.store(totals_ptr + 7, tl.sum(clamped, axis=0))
+
+
+# ---- launchers ------------------------------------------------------------------------------------------------------
+
+
+def launch_coupling(
+    logprobs: Tensor | None, rows: Rows, groups: Groups, settings: Settings, num_completions: int, row_length: int,
+    knobs_per_row: bool = False,
+) -> Coupling:  # fmt: skip
+    """What the tokens of each completion share. logprobs (N,): wanted at sequence level where there are old ones.
+
+    knobs_per_row: they have one value per row, also where there are as many rows as completions.
+    """
+    n, device = len(rows.tokens), rows.tokens.device
+    lengths = torch.empty(num_completions, dtype=torch.float32, device=device)
+    ratio = slope = None
+    if settings.sequence:
+        ratio, slope = torch.empty(2, num_completions, dtype=torch.float32, device=device)
+    given, per_row = kernel_rows(rows, 0 if knobs_per_row else num_completions, COUPLING_ROWS)
+    with on_device(device):
+        _completions_kernel[(num_completions,)](
+            logprobs, given if logprobs is not None else given._replace(old_logprobs=None), per_row,
+            kernel_groups(groups), kernel_settings(settings, COUPLING), lengths, ratio, slope, n, row_length,
+            settings.group_size, BLOCK_G=triton.next_power_of_2(settings.group_size), BLOCK=BLOCK_ROWS,
+        )  # fmt: skip
+    return Coupling(lengths, ratio, slope)
+
+
+def launch_totals(
+    per_row: Tensor, marks: Tensor, rows: Rows, num_completions: int, row_length: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, (B,) mean KL of each completion and the (8,) totals, in one fixed order of summation.
+
+    row_length: rows of a completion, where rows have no map of completions.
+    """
+    n, device = per_row.shape[1], per_row.device
+    loss, completion_kl, totals = new_totals(num_completions, device)
+    if n == 0:
+        return loss.zero_(), completion_kl.zero_(), totals.zero_()
+    with on_device(device):
+        _totals_kernel[(num_completions + 1,)](
+            per_row, marks, kernel_rows(rows, num_completions, "mask completion")[0], completion_kl, totals, loss, n,
+            row_length or n, num_completions, BLOCK=BLOCK_ROWS, num_warps=8,
+        )  # fmt: skip
+    return loss, completion_kl, totals

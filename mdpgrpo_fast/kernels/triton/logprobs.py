@@ -1,6 +1,6 @@
 """Log-probabilities of given tokens and the entropy of each row: one read of the logits, and their gradient.
 
-The gradient is written in the same launch where nothing has to weigh it (`unit`), or by a second one.
+The gradient is written in the same launch where nothing has to weigh it, or by a second one.
 """
 
 from __future__ import annotations
@@ -10,44 +10,43 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..schemas import STATISTICS
-from .rows import LOG2E, _completion_of, _read_row, _target, _temperature, _token, _write_gradient, _write_zeros
-from .tiles import grid_for, launch_options, on_device, per_row
-from .tuning import tile_for
-
-# Pointers to vectors that may begin anywhere (see token_loss).
-SMALL = """tokens_ptr mask_ptr completion_ptr temperature_ptr logprobs_ptr statistics_ptr grad_logprobs_ptr
-grad_kl_ptr""".split()
-
-
-@triton.jit(
-    do_not_specialize=["n_rows", "row_length", "tiles", "n_completions"],
-    do_not_specialize_on_alignment=[name for name in SMALL if not name.startswith("grad_")],
+from ..schemas import STATISTICS, Rows, Settings
+from .rows import (
+    LOG2E,
+    _completion_of,
+    _kept,
+    _read_row,
+    _target,
+    _temperature,
+    _token,
+    _write_gradient,
+    _write_zeros,
 )
+from .tiles import Tile, compiler_options, grid_for, kernel_rows, kernel_settings, on_device, row_tile
+
+ROWS = "tokens mask completion temperature"
+SETTINGS = "temperature kl_temperature softcap two_temperatures"
+
+
+@triton.jit(do_not_specialize=["n_rows", "row_length", "tiles", "num_completions"])
 def _logprobs_kernel(
-    logits_ptr, gradient_ptr, tokens_ptr, mask_ptr, completion_ptr, temperature_ptr, logprobs_ptr, statistics_ptr,
-    n_rows, row_length, tiles, n_completions, stride_lb, stride_ll, stride_gb, stride_gl, temperature_per_row,
-    temperature, kl_temperature, softcap, HAS_GRADIENT: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TWO: tl.constexpr, V: tl.constexpr,
-    BLOCK_V: tl.constexpr, WIDTH: tl.constexpr, AXIS: tl.constexpr, STAGES: tl.constexpr, PERSISTENT: tl.constexpr,
+    logits_ptr, gradient_ptr, rows, per_row, settings, logprobs_ptr, statistics_ptr, n_rows, row_length, tiles,
+    num_completions, stride_lb, stride_ll, stride_gb, stride_gl, tile,
 ):  # fmt: skip
-    """ℓ and the statistics of rows; masked rows cost no read and give 0. HAS_GRADIENT: ∂ℓ/∂x too, over x if asked."""
+    """ℓ and the statistics of rows; masked rows cost no read and give 0. With a gradient ∂ℓ/∂x too, over x if asked."""
     n = tl.cast(n_rows, tl.int64)
     first = tl.program_id(0)
-    for index in range(first, n_rows if PERSISTENT else first + 1, tl.num_programs(0) if PERSISTENT else 1):
+    for index in range(first, n_rows if tile.persistent else first + 1, tl.num_programs(0) if tile.persistent else 1):
         row = tl.cast(index, tl.int64)
-        kept = True
-        if HAS_MASK:
-            kept = tl.load(mask_ptr + row) != 0
-        if kept:
+        if _kept(rows, row):
             logits = logits_ptr + row // row_length * stride_lb + row % row_length * stride_ll
-            completion, known = _completion_of(completion_ptr, row, row_length, n_completions, PACKED)
-            tau = _temperature(temperature_ptr, temperature, completion, row, temperature_per_row, HAS_TEMPERATURE)
-            token = _token(tokens_ptr, row, V)
-            z = tl.where(known, _target(logits, token, softcap, HAS_SOFTCAP), float("nan"))
+            completion, known = _completion_of(rows, row, row_length, num_completions)
+            tau = _temperature(rows, per_row, settings, completion, row, True)
+            token = _token(rows.tokens, row, tile)
+            z = tl.where(known, _target(logits, token, settings.softcap), float("nan"))
             peak, log_total, entropy, log_total_kl = _read_row(
-                logits, tiles, LOG2E / tau, LOG2E / kl_temperature, softcap,
-                "evict_last" if HAS_GRADIENT else "evict_first", TWO, HAS_SOFTCAP, V, BLOCK_V, WIDTH, AXIS, STAGES,
+                logits, tiles, LOG2E / tau, LOG2E / settings.kl_temperature, settings.softcap,
+                "evict_first" if gradient_ptr is None else "evict_last", settings.two_temperatures, tile,
             )  # fmt: skip
             tl.store(logprobs_ptr + row, (z - peak) / tau - log_total)
             tl.store(statistics_ptr + row, peak)
@@ -55,113 +54,84 @@ def _logprobs_kernel(
             tl.store(statistics_ptr + 2 * n + row, entropy)
             tl.store(statistics_ptr + 3 * n + row, log_total_kl)
             tl.store(statistics_ptr + 4 * n + row, z)
-            if HAS_GRADIENT:
+            if gradient_ptr is not None:
                 gradient = gradient_ptr + row // row_length * stride_gb + row % row_length * stride_gl
                 _write_gradient(logits, gradient, tiles, token, peak, log_total, 0.0, 1.0 / tau, 0.0, LOG2E / tau, 0.0,
-                                softcap, False, HAS_SOFTCAP, V, BLOCK_V, WIDTH, AXIS, STAGES)  # fmt: skip
+                                settings.softcap, False, tile)  # fmt: skip
         else:
             tl.store(logprobs_ptr + row, 0.0)
             for i in tl.static_range(5):
                 tl.store(statistics_ptr + i * n + row, 0.0)
-            if HAS_GRADIENT:
+            if gradient_ptr is not None:
                 gradient = gradient_ptr + row // row_length * stride_gb + row % row_length * stride_gl
-                _write_zeros(gradient, tiles, V, BLOCK_V, WIDTH, AXIS)
+                _write_zeros(gradient, tiles, tile)
 
 
 @triton.jit(
-    do_not_specialize=["n_rows", "row_length", "tiles", "n_completions"],
-    do_not_specialize_on_alignment=[name for name in SMALL if name != "logprobs_ptr"],
+    do_not_specialize=["n_rows", "row_length", "tiles", "num_completions"],
+    do_not_specialize_on_alignment=["grad_logprobs_ptr", "grad_kl_ptr", "statistics_ptr"],
 )
 def _logprobs_backward_kernel(
-    grad_logprobs_ptr, grad_kl_ptr, logits_ptr, tokens_ptr, mask_ptr, completion_ptr, temperature_ptr, statistics_ptr,
-    gradient_ptr, n_rows, row_length, tiles, n_completions, stride_lb, stride_ll, stride_gb, stride_gl,
-    temperature_per_row, temperature, kl_temperature, softcap, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TWO: tl.constexpr, V: tl.constexpr,
-    BLOCK_V: tl.constexpr, WIDTH: tl.constexpr, AXIS: tl.constexpr, STAGES: tl.constexpr, PERSISTENT: tl.constexpr,
+    grad_logprobs_ptr, grad_kl_ptr, logits_ptr, rows, per_row, settings, statistics_ptr, gradient_ptr, n_rows,
+    row_length, tiles, num_completions, stride_lb, stride_ll, stride_gb, stride_gl, tile,
 ):  # fmt: skip
     """∂ℓ/∂x = (onehot - p) / τ, times the incoming gradient of each row's ℓ; zeros where that is 0.
 
-    TWO: plus the same at the KL's temperature, times the incoming gradient of ℓ there. The gradient may lie over x.
+    With grad_kl: plus the same at the KL's temperature, times that of ℓ there. The gradient may lie over x.
     """
     first = tl.program_id(0)
-    for index in range(first, n_rows if PERSISTENT else first + 1, tl.num_programs(0) if PERSISTENT else 1):
+    for index in range(first, n_rows if tile.persistent else first + 1, tl.num_programs(0) if tile.persistent else 1):
         row = tl.cast(index, tl.int64)
         gradient = gradient_ptr + row // row_length * stride_gb + row % row_length * stride_gl
         c = tl.load(grad_logprobs_ptr + row).to(tl.float32)
-        if HAS_MASK:
-            c = tl.where(tl.load(mask_ptr + row) != 0, c, 0.0)
+        if rows.mask is not None:
+            c = tl.where(_kept(rows, row), c, 0.0)
         c_kl = 0.0
-        if TWO:
-            c_kl = tl.load(grad_kl_ptr + row).to(tl.float32) / kl_temperature
-            if HAS_MASK:
-                c_kl = tl.where(tl.load(mask_ptr + row) != 0, c_kl, 0.0)
+        if grad_kl_ptr is not None:
+            c_kl = tl.load(grad_kl_ptr + row).to(tl.float32) / settings.kl_temperature
+            if rows.mask is not None:
+                c_kl = tl.where(_kept(rows, row), c_kl, 0.0)
         if (c == 0.0) & (c_kl == 0.0):
-            _write_zeros(gradient, tiles, V, BLOCK_V, WIDTH, AXIS)
+            _write_zeros(gradient, tiles, tile)
         else:
             logits = logits_ptr + row // row_length * stride_lb + row % row_length * stride_ll
-            completion, _ = _completion_of(completion_ptr, row, row_length, n_completions, PACKED)
-            tau = _temperature(temperature_ptr, temperature, completion, row, temperature_per_row, HAS_TEMPERATURE)
+            completion, _ = _completion_of(rows, row, row_length, num_completions)
+            tau = _temperature(rows, per_row, settings, completion, row, True)
             peak = tl.load(statistics_ptr + row)
             log_total = tl.load(statistics_ptr + n_rows + row)
             log_total_kl = tl.load(statistics_ptr + 3 * tl.cast(n_rows, tl.int64) + row)
-            _write_gradient(logits, gradient, tiles, _token(tokens_ptr, row, V), peak, log_total, log_total_kl, c / tau,
-                            c_kl, LOG2E / tau, LOG2E / kl_temperature, softcap, TWO, HAS_SOFTCAP, V, BLOCK_V, WIDTH,
-                            AXIS, STAGES)  # fmt: skip
+            _write_gradient(logits, gradient, tiles, _token(rows.tokens, row, tile), peak, log_total, log_total_kl,
+                            c / tau, c_kl, LOG2E / tau, LOG2E / settings.kl_temperature, settings.softcap,
+                            grad_kl_ptr is not None, tile)  # fmt: skip
 
 
 def launch_logprobs(
-    logits: Tensor,
-    tokens: Tensor,
-    mask: Tensor | None,
-    completion: Tensor | None,
-    n_completions: int,
-    temperature: Tensor | None,
-    temperature_value: float,
-    kl_temperature: float,
-    softcap: float,
-    two: bool,
-    gradient: Tensor | None = None,
+    logits: Tensor, rows: Rows, settings: Settings, num_completions: int, gradient: Tensor | None = None, *, tile: Tile
 ) -> tuple[Tensor, Tensor]:
     """ℓ (N,) and statistics (5, N), float32, of the N = B * L rows of logits (B, L, V) with unit stride in V.
 
-    All else is flat and contiguous: tokens, mask (uint8), completion (N,), temperature (B,) or (N,). softcap 0: none.
-    gradient (B, L, V): is given ∂ℓ/∂x; it may be the logits themselves. Not with `two`, where ℓ has two temperatures.
+    gradient (B, L, V): is given ∂ℓ/∂x; it may be the logits themselves. Not with two temperatures, which have weights.
     """
-    assert gradient is None or not two, "the gradient of two temperatures needs their weights"
+    assert gradient is None or not settings.two_temperatures, "the gradient of two temperatures needs their weights"
     b, length, vocab = logits.shape
     n = b * length
     logprobs = torch.empty(n, dtype=torch.float32, device=logits.device)
     statistics = torch.empty(STATISTICS, n, dtype=torch.float32, device=logits.device)
     if n == 0:
         return logprobs, statistics
-    tile = tile_for(vocab, logits.dtype, logits.device)
     with on_device(logits.device):
         _logprobs_kernel[grid_for(tile, n, logits.device)](
-            logits, gradient, tokens, mask, completion, temperature, logprobs, statistics, n, length,
-            vocab // tile.block_v, n_completions, logits.stride(0), logits.stride(1),
-            *((0, 0) if gradient is None else gradient.stride()[:2]), per_row(temperature, n_completions),
-            temperature_value, kl_temperature, softcap, HAS_GRADIENT=gradient is not None, HAS_MASK=mask is not None,
-            PACKED=completion is not None, HAS_TEMPERATURE=temperature is not None, HAS_SOFTCAP=softcap > 0, TWO=two,
-            **launch_options(tile, logits),
+            logits, gradient, *kernel_rows(rows, num_completions, ROWS), kernel_settings(settings, SETTINGS), logprobs,
+            statistics, n, length, vocab // tile.block, num_completions, *logits.stride()[:2],
+            *((0, 0) if gradient is None else gradient.stride()[:2]), row_tile(tile, logits), **compiler_options(tile),
         )  # fmt: skip
     return logprobs, statistics
 
 
 def launch_logprobs_backward(
-    grad_logprobs: Tensor,
-    logits: Tensor,
-    tokens: Tensor,
-    mask: Tensor | None,
-    completion: Tensor | None,
-    n_completions: int,
-    temperature: Tensor | None,
-    temperature_value: float,
-    softcap: float,
-    statistics: Tensor,
-    grad_kl: Tensor | None = None,
-    kl_temperature: float = 1.0,
-    gradient: Tensor | None = None,
-) -> Tensor:
+    logits: Tensor, grad_logprobs: Tensor, rows: Rows, settings: Settings, num_completions: int, statistics: Tensor,
+    grad_kl: Tensor | None = None, gradient: Tensor | None = None, *, tile: Tile,
+) -> Tensor:  # fmt: skip
     """Gradient of the logits (B, L, V) from that of ℓ (N,); the rest as in `launch_logprobs`.
 
     grad_kl (N,): of ℓ at the KL's temperature too. gradient: where it is written, the logits themselves if need be.
@@ -171,13 +141,11 @@ def launch_logprobs_backward(
         gradient = torch.empty((b, length, vocab), dtype=logits.dtype, device=logits.device)
     if b * length == 0:
         return gradient
-    tile = tile_for(vocab, logits.dtype, logits.device)
     with on_device(logits.device):
         _logprobs_backward_kernel[grid_for(tile, b * length, logits.device)](
-            grad_logprobs, grad_kl, logits, tokens, mask, completion, temperature, statistics, gradient, b * length,
-            length, vocab // tile.block_v, n_completions, logits.stride(0), logits.stride(1), gradient.stride(0),
-            gradient.stride(1), per_row(temperature, n_completions), temperature_value, kl_temperature, softcap,
-            HAS_MASK=mask is not None, PACKED=completion is not None, HAS_TEMPERATURE=temperature is not None,
-            HAS_SOFTCAP=softcap > 0, TWO=grad_kl is not None, **launch_options(tile, logits),
+            grad_logprobs, grad_kl, logits, *kernel_rows(rows, num_completions, ROWS),
+            kernel_settings(settings, "temperature kl_temperature softcap"), statistics, gradient, b * length, length,
+            vocab // tile.block, num_completions, *logits.stride()[:2], *gradient.stride()[:2], row_tile(tile, logits),
+            **compiler_options(tile),
         )  # fmt: skip
     return gradient

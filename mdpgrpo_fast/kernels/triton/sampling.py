@@ -7,13 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows import LOG2E, NEG_INF, _accumulate, _columns, _gap, _tile
-from .tiles import launch_options, on_device
-from .tuning import tile_for
+from .rows import LOG2E, NEG_INF, _accumulate, _columns, _gap, _load_tile
+from .tiles import Tile, compiler_options, on_device, row_tile
 
 
 @triton.jit
-def _race(z, columns, best, choice, seed, row, tau, NOISE: tl.constexpr, AXIS: tl.constexpr):
+def _race(z, columns, best, choice, seed, row, tau, NOISE: tl.constexpr, tile):
     """One tile into each thread's best z / τ + Gumbel noise, and the column it is at; the first of equals."""
     key = z / tau
     if NOISE:
@@ -21,15 +20,17 @@ def _race(z, columns, best, choice, seed, row, tau, NOISE: tl.constexpr, AXIS: t
         u = tl.rand(seed, row * (1 << 32) + columns) + 2.3283064e-10
         # E = -log(1 - u), by its series where 1 - u has no digits left.
         key -= tl.log(tl.where(u < 1e-3, u * (1.0 + u * (0.5 + u * 0.33333334)), -tl.log(1.0 - u)))
-    top = tl.max(key, axis=AXIS)
-    first = tl.min(tl.where(key == (top[:, None] if AXIS == 1 else top[None, :]), columns, 2147483647), axis=AXIS)
+    top = tl.max(key, axis=tile.axis)
+    first = tl.min(
+        tl.where(key == (top[:, None] if tile.axis == 1 else top[None, :]), columns, 2147483647), axis=tile.axis
+    )
     return tl.maximum(best, top), tl.where(top > best, first, choice)
 
 
 @triton.jit(do_not_specialize=["n_rows", "tiles"], do_not_specialize_on_alignment=["temperature_ptr"])
 def _sample_kernel(
     logits_ptr, temperature_ptr, seed_ptr, tokens_ptr, logprobs_ptr, n_rows, tiles, stride_l, NOISE: tl.constexpr,
-    V: tl.constexpr, BLOCK_V: tl.constexpr, WIDTH: tl.constexpr, AXIS: tl.constexpr, STAGES: tl.constexpr,
+    tile,
 ):  # fmt: skip
     """NOISE: a draw at the row's τ; else the most likely token, both log-probs at 1."""
     row = tl.program_id(0).to(tl.int64)
@@ -40,27 +41,27 @@ def _sample_kernel(
         tau = tl.where(tau > 0, tau, float("nan"))
         seed = tl.load(seed_ptr)
     k = LOG2E / tau
-    top = tl.full((BLOCK_V // WIDTH,), NEG_INF, tl.float32)
-    total = tl.zeros((BLOCK_V // WIDTH,), tl.float32)
-    moment = tl.zeros((BLOCK_V // WIDTH,), tl.float32)
-    total_policy = tl.zeros((BLOCK_V // WIDTH,), tl.float32)
-    best = tl.full((BLOCK_V // WIDTH,), NEG_INF, tl.float32)
-    choice = tl.zeros((BLOCK_V // WIDTH,), tl.int32)
-    for i in tl.range(0, tiles, num_stages=STAGES):
-        z, _ = _tile(logits, i * BLOCK_V, 0.0, "evict_first", False, False, V, BLOCK_V, WIDTH, AXIS)
-        top, total, moment, total_policy = _accumulate(z, top, total, moment, total_policy, k, LOG2E, NOISE, AXIS)
-        columns = _columns(i * BLOCK_V, BLOCK_V, WIDTH, AXIS)
-        best, choice = _race(z, columns, best, choice, seed, row, tau, NOISE, AXIS)
-    if V % BLOCK_V != 0:
-        z, _ = _tile(logits, V // BLOCK_V * BLOCK_V, 0.0, "evict_first", True, False, V, BLOCK_V, WIDTH, AXIS)
-        top, total, moment, total_policy = _accumulate(z, top, total, moment, total_policy, k, LOG2E, NOISE, AXIS)
-        columns = _columns(V // BLOCK_V * BLOCK_V, BLOCK_V, WIDTH, AXIS)
-        best, choice = _race(z, columns, best, choice, seed, row, tau, NOISE, AXIS)
+    top = tl.full((tile.block // tile.width,), NEG_INF, tl.float32)
+    total = tl.zeros((tile.block // tile.width,), tl.float32)
+    moment = tl.zeros((tile.block // tile.width,), tl.float32)
+    total_policy = tl.zeros((tile.block // tile.width,), tl.float32)
+    best = tl.full((tile.block // tile.width,), NEG_INF, tl.float32)
+    choice = tl.zeros((tile.block // tile.width,), tl.int32)
+    for i in tl.range(0, tiles, num_stages=tile.stages):
+        z, _ = _load_tile(logits, i * tile.block, None, "evict_first", False, tile)
+        top, total, moment, total_policy = _accumulate(z, top, total, moment, total_policy, k, LOG2E, NOISE, tile)
+        columns = _columns(i * tile.block, tile)
+        best, choice = _race(z, columns, best, choice, seed, row, tau, NOISE, tile)
+    if tile.vocab % tile.block != 0:
+        z, _ = _load_tile(logits, tile.vocab // tile.block * tile.block, None, "evict_first", True, tile)
+        top, total, moment, total_policy = _accumulate(z, top, total, moment, total_policy, k, LOG2E, NOISE, tile)
+        columns = _columns(tile.vocab // tile.block * tile.block, tile)
+        best, choice = _race(z, columns, best, choice, seed, row, tau, NOISE, tile)
     peak = tl.max(top, axis=0)
     gap = _gap(top, peak)
-    token = tl.min(tl.where(best == tl.max(best, axis=0), choice, V), axis=0)
+    token = tl.min(tl.where(best == tl.max(best, axis=0), choice, tile.vocab), axis=0)
     # Rows of NaN have no best: a token in range, and NaN for its log-probs.
-    token = tl.where(token < V, token, 0)
+    token = tl.where(token < tile.vocab, token, 0)
     d = tl.load(logits + token).to(tl.float32) - peak
     log_total = tl.log(tl.sum(total * tl.exp2(gap * k), axis=0))
     log_total_policy = log_total
@@ -71,7 +72,7 @@ def _sample_kernel(
     tl.store(logprobs_ptr + tl.cast(n_rows, tl.int64) + row, d - log_total_policy)
 
 
-def launch_sample(logits: Tensor, temperature: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def launch_sample(logits: Tensor, temperature: Tensor | None, *, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
     """Token (R,) int64 of each row, its log-prob at the row's temperature and at 1, float32.
 
     logits (R, V) with unit stride in V; temperature (R,), None: the most likely token. Noise from torch's generator of
@@ -86,13 +87,11 @@ def launch_sample(logits: Tensor, temperature: Tensor | None) -> tuple[Tensor, T
     if temperature is not None:
         temperature = temperature.contiguous()
         seed = torch.randint(2**62, (1,), device=logits.device)
-    tile = tile_for(vocab, logits.dtype, logits.device)
-    options = launch_options(tile._replace(programs=0), logits)
-    del options["PERSISTENT"]
+    tile = tile._replace(programs=0)
     if n:
         with on_device(logits.device):
             _sample_kernel[(n,)](
-                logits, temperature, seed, tokens, logprobs, n, vocab // tile.block_v, logits.stride(0),
-                NOISE=temperature is not None, **options,
+                logits, temperature, seed, tokens, logprobs, n, vocab // tile.block, logits.stride(0),
+                temperature is not None, row_tile(tile, logits), **compiler_options(tile),
             )  # fmt: skip
     return tokens, logprobs[0], logprobs[1]

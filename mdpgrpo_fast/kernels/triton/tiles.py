@@ -1,4 +1,7 @@
-"""Tiles of a row: shape and alignment, the options of a launch, the grid. What has been measured is in `tuning`."""
+"""Tiles of a row, and what a launch is given: shape and alignment of the tile, compiler options, grid, inputs.
+
+Triton kernels take NamedTuples: a member that is None or a `tl.constexpr` is known when the kernel is compiled.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,30 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..schemas import GRPO, Groups, Rows, Settings
 
 
 class Tile(NamedTuple):
-    block_v: int
+    """What tuning chooses for a vocabulary, a dtype and a GPU."""
+
+    block: int  # columns
     warps: int
     stages: int  # loads in flight ahead of their use; 1 leaves it to the hardware
     programs: int  # persistent programs per multiprocessor; 0: one program per row
+
+
+class RowTile(NamedTuple):
+    """What a kernel is compiled for: a row of V logits in tiles, and how a tile lies in the threads. All constexpr."""
+
+    vocab: Any
+    block: Any
+    width: Any  # neighbours that a thread holds, 16 bytes
+    axis: Any  # 1: a thread has neighbours; 0: neighbouring threads have, for rows that are not aligned
+    stages: Any
+    persistent: Any
 
 
 # One program per row leaves it to the hardware how many rows are in flight. Few persistent programs keep the rows in
@@ -28,6 +48,7 @@ CANDIDATES = (
     Tile(8192, 16, 4, 1),
     Tile(8192, 32, 1, 1),
 )
+BLOCK_ROWS = 1024  # rows of (N,) vectors that one program of the small kernels takes at a time
 
 
 def interpreted() -> bool:
@@ -39,7 +60,7 @@ def width_of(dtype: torch.dtype) -> int:
     return 16 // dtype.itemsize
 
 
-def aligned(logits: torch.Tensor) -> bool:
+def aligned(logits: Tensor) -> bool:
     """Whether every row starts at a multiple of 16 bytes and ends at one."""
     size = logits.element_size()
     return all(n * size % 16 == 0 for n in (logits.shape[-1], *logits.stride()[:-1])) and logits.data_ptr() % 16 == 0
@@ -47,29 +68,25 @@ def aligned(logits: torch.Tensor) -> bool:
 
 def fit(tile: Tile, vocab: int) -> Tile:
     """No larger than the row needs, and no more threads than the tile has vectors."""
-    block_v = max(128, min(tile.block_v, triton.next_power_of_2(vocab)))
-    return tile._replace(block_v=block_v, warps=max(1, min(tile.warps, block_v // 256)))
+    block = max(128, min(tile.block, triton.next_power_of_2(vocab)))
+    return tile._replace(block=block, warps=max(1, min(tile.warps, block // 256)))
 
 
-def launch_options(tile: Tile, logits: torch.Tensor) -> dict[str, Any]:
-    """The constexpr arguments and compiler options that a tile stands for, for these rows."""
+def row_tile(tile: Tile, logits: Tensor) -> RowTile:
+    """The tile of these rows, as kernels take it."""
+    is_aligned = aligned(logits)
+    # Element by element there is nothing to gain from loading ahead, and registers to lose.
+    stages = tile.stages if is_aligned else 1
+    members = (logits.shape[-1], tile.block, width_of(logits.dtype), int(is_aligned), stages, tile.programs > 0)
+    return RowTile(*map(tl.constexpr, members))
+
+
+def compiler_options(tile: Tile) -> dict[str, Any]:
     # As many registers as the programs of a multiprocessor leave each other: left alone, the assembler may spill to
     # make room for more programs than will ever come.
     registers = {"maxnreg": min(255, 65536 // (32 * tile.warps * tile.programs) // 8 * 8)} if tile.programs else {}
-    is_aligned = aligned(logits)
-    return {
-        **registers,
-        "V": logits.shape[-1],
-        "BLOCK_V": tile.block_v,
-        "WIDTH": width_of(logits.dtype),
-        "AXIS": int(is_aligned),
-        # Element by element there is nothing to gain from loading ahead, and registers to lose.
-        "STAGES": tile.stages if is_aligned else 1,
-        "PERSISTENT": tile.programs > 0,
-        "num_warps": tile.warps,
-        # Triton's default changes with its version, and with it the last bit.
-        "enable_fp_fusion": True,
-    }
+    # Triton's default of fp_fusion changes with its version, and with it the last bit.
+    return {**registers, "num_warps": tile.warps, "enable_fp_fusion": True}
 
 
 def grid_for(tile: Tile, n_rows: int, device: torch.device) -> tuple[int]:
@@ -78,14 +95,40 @@ def grid_for(tile: Tile, n_rows: int, device: torch.device) -> tuple[int]:
     return (min(n_rows, tile.programs * torch.cuda.get_device_properties(device).multi_processor_count),)
 
 
-def per_row(x: torch.Tensor | None, n_completions: int) -> int:
-    """1 where a knob has one value per row, 0 where it has one per completion."""
-    return int(x is not None and x.numel() != n_completions)
-
-
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Launches go to the tensor's device, which need not be the current one."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-BLOCK_ROWS = 1024  # rows of (N,) vectors that one program of the small kernels takes at a time
+# ---- inputs ---------------------------------------------------------------------------------------------------------
+
+
+def kernel_rows(rows: Rows, num_completions: int, names: str) -> tuple[Rows, Rows]:
+    """The named members of rows as a kernel takes them, and which of its knobs have one value per row.
+
+    A kernel is compiled for what is there, not for where it lies: a slice that begins off 16 bytes is copied.
+    """
+    wanted, per_row = names.split(), rows.per_row(num_completions)
+    given = {n: _on_16_bytes(getattr(rows, n)) if n in wanted else None for n in Rows._fields}
+    flags = {n: tl.constexpr(bool(getattr(per_row, n))) if n in wanted else None for n in Rows._fields}
+    return Rows(**given), Rows(**flags)
+
+
+def kernel_groups(groups: Groups) -> Groups:
+    return Groups(*map(_on_16_bytes, groups))
+
+
+def _on_16_bytes(x: Tensor | None) -> Tensor | None:
+    return x if x is None or x.data_ptr() % 16 == 0 else x.clone()
+
+
+def kernel_settings(settings: Settings, names: str) -> Settings:
+    """The named settings as a kernel takes them: numbers at run time, choices and what is off known to the compiler."""
+    found: dict[str, Any] = {}
+    for name in names.split():
+        value = getattr(settings, name)
+        if name == "aggregation":
+            value = min(value, GRPO + 1)  # whether it is a mean of means is all that a kernel asks
+        number = name in Settings._fields[: len(settings.numbers)]
+        found[name] = (value or None if name in ("delta", "softcap") else value) if number else tl.constexpr(value)
+    return Settings(*(found.get(name) for name in Settings._fields))  # type: ignore[arg-type]

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..checks import Shape, check_device, check_floating, check_logits, look, refuse
+from ...kernels.schemas import Rows
+from ..checks import Shape, check_device, check_floating, check_rows, look, refuse
 from . import sharded
 from .chunks import bytes_per_row
 
@@ -17,9 +18,9 @@ HEAD_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float, workspace_bytes: int, fp32_logits: bool,
-    group: dist.ProcessGroup | None, tokens: Tensor, mask: Tensor | None, completion: Tensor | None,
-    num_completions: int | None, temperature: Tensor | float, softcap: float | None, check_values: bool | None,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows, num_completions: int | None, softcap: float | None,
+    logit_scale: float, fp32_logits: bool, workspace_bytes: int, group: dist.ProcessGroup | None,
+    check_values: bool | None,
 ) -> tuple[Shape, int]:  # fmt: skip
     """Returns the shape of the rows and B."""
     check_floating("hidden", hidden)
@@ -65,29 +66,27 @@ def check_head(
         # First of all that may differ between ranks: one that raised would leave the others waiting.
         sharded.check_split(shape[0], group)
         vocab *= dist.get_world_size(group)
-    rows, count = check_logits(hidden, tokens, mask, completion, num_completions, temperature, softcap, check_values,
-                               "hidden", vocab)  # fmt: skip
-    return rows, count
+    return check_rows(hidden, rows, num_completions, softcap, check_values, "hidden", vocab)
 
 
-def check_lengths(
-    lengths: Lengths | None, count: int, mask: Tensor | None, completion: Tensor | None, rows: Shape
-) -> Tensor | None:
+def check_lengths(lengths: Lengths | None, rows: Rows, shape: Shape, num_completions: int) -> Tensor | None:
+    """Tokens that count of each completion, on the host."""
+    mask, completion = rows.mask, rows.completion
     if lengths is None:
         return None
     if isinstance(lengths, Tensor) and lengths.device.type != "cpu":
         refuse("lengths", f"device {lengths.device}", "on the host: a list or a CPU tensor")
     host = torch.as_tensor(lengths).detach()
-    if host.dtype not in (torch.int32, torch.int64) or tuple(host.shape) != (count,):
-        refuse("lengths", f"{host.dtype} of shape {tuple(host.shape)}", f"integers of shape ({count},)")
+    if host.dtype not in (torch.int32, torch.int64) or tuple(host.shape) != (num_completions,):
+        refuse("lengths", f"{host.dtype} of shape {tuple(host.shape)}", f"integers of shape ({num_completions},)")
     if not look(host, None):
         return host.long()
     if bool((host < 0).any()):
         refuse("lengths", host.tolist(), "0 or above")
     on_host = all(x is None or look(x, None) for x in (mask, completion))
     if on_host:
-        keep = torch.ones(rows) if mask is None else (mask != 0).float()
-        counts = keep.sum(1) if completion is None else torch.zeros(count).index_add(0, completion, keep)
+        keep = torch.ones(shape) if mask is None else (mask != 0).float()
+        counts = keep.sum(1) if completion is None else torch.zeros(num_completions).index_add(0, completion, keep)
         if bool(((host != counts) & (host != 0)).any()):
             refuse("lengths", host.tolist(), f"what mask keeps of each completion, {counts.long().tolist()}, or 0")
     return host.long()

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from ...kernels import onednn
+from ...kernels.schemas import STATISTICS, Rows, gradient_dtype
 from . import sharded
-from .engines import Engine, Rows, Weighed, logprobs_of
+from .engines import Engine, Weighed, logprobs_of
+from .select import Selection
 
 # Rows of one tile of a GPU's matmul, and the most rows of one matmul for logits. That matmul has the same size for
 # every chunk, the last one padded: the order of its sums, and so a row's log-prob, never depends on the batch.
@@ -37,11 +39,6 @@ class Needs(NamedTuple):
     hidden: bool
     weight: bool
     bias: bool
-
-
-def kept_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of a gradient until the loss scale has reached it: float16 has no room for one before."""
-    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def bytes_per_row(vocab: int, dtype: torch.dtype, fp32_logits: bool) -> int:
@@ -124,34 +121,44 @@ def accumulate(out: Tensor, gradient: Tensor, hidden: Tensor, first: bool) -> No
             torch.addmm(part, gradient[:, at : at + SLAB].t().to(out.dtype), wide, beta=beta, out=part)
 
 
+class HeadOptions(NamedTuple):
+    """What the ops of `linear_token_loss` share beside rows and settings, in the order of their schemas."""
+
+    logit_scale: float
+    fp32_logits: bool
+    backend: str
+    workspace_bytes: int
+    group: str  # name of the process group that a vocabulary is split over; "": it is whole
+
+
 class Head:
     """hidden (B, L, D), of which some rows take part, and the linear layer after it, chunk by chunk.
 
-    index: (N,) the rows that take part, flat; None: all. The matmuls have the dtype of hidden.
+    The matmuls have the dtype of hidden. chunks: ranges of the rows that take part.
     """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor | None, rows: Rows, scale: float,
-        needs: Needs, chunks: list[tuple[int, int]], size: Chunking, fp32_logits: bool, group: str,
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Needs, selection: Selection,
+        chunks: list[tuple[int, int]], size: Chunking, options: HeadOptions,
     ) -> None:  # fmt: skip
-        self.hidden, self.index, self.rows, self.scale = hidden, index, rows, scale
+        self.hidden, self.index, self.rows = hidden, selection.taken, selection.rows
         self.weight, self.bias = (None if x is None else x.detach().to(hidden.dtype) for x in (weight, bias))
-        self.group, self.size = group, size
+        self.scale, self.group, self.chunks, self.size = options.logit_scale, options.group, chunks, size
         vocab, width, device = len(weight), hidden.shape[2], hidden.device
         most = max((stop - start for start, stop in chunks), default=0)
-        wide = fp32_logits and hidden.dtype.itemsize == 2
+        wide = options.fp32_logits and hidden.dtype.itemsize == 2
         self.logits: Tensor | None = torch.empty(
             -(-most // size.call) * size.call, vocab, dtype=torch.float32 if wide else hidden.dtype, device=device
         )
         self.gradient = torch.empty(most, vocab, dtype=hidden.dtype, device=device) if wide and any(needs) else None
-        kept = kept_dtype(hidden.dtype)
+        kept = gradient_dtype(hidden.dtype)
         self.d_hidden = self.d_weight = self.d_bias = None
         if needs.hidden:
-            make = torch.empty if index is None else torch.zeros
+            make = torch.empty if self.index is None else torch.zeros
             self.d_hidden = make(hidden.shape, dtype=kept, device=device)
         # Sums over chunks are kept in float32; a single one is no sum.
         summed = kept if len(chunks) == 1 and weight.dtype == hidden.dtype else torch.promote_types(kept, torch.float32)
-        self.weight_dtype = kept_dtype(weight.dtype)
+        self.weight_dtype = gradient_dtype(weight.dtype)
         if needs.weight:
             make = torch.empty if chunks else torch.zeros
             self.d_weight = make(vocab, width, dtype=summed, device=device)
@@ -247,47 +254,40 @@ def score(head: Head, engine: Engine, z: Tensor, rows: Rows) -> tuple[Tensor, Te
 def joined(scores: list[tuple[Tensor, Tensor]], like: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """ℓ (N,) and statistics (5, N) of all chunks."""
     if not scores:
-        return like.new_zeros(0, dtype=dtype), like.new_zeros(5, 0, dtype=dtype)
+        return like.new_zeros(0, dtype=dtype), like.new_zeros(STATISTICS, 0, dtype=dtype)
     logprobs, statistics = zip(*scores, strict=True)
     return torch.cat(logprobs), torch.cat(statistics, 1)
 
 
-def score_all(head: Head, engine: Engine, chunks: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+def score_all(head: Head, engine: Engine) -> tuple[Tensor, Tensor]:
     """ℓ (N,) and (5, N) statistics: one matmul."""
-    scores = [score(head, engine, head.forward(a, b)[1], head.rows.part(a, b)) for a, b in chunks]
+    scores = [score(head, engine, head.forward(a, b)[1], head.rows.part(a, b)) for a, b in head.chunks]
     return joined(scores, head.hidden, engine.dtype)
 
 
 def weigh_all(
-    head: Head,
-    engine: Engine,
-    chunks: list[tuple[int, int]],
-    lengths: Tensor,
-    denominator: Tensor,
-    unit: float | Tensor,
+    head: Head, engine: Engine, lengths: Tensor, denominator: Tensor, unit: float | Tensor
 ) -> Iterator[Weighed]:
     """The objective of every chunk, its logits read once, and the gradients on the way: three matmuls at the most."""
-    s, count = engine.settings, len(lengths)
-    for a, b in chunks:
+    num_completions = len(lengths)
+    for a, b in head.chunks:
         rows = head.rows.part(a, b)
         h, z = head.forward(a, b)
         g = head.target(z)
-        if s.two or head.group:
+        if engine.settings.two_temperatures or head.group:
             # ℓ at two temperatures are mixed by their weights, which follow from the whole row.
             logprobs, statistics = score(head, engine, z, rows)
-            weighed = engine.objective(logprobs, statistics, rows, lengths, denominator, count)
+            weighed = engine.objective(logprobs, statistics, rows, lengths, denominator, num_completions)
             head.backward(g, h, mix(engine, z, g, statistics, weighed.weights, rows), unit, a, b)
         else:
-            weighed = engine.objective(*engine.unit(z, g, rows), rows, lengths, denominator, count)
+            weighed = engine.objective(*engine.unit(z, g, rows), rows, lengths, denominator, num_completions)
             head.backward(g, h, weighed.weights[0], unit, a, b)
         yield weighed
 
 
-def backward_all(
-    head: Head, engine: Engine, chunks: list[tuple[int, int]], statistics: Tensor, weights: Tensor, unit: float | Tensor
-) -> None:
+def backward_all(head: Head, engine: Engine, statistics: Tensor, weights: Tensor, unit: float | Tensor) -> None:
     """The gradients where all statistics and weights (1 or 2, N) are known: the logits once more, two matmuls after."""
-    for a, b in chunks:
+    for a, b in head.chunks:
         h, z = head.forward(a, b)
         g, part = head.target(z), statistics[:, a:b].contiguous()
         size = mix(engine, z, g, part, weights[:, a:b], head.rows.part(a, b))

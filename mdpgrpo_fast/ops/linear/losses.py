@@ -9,13 +9,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...config import MDPGRPOConfig
+from ...kernels.schemas import Rows, Settings
 from ...reference import TokenLoss
-from ..advantages import advantages_of, grouped_rewards
+from ..advantages import grouped, with_advantages
 from ..backends import choose
 from ..checks import check_advantages, check_device, check_objective
-from . import sharded
+from ..fused import as_token_loss, flat_rows, saved_gradient, scalar
+from . import op, sharded  # noqa: F401  op registers the ops
 from .checks import Lengths, check_head, check_lengths, compute_dtype
-from .op import AGGREGATION
 
 WORKSPACE_BYTES = 256 << 20
 Knob = Tensor | float
@@ -91,74 +92,30 @@ def linear_token_loss(
     """
     if rewards is not None and num_completions is None and completion is not None:
         num_completions = rewards.numel()
-    rows, count = check_head(
-        hidden, weight, bias, logit_scale, workspace_bytes, fp32_logits, vocab_group, tokens, mask, completion,
-        num_completions, temperature, softcap, check_values,
+    rows = Rows(
+        tokens, mask, completion, advantage, kl_beta, old_logprobs, ref_logprobs, importance_weight, temperature,
+        epsilon_low, epsilon_high,
     )  # fmt: skip
-    check_objective(
-        hidden, rows, count, config, completion, max_completion_length, check_values, "hidden",
-        denominator=denominator, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
-        importance_weight=importance_weight, epsilon_low=epsilon_low, epsilon_high=epsilon_high,
-    )  # fmt: skip
-    check_device(hidden, "hidden", rewards=rewards, num_constraints=num_constraints, valid=valid, groups=groups,
-                 advantage=advantage, kl_beta=kl_beta)  # fmt: skip
-    check_advantages(rewards, num_constraints, valid, groups, advantage, kl_beta, rows, count)
-    host_lengths = check_lengths(lengths, count, mask, completion, rows)
-    rewards, valid, slots = grouped_rewards(rewards, num_constraints, valid, groups, config, check_values)
+    options = logit_scale, fp32_logits, workspace_bytes, vocab_group
+    shape, num_completions = check_head(hidden, weight, bias, rows, num_completions, softcap, *options, check_values)
+    check_objective(rows, shape, num_completions, config, max_completion_length, denominator, check_values, "hidden")
+    check_device(hidden, "hidden", rewards=rewards, num_constraints=num_constraints, valid=valid, groups=groups)
+    check_advantages(rows, num_completions, rewards, num_constraints, valid, groups)
+    host_lengths = check_lengths(lengths, rows, shape, num_completions)
+    by_group = grouped(rewards, num_constraints, valid, groups, config, check_values)
     dtype = compute_dtype(hidden)
     name = choose(backend, hidden.device, dtype)
-    if rewards is not None and num_constraints is not None:
-        advantage, kl_beta = advantages_of(name, rewards, num_constraints, config, valid, slots)
-    same = not isinstance(temperature, Tensor) and temperature == config.kl_temperature
-    low, high = (config.epsilon_low if epsilon_low is None else epsilon_low,
-                 config.epsilon_high if epsilon_high is None else epsilon_high)  # fmt: skip
-    device, real = hidden.device, torch.float64 if dtype == torch.float64 else torch.float32
-    if denominator is not None:
-        denominator = _scalar(denominator, device, real)
-    assert advantage is not None and kl_beta is not None
+    rows = with_advantages(rows, name, by_group, config)
+    settings, real = Settings.of(config, rows, softcap), torch.float64 if dtype == torch.float64 else torch.float32
     with sharded.gathered(weight, bias):
-        head = (_as_padded(hidden, dtype), sharded.whole(weight), None if bias is None else sharded.whole(bias))
-        needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in head]
+        head, needs = _whole_head(hidden, weight, bias, dtype)
         args = (
-            tokens.reshape(-1).contiguous(),
-            _flat(mask),
-            _flat(completion),
-            count,
-            host_lengths,
-            _knob(advantage, count, device, real),
-            _knob(kl_beta, count, device, real),
-            _flat(old_logprobs),
-            _flat(ref_logprobs),
-            _flat(importance_weight),
-            *(_knob(x, count, device, real) if isinstance(x, Tensor) else None for x in (temperature, low, high)),
-            denominator,
-            max_completion_length or max(rows[-1], 1),
-            [
-                *(1.0 if isinstance(x, Tensor) else float(x) for x in (temperature, low, high)),
-                config.delta or 0.0,
-                config.kl_temperature,
-                softcap or 0.0,
-                float(logit_scale),
-            ],
-            [
-                int(config.importance_level == "sequence"),
-                int(config.kl_estimator[1]),
-                AGGREGATION.index(config.aggregation),
-                int(config.rescale_per_row),
-                int(ref_logprobs is not None and not same),
-                int(fp32_logits),
-                int(skip_idle),
-                *map(int, needs),
-            ],
-            name,
-            workspace_bytes,
-            _group_name(vocab_group),
-        )
+            needs, None if denominator is None else scalar(denominator, hidden.device, real),
+            max_completion_length or max(shape[-1], 1), skip_idle,
+            *_call(rows, num_completions, host_lengths, settings, name, hidden.device, real, *options),
+        )  # fmt: skip
         outputs = _LinearTokenLoss.apply(*head, args)
-    loss, per_row, marks, completion_kl, totals = outputs
-    logprobs, entropy, kl, ratio, _ = (x.view(rows) for x in per_row.unbind())
-    clipped_low, clipped_high, _ = (x.view(rows) for x in marks.unbind())
-    return TokenLoss(loss, logprobs, entropy, kl, ratio, clipped_low, clipped_high, completion_kl, totals)
+    return as_token_loss(outputs, tokens.shape)
 
 
 def linear_token_logprobs(
@@ -189,76 +146,51 @@ def linear_token_logprobs(
     if hidden.ndim == 2 and completion is None:
         # Without a map every row is its own completion.
         completion, num_completions = torch.arange(len(hidden), device=hidden.device), len(hidden)
-    rows, count = check_head(
-        hidden, weight, bias, logit_scale, workspace_bytes, fp32_logits, vocab_group, tokens, mask, completion,
-        num_completions, temperature, softcap, check_values,
-    )  # fmt: skip
-    host_lengths = check_lengths(lengths, count, mask, completion, rows)
+    rows = Rows(tokens, mask, completion, temperature=temperature)
+    options = logit_scale, fp32_logits, workspace_bytes, vocab_group
+    shape, num_completions = check_head(hidden, weight, bias, rows, num_completions, softcap, *options, check_values)
+    host_lengths = check_lengths(lengths, rows, shape, num_completions)
     dtype = compute_dtype(hidden)
     name = choose(backend, hidden.device, dtype)
+    tau = 1.0 if isinstance(temperature, Tensor) else float(temperature)
+    settings = Settings(temperature=tau, softcap=softcap or 0.0)
     real = torch.float64 if dtype == torch.float64 else torch.float32
     with sharded.gathered(weight, bias):
-        head = (_as_padded(hidden, dtype), sharded.whole(weight), None if bias is None else sharded.whole(bias))
-        args = (
-            tokens.reshape(-1).contiguous(),
-            _flat(mask),
-            _flat(completion),
-            count,
-            host_lengths,
-            _knob(temperature, count, hidden.device, real) if isinstance(temperature, Tensor) else None,
-            [1.0 if isinstance(temperature, Tensor) else float(temperature), softcap or 0.0, float(logit_scale)],
-            fp32_logits,
-            name,
-            workspace_bytes,
-            _group_name(vocab_group),
-        )
-        needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in head]
+        head, needs = _whole_head(hidden, weight, bias, dtype)
+        args = _call(rows, num_completions, host_lengths, settings, name, hidden.device, real, *options)
         logprobs, entropy = _LinearTokenLogprobs.apply(*head, needs, args)
-    return logprobs.view(rows), entropy.view(rows)
+    return logprobs.view(shape), entropy.view(shape)
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
 
 
-def _as_padded(hidden: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, L, D), or (1, T, D) of packed states."""
-    return (hidden if hidden.ndim == 3 else hidden[None]).to(dtype)
+def _whole_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> tuple[tuple[Tensor, Tensor, Tensor | None], list[bool]]:
+    """hidden (B, L, D), or (1, T, D) of packed states, weight and bias gathered; and which of them want a gradient."""
+    padded = (hidden if hidden.ndim == 3 else hidden[None]).to(dtype)
+    head = (padded, sharded.whole(weight), None if bias is None else sharded.whole(bias))
+    return head, [torch.is_grad_enabled() and x is not None and x.requires_grad for x in head]
 
 
-def _flat(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.detach().reshape(-1).contiguous()
-
-
-def _scalar(x: Knob, device: torch.device, dtype: torch.dtype) -> Tensor:
-    # Filled on the device: a copy from the host would wait for it.
-    if not isinstance(x, Tensor):
-        return torch.full((), float(x), dtype=dtype, device=device)
-    return x.detach().reshape(()).to(device, dtype)
-
-
-def _knob(x: Knob, count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """One value per completion (B,) or per row (T,), flat."""
-    if not isinstance(x, Tensor) or x.ndim == 0:
-        return _scalar(x, device, dtype).expand(count).contiguous()
-    return x.detach().reshape(-1).to(dtype).contiguous()
-
-
-def _group_name(group: dist.ProcessGroup | None) -> str:
-    return "" if group is None else group.group_name
+def _call(
+    rows: Rows, num_completions: int, lengths: Tensor | None, settings: Settings, backend: str, device: torch.device,
+    real: torch.dtype, logit_scale: float, fp32_logits: bool, workspace_bytes: int, group: dist.ProcessGroup | None,
+) -> tuple[Any, ...]:  # fmt: skip
+    """What all ops take beside hidden, weight and bias, in the order of their schemas."""
+    return (
+        list(flat_rows(rows, num_completions, device, real)), num_completions, lengths, list(settings.numbers),
+        list(settings.flags), float(logit_scale), fp32_logits, backend, workspace_bytes,
+        "" if group is None else group.group_name,
+    )  # fmt: skip
 
 
 # ---- autograd -------------------------------------------------------------------------------------------------------
 
 
-def _own(saved: Tensor) -> Tensor:
-    """A saved gradient to write to: its own memory, or a copy where another backward pass may want it."""
-    # While compiling there is no asking.
-    kept = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
-    return saved.detach().clone() if kept else saved.detach()
-
-
 def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-    gradient = _own(gradient)
+    gradient = saved_gradient(gradient)
     torch.ops.mdpgrpo_fast.linear_scale_(gradient, scale, backend)
     return gradient.to(dtype)  # float16: rounded only after the loss scale
 
@@ -266,15 +198,15 @@ def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, backend: str) -
 class _LinearTokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, args: tuple[Any, ...]) -> Any:
-        *gradients, loss, rows, marks, completion_kl, totals = torch.ops.mdpgrpo_fast.linear_token_loss(
+        *gradients, loss, per_row, marks, completion_kl, totals = torch.ops.mdpgrpo_fast.linear_token_loss(
             hidden, weight, bias, *args
         )
         ctx.save_for_backward(*gradients)
         ctx.backend = args[-3]
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
-        ctx.mark_non_differentiable(rows, marks, completion_kl, totals)
+        ctx.mark_non_differentiable(per_row, marks, completion_kl, totals)
         ctx.set_materialize_grads(False)
-        return loss, rows, marks, completion_kl, totals
+        return loss, per_row, marks, completion_kl, totals
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -309,11 +241,11 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         if grad_logprobs is None:
             return None, None, None, None, None
         if ctx.unit_gradient:
-            weights, mask = grad_logprobs, ctx.args[1]
+            weights, mask = grad_logprobs, Rows(*ctx.args[0]).mask
             if mask is not None:
                 # A row that does not count has no gradient, whatever comes in.
                 weights = weights.masked_fill(mask == 0, 0)
-            unit = _own(ctx.saved_tensors[0])
+            unit = saved_gradient(ctx.saved_tensors[0])
             return unit.mul_(weights.view(*unit.shape[:-1], 1)).to(ctx.dtype), None, None, None, None
         hidden, weight, bias, statistics = ctx.saved_tensors
         with sharded.gathered(weight, bias):

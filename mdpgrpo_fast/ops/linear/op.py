@@ -11,29 +11,73 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...kernels.schemas import AGGREGATION
-from ...reference import TOTALS, Layout, default_denominator, token_shares
+from ...kernels.schemas import AGGREGATION, MARKS, NUM_TOTALS, ROWS, STATISTICS, Rows, Settings, gradient_dtype
+from ...kernels.schemas import SETTINGS as _SETTINGS
+from ...reference import Layout, default_denominator, token_shares
 from . import sharded
 from .chunks import (
     Chunking,
     Head,
+    HeadOptions,
     Needs,
     backward_all,
     bytes_per_row,
     chunking,
     joined,
-    kept_dtype,
     mix,
     plan,
     score,
     score_all,
     weigh_all,
 )
-from .engines import ENGINES, ENTROPY, Settings
+from .engines import ENTROPY, Engine, engine_for
 from .select import Selection, select
 
 
-def _spread(x: Tensor, index: Tensor | None, n: int) -> Tensor:
+class _Call(NamedTuple):
+    """The arguments that all the ops share, beside hidden, weight and bias, in the order of their schemas."""
+
+    rows: list[Tensor | None]
+    num_completions: int
+    lengths: Tensor | None
+    numbers: list[float]
+    flags: list[int]
+    logit_scale: float
+    fp32_logits: bool
+    backend: str
+    workspace_bytes: int
+    group: str
+
+    @property
+    def options(self) -> HeadOptions:
+        return HeadOptions(self.logit_scale, self.fp32_logits, self.backend, self.workspace_bytes, self.group)
+
+    @property
+    def settings(self) -> Settings:
+        return Settings.read(self.numbers, self.flags)
+
+    def select(self, weight: Tensor, row_length: int, skip_idle: bool, sequence: bool) -> Selection:
+        rows = Rows(*self.rows)
+        if self.group:
+            rows = rows._replace(tokens=rows.tokens - sharded.rank_of(self.group) * len(weight))
+        return select(rows, self.num_completions, row_length, self.lengths, skip_idle, sequence)
+
+    def size(self, hidden: Tensor, weight: Tensor) -> Chunking:
+        vocab, width = weight.shape
+        row = bytes_per_row(vocab, hidden.dtype, self.fp32_logits)
+        return chunking(width, row, self.workspace_bytes, hidden.device)
+
+    def head(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Needs
+    ) -> tuple[Head, Engine, Selection]:  # fmt: skip
+        """For log-probs, which need no row but those that count."""
+        chosen, size = self.select(weight, hidden.shape[1], False, False), self.size(hidden, weight)
+        chunks = plan(len(chosen.rows.tokens), size.rows, None) or []
+        head = Head(hidden, weight, bias, needs, chosen, chunks, size, self.options)
+        return head, engine_for(self.backend, self.settings, hidden.dtype), chosen
+
+
+def _scatter(x: Tensor, index: Tensor | None, n: int) -> Tensor:
     """(..., N) of the rows that took part as (..., T), 0 at the others."""
     if index is None:
         return x
@@ -41,136 +85,65 @@ def _spread(x: Tensor, index: Tensor | None, n: int) -> Tensor:
 
 
 def _token_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    tokens: Tensor,
-    mask: Tensor | None,
-    completion: Tensor | None,
-    n_completions: int,
-    lengths: Tensor | None,
-    advantage: Tensor,
-    kl_beta: Tensor,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    importance_weight: Tensor | None,
-    temperature: Tensor | None,
-    epsilon_low: Tensor | None,
-    epsilon_high: Tensor | None,
-    denominator: Tensor | None,
-    max_completion_length: int,
-    numbers: list[float],
-    flags: list[int],
-    backend: str,
-    workspace_bytes: int,
-    group: str,
-) -> tuple[Tensor, ...]:
-    tau, low, high, delta, kl_tau, softcap, scale = numbers
-    sequence, estimator, aggregation, rescale, two, fp32_logits, skip_idle, *wanted = flags
-    needs = Needs(*map(bool, wanted))
-    vocab, n = len(weight), len(tokens)
-    if group:
-        tokens = tokens - sharded.rank_of(group) * vocab
-    knobs = (advantage, temperature, epsilon_low, epsilon_high)
-    if sequence and old_logprobs is None and not rescale:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool], denominator: Tensor | None,
+    max_completion_length: int, skip_idle: bool, *args: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    call, wanted = _Call(*args), Needs(*needs)
+    settings, rows, b = call.settings, Rows(*call.rows), call.num_completions
+    n = len(rows.tokens)
+    if settings.sequence and rows.old_logprobs is None and not settings.rescale:
         # On-policy every ratio is 1, and where all tokens of a completion are alike, so are their gradients.
-        sequence = importance_weight is not None or any(x is not None and x.numel() != n_completions for x in knobs)
-    chosen = select(
-        tokens, mask, completion, n_completions, hidden.shape[1], lengths,
-        (advantage, kl_beta, old_logprobs, ref_logprobs, importance_weight, *knobs[1:]), bool(skip_idle),
-        bool(sequence),
-    )  # fmt: skip
-    index, rows, extents, counts, violated = chosen
-    settings = Settings(
-        tau, low, high, delta, kl_tau, softcap, bool(sequence), estimator, AGGREGATION[aggregation], bool(rescale),
-        bool(two),
-    )  # fmt: skip
-    engine = ENGINES[backend](settings, hidden.dtype)
-    counts = counts.to(engine.dtype)
+        alike = not any(rows._replace(kl_beta=None).per_row(b)) and rows.importance_weight is None
+        settings = settings._replace(sequence=int(not alike))
+    chosen = call.select(weight, hidden.shape[1], skip_idle, bool(settings.sequence))
+    index, rows = chosen.taken, chosen.rows
+    engine = engine_for(call.backend, settings, hidden.dtype)
+    lengths, aggregation = chosen.lengths.to(engine.dtype), AGGREGATION[settings.aggregation]
     if denominator is None:
-        denominator = default_denominator(counts, settings.aggregation, max_completion_length)
+        denominator = default_denominator(lengths, aggregation, max_completion_length)
     denominator = denominator.to(engine.dtype)
-    if violated is not None:
-        denominator = torch.where(violated, torch.nan, denominator)
+    if chosen.violated is not None:
+        denominator = torch.where(chosen.violated, torch.nan, denominator)
     unit: float | Tensor = 1.0
     if hidden.dtype == torch.float16:
-        shares = token_shares(counts, Layout(n_completions), settings.aggregation, denominator)
+        shares = token_shares(lengths, Layout(b), aggregation, denominator)
         unit = shares.amax() if shares.numel() else 1.0
 
-    size = _size(hidden, weight, bool(fp32_logits), workspace_bytes)
-    total, once = len(rows.tokens), True
-    ranges = plan(total, size.rows, None)
-    if sequence:
+    size, total, once = call.size(hidden, weight), len(rows.tokens), True
+    chunks = plan(total, size.rows, None)
+    if settings.sequence:
         # ρ wants all rows of a completion: in one chunk, or, where that cannot be, in a pass over all chunks before.
-        undivided = None if extents is None else plan(total, size.rows, extents)
-        ranges, once = ranges if undivided is None else undivided, undivided is not None
-    assert ranges is not None
-    head = Head(hidden, weight, bias, index, rows, scale, needs, ranges, size, bool(fp32_logits), group)
-    if once and any(needs) and ranges:
-        found = list(weigh_all(head, engine, ranges, counts, denominator, unit))
-        per, marks = torch.cat([w.rows for w in found], 1), torch.cat([w.marks for w in found], 1)
+        undivided = None if chosen.extents is None else plan(total, size.rows, chosen.extents)
+        chunks, once = chunks if undivided is None else undivided, undivided is not None
+    assert chunks is not None
+    head = Head(hidden, weight, bias, wanted, chosen, chunks, size, call.options)
+    if once and any(wanted) and chunks:
+        found = list(weigh_all(head, engine, lengths, denominator, unit))
+        per_row, marks = torch.cat([w.per_row for w in found], 1), torch.cat([w.marks for w in found], 1)
     else:
-        logprobs, statistics = score_all(head, engine, ranges)
-        per, marks, weights = engine.objective(logprobs, statistics, rows, counts, denominator, n_completions)
-        if any(needs):
-            backward_all(head, engine, ranges, statistics, weights, unit)
-    loss, completion_kl, totals = engine.totals(per, marks, rows.mask, rows.completion, n_completions)
-    if violated is not None:
-        loss = torch.where(violated, torch.nan, loss)
-    per = _spread(per, index, n)
+        logprobs, statistics = score_all(head, engine)
+        per_row, marks, weights = engine.objective(logprobs, statistics, rows, lengths, denominator, b)
+        if any(wanted):
+            backward_all(head, engine, statistics, weights, unit)
+    loss, completion_kl, totals = engine.totals(per_row, marks, rows, b)
+    if chosen.violated is not None:
+        loss = torch.where(chosen.violated, torch.nan, loss)
+    per_row = _scatter(per_row, index, n)
     if index is not None:
         absent = torch.ones(n, dtype=torch.bool, device=hidden.device).index_fill_(0, index, False)
-        per[3].masked_fill_(absent, 1)
-    return *head.gradients(unit), loss, per, _spread(marks, index, n), completion_kl, totals
-
-
-def _size(hidden: Tensor, weight: Tensor, fp32_logits: bool, workspace_bytes: int) -> Chunking:
-    vocab, width = weight.shape
-    row = bytes_per_row(vocab, hidden.dtype, fp32_logits)
-    return chunking(width, row, workspace_bytes, hidden.device)
-
-
-class _Logprobs(NamedTuple):
-    """The arguments that the ops of log-probs share, beside hidden, weight and bias."""
-
-    tokens: Tensor
-    mask: Tensor | None
-    completion: Tensor | None
-    n_completions: int
-    lengths: Tensor | None
-    temperature: Tensor | None
-    numbers: list[float]  # τ, soft-cap, logit scale
-    fp32_logits: bool
-    backend: str
-    workspace_bytes: int
-    group: str
-
-    def head(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Needs
-    ) -> tuple[Head, Any, list[tuple[int, int]], Selection]:  # fmt: skip
-        tau, softcap, scale = self.numbers
-        tokens = self.tokens - sharded.rank_of(self.group) * len(weight) if self.group else self.tokens
-        chosen = select(
-            tokens, self.mask, self.completion, self.n_completions, hidden.shape[1], self.lengths,
-            (*(None,) * 5, self.temperature, None, None), False, False,
-        )  # fmt: skip
-        rows = chosen.rows
-        settings = Settings(tau, 0, 0, 0, 1, softcap, False, 3, "dapo", False, False)
-        size = _size(hidden, weight, self.fp32_logits, self.workspace_bytes)
-        ranges = plan(len(rows.tokens), size.rows, None) or []
-        head = Head(hidden, weight, bias, chosen.taken, rows, scale, needs, ranges, size, self.fp32_logits, self.group)
-        return head, ENGINES[self.backend](settings, hidden.dtype), ranges, chosen
+        per_row[ROWS.index("ratio")].masked_fill_(absent, 1)
+    return *head.gradients(unit), loss, per_row, _scatter(marks, index, n), completion_kl, totals
 
 
 def _token_logprobs(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, unit_gradient: bool, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logprobs and entropy (T,), statistics (5, T), and ∂ℓ/∂hidden where it is asked for."""
-    call = _Logprobs(*args)
-    head, engine, ranges, chosen = call.head(hidden, weight, bias, Needs(unit_gradient, False, False))
+    call = _Call(*args)
+    head, engine, chosen = call.head(hidden, weight, bias, Needs(unit_gradient, False, False))
     if unit_gradient:
         found = []
-        for a, b in ranges:
+        for a, b in head.chunks:
             h, z = head.forward(a, b)
             g, rows = head.target(z), head.rows.part(a, b)
             ones = torch.ones(1, b - a, dtype=engine.dtype, device=z.device)
@@ -182,12 +155,13 @@ def _token_logprobs(
             head.backward(g, h, ones[0], 1.0, a, b)
         logprobs, statistics = joined(found, hidden, engine.dtype)
     else:
-        logprobs, statistics = score_all(head, engine, ranges)
+        logprobs, statistics = score_all(head, engine)
     if chosen.violated is not None:
         logprobs = torch.where(chosen.violated, torch.nan, logprobs)
-    n = len(call.tokens)
-    statistics = _spread(statistics, chosen.taken, n)
-    return _spread(logprobs, chosen.taken, n), statistics[ENTROPY].clone(), statistics, head.gradients(1.0)[0]
+    n = hidden.shape[0] * hidden.shape[1]
+    statistics = _scatter(statistics, chosen.taken, n)
+    logprobs = _scatter(logprobs, chosen.taken, n)
+    return logprobs, statistics[ENTROPY].clone(), statistics, head.gradients(1.0)[0]
 
 
 def _token_logprobs_backward(
@@ -195,8 +169,7 @@ def _token_logprobs_backward(
     *args: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """d hidden, d weight, d bias from that of ℓ (T,): the logits are built once more."""
-    call = _Logprobs(*args)
-    head, engine, ranges, chosen = call.head(hidden, weight, bias, Needs(*needs))
+    head, engine, chosen = _Call(*args).head(hidden, weight, bias, Needs(*needs))
     weights = gradient if chosen.taken is None else gradient[chosen.taken]
     weights = weights.to(engine.dtype)
     if chosen.rows.mask is not None:
@@ -207,16 +180,18 @@ def _token_logprobs_backward(
         unit = torch.where(top == 0, 1, top)
     if chosen.taken is not None:
         statistics = statistics[:, chosen.taken]
-    backward_all(head, engine, ranges, statistics, weights[None], unit)
+    backward_all(head, engine, statistics, weights[None], unit)
     return head.gradients(unit)
 
 
 def _scale(x: Tensor, scale: Tensor, backend: str) -> None:
     """x *= scale. A scale of 1 costs no traffic: on the CPU it is looked at, a kernel looks for itself."""
     if backend in ("triton", "cuda") and x.ndim > 1:
+        from ...kernels.triton.tiles import CANDIDATES, fit
         from ...kernels.triton.token_loss import launch_scale
 
-        launch_scale(x if x.ndim == 3 else x[None], scale, tuned=False)
+        # Of another width than the vocabulary's: nothing is measured for it.
+        launch_scale(x if x.ndim == 3 else x[None], scale, tile=fit(CANDIDATES[0], x.shape[-1]))
     elif x.device.type != "cpu" or float(scale) != 1:
         x.mul_(scale)
 
@@ -224,31 +199,27 @@ def _scale(x: Tensor, scale: Tensor, backend: str) -> None:
 # ---- registration ---------------------------------------------------------------------------------------------------
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias"
-_ROWS = "Tensor tokens, Tensor? mask, Tensor? completion, SymInt n_completions, Tensor? lengths"
-_LOGPROBS = (
-    f"{_ROWS}, Tensor? temperature, float[] numbers, bool fp32_logits, str backend, int workspace_bytes, str group"
+_CALL = (
+    f"Tensor?[] rows, SymInt num_completions, Tensor? lengths, {_SETTINGS}, float logit_scale, bool fp32_logits, "
+    "str backend, int workspace_bytes, str group"
 )
 _GRADIENTS = "Tensor d_hidden, Tensor d_weight, Tensor d_bias"
 SCHEMAS = {
-    "linear_token_loss": f"({_HEAD}, {_ROWS}, Tensor advantage, Tensor kl_beta, Tensor? old_logprobs, "
-    "Tensor? ref_logprobs, Tensor? importance_weight, Tensor? temperature, Tensor? epsilon_low, Tensor? epsilon_high, "
-    "Tensor? denominator, SymInt max_completion_length, float[] numbers, int[] flags, str backend, "
-    f"int workspace_bytes, str group) -> ({_GRADIENTS}, Tensor loss, Tensor rows, Tensor marks, "
-    "Tensor completion_kl, Tensor totals)",
-    "linear_token_logprobs": f"({_HEAD}, bool unit_gradient, {_LOGPROBS}) -> (Tensor logprobs, Tensor entropy, "
+    "linear_token_loss": f"({_HEAD}, bool[] needs, Tensor? denominator, SymInt max_completion_length, bool skip_idle, "
+    f"{_CALL}) -> ({_GRADIENTS}, Tensor loss, Tensor per_row, Tensor marks, Tensor completion_kl, Tensor totals)",
+    "linear_token_logprobs": f"({_HEAD}, bool unit_gradient, {_CALL}) -> (Tensor logprobs, Tensor entropy, "
     "Tensor statistics, Tensor d_hidden)",
-    "linear_token_logprobs_backward": f"(Tensor gradient, Tensor statistics, {_HEAD}, bool[] needs, {_LOGPROBS}) -> "
+    "linear_token_logprobs_backward": f"(Tensor gradient, Tensor statistics, {_HEAD}, bool[] needs, {_CALL}) -> "
     f"({_GRADIENTS})",
     "linear_scale_": "(Tensor(a!) x, Tensor scale, str backend) -> ()",
 }
 
 
-def _fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Any) -> tuple[Tensor, ...]:
+def _fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Any, *_: Any) -> tuple[Tensor, ...]:
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
-    dtypes = (kept_dtype(hidden.dtype), kept_dtype(weight.dtype), kept_dtype(weight.dtype))
     return tuple(
-        hidden.new_empty(shape, dtype=dtype) if need else hidden.new_empty((0,))
-        for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)
+        hidden.new_empty(shape, dtype=gradient_dtype(x.dtype)) if need else hidden.new_empty((0,))
+        for shape, x, need in zip(shapes, (hidden, weight, weight), needs, strict=True)
     )
 
 
@@ -256,23 +227,20 @@ def _real(hidden: Tensor) -> torch.dtype:
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
-def _fake_token_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, *args: Any) -> Any:
-    n, count, flags, real = tokens.shape[0], args[2], args[15], _real(hidden)
-    return (
-        *_fake_gradients(hidden, weight, bias, flags[-3:]),
-        hidden.new_empty((), dtype=real),
-        hidden.new_empty((5, n), dtype=real),
-        hidden.new_empty((3, n), dtype=torch.bool),
-        hidden.new_empty((count,), dtype=real),
-        hidden.new_empty((len(TOTALS),), dtype=real),
-    )
+def _fake_token_loss(hidden: Tensor, *args: Any) -> Any:
+    call, n, real = _Call(*args[6:]), hidden.shape[0] * hidden.shape[1], _real(hidden)
+    sizes = ((), (len(ROWS), n), (len(MARKS), n), (call.num_completions,), (NUM_TOTALS,))
+    dtypes = (real, real, torch.bool, real, real)
+    outputs = (hidden.new_empty(size, dtype=dtype) for size, dtype in zip(sizes, dtypes, strict=True))
+    return *_fake_gradients(hidden, *args), *outputs
 
 
-def _fake_token_logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, unit: bool, *args: Any) -> Any:
-    n, real = args[0].shape[0], _real(hidden)
+def _fake_token_logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, unit: bool, *_: Any) -> Any:
+    n, real = hidden.shape[0] * hidden.shape[1], _real(hidden)
     vector = hidden.new_empty((n,), dtype=real)
-    unit_gradient = hidden.new_empty(hidden.shape if unit else (0,), dtype=kept_dtype(hidden.dtype) if unit else None)
-    return vector, torch.empty_like(vector), hidden.new_empty((5, n), dtype=real), unit_gradient
+    dtype = gradient_dtype(hidden.dtype) if unit else None
+    unit_gradient = hidden.new_empty(hidden.shape if unit else (0,), dtype=dtype)
+    return vector, torch.empty_like(vector), hidden.new_empty((STATISTICS, n), dtype=real), unit_gradient
 
 
 _IMPLEMENTATIONS: dict[str, tuple[Any, Any]] = {
@@ -280,7 +248,7 @@ _IMPLEMENTATIONS: dict[str, tuple[Any, Any]] = {
     "linear_token_logprobs": (_token_logprobs, _fake_token_logprobs),
     "linear_token_logprobs_backward": (
         _token_logprobs_backward,
-        lambda gradient, statistics, *args: _fake_gradients(*args[:4]),
+        lambda gradient, statistics, *args: _fake_gradients(*args),
     ),
     "linear_scale_": (_scale, lambda x, scale, backend: None),
 }

@@ -7,10 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...kernels.schemas import KNOBS, Rows
 from ...reference import Layout
-from .engines import Rows
-
-KNOBS = ("advantage", "kl_beta", "temperature", "epsilon_low", "epsilon_high")
 
 
 def may_look(device: torch.device) -> bool:
@@ -19,49 +17,42 @@ def may_look(device: torch.device) -> bool:
 
 
 class Selection(NamedTuple):
-    """The rows that take part. taken (N,): which of all T, None: all; extents: rows of each completion, if known."""
+    """The rows that take part, in the order of the chunks, one value per row each, with a bool mask if any."""
 
-    taken: Tensor | None
+    taken: Tensor | None  # (N,) which of all T rows they are; None: all
     rows: Rows
-    extents: list[int] | None
+    extents: list[int] | None  # rows of each completion, if known
     lengths: Tensor  # (B,) float32 tokens that count, of all rows
     violated: Tensor | None  # bool scalar: a completion is unknown, or the lengths given are not those of the mask
 
 
 def select(
-    tokens: Tensor,
-    mask: Tensor | None,
-    completion: Tensor | None,
-    count: int,
-    row_length: int,
-    lengths: Tensor | None,
-    inputs: tuple[Tensor | None, ...],
-    skip_idle: bool,
-    sequence: bool,
+    rows: Rows, num_completions: int, row_length: int, lengths: Tensor | None, skip_idle: bool, sequence: bool
 ) -> Selection:
     """Leaves out what cannot contribute: masked rows, and idle ones, whose A is 0 and that have no KL term.
 
     On the CPU the rows are looked at. On a GPU that would wait for the device: there `lengths` says how many rows each
     completion has, 0 where it has none that contribute; without it all rows stay, under a mask.
-    inputs: the members of Rows from advantage on, (T,) or, of KNOBS, (B,).
     """
+    tokens, mask, completion = rows.tokens, rows.mask, rows.completion
     n, device = len(tokens), tokens.device
     looking, packed, violated = may_look(device), completion is not None, None
     keep = torch.ones(n, dtype=torch.bool, device=device) if mask is None else mask != 0
     if completion is None:
         completion = torch.arange(n, device=device).div(row_length, rounding_mode="floor")
-    elif count:
-        known = (completion >= 0) & (completion < count)
+    elif num_completions:
+        known = (completion >= 0) & (completion < num_completions)
         completion, violated = torch.where(known, completion, 0), (keep & ~known).any()
     completion = completion.long()
-    layout = Layout(count, completion)
+    layout = Layout(num_completions, completion)
     counts = layout.sum(keep.float())
     # Log-probs and importance weights have one value per row, also where there are as many rows as completions.
-    each = [
-        x[completion] if x is not None and name in KNOBS and x.numel() == count else x
-        for x, name in zip(inputs, Rows._fields[3:], strict=True)
-    ]
-    idle = _idle(each, keep, layout, sequence) if skip_idle else torch.zeros_like(keep)
+    each = {
+        name: x[completion] if x is not None and name in KNOBS and x.numel() == num_completions else x
+        for name, x in rows._asdict().items()
+    }
+    rows = Rows(**{**each, "completion": completion})
+    idle = _idle(rows, keep, layout, sequence) if skip_idle else torch.zeros_like(keep)
     kept, under = keep & ~idle, None
     index: Tensor | None = None
     extents: list[int] | None = None
@@ -78,25 +69,23 @@ def select(
         index = _places(keep & ~out, sum(extents))
     else:
         under = None if mask is None and not skip_idle else kept
-        extents = None if packed else [row_length] * count
+        extents = None if packed else [row_length] * num_completions
     if sequence and packed:
         rows_of = completion if index is None else completion[index]
         order = rows_of.argsort(stable=True)
         index = order if index is None else index[order]
     if sequence and looking:
         rows_of = completion if index is None else completion[index]
-        extents = rows_of.bincount(minlength=count).tolist()
-    rows = [x if x is None or index is None else x[index] for x in (tokens, under, completion, *each)]
-    return Selection(index, Rows(*rows), extents, counts, violated)  # type: ignore[arg-type]
+        extents = rows_of.bincount(minlength=num_completions).tolist()
+    rows = Rows(*(x if x is None or index is None else x[index] for x in rows._replace(mask=under)))
+    return Selection(index, rows, extents, counts, violated)
 
 
-def _idle(each: list[Tensor | None], keep: Tensor, layout: Layout, sequence: bool) -> Tensor:
+def _idle(rows: Rows, keep: Tensor, layout: Layout, sequence: bool) -> Tensor:
     """(T,) bool, rows whose A is 0 and that have no KL term."""
-    advantage, kl_beta, _, ref, *_ = each
-    assert advantage is not None and kl_beta is not None
-    idle = advantage == 0 if ref is None else (advantage == 0) & (kl_beta == 0)
+    idle = rows.advantage == 0 if rows.ref_logprobs is None else (rows.advantage == 0) & (rows.kl_beta == 0)
     # One ratio for the completion: all of its rows or none.
-    return layout.spread(layout.sum((keep & ~idle).float()) == 0) if sequence else idle
+    return layout.broadcast(layout.sum((keep & ~idle).float()) == 0) if sequence else idle
 
 
 def _places(kept: Tensor, total: int) -> Tensor:

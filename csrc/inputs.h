@@ -1,0 +1,78 @@
+// What the raw ops are called with: rows, groups and settings as mdpgrpo_fast/kernels/binaries.py hands them over,
+// checked. An argument that is not given is an empty tensor.
+#pragma once
+
+#include <string>
+
+#include "method.h"
+#include "torch_abi.h"
+
+namespace mdpgrpo {
+
+#define X(name) "Tensor " #name ", "
+const char* const INPUTS = "Tensor tokens, Tensor mask, Tensor completion, " MDPGRPO_KNOBS(X)
+    MDPGRPO_PER_ROW(X) "Tensor numbers, Tensor flags, ";
+#undef X
+
+struct SettingsTensors {
+  Tensor numbers, flags;
+
+  explicit SettingsTensors(Arguments& args) : numbers(args.host("numbers")), flags(args.host("flags")) {}
+  const double* number() const { return elements<double>(numbers, 12); }
+
+  // In the order of schemas.Settings.
+  template <class R>
+  Settings<R> settings() const {
+    const double* const n = number();
+    const int64_t* const f = elements<int64_t>(flags, 11);
+    const auto real = [&](int i) { return static_cast<R>(n[i]); };
+    const auto choice = [&](int i) { return static_cast<int32_t>(f[i]); };
+    return {real(3),  real(4),   real(5),   real(6),   real(7),   real(8),   real(9),
+            real(10), real(11),  f[0] != 0, choice(1), choice(2), f[3] != 0, f[4] != 0,
+            f[5],     f[6] != 0, choice(7), f[8] != 0, f[9] != 0, f[10] != 0};
+  }
+};
+
+struct RowTensors {
+  Tensor tokens, mask, completion;
+#define X(name) Tensor name;
+  MDPGRPO_KNOBS(X)
+  MDPGRPO_PER_ROW(X)
+#undef X
+  SettingsTensors given;
+
+#define X(name) name(args.tensor(#name)),
+  explicit RowTensors(Arguments& args)
+      : tokens(args.tensor("tokens")), mask(args.tensor("mask")), completion(args.tensor("completion")),
+        MDPGRPO_KNOBS(X) MDPGRPO_PER_ROW(X) given(args) {}
+#undef X
+
+  // knobs_per_row: they have one value per row, also where there are as many rows as completions.
+  template <class R>
+  Rows<R> rows(int64_t n_rows, int64_t row_length, int64_t num_completions, bool knobs_per_row = false) const {
+    Rows<R> r = {};
+    r.n_rows = n_rows, r.row_length = row_length, r.num_completions = num_completions;
+    r.tokens = elements<int64_t>(tokens, n_rows);
+    r.mask = elements<uint8_t>(mask, n_rows, true);
+    r.completion = elements<int64_t>(completion, n_rows, true);
+    const auto knob = [&](const Tensor& t) {
+      Knob<R> k;
+      k.per_row = knobs_per_row || t.numel() != num_completions;
+      k.each = elements<float>(t, k.per_row ? n_rows : num_completions, true);
+      return k;
+    };
+#define X(name) r.name = knob(name);
+    MDPGRPO_KNOBS(X)
+#undef X
+#define X(name) r.name = elements<float>(name, n_rows, true);
+    MDPGRPO_PER_ROW(X)
+#undef X
+    const double* const n = given.number();
+    r.temperature.number = static_cast<R>(n[0]);
+    r.epsilon_low.number = static_cast<R>(n[1]);
+    r.epsilon_high.number = static_cast<R>(n[2]);
+    return r;
+  }
+};
+
+}  // namespace mdpgrpo
