@@ -360,9 +360,7 @@ def token_loss(
     keep = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask != 0
     mask = keep.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     layout = Layout(tokens.shape[0] if num_completions is None else num_completions, completion)
-    two_temperatures = ref_logprobs is not None and (
-        isinstance(temperature, Tensor) or temperature != config.kl_temperature
-    )
+    two_temperatures = isinstance(temperature, Tensor) or temperature != config.kl_temperature
     epsilon_low = config.epsilon_low if epsilon_low is None else epsilon_low
     epsilon_high = config.epsilon_high if epsilon_high is None else epsilon_high
     advantage, kl_beta, temperature, epsilon_low, epsilon_high = (
@@ -372,7 +370,7 @@ def token_loss(
     logits = logits.masked_fill(~keep[..., None], 0)
     logprobs, entropy = token_logprobs(logits, tokens, temperature, softcap)
     logprobs = kl_logprobs = logprobs.masked_fill(~keep, 0)
-    if two_temperatures:
+    if ref_logprobs is not None and two_temperatures:
         kl_logprobs = token_logprobs(logits, tokens, config.kl_temperature, softcap)[0].masked_fill(~keep, 0)
     parts = token_objective(
         logprobs, kl_logprobs, keep, layout, advantage=advantage, kl_beta=kl_beta, old_logprobs=old_logprobs,
