@@ -1,6 +1,6 @@
 """A vLLM server as the rollout engine, over HTTP: every request is retried with back-off, up to a bound.
 
-The server's environment has this package installed, for `vllm_worker`, and it is started as
+The server's environment has this package installed, for `worker`, and it is started as
 
     VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs \\
         --worker-extension-cls mdpgrpo_fast.rollout.vllm.worker.WeightSync
@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...config import ConfigError, require
-from .sampler import LOGPROBS_MODE, Completion, RolloutError, Sampler, completion
+from .sampler import LOGPROBS_MODE, Completion, RolloutEngine, RolloutError, completion
 from .worker import EXTENSION
 
 T = TypeVar("T")
@@ -35,7 +35,7 @@ LONGEST_WAIT = 30.0  # seconds between two attempts
 BUSY = (408, 429)  # of the client errors, the two that may pass
 
 
-class VLLMServer(Sampler):
+class VLLMServer(RolloutEngine):
     """The client of one server. Rows are sent one request each; weights through files that both sides see.
 
     url: as http://host:8000. device: of the Rollout's tensors. timeout: seconds that an answer may take, a whole
@@ -129,7 +129,7 @@ class VLLMServer(Sampler):
         self._check_version()
         return [c for c in came if c is not None]
 
-    def follow(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def follow_sync(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
         """On ranks that leave `sync` to another: go through what may be collective, and hold the server to the version.
 
         A barrier has to come between that sync and the next `generate`.
