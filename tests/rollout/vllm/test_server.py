@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import socket
 import threading
 import time
@@ -14,6 +15,7 @@ import pytest
 from helpers.vllm import ARGS, EOS, PROMPTS, FakeServer, FusedModel, Worker, class_fields, client, vllm_sources, weights
 
 from mdpgrpo_fast.config import ConfigError
+from mdpgrpo_fast.rollout.vllm import server as server_module
 from mdpgrpo_fast.rollout.vllm.sampler import Completion, RolloutError
 from mdpgrpo_fast.rollout.vllm.server import VLLMServer
 
@@ -45,9 +47,10 @@ def failing(times: int, path: str, fault: Callable[[Any], None]) -> Callable[[An
 FAULTS: dict[str, tuple[Callable[[Any], None], str]] = {
     "unavailable": (lambda h: h.send({"error": {"message": "no room\nmore"}}, 503), "HTTP 503 no room$"),
     "busy": (lambda h: h.send(b"wait", 429), "HTTP 429 wait"),
+    "slow": (lambda h: h.send(b"late", 408), "HTTP 408 late"),
     "not json": (lambda h: h.send(b"<html>"), "cannot be used .JSONDecodeError"),
-    "half": (lambda h: h.send(b'{"choices": [', length=50), "IncompleteRead"),
-    "closed": (lambda h: h.connection.shutdown(socket.SHUT_RDWR), "closed connection|reset by peer"),
+    "half": (lambda h: h.send(b'{"choices": [', length=50), "without sending complete message body"),
+    "closed": (lambda h: h.connection.shutdown(socket.SHUT_RDWR), "Server disconnected|reset by peer"),
     "no choice": (lambda h: h.send({"choices": []}), "cannot be used .ValueError"),
     "null": (lambda h: h.send(b"null"), "cannot be used .TypeError"),
     "no log-probs": (
@@ -103,6 +106,8 @@ def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         url = f"http://127.0.0.1:{s.getsockname()[1]}"
         with pytest.raises(RolloutError, match=rf"{url} failed 4 times at /v1/models, the last because .*refused"):
             VLLMServer(url, device="cpu", retries=3, backoff=0.001)
+    with pytest.raises(RolloutError, match="failed 1 times at /v1/models, the last because Invalid port: 'x'"):
+        VLLMServer("http://127.0.0.1:x", device="cpu", retries=0)
 
 
 def test_the_back_off_doubles_up_to_a_bound(server: FakeServer) -> None:
@@ -171,6 +176,27 @@ def test_all_rows_are_asked_at_once_up_to_the_limit(server: FakeServer) -> None:
     with pytest.raises(RolloutError, match=r"no answer within 0\.5 s"):
         engine.generate([[5]] * 128, temperature=None, eos=EOS, max_new_tokens=1)
     together.abort()
+
+
+def test_connections_are_kept_for_a_moment_and_closed_with_the_engine(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = client(server, concurrency=1)
+    engine.sync(weights().items(), 0)
+    engine.generate(PROMPTS, **ARGS)
+    assert server.connections == 1
+    http = engine._http
+    del engine
+    gc.collect()
+    assert http.is_closed
+    # A connection that the server may be about to close is not used again.
+    assert server_module.KEEP_ALIVE < 5
+    monkeypatch.setattr(server_module, "KEEP_ALIVE", 0.01)
+    engine = client(server)
+    before = server.connections
+    time.sleep(0.05)
+    engine.generate(PROMPTS[:1], temperature=None, eos=EOS, max_new_tokens=1)
+    assert server.connections == before + 1
 
 
 def test_a_restarted_server_does_not_pass_for_the_synced_one(server: FakeServer) -> None:
