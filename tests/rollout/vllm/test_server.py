@@ -31,15 +31,15 @@ def test_the_files_of_a_sync_are_gone_after_it(server: FakeServer, tmp_path: Pat
 
 def failing(times: int, path: str, fault: Callable[[Any], None]) -> Callable[[Any, str, Any], bool]:
     """The first `times` requests of a path are answered by fault()."""
-    left, lock = [times], threading.Lock()
+    remaining, lock = [times], threading.Lock()
 
-    def answers(handler: Any, at: str, body: Any) -> bool:
+    def answers(handler: Any, requested: str, body: Any) -> bool:
         with lock:
-            mine = at == path and left[0] > 0
-            left[0] -= mine
-        if mine:
+            faulty = requested == path and remaining[0] > 0
+            remaining[0] -= faulty
+        if faulty:
             fault(handler)
-        return mine
+        return faulty
 
     return answers
 
@@ -156,7 +156,7 @@ def test_rows_that_would_be_tried_again_give_up_at_the_first_failure(server: Fak
         if path == "/v1/completions" and body["prompt"] == PROMPTS[1]:
             handler.send({"error": {"message": "busy"}}, 503)
         elif path == "/v1/completions" and body["prompt"] == PROMPTS[2]:
-            time.sleep(0.1)
+            time.sleep(0.5)  # the others have their answers
             handler.send({"error": {"message": "too long"}}, 400)
         return handler.path == "/v1/completions" and body["prompt"] != PROMPTS[0]
 
@@ -181,6 +181,9 @@ def test_all_rows_are_asked_at_once_up_to_the_limit(server: FakeServer) -> None:
 def test_connections_are_kept_for_a_moment_and_closed_with_the_engine(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # A connection that the server may be about to close is not used again.
+    assert server_module.KEEP_ALIVE < 5
+    monkeypatch.setattr(server_module, "KEEP_ALIVE", 60)
     engine = client(server, concurrency=1)
     engine.sync(weights().items(), 0)
     engine.generate(PROMPTS, **ARGS)
@@ -189,8 +192,6 @@ def test_connections_are_kept_for_a_moment_and_closed_with_the_engine(
     del engine
     gc.collect()
     assert http.is_closed
-    # A connection that the server may be about to close is not used again.
-    assert server_module.KEEP_ALIVE < 5
     monkeypatch.setattr(server_module, "KEEP_ALIVE", 0.01)
     engine = client(server)
     before = server.connections
