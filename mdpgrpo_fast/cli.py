@@ -64,7 +64,11 @@ def as_flags(layers: list[tuple[str, dict[str, Any]]], known: list[str]) -> list
 
 
 def parse(
-    argv: list[str] | None, *types: type, prog: str, layers: list[tuple[str, dict[str, Any]]] | None = None
+    argv: list[str] | None,
+    *types: type,
+    prog: str,
+    description: str | None = None,
+    layers: list[tuple[str, dict[str, Any]]] | None = None,
 ) -> tuple[Any, ...]:
     """One frozen dataclass per type from the layers in order, then argv. Raises ConfigError for anything unknown."""
     from transformers import HfArgumentParser
@@ -73,7 +77,7 @@ def parse(
         def error(self, message: str) -> Any:
             raise ConfigError(message)
 
-    parser = Parser(types, prog=prog, allow_abbrev=False)  # type: ignore[arg-type]
+    parser = Parser(types, prog=prog, description=description, allow_abbrev=False)  # type: ignore[arg-type]
     for action in parser._actions:
         if action.nargs == "+":
             action.nargs = "*"  # an empty list is a list
@@ -85,6 +89,6 @@ def parse(
         flag = rest[0].split("=")[0]
         if not flag.startswith("-"):
             raise ConfigError(f"unexpected argument {flag!r}")
-        flags = [f"--{name.replace('_', '-')}" for name in known]
+        flags = [s for action in parser._actions for s in action.option_strings if "_" not in s]
         raise unknown_name("flag", flag, flags)
     return tuple(configs)

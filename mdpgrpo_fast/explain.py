@@ -1,20 +1,23 @@
-"""What each component does to one group: python -m mdpgrpo_fast.explain --rewards 0.5,0.5,0.5,0.75 --constraints 4"""
+"""Show what each component of MDP-GRPO makes of one group of rewards, beside plain GRPO.
+
+`python -m mdpgrpo_fast.explain --rewards 0.5,0.5,0.5,0.75 --constraints 4`
+"""
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import io
 import math
 import sys
-from typing import Any, NoReturn, get_args, get_type_hints
+from dataclasses import dataclass, fields, make_dataclass, replace
+from functools import partial
+from typing import get_type_hints
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .cli import report_errors
-from .config import PRESETS, ConfigError, MDPGRPOConfig, preset, unknown_name
+from .cli import parse, report_errors
+from .config import PRESETS, ConfigError, MDPGRPOConfig, knob, preset, require
 from .ops.advantages import advantages
 
 ADVANTAGE_KNOBS = (
@@ -35,7 +38,7 @@ ADVANTAGE_KNOBS = (
 MAX_CONSTRAINTS = 10_000
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Explained:
     """One group under a configuration and under plain GRPO. Vectors are (G,) float64, the rest numbers."""
 
@@ -118,16 +121,11 @@ def table(x: Explained) -> str:
     widths = [max(map(len, [name, *cells])) for name, cells in columns]
     rows = [[name for name, _ in columns], *zip(*(cells for _, cells in columns), strict=True)]
     lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
-    rule = "".join("┼" if name == "│" else "─" * w for (name, _), w in zip(columns, _padded(widths), strict=True))
+    rule = "".join("┼" if c == "│" else "─" for c in lines[0])
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def _padded(widths: list[int]) -> list[int]:
-    # Two spaces stand between cells; around the bar they belong to the rule of its neighbours.
-    return [w + 2 for w in widths[:7]] + [widths[7] + 2, 1, widths[9] + 4, widths[10]]
-
-
-def _which(chosen: Tensor) -> str:
+def _listed(chosen: Tensor) -> str:
     picked = [str(i + 1) for i, on in enumerate(chosen.tolist()) if on]
     if len(picked) == len(chosen):
         return f"all {len(picked)} completions"
@@ -135,7 +133,7 @@ def _which(chosen: Tensor) -> str:
     return f"completion{'s' if len(picked) > 1 else ''} {listed}"
 
 
-def _spread_sentences(x: Explained) -> list[str]:
+def _relative_sentences(x: Explained) -> list[str]:
     """What the relative anchor does: a collapse to zero, or how far one constraint is stretched."""
     c, a = x.config, float(x.advantage[0])
     if x.std == 0:
@@ -187,11 +185,11 @@ def _goal_sentences(x: Explained) -> list[str]:
     ):
         if not bool(chosen.any()):
             continue
-        most = int(torch.where(chosen, x.z.abs(), -1.0).argmax())
-        text = f"z alone {verb} {_which(chosen)} although {place} the goal"
+        strongest = int(torch.where(chosen, x.z.abs(), -1.0).argmax())
+        text = f"z alone {verb} {_listed(chosen)} although {place} the goal"
         if c.alpha > 0:
-            change = f"{_signed(float(x.shaped_z[most]))} into A = {_signed(float(x.advantage[most]))}"
-            text += f"; mixing in the goal anchor turns ψ(z) = {change} for completion {most + 1}"
+            change = f"{_signed(float(x.shaped_z[strongest]))} into A = {_signed(float(x.advantage[strongest]))}"
+            text += f"; mixing in the goal anchor turns ψ(z) = {change} for completion {strongest + 1}"
         out.append(text + ".")
     if c.alpha == 0:
         out.append("The goal anchor has no weight (α = 0): the distance to the goal changes nothing.")
@@ -200,10 +198,10 @@ def _goal_sentences(x: Explained) -> list[str]:
 
 def sentences(x: Explained) -> list[str]:
     """What happened to this group, computed from its numbers."""
-    out = [*_spread_sentences(x), *_goal_sentences(x)]
+    out = [*_relative_sentences(x), *_goal_sentences(x)]
     flipped = (x.advantage * x.grpo_advantage) < 0
     if bool(flipped.any()):
-        out.append(f"Against plain GRPO the sign of A changes for {_which(flipped)}.")
+        out.append(f"Against plain GRPO the sign of A changes for {_listed(flipped)}.")
     negative, (pos, neg) = int((x.advantage < 0).sum()), x.config.betas
     if pos == neg:
         out.append(f"One KL coefficient for all: β = {pos:g}.")
@@ -235,44 +233,43 @@ def render(x: Explained) -> str:
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
+@dataclass(frozen=True)
+class GroupConfig:
+    """The group to explain, as the command line has it."""
+
+    rewards: list[str] = knob([], "rewards of the group, by commas or spaces")
+    constraints: int | None = knob(None, "number of constraints of the prompt")
+    preset: str = knob("paper", f"method settings to start from: {', '.join(PRESETS)}")
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
-        prog="python -m mdpgrpo_fast.explain",
-        description="Show what each component of MDP-GRPO makes of one group of rewards, beside plain GRPO.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--rewards", nargs="+", metavar="R", help="rewards of the group, by commas or spaces")
-    parser.add_argument("--constraints", type=int, metavar="K", help="number of constraints of the prompt")
-    parser.add_argument("--preset", default="paper", help=f"start from {', '.join(PRESETS)} (default: paper)")
+def _resolve(argv: list[str] | None) -> tuple[list[float], int, MDPGRPOConfig]:
+    """Rewards, number of constraints and configuration of a command line: the preset's settings, then flags."""
     hints = get_type_hints(MDPGRPOConfig)
-    for f in dataclasses.fields(MDPGRPOConfig):
-        if f.name not in ADVANTAGE_KNOBS:
-            continue
-        kind: dict[str, Any] = {"type": float}
-        if hints[f.name] is bool:
-            kind = {"action": argparse.BooleanOptionalAction}
-        elif get_args(hints[f.name]):
-            kind = {"choices": get_args(hints[f.name])}
-        flag = "--" + f.name.replace("_", "-")
-        parser.add_argument(flag, default=argparse.SUPPRESS, help=f.metadata["help"], **kind)
-    return parser
+    known = [f for f in fields(MDPGRPOConfig) if f.name in ADVANTAGE_KNOBS]
+    knobs = make_dataclass("Knobs", [(f.name, hints[f.name], knob(f.default, f.metadata["help"])) for f in known])
+    read = partial(parse, argv, GroupConfig, knobs, prog="python -m mdpgrpo_fast.explain", description=__doc__)
+    group, _ = read()
+    for name, value in (("--rewards", group.rewards), ("--constraints", group.constraints)):
+        if value in ([], None):
+            raise ConfigError(f"{name} is required")
+    require(
+        1 <= group.constraints <= MAX_CONSTRAINTS, "--constraints", group.constraints, f"from 1 to {MAX_CONSTRAINTS}"
+    )
+    rewards = _rewards(group.rewards)
+    # Temperatures play no part here, and their list need not divide this G.
+    start = preset(group.preset, num_generations=len(rewards), multi_temperature=False)
+    _, flags = read(layers=[(f"preset {group.preset}", {f.name: getattr(start, f.name) for f in known})])
+    return rewards, group.constraints, replace(start, **vars(flags))
 
 
 def _rewards(words: list[str]) -> list[float]:
     rewards = []
     for word in ",".join(words).split(","):
         try:
-            value = float(word)
+            rewards.append(float(word))
         except ValueError:
             raise ConfigError(f"--rewards must be numbers, by commas; got {word.strip()!r}") from None
-        if not math.isfinite(value):
-            raise ConfigError(f"--rewards must be finite; got {word.strip()!r}")
-        rewards.append(value)
+        require(math.isfinite(rewards[-1]), "--rewards", word.strip(), "finite")
     if len(rewards) < 2:
         raise ConfigError("--rewards needs at least two: a group of one has no relative anchor")
     return rewards
@@ -293,23 +290,9 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # Greek letters on a terminal without them
     with report_errors():
-        parser = _parser()
-        args, unknown = parser.parse_known_args(argv)
-        if unknown:
-            if not unknown[0].startswith("-"):
-                raise ConfigError(f"unexpected argument {unknown[0]!r}")
-            raise unknown_name("flag", unknown[0].split("=")[0], [s for a in parser._actions for s in a.option_strings])
-        options = vars(args)
-        words, k, name = options.pop("rewards"), options.pop("constraints"), options.pop("preset")
-        if words is None or k is None:
-            raise ConfigError(f"{'--rewards' if words is None else '--constraints'} is required")
-        if not 1 <= k <= MAX_CONSTRAINTS:
-            raise ConfigError(f"--constraints must be from 1 to {MAX_CONSTRAINTS}; got {k}")
-        rewards = _rewards(words)
-        # Temperatures play no part here, and their list need not divide this G.
-        config = preset(name, **{**options, "num_generations": len(rewards), "multi_temperature": False})
-        text = render(explain_group(rewards, k, config))
-    for warning in _warnings(rewards, k):
+        rewards, num_constraints, config = _resolve(argv)
+        text = render(explain_group(rewards, num_constraints, config))
+    for warning in _warnings(rewards, num_constraints):
         print(f"warning: {warning}", file=sys.stderr)
     print(text)
     return 0

@@ -48,12 +48,14 @@ def test_goal_anchor_is_told(goal_mean, m, goal_std, s):
 
 
 def test_zero_variance_moves_by_the_goal_alone(capsys):
-    rows, text = explained(capsys, "--rewards", "0.25,0.25,0.25,0.25", "--constraints", "4")
+    rows, text = explained(capsys, "--rewards", "0,0,0,0", "--constraints", "3")
     a = {row["A"] for row in rows}
     assert len(a) == 1 and float(min(a)) < 0
     assert {row["GRPO_A"] for row in rows} == {row["z"] for row in rows} == {"0.0000"}
-    assert "plain GRPO has no policy gradient" in text
+    assert "All 4 rewards are 0:" in text and "plain GRPO has no policy gradient" in text
     assert f"still gives A = {min(a)} to each" in text and "less likely" in text
+    assert "below the goal mean 0.5000" in text and all(row["β"] == "0.025" for row in rows)
+    assert "A < 0 for 4 of 4 completions: KL coefficient β = 0.025 there" in text
 
 
 def test_zero_variance_above_the_goal(capsys):
@@ -62,13 +64,6 @@ def test_zero_variance_above_the_goal(capsys):
     assert "δ = 0, so A = 0 here too" in text
     text = explained(capsys, "--rewards", "0.75,0.75", "--constraints", "4", "--no-dual-anchor")[1]
     assert "this group teaches nothing" in text
-
-
-def test_all_fail(capsys):
-    rows, text = explained(capsys, "--rewards", "0,0,0,0", "--constraints", "3")
-    assert all(float(row["A"]) < 0 and row["β"] == "0.025" for row in rows)
-    assert "All 4 rewards are 0:" in text and "below the goal mean 0.5000" in text
-    assert "A < 0 for 4 of 4 completions: KL coefficient β = 0.025 there" in text
 
 
 def test_amplified_step_is_bounded(capsys):
@@ -108,12 +103,13 @@ def test_table_is_aligned(capsys):
     assert {line.index("│") for line in lines if "│" in line} == {lines[1].index("┼")}
 
 
-def test_every_advantage_knob_is_a_flag(capsys):
+def test_every_advantage_knob_is_a_flag_and_no_other_of_the_method(capsys):
     assert set(ADVANTAGE_KNOBS) <= {f.name for f in dataclasses.fields(MDPGRPOConfig)}
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0 and all("--" + name.replace("_", "-") in text for name in ADVANTAGE_KNOBS)
+    assert "--epsilon-low" not in text
 
 
 @pytest.mark.parametrize(
@@ -124,17 +120,12 @@ def test_every_advantage_knob_is_a_flag(capsys):
         (["--rewards", "0,one", "--constraints", "2"], "'one'"),
         (["--rewards", "0,,1", "--constraints", "2"], "got ''"),
         (["--rewards", "0,nan", "--constraints", "2"], "finite; got 'nan'"),
-        (["--rewards", "0,inf", "--constraints", "2"], "finite; got 'inf'"),
         (["--rewards", "0.5", "--constraints", "2"], "at least two"),
         (["--rewards", "0,1", "--constraints", "0"], "--constraints must be from 1"),
         (["--rewards", "0,1", "--constraints", "9" * 30], "--constraints must be from 1"),
-        (["--rewards", "0,1", "--constraints", "2.5"], "--constraints"),
         (["--rewards", "0,1", "--constraints", "2", "--preset", "papr"], "did you mean 'paper'"),
-        (["--rewards", "0,1", "--constraints", "2", "--dual-anchor-alfa", "1"], "did you mean '--dual-anchor-alpha'"),
         (["--reward", "0,1", "--constraints", "2"], "did you mean '--rewards'"),
-        (["--rewards", "0,1", "--constraints", "2", "--goal-mean", "hal"], "--goal-mean"),
         (["--rewards", "0,1", "--constraints", "2", "--prospect-beta", "0"], "prospect_beta must be above 0"),
-        (["0,1"], "unexpected argument '0,1'"),
     ],
 )
 def test_one_line_of_error(capsys, argv, message):

@@ -12,13 +12,13 @@ from torch import Tensor
 from ..config import MDPGRPOConfig, TrainConfig, require
 from ..demo import SEED_POLICY
 from .vllm.local import VLLMEngine
-from .vllm.sampler import LOWEST_TEMPERATURE, RolloutError, Sampler
+from .vllm.sampler import MIN_TEMPERATURE, RolloutEngine, RolloutError
 from .vllm.server import VLLMServer
 
 
 def make_engine(
     run: TrainConfig, method: MDPGRPOConfig, context: int | None, accelerator: Accelerator
-) -> Sampler | None:
+) -> RolloutEngine | None:
     """vLLM as the run asks for it; None: the model itself samples. context: positions of the model, None: no limit.
 
     Raises: ConfigError where vLLM cannot be had, or a temperature is below its floor.
@@ -26,7 +26,7 @@ def make_engine(
     if run.rollout == "transformers":
         return None
     lowest = min(method.slot_temperatures)
-    require(lowest >= LOWEST_TEMPERATURE, "temperatures", lowest, f"at least {LOWEST_TEMPERATURE} (vLLM's floor)")
+    require(lowest >= MIN_TEMPERATURE, "temperatures", lowest, f"at least {MIN_TEMPERATURE} (vLLM's floor)")
     if run.vllm_url is not None:
         return VLLMServer(
             run.vllm_url,
@@ -46,7 +46,9 @@ def make_engine(
     )
 
 
-def sync(engine: Sampler, accelerator: Accelerator, named: Iterable[tuple[str, Tensor]], version: int) -> None:
+def sync_weights(
+    engine: RolloutEngine, accelerator: Accelerator, named: Iterable[tuple[str, Tensor]], version: int
+) -> None:
     """The engine's weights become these, checked; with a server all ranks have one, and the first sends.
 
     Raises: RolloutError, on all ranks where it is raised on one.
@@ -54,19 +56,19 @@ def sync(engine: Sampler, accelerator: Accelerator, named: Iterable[tuple[str, T
     problem = None
     try:
         if isinstance(engine, VLLMServer) and not accelerator.is_main_process:
-            engine.follow(named, version)
+            engine.follow_sync(named, version)
         else:
             engine.sync(named, version)
     except RolloutError as e:
         problem = e
-    agree(accelerator, problem)
+    raise_on_all_ranks(accelerator, problem)
 
 
-def agree(accelerator: Accelerator, problem: Exception | None) -> None:
+def raise_on_all_ranks(accelerator: Accelerator, problem: Exception | None) -> None:
     """Raises this rank's problem, or another's: none goes on to a collective call that the others do not make."""
-    texts = gather_object([None if problem is None else str(problem)])
+    messages = gather_object([None if problem is None else str(problem)])
     if problem is not None:
         raise problem
-    for text in texts:
-        if text is not None:
-            raise RolloutError(text)
+    for message in messages:
+        if message is not None:
+            raise RolloutError(message)

@@ -16,9 +16,9 @@ from ..models.policy import Policy
 from ..ops.advantages import advantages
 from ..reference import Advantages
 from ..rewards import Score, Scorer
-from ..rollout.engine import sync
+from ..rollout.engine import sync_weights
 from ..rollout.generate import Rollout, decode, generate
-from ..rollout.vllm.sampler import Sampler, with_policy_logprobs
+from ..rollout.vllm.sampler import RolloutEngine, with_policy_logprobs
 from .batch import Batch, replace_groups
 from .task import Task
 from .timing import StageClock
@@ -29,7 +29,7 @@ class Collector:
 
     def __init__(
         self, task: Task, run: TrainConfig, method: MDPGRPOConfig, accelerator: Accelerator, scorer: Scorer,
-        policy: Policy, engine: Sampler | None,
+        policy: Policy, engine: RolloutEngine | None,
     ) -> None:  # fmt: skip
         self.task, self.run, self.method, self.accelerator, self.scorer = task, run, method, accelerator, scorer
         self.policy, self.engine = policy, engine
@@ -60,7 +60,7 @@ class Collector:
             # A tied head under both of its names: it may have an adapter of its own.
             named = dict(self.lm.named_parameters(remove_duplicate=False))
             weights = merged(self.lm, named) if self.run.lora else named.items()
-            sync(self.engine, self.accelerator, weights, number)
+            sync_weights(self.engine, self.accelerator, weights, number)
 
     def collect(self, rows: list[int], number: int, clock: StageClock) -> Batch:
         """Completions of the prompts, scored; groups without a gradient are replaced, `refill` times at most."""

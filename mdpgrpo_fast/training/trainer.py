@@ -26,7 +26,7 @@ from ..models.packing import Packing
 from ..models.policy import Policy
 from ..reference import default_denominator
 from ..rewards import RewardError, Scorer
-from ..rollout.engine import agree, make_engine
+from ..rollout.engine import make_engine, raise_on_all_ranks
 from ..rollout.generate import Rollout
 from ..rollout.vllm.sampler import RolloutError
 from . import checkpoint, distributed
@@ -225,7 +225,7 @@ class Trainer:
         except (RewardError, RolloutError, FloatingPointError) as e:
             problem = e
         with clock.stage("generate"):  # the others' wait for the slowest
-            agree(acc, problem)
+            raise_on_all_ranks(acc, problem)
         with clock.stage("forward"):
             pieces = self.pieces(batch)
         row = self.update(batch, pieces, clock)
@@ -274,7 +274,7 @@ class Trainer:
             scores = self.scorer([task.held_out[i] for i in mine], responses)
         except RewardError as e:
             problem = e
-        agree(acc, problem)
+        raise_on_all_ranks(acc, problem)
         gathered = sorted(gather_object(list(zip(mine, responses, finished, scores, strict=True))), key=lambda x: x[0])
         result = evaluate.from_scores([task.held_out[i] for i, *_ in gathered], [s for *_, s in gathered])
         problems = [s.problem for *_, s in gathered if s.problem]

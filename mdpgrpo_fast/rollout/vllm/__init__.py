@@ -1,1 +1,1 @@
-"""vLLM as the sampler: in this process (`local`), or a server (`server`), whose workers run `worker`."""
+"""vLLM as the rollout engine: in this process (`local`) or as a server (`server`); its workers run `worker`."""

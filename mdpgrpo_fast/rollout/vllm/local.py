@@ -1,4 +1,4 @@
-"""vLLM as the rollout engine in the trainer's own process; `vllm_client` has it as a server.
+"""vLLM as the rollout engine in the trainer's own process; `server` is the client of a vLLM elsewhere.
 
 vLLM is optional and imported only where an engine is made.
 """
@@ -14,24 +14,24 @@ import torch
 from torch import Tensor
 
 from ...config import ConfigError
-from .sampler import LOGPROBS_MODE, Completion, RolloutError, Sampler, completion
+from .sampler import LOGPROBS_MODE, Completion, RolloutEngine, RolloutError, completion
 from .worker import EXTENSION
 
 
 @contextmanager
 def _environment(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
+    previous = os.environ.get(name)
     os.environ[name] = value
     try:
         yield
     finally:
-        if before is None:
+        if previous is None:
             del os.environ[name]
         else:
-            os.environ[name] = before
+            os.environ[name] = previous
 
 
-class VLLMEngine(Sampler):
+class VLLMEngine(RolloutEngine):
     """vLLM in the trainer's process and on its device, one engine per rank.
 
     model: directory or hub id. device: of the Rollout's tensors. sleep_mode: `sleep()` frees the engine's memory;
@@ -104,19 +104,19 @@ class VLLMEngine(Sampler):
             [self._vllm.SamplingParams(**s, detokenize=False) for s in settings],
             use_tqdm=False,
         )
-        done: list[Completion | None] = []
+        completions: list[Completion | None] = []
         problem = ""
         for answer in answers:
-            o = answer.outputs[0]
+            output = answer.outputs[0]
             try:
-                logprobs = [step[t].logprob for t, step in zip(o.token_ids, o.logprobs, strict=True)]
-                done.append(completion(list(o.token_ids), logprobs, o.finish_reason))
+                logprobs = [step[t].logprob for t, step in zip(output.token_ids, output.logprobs, strict=True)]
+                completions.append(completion(list(output.token_ids), logprobs, output.finish_reason))
             except (ValueError, LookupError, TypeError) as e:
-                done.append(None)
+                completions.append(None)
                 problem = problem or str(e)
-        kept = [c for c in done if c is not None]
+        kept = [c for c in completions if c is not None]
         if len(kept) < len(prompts):
-            raise RolloutError(f"vLLM returned {len(kept)} of {len(prompts)} completions: {problem}", done)
+            raise RolloutError(f"vLLM returned {len(kept)} of {len(prompts)} completions: {problem}", completions)
         return kept
 
     def _rpc(self, method: str, *args: Any) -> list[Any]:

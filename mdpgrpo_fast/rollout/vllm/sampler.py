@@ -1,13 +1,13 @@
-"""What both ways of sampling with vLLM share: settings per row, the record as a Rollout, weight sync with its check.
+"""Base of both ways of sampling with vLLM: settings per row, the record as a Rollout, weight sync with its check.
 
-Log-probs are recorded in its mode `processed_logprobs`:
-those of the distribution drawn from, after temperature and truncation. It cannot give the policy's own at temperature 1
-next to them; `with_policy_logprobs` takes these from the trainer's model.
+Log-probs are recorded in vLLM's mode `processed_logprobs`: those of the distribution drawn from, after temperature and
+truncation. It cannot give the policy's own at temperature 1 next to them; `with_policy_logprobs` takes these from the
+trainer's model.
 
-After each sync every parameter that the sampler holds is read back and its `bit_sum` compared with that of what was
-sent, so each holds exactly the values sent, whatever vLLM fused or sharded. Not proven: the order of the values inside
-one parameter, and what vLLM derives from parameters when it loads them (quantised weights, MLA). Supported are dense
-models whose parameters vLLM names as transformers does, apart from fused modules; another is refused by its first name.
+After each sync every parameter that vLLM holds is read back and its `bit_sum` compared with that of what was sent, so
+each holds exactly the values sent, whatever vLLM fused or sharded. Not proven: the order of the values inside one
+parameter, and what vLLM derives from parameters when it loads them (quantised weights, MLA). Supported are dense models
+whose parameters vLLM names as transformers does, apart from fused modules; another is refused by its first name.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..generate import Rollout, left_pad
 from .worker import bit_sum
 
 LOGPROBS_MODE = "processed_logprobs"
-LOWEST_TEMPERATURE = 0.01  # vLLM draws at this where less is asked, and only logs it
+MIN_TEMPERATURE = 0.01  # vLLM draws at this where less is asked, and only logs it
 SYNC_BYTES = 1 << 28  # of weights handed over at once
 
 
@@ -63,16 +63,16 @@ def with_policy_logprobs(rollout: Rollout, policy: Any, *, micro_batch_size: int
     min(exp(policy - sampling), w_max) then corrects temperature and the sampler's own numerics at once.
     policy: a `models.Policy`. micro_batch_size: rows of a pass. backend: as of `Policy.logprobs`.
     """
-    r, out = rollout, []
+    r, logprobs = rollout, []
     for start in range(0, len(r.tokens), micro_batch_size):
         rows = slice(start, start + micro_batch_size)
         inputs = (r.prompt_ids[rows], r.prompt_mask[rows], r.tokens[rows], r.mask[rows])
-        out.append(policy.logprobs(inputs, inputs[3], r.lengths[rows].tolist(), 1.0, backend))
-    return replace(r, policy_logprobs=torch.cat(out))
+        logprobs.append(policy.logprobs(inputs, inputs[3], r.lengths[rows].tolist(), 1.0, backend))
+    return replace(r, policy_logprobs=torch.cat(logprobs))
 
 
-class Sampler(ABC):
-    """What both modes share: the settings of each row, the record as a Rollout, the sync and its check."""
+class RolloutEngine(ABC):
+    """A vLLM that generates completions and takes the trainer's weights: `VLLMEngine` or `VLLMServer`."""
 
     logprobs_mode = LOGPROBS_MODE
 
@@ -127,10 +127,10 @@ class Sampler(ABC):
             raise ValueError(f"prompts must be lists of token ids, at least one and none empty; got {got}")
         rows = [p for p in prompts for _ in range(num_generations)]
         greedy = temperature is None
-        taus = temperature or [0.0] * len(rows)
-        if not greedy and (len(taus) != len(rows) or not all(t >= LOWEST_TEMPERATURE for t in taus)):
+        temperatures = temperature or [0.0] * len(rows)
+        if not greedy and (len(temperatures) != len(rows) or not all(t >= MIN_TEMPERATURE for t in temperatures)):
             raise ValueError(
-                f"temperature must be None (greedy) or one number of at least {LOWEST_TEMPERATURE} (vLLM's floor) for "
+                f"temperature must be None (greedy) or one number of at least {MIN_TEMPERATURE} (vLLM's floor) for "
                 f"each of the {len(rows)} rows; got {temperature!r}"
             )
         common = {
@@ -146,56 +146,58 @@ class Sampler(ABC):
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
         }
-        draw = random.Random(seed)
-        seeds = [None if seed is None or greedy else draw.getrandbits(62) for _ in rows]
-        settings = [{**common, "temperature": t, "seed": s} for t, s in zip(taus, seeds, strict=True)]
-        return self._rollout(rows, taus, eos, self._complete(rows, settings))
+        rng = random.Random(seed)
+        seeds = [None if seed is None or greedy else rng.getrandbits(62) for _ in rows]
+        settings = [{**common, "temperature": t, "seed": s} for t, s in zip(temperatures, seeds, strict=True)]
+        return self._rollout(rows, temperatures, eos, self._complete(rows, settings))
 
-    def _rollout(self, rows: list[list[int]], taus: list[float], eos: list[int], done: list[Completion]) -> Rollout:
+    def _rollout(
+        self, rows: list[list[int]], temperatures: list[float], eos: list[int], completions: list[Completion]
+    ) -> Rollout:
         ids, mask = left_pad(rows, eos[0], self.device)
-        width = max(len(c.tokens) for c in done)
+        width = max(len(c.tokens) for c in completions)
 
         def padded(values: list[list[Any]], fill: Any) -> Tensor:
             return torch.tensor([v + [fill] * (width - len(v)) for v in values], device=self.device)
 
-        logprobs = padded([c.logprobs for c in done], 0.0)
+        logprobs = padded([c.logprobs for c in completions], 0.0)
         return Rollout(
             prompt_ids=ids,
             prompt_mask=mask,
-            tokens=padded([c.tokens for c in done], eos[0]),
-            lengths=torch.tensor([len(c.tokens) for c in done], device=self.device),
-            finished=torch.tensor([c.finished for c in done], device=self.device),
-            temperature=torch.tensor(taus, dtype=torch.float32, device=self.device),
+            tokens=padded([c.tokens for c in completions], eos[0]),
+            lengths=torch.tensor([len(c.tokens) for c in completions], device=self.device),
+            finished=torch.tensor([c.finished for c in completions], device=self.device),
+            temperature=torch.tensor(temperatures, dtype=torch.float32, device=self.device),
             sampling_logprobs=logprobs,
             policy_logprobs=torch.full_like(logprobs, torch.nan),
         )
 
     def sync(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Send the weights under their transformers names, then compare what the sampler holds with what was sent.
+        """Send the weights under their transformers names, then compare what vLLM holds with what was sent.
 
-        Tensors are cast to the dtype that the sampler holds. LoRA: pass the merged weights. Where going through
+        Tensors are cast to the dtype that vLLM holds. LoRA: pass the merged weights. Where going through
         named_parameters is collective, ranks that do not sync have to go through it too.
 
-        Raises: RolloutError naming the tensor that the sampler does not know, was not sent, or holds otherwise.
+        Raises: RolloutError naming the tensor that vLLM does not know, was not sent, or holds otherwise.
         """
         self.version = None
         self._rpc("mdpgrpo_version", "")  # until it is checked, it is of no version
-        dtypes, home = self._layout = self._layout or self._read_layout()
+        dtypes, holders = self._layout = self._layout or self._read_layout()
         expected: dict[str, int] = {}
-        sums: set[int] = set()
+        sent_sums: set[int] = set()
         batch: list[tuple[str, Tensor]] = []
         size = 0
         for name, tensor in named_parameters:
-            held = home.get(name)
+            held = holders.get(name)
             if held is None:
-                if any(bit_sum(tensor.detach().to(getattr(torch, d))) in sums for d in set(dtypes.values())):
+                if any(bit_sum(tensor.detach().to(getattr(torch, d))) in sent_sums for d in set(dtypes.values())):
                     continue  # another name of one already sent: tied embeddings
                 raise RolloutError(f"vLLM's model holds no parameter for {name!r}: its weights cannot be checked")
             # A copy: merged LoRA weights may be taken back while they wait here.
             sent = tensor.detach().to(getattr(torch, dtypes[held]), copy=True)
-            mine = bit_sum(sent)
-            sums.add(mine)
-            expected[held] = expected.get(held, 0) + mine
+            checksum = bit_sum(sent)
+            sent_sums.add(checksum)
+            expected[held] = expected.get(held, 0) + checksum
             batch.append((name, sent))
             size += sent.nbytes
             if size >= SYNC_BYTES:
@@ -211,7 +213,7 @@ class Sampler(ABC):
     def _read_layout(self) -> tuple[dict[str, str], dict[str, str]]:
         """dtype of each parameter held, and of each name that may be sent the one that holds it."""
         dtypes: dict[str, str] = {}
-        home: dict[str, str] = {}
+        holders: dict[str, str] = {}
         for worker in self._rpc("mdpgrpo_layout"):
             dtypes.update(worker["held"])
             for held in worker["held"]:
@@ -220,8 +222,8 @@ class Sampler(ABC):
                 names = [parts]
                 for i, option in enumerate(options):
                     names = [[*n[:i], o, *n[i + 1 :]] for n in names for o in option]
-                home.update((".".join(n), held) for n in names)
-        return dtypes, home
+                holders.update((".".join(n), held) for n in names)
+        return dtypes, holders
 
     def _check(self, expected: dict[str, int], held: set[str], version: int) -> None:
         if missing := sorted(held - expected.keys()):

@@ -1,6 +1,6 @@
-"""A vLLM server as the rollout engine, over HTTP: every request is retried with back-off, up to a bound.
+"""Client of a vLLM server as the rollout engine: every request is retried with back-off, up to a bound.
 
-The server's environment has this package installed, for `vllm_worker`, and it is started as
+The server's environment has this package installed, for `worker`, and it is started as
 
     VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs \\
         --worker-extension-cls mdpgrpo_fast.rollout.vllm.worker.WeightSync
@@ -10,32 +10,31 @@ which opens weight updates to whoever reaches the port: keep it inside a trusted
 
 from __future__ import annotations
 
-import http.client
-import json
 import os
 import random
 import tempfile
 import threading
-import urllib.error
-import urllib.request
+import weakref
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
+import httpx2
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ...config import ConfigError, require
-from .sampler import LOGPROBS_MODE, Completion, RolloutError, Sampler, completion
+from .sampler import LOGPROBS_MODE, Completion, RolloutEngine, RolloutError, completion
 from .worker import EXTENSION
 
 T = TypeVar("T")
-LONGEST_WAIT = 30.0  # seconds between two attempts
-BUSY = (408, 429)  # of the client errors, the two that may pass
+MAX_PAUSE = 30.0  # seconds between two attempts
+KEEP_ALIVE = 2.0  # seconds that an idle connection is kept: vLLM closes it after 5
+RETRIED = (408, 429)  # of the client errors, the two that may pass
 
 
-class VLLMServer(Sampler):
+class VLLMServer(RolloutEngine):
     """The client of one server. Rows are sent one request each; weights through files that both sides see.
 
     url: as http://host:8000. device: of the Rollout's tensors. timeout: seconds that an answer may take, a whole
@@ -64,11 +63,14 @@ class VLLMServer(Sampler):
         require(retries >= 0, "vllm_retries", retries, "0 or above")
         self.url, self.timeout, self.retries, self.backoff = url.rstrip("/"), timeout, retries, backoff
         self.sync_dir, self.concurrency = sync_dir, concurrency
+        limits = httpx2.Limits(max_keepalive_connections=concurrency, keepalive_expiry=KEEP_ALIVE)
+        self._http = httpx2.Client(timeout=timeout, limits=limits, follow_redirects=True)
+        weakref.finalize(self, self._http.close)
         self._model = self._call("/v1/models", None, lambda answer: str(answer["data"][0]["id"]))
-        started = self._call("/server_info?config_format=json", None, _read_settings)
-        for flag, want in (("--logprobs-mode", LOGPROBS_MODE), ("--worker-extension-cls", EXTENSION)):
-            if started[flag] != want:
-                raise ConfigError(f"vLLM server {url}: {flag} must be {want}; got {started[flag]!r}")
+        settings = self._call("/server_info?config_format=json", None, _read_settings)
+        for flag, expected in (("--logprobs-mode", LOGPROBS_MODE), ("--worker-extension-cls", EXTENSION)):
+            if settings[flag] != expected:
+                raise ConfigError(f"vLLM server {url}: {flag} must be {expected}; got {settings[flag]!r}")
 
     def _call(self, path: str, payload: Any, read: Callable[[Any], T], stop: threading.Event | None = None) -> T:
         """read() of the JSON that answers a GET, or a POST of the payload where there is one.
@@ -76,60 +78,54 @@ class VLLMServer(Sampler):
         Tried again, unless stop is set: no connection, no answer in time, half an answer, one that read() cannot use, a
         server's error.
         """
-        stop = stop or threading.Event()
-        body = None if payload is None else json.dumps(payload).encode()
-        request = urllib.request.Request(self.url + path, body, {"Content-Type": "application/json"})
-        reason = ""
+        stop, method = stop or threading.Event(), "GET" if payload is None else "POST"
         for attempt in range(self.retries + 1):
-            if attempt and stop.wait(min(self.backoff * 2 ** (attempt - 1), LONGEST_WAIT) * random.uniform(0.5, 1.0)):
-                break
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                    return read(json.loads(answer.read()))
-            except urllib.error.HTTPError as e:
-                reason = f"HTTP {e.code} {_first_line(e)}"
-                if e.code < 500 and e.code not in BUSY:
-                    missing = e.code == 404 and not path.startswith("/v1/")
-                    hint = ": was it started with VLLM_SERVER_DEV_MODE=1?" if missing else ""
-                    raise RolloutError(f"vLLM server {self.url} refuses {path}: {reason}{hint}") from None
-            except TimeoutError:
+                answer = self._http.request(method, self.url + path, json=payload)
+                if answer.is_success:
+                    return read(answer.json())
+                reason = f"HTTP {answer.status_code} {_first_line(answer)}"
+                if answer.status_code < 500 and answer.status_code not in RETRIED:
+                    hidden = answer.status_code == 404 and not path.startswith("/v1/")
+                    hint = ": was it started with VLLM_SERVER_DEV_MODE=1?" if hidden else ""
+                    raise RolloutError(f"vLLM server {self.url} refuses {path}: {reason}{hint}")
+            except httpx2.TimeoutException:
                 reason = f"no answer within {self.timeout:g} s"
-            except (OSError, http.client.HTTPException) as e:
-                reason = str(getattr(e, "reason", "") or e) or type(e).__name__
+            except (httpx2.RequestError, httpx2.InvalidURL) as e:
+                reason = str(e) or type(e).__name__
             except (ValueError, LookupError, TypeError) as e:
                 reason = f"an answer that cannot be used ({type(e).__name__}: {e})"
+            pause = min(self.backoff * 2**attempt, MAX_PAUSE) * random.uniform(0.5, 1.0)
+            if attempt == self.retries or stop.wait(pause):
+                break
         raise RolloutError(
             f"vLLM server {self.url} failed {attempt + 1} times at {path}, the last because {' '.join(reason.split())}"
         )
 
     def _complete(self, prompts: list[list[int]], settings: list[dict[str, Any]]) -> list[Completion]:
-        def ask(prompt: list[int], row: dict[str, Any]) -> Completion:
+        def request(prompt: list[int], row: dict[str, Any]) -> Completion:
             payload = {"model": self._model, "prompt": prompt, "return_token_ids": True, **row}
             return self._call("/v1/completions", payload, _read_completion, stop)
 
-        stop, failure = threading.Event(), None
-        pool = ThreadPoolExecutor(min(self.concurrency, len(prompts)))
-        futures = [pool.submit(ask, p, s) for p, s in zip(prompts, settings, strict=True)]
+        stop, pool = threading.Event(), ThreadPoolExecutor(min(self.concurrency, len(prompts)))
         try:
-            done, late = wait(futures, return_when=FIRST_EXCEPTION)
-            failure = next((e for f in done if (e := f.exception())), None)
+            futures = [pool.submit(request, p, s) for p, s in zip(prompts, settings, strict=True)]
+            first, _ = wait(futures, return_when=FIRST_EXCEPTION)
             stop.set()
-            for f in late:
-                f.cancel()
-            wait(futures)  # what is under way may still come back; nothing is tried again
+            pool.shutdown(cancel_futures=True)  # what is under way may still come back; nothing is tried again
         finally:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
-        came = [_result(f) for f in futures]
-        if isinstance(failure, RolloutError):
-            kept = sum(c is not None for c in came)
-            raise RolloutError(f"{failure}; {kept} of {len(came)} completions kept", came)
-        if failure is not None:
-            raise failure
+        if failure := next((e for f in first if (e := f.exception())), None):
+            partial = [None if f.cancelled() or f.exception() else f.result() for f in futures]
+            if not isinstance(failure, RolloutError):
+                raise failure
+            kept = len(partial) - partial.count(None)
+            raise RolloutError(f"{failure}; {kept} of {len(partial)} completions kept", partial)
         self._check_version()
-        return [c for c in came if c is not None]
+        return [f.result() for f in futures]
 
-    def follow(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def follow_sync(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
         """On ranks that leave `sync` to another: go through what may be collective, and hold the server to the version.
 
         A barrier has to come between that sync and the next `generate`.
@@ -181,19 +177,11 @@ def _read_completion(answer: Any) -> Completion:
     return completion(choice["token_ids"], choice["logprobs"]["token_logprobs"], choice["finish_reason"])
 
 
-def _result(future: Future[Completion]) -> Completion | None:
-    return None if future.cancelled() or future.exception() else future.result()
-
-
-def _first_line(error: urllib.error.HTTPError) -> str:
+def _first_line(answer: httpx2.Response) -> str:
     """What the server says about its error: its message where it answers in JSON."""
     try:
-        text = error.read().decode(errors="replace").strip()
-    except (OSError, http.client.HTTPException):
-        return error.reason
-    try:
-        said = json.loads(text)
+        said = answer.json()
         text = str(said["error"]["message"] if "error" in said else said["detail"])
     except (ValueError, LookupError, TypeError):
-        pass
-    return (text or error.reason).splitlines()[0][:300]
+        text = answer.text
+    return (text.strip() or answer.reason_phrase).partition("\n")[0][:300]

@@ -1,4 +1,4 @@
-"""What runs inside vLLM's workers: take new weights, and say what is held. Imports torch alone, and vLLM never."""
+"""Extension of vLLM's workers: take new weights, and say what is held. Imports torch alone, and vLLM never."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-EXTENSION = "mdpgrpo_fast.rollout.vllm.worker.WeightSync"  # vLLM's worker_extension_cls
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _STEP = 1 << 22  # elements mixed at once: 32 MiB of int64
 
@@ -63,3 +62,6 @@ class WeightSync:
         if version is not None:
             self._mdpgrpo_version = version
         return [self._mdpgrpo_version]
+
+
+EXTENSION = f"{WeightSync.__module__}.{WeightSync.__qualname__}"  # vLLM's worker_extension_cls

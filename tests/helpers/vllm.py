@@ -1,0 +1,230 @@
+"""Stand-ins for vLLM's package and server, and signatures read from its real sources."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib.machinery
+import inspect
+import json
+import os
+import types
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mdpgrpo_fast.rollout.vllm.server import VLLMServer
+from mdpgrpo_fast.rollout.vllm.worker import EXTENSION, WeightSync
+
+PROMPTS = [[5, 6, 7], [8], [9, 10]]
+TAUS = [0.5, 1.0] * 3  # two completions of each
+EOS = [1, 2]
+ARGS: dict[str, Any] = {"num_generations": 2, "temperature": TAUS, "eos": EOS, "max_new_tokens": 4}
+
+
+def weights(seed: int = 0) -> dict[str, Tensor]:
+    """Parameters of a trainer's model in float32, under the names that transformers gives them."""
+    g = torch.Generator().manual_seed(seed)
+    sizes = {"q_proj": (6, 4), "k_proj": (2, 4), "v_proj": (2, 4)}
+    named = {f"model.layers.0.self_attn.{n}.weight": torch.randn(*s, generator=g) for n, s in sizes.items()}
+    named["model.embed_tokens.weight"] = torch.randn(5, 4, generator=g)
+    named["model.norm.weight"] = torch.randn(4, generator=g)
+    return named
+
+
+class FusedModel(nn.Module):
+    """Holds q, k and v in one parameter and a vocabulary padded with zeros, in bfloat16, as vLLM does."""
+
+    packed_modules_mapping = types.MappingProxyType({"qkv_proj": ["q_proj", "k_proj", "v_proj"]})
+    rows = types.MappingProxyType({"q_proj": (0, 6), "k_proj": (6, 8), "v_proj": (8, 10)})
+
+    def __init__(self, skip: str = "") -> None:
+        super().__init__()
+        self.skip, self.loads = skip, 0
+        sizes = {"model.layers.0.self_attn.qkv_proj.weight": (10, 4), "model.embed_tokens.weight": (8, 4)}
+        self.held = {
+            name: nn.Parameter(torch.zeros(*size, dtype=torch.bfloat16), requires_grad=False)
+            for name, size in {**sizes, "model.norm.weight": (4,)}.items()
+        }
+
+    def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from self.held.items()
+
+    def load_weights(self, weights: list[tuple[str, Tensor]]) -> None:
+        self.loads += 1
+        for name, tensor in weights:
+            part = name.split(".")[-2]
+            if part == self.skip:
+                continue
+            if part in self.rows:
+                first, last = self.rows[part]
+                self.held["model.layers.0.self_attn.qkv_proj.weight"][first:last].copy_(tensor)
+            else:
+                self.held[name][: len(tensor)].copy_(tensor)
+
+
+class Worker(WeightSync):
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def get_model(self) -> nn.Module:
+        return self.model
+
+
+def answer(prompt: list[int], settings: dict[str, Any]) -> tuple[list[int], list[float], str]:
+    """What the stand-ins sample: tokens that tell the prompt, log-probs that tell the temperature and the position."""
+    n = min(sum(prompt) % 5 + 1, settings["max_tokens"])
+    tokens = [20 + (sum(prompt) + j) % 30 for j in range(n)]
+    ends = n < settings["max_tokens"]
+    if ends:
+        tokens[-1] = settings["stop_token_ids"][-1]
+    return tokens, [-settings["temperature"] - j / 8 for j in range(n)], "stop" if ends else "length"
+
+
+class FakeLLM:
+    """The part of vllm.LLM that is called, with a record of the calls."""
+
+    def __init__(self, log: list[tuple[str, tuple[Any, ...], dict[str, Any]]], *args: Any, **kwargs: Any) -> None:
+        self.log, self.workers, self.reset = log, [Worker(FusedModel())], True
+        self.multiprocessing = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING")
+        self.lose: Callable[[int], bool] = lambda _: False
+        log.append(("__init__", args, kwargs))
+
+    def generate(self, *args: Any, **kwargs: Any) -> list[Any]:
+        self.log.append(("generate", args, kwargs))
+        out = []
+        for i, (prompt, params) in enumerate(zip(*args, strict=True)):
+            tokens, logprobs, reason = answer(prompt["prompt_token_ids"], vars(params))
+            steps = [{t: types.SimpleNamespace(logprob=v)} for t, v in zip(tokens, logprobs, strict=True)]
+            one = types.SimpleNamespace(token_ids=tokens, logprobs=steps, finish_reason=reason)
+            if self.lose(i):
+                one.finish_reason = "abort"
+            out.append(types.SimpleNamespace(outputs=[one]))
+        return out
+
+    def collective_rpc(self, *args: Any, **kwargs: Any) -> list[Any]:
+        self.log.append(("collective_rpc", args, kwargs))
+        return [getattr(w, args[0])(*kwargs.get("args", ())) for w in self.workers]
+
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        self.log.append(("reset_prefix_cache", args, kwargs))
+        return self.reset
+
+    def sleep(self, *args: Any, **kwargs: Any) -> None:
+        self.log.append(("sleep", args, kwargs))
+
+    def wake_up(self, *args: Any, **kwargs: Any) -> None:
+        self.log.append(("wake_up", args, kwargs))
+
+
+class FakeServer(ThreadingHTTPServer):
+    """The routes of a vLLM server that are called; `fault` may answer in their place, by returning True."""
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self) -> None:
+        self.log: list[tuple[str, str, Any]] = []
+        self.workers = [Worker(FusedModel())]
+        self.mode, self.extension, self.dev, self.reset = "processed_logprobs", EXTENSION, True, True
+        self.fault: Callable[[Any, str, Any], bool] = lambda handler, path, body: False
+        self.connections = 0
+        super().__init__(("127.0.0.1", 0), FakeHandler)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def count(self, path: str) -> int:
+        return sum(p == path for _, p, _ in self.log)
+
+
+class FakeHandler(BaseHTTPRequestHandler):
+    server: FakeServer
+    protocol_version = "HTTP/1.1"  # connections stay open
+    disable_nagle_algorithm = True
+
+    def setup(self) -> None:
+        self.server.connections += 1
+        super().setup()
+
+    def log_message(self, *_: Any) -> None: ...
+
+    def send(self, value: Any, status: int = 200, length: int = 0) -> None:
+        data = value if isinstance(value, bytes) else json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data) + length))
+        self.end_headers()
+        self.wfile.write(data)
+        self.close_connection |= length > 0
+
+    def do_GET(self) -> None:
+        self.serve(None)
+
+    def do_POST(self) -> None:
+        self.serve(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+    def serve(self, body: Any) -> None:
+        server, path = self.server, self.path.split("?")[0]
+        server.log.append((self.command, path, body))
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            if server.fault(self, path, body):
+                return
+            if path == "/v1/models":
+                self.send({"data": [{"id": "served"}]})
+            elif path == "/v1/completions":
+                tokens, logprobs, reason = answer(body["prompt"], body)
+                choice = {"token_ids": tokens, "logprobs": {"token_logprobs": logprobs}, "finish_reason": reason}
+                self.send({"choices": [choice]})
+            elif not server.dev:
+                self.send({"detail": "Not Found"}, 404)
+            elif path == "/server_info":
+                config = {"worker_extension_cls": server.extension}
+                self.send({"vllm_config": {"model_config": {"logprobs_mode": server.mode}, "parallel_config": config}})
+            elif path == "/collective_rpc":
+                self.send({"results": [getattr(w, body["method"])(*body["args"]) for w in server.workers]})
+            else:
+                self.send({"success": server.reset})
+
+
+def client(server: FakeServer, **knobs: Any) -> VLLMServer:
+    return VLLMServer(server.url, device="cpu", **{"backoff": 0.001, "retries": 2, "timeout": 20.0, **knobs})
+
+
+def vllm_sources() -> Path:
+    """The installed vLLM's directory. It is read and not imported, which would need its GPU build."""
+    spec = importlib.machinery.PathFinder.find_spec("vllm")
+    if spec is None or spec.origin is None:
+        pytest.skip("vllm is not installed: there are no signatures to compare with")
+    return Path(spec.origin).parent
+
+
+def class_body(path: Path, name: str) -> list[ast.stmt]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return next(n.body for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and n.name == name)
+
+
+def class_fields(path: Path, name: str) -> set[str]:
+    body = class_body(path, name)
+    return {n.target.id for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
+
+
+def method_signature(body: list[ast.stmt], name: str) -> inspect.Signature:
+    """A method's signature without self, every default being None."""
+    node = next(n for n in body if isinstance(n, ast.FunctionDef) and n.name == name).args
+    P = inspect.Parameter
+    plain = [*node.posonlyargs, *node.args][1:]
+    first_default = len(plain) - len(node.defaults)
+    found = [
+        P(a.arg, P.POSITIONAL_OR_KEYWORD, default=None if i >= first_default else P.empty) for i, a in enumerate(plain)
+    ]
+    for a, default in zip(node.kwonlyargs, node.kw_defaults, strict=True):
+        found.append(P(a.arg, P.KEYWORD_ONLY, default=P.empty if default is None else None))
+    if node.kwarg:
+        found.append(P(node.kwarg.arg, P.VAR_KEYWORD))
+    return inspect.Signature(found)

@@ -1,0 +1,56 @@
+"""Fixtures: vLLM in this process and as a server, each with its stand-in."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from helpers.vllm import FakeLLM, FakeServer, client
+
+from mdpgrpo_fast.rollout.vllm.local import VLLMEngine
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...], dict[str, Any]]]:
+    """The calls that a stand-in vllm package receives."""
+    calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+    fake: Any = types.ModuleType("vllm")
+    fake.LLM = lambda *args, **kwargs: FakeLLM(calls, *args, **kwargs)
+    fake.SamplingParams = lambda **kwargs: types.SimpleNamespace(**kwargs)
+    fake.TokensPrompt = dict
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    return calls
+
+
+@pytest.fixture
+def local(log: list[Any]) -> Any:
+    return VLLMEngine("some/model", device="cpu")
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    fake = FakeServer()
+    thread = threading.Thread(target=fake.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    yield fake
+    fake.shutdown()
+    fake.server_close()
+
+
+@pytest.fixture(params=["local", "server"])
+def engine(request: pytest.FixtureRequest) -> Any:
+    """Either mode, with its stand-in as `.fake`."""
+    if request.param == "local":
+        made = request.getfixturevalue("local")
+        made.fake = made._llm
+    else:
+        fake = request.getfixturevalue("server")
+        made = client(fake)
+        made.fake = fake
+    return made

@@ -1,0 +1,263 @@
+"""The client of a vLLM server, against a stand-in over HTTP; the requests against its real sources."""
+
+from __future__ import annotations
+
+import ast
+import gc
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.vllm import ARGS, EOS, PROMPTS, FakeServer, FusedModel, Worker, class_fields, client, vllm_sources, weights
+
+from mdpgrpo_fast.config import ConfigError
+from mdpgrpo_fast.rollout.vllm import server as server_module
+from mdpgrpo_fast.rollout.vllm.sampler import Completion, RolloutError
+from mdpgrpo_fast.rollout.vllm.server import VLLMServer
+
+
+def test_the_files_of_a_sync_are_gone_after_it(server: FakeServer, tmp_path: Path) -> None:
+    engine = client(server, sync_dir=str(tmp_path))
+    engine.sync(weights().items(), 0)
+    (path,) = [
+        body["args"][0] for _, p, body in server.log if p == "/collective_rpc" and body["method"] == "mdpgrpo_load"
+    ]
+    assert Path(path).is_relative_to(tmp_path) and not any(tmp_path.iterdir())
+
+
+def failing(times: int, path: str, fault: Callable[[Any], None]) -> Callable[[Any, str, Any], bool]:
+    """The first `times` requests of a path are answered by fault()."""
+    remaining, lock = [times], threading.Lock()
+
+    def answers(handler: Any, requested: str, body: Any) -> bool:
+        with lock:
+            faulty = requested == path and remaining[0] > 0
+            remaining[0] -= faulty
+        if faulty:
+            fault(handler)
+        return faulty
+
+    return answers
+
+
+FAULTS: dict[str, tuple[Callable[[Any], None], str]] = {
+    "unavailable": (lambda h: h.send({"error": {"message": "no room\nmore"}}, 503), "HTTP 503 no room$"),
+    "busy": (lambda h: h.send(b"wait", 429), "HTTP 429 wait"),
+    "slow": (lambda h: h.send(b"late", 408), "HTTP 408 late"),
+    "not json": (lambda h: h.send(b"<html>"), "cannot be used .JSONDecodeError"),
+    "half": (lambda h: h.send(b'{"choices": [', length=50), "without sending complete message body"),
+    "closed": (lambda h: h.connection.shutdown(socket.SHUT_RDWR), "Server disconnected|reset by peer"),
+    "no choice": (lambda h: h.send({"choices": []}), "cannot be used .ValueError"),
+    "null": (lambda h: h.send(b"null"), "cannot be used .TypeError"),
+    "no log-probs": (
+        lambda h: h.send({"choices": [{"token_ids": [3], "logprobs": None, "finish_reason": "stop"}]}),
+        "cannot be used .TypeError",
+    ),
+    "a log-prob short": (
+        lambda h: h.send(
+            {"choices": [{"token_ids": [3, 4], "logprobs": {"token_logprobs": [-1.0]}, "finish_reason": "stop"}]}
+        ),
+        "a finite log-prob per token; got 1 for 2",
+    ),
+    "cut off": (
+        lambda h: h.send(
+            {"choices": [{"token_ids": [3], "logprobs": {"token_logprobs": [-1.0]}, "finish_reason": "abort"}]}
+        ),
+        "finish_reason must be stop or length; got 'abort'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_passing_fault_is_tried_again_and_a_lasting_one_is_an_error(server: FakeServer, name: str) -> None:
+    fault, reason = FAULTS[name]
+    engine, row = client(server), {"temperature": None, "eos": EOS, "max_new_tokens": 4}
+    server.fault = failing(2, "/v1/completions", fault)
+    assert engine.generate(PROMPTS[:1], **row).lengths.tolist() == [4]
+    assert server.count("/v1/completions") == 3
+    server.fault = failing(99, "/v1/completions", fault)
+    with pytest.raises(RolloutError, match=reason.removesuffix("$")) as e:
+        engine.generate(PROMPTS[:1], **row)
+    assert server.count("/v1/completions") == 6  # once and two retries
+    message = str(e.value)
+    assert message.startswith(f"vLLM server {server.url} failed 3 times at /v1/completions, the last because ")
+    assert message.endswith("; 0 of 1 completions kept") and "\n" not in message and e.value.partial == [None]
+
+
+def test_an_answer_that_does_not_come_in_time(server: FakeServer) -> None:
+    engine = client(server, timeout=0.2, retries=1)
+    held = threading.Event()
+    server.fault = failing(99, "/v1/completions", lambda h: held.wait(20) and None)
+    with pytest.raises(
+        RolloutError, match=r"failed 2 times at /v1/completions, the last because no answer within 0.2 s"
+    ):
+        engine.generate(PROMPTS[:1], temperature=None, eos=EOS, max_new_tokens=4)
+    held.set()
+
+
+def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with socket.socket() as s:  # a port that nothing listens on
+        s.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{s.getsockname()[1]}"
+        with pytest.raises(RolloutError, match=rf"{url} failed 4 times at /v1/models, the last because .*refused"):
+            VLLMServer(url, device="cpu", retries=3, backoff=0.001)
+    with pytest.raises(RolloutError, match="failed 1 times at /v1/models, the last because Invalid port: 'x'"):
+        VLLMServer("http://127.0.0.1:x", device="cpu", retries=0)
+
+
+def test_the_back_off_doubles_up_to_a_bound(server: FakeServer) -> None:
+    waits: list[float] = []
+
+    class Stop(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            assert timeout is not None
+            waits.append(timeout)
+            return False
+
+    engine = client(server, retries=8, backoff=1.0)
+    with pytest.raises(RolloutError, match="failed 9 times"):
+        engine._call("/v1/models", None, lambda answer: answer["nothing"], Stop())
+    for pause, longest in zip(waits, [1, 2, 4, 8, 16, 30, 30, 30], strict=True):
+        assert longest / 2 <= pause <= longest
+
+
+def test_a_refusal_is_not_tried_again_and_says_why(server: FakeServer) -> None:
+    engine = client(server)
+    server.fault = failing(9, "/v1/completions", lambda h: h.send({"error": {"message": "too long a prompt"}}, 400))
+    with pytest.raises(RolloutError, match="refuses /v1/completions: HTTP 400 too long a prompt; 0 of 1"):
+        engine.generate(PROMPTS[:1], temperature=None, eos=EOS, max_new_tokens=4)
+    assert server.count("/v1/completions") == 1
+
+
+def test_completions_that_came_are_kept_when_the_server_goes(server: FakeServer) -> None:
+    engine = client(server, concurrency=1)
+
+    def gone_after_the_third(handler: Any, path: str, body: Any) -> bool:
+        if path != "/v1/completions" or body["prompt"] != PROMPTS[1] or body["temperature"] < 1:
+            return False
+        handler.send(b"", 500)
+        return True
+
+    server.fault = gone_after_the_third
+    with pytest.raises(RolloutError, match=r"HTTP 500 Internal Server Error; [3-5] of 6 completions kept") as e:
+        engine.generate(PROMPTS, **ARGS)
+    assert [c is not None for c in e.value.partial[:4]] == [True, True, True, False]
+    assert e.value.partial[0] == Completion([38, 39, 40, 41], [-0.5, -0.625, -0.75, -0.875], False)
+
+
+def test_rows_that_would_be_tried_again_give_up_at_the_first_failure(server: FakeServer) -> None:
+
+    def fault(handler: Any, path: str, body: Any) -> bool:
+        if path == "/v1/completions" and body["prompt"] == PROMPTS[1]:
+            handler.send({"error": {"message": "busy"}}, 503)
+        elif path == "/v1/completions" and body["prompt"] == PROMPTS[2]:
+            time.sleep(0.5)  # the others have their answers
+            handler.send({"error": {"message": "too long"}}, 400)
+        return handler.path == "/v1/completions" and body["prompt"] != PROMPTS[0]
+
+    engine, begin = client(server, backoff=100.0), time.monotonic()
+    server.fault = fault
+    with pytest.raises(RolloutError, match="HTTP 400 too long; 2 of 6 completions kept"):
+        engine.generate(PROMPTS, **ARGS)
+    assert time.monotonic() - begin < 10 and server.count("/v1/completions") == 6
+
+
+def test_all_rows_are_asked_at_once_up_to_the_limit(server: FakeServer) -> None:
+    together = threading.Barrier(128)
+    engine = client(server, retries=0)
+    server.fault = lambda handler, path, body: path == "/v1/completions" and together.wait(20) < 0
+    engine.generate([[5]] * 128, temperature=None, eos=EOS, max_new_tokens=1)
+    engine = client(server, retries=0, concurrency=127, timeout=0.5)
+    with pytest.raises(RolloutError, match=r"no answer within 0\.5 s"):
+        engine.generate([[5]] * 128, temperature=None, eos=EOS, max_new_tokens=1)
+    together.abort()
+
+
+def test_connections_are_kept_for_a_moment_and_closed_with_the_engine(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A connection that the server may be about to close is not used again.
+    assert server_module.KEEP_ALIVE < 5
+    monkeypatch.setattr(server_module, "KEEP_ALIVE", 60)
+    engine = client(server, concurrency=1)
+    engine.sync(weights().items(), 0)
+    engine.generate(PROMPTS, **ARGS)
+    assert server.connections == 1
+    http = engine._http
+    del engine
+    gc.collect()
+    assert http.is_closed
+    monkeypatch.setattr(server_module, "KEEP_ALIVE", 0.01)
+    engine = client(server)
+    before = server.connections
+    time.sleep(0.05)
+    engine.generate(PROMPTS[:1], temperature=None, eos=EOS, max_new_tokens=1)
+    assert server.connections == before + 1
+
+
+def test_a_restarted_server_does_not_pass_for_the_synced_one(server: FakeServer) -> None:
+    engine = client(server)
+    engine.sync(weights().items(), 3)
+    engine.generate(PROMPTS, **ARGS)
+    server.workers = [Worker(FusedModel())]
+    with pytest.raises(RolloutError, match=r"must hold version 3 of the weights; got \[''\]: was it restarted"):
+        engine.generate(PROMPTS, **ARGS)
+
+
+def test_a_rank_that_follows_holds_the_server_to_the_same_version(server: FakeServer) -> None:
+    engine, other = client(server), client(server)
+    gone_through = iter(weights().items())
+    other.follow_sync(gone_through, 1)
+    assert next(gone_through, None) is None
+    with pytest.raises(RolloutError, match="must hold version 1"):
+        other.generate(PROMPTS, **ARGS)
+    engine.sync(weights().items(), 1)
+    assert other.generate(PROMPTS, **ARGS).tokens.shape == (6, 4)
+
+
+def test_a_server_started_without_what_is_needed(server: FakeServer) -> None:
+    server.mode = "raw_logprobs"
+    with pytest.raises(ConfigError, match="--logprobs-mode must be processed_logprobs; got 'raw_logprobs'"):
+        client(server)
+    server.mode, server.extension = "processed_logprobs", ""
+    with pytest.raises(
+        ConfigError, match=r"--worker-extension-cls must be mdpgrpo_fast\.rollout\.vllm\.worker\.WeightSync"
+    ):
+        client(server)
+    server.dev = False
+    with pytest.raises(RolloutError, match=r"HTTP 404 Not Found: was it started with VLLM_SERVER_DEV_MODE=1\?"):
+        client(server)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "name"),
+    [({"url": "localhost:8000"}, "vllm_url"), ({"timeout": 0}, "vllm_timeout"), ({"retries": -1}, "vllm_retries")],
+)
+def test_bad_settings_of_the_client(knobs: dict[str, Any], name: str) -> None:
+    with pytest.raises(ConfigError, match=name):
+        VLLMServer(**{"url": "http://127.0.0.1:1", "device": "cpu", **knobs})
+
+
+def test_requests_fit_the_installed_vllm(server: FakeServer) -> None:
+    root = vllm_sources()
+    engine = client(server)
+    engine.sync(weights().items(), 0)
+    engine.generate(PROMPTS, **ARGS, seed=1)
+    protocol = root / "entrypoints/openai/completion/protocol.py"
+    fields = class_fields(protocol, "CompletionRequest")
+    assert all(set(body) <= fields for _, path, body in server.log if path == "/v1/completions")
+    assert {"token_ids", "logprobs", "finish_reason"} <= class_fields(protocol, "CompletionResponseChoice")
+    assert "token_logprobs" in class_fields(protocol, "CompletionLogProbs")
+    routes = set()
+    for path in (root / "entrypoints").rglob("api_router.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args:
+                route = node.args[0]
+                if isinstance(route, ast.Constant) and isinstance(route.value, str):
+                    routes.add((node.func.attr.upper(), route.value))
+    assert {(method, path) for method, path, _ in server.log} <= routes
