@@ -40,7 +40,7 @@ VERIFIERS = "mdpgrpo_fast/verifiers/"
 
 
 def reference(old: str, new: str, tests: str) -> Fault:
-    return Fault(REFERENCE, old, new, f"tests/test_reference.py -k '{tests}'")
+    return Fault(REFERENCE, old, new, f"tests/test_reference.py tests/test_reference_advantages.py -k '{tests}'")
 
 
 def op(path: str, old: str, new: str, tests: str) -> Fault:
