@@ -7,11 +7,13 @@ DEMO   := mdpgrpo_fast/demo
 ARGS   ?=
 JOBS   ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: help setup train test check install-check sanitize seed-policy bench clean
+.PHONY: help setup train test test-fast faults check install-check sanitize seed-policy bench clean
 
 help:
 	@echo "make train        install, then train the embedded demonstration into $(OUTPUT) (ARGS=... adds flags)"
 	@echo "make test         install, then run the whole test suite (ARGS=... goes to pytest)"
+	@echo "make test-fast    the core in under 90 seconds: reference, ops on torch and cpu, config, data, cli, layers, verifiers"
+	@echo "make faults       plant each fault of tests/faults.py in a copy; fails where the tests do not see it (ARGS=words)"
 	@echo "make check        formatter, linter and type checker"
 	@echo "make install-check  every way to build and install, each in a fresh environment"
 	@echo "make sanitize     the tests of the compiled CPU kernels under ASan and UBSan"
@@ -46,6 +48,16 @@ train: $(VENV)/.setup
 test: $(VENV)/.setup-test
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
+# Without Triton's interpreter, compilers, other processes and measurements of memory.
+FAST := $(addprefix tests/,test_reference.py test_reference_advantages.py test_config.py test_data.py test_cli.py test_layers.py verifiers ops)
+SLOW := triton or compile or compiles or graph or spills or pieces or memory or opcheck
+test-fast: $(VENV)/.setup-test
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --ignore tests/ops/linear/test_sharded.py -m "not code and not gpu" \
+	    -k "not ($(SLOW))" $(FAST) $(ARGS)
+
+faults: $(VENV)/.setup-test
+	$(BIN)/python tests/faults.py --jobs $(JOBS) $(ARGS)
+
 check: $(VENV)/.setup-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -64,7 +76,7 @@ sanitize: $(VENV)/.setup-test
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	    MDPGRPO_LIBRARIES=$(abspath build/sanitize/mdpgrpo_fast/kernels) TRITON_INTERPRET=1 \
 	    $(BIN)/python -m pytest -n $(JOBS) -k "cpu or compiled and not (opcheck or instruction_set or exported)" \
-	    tests/kernels/test_cpu.py tests/ops/test_token_loss*.py tests/ops/test_logprobs.py tests/ops/test_advantages.py $(ARGS)
+	    tests/kernels/test_cpu.py $(addprefix tests/ops/test_,token_loss.py autograd.py logprobs.py advantages.py checks.py) $(ARGS)
 
 seed-policy: $(VENV)/.setup
 	$(BIN)/python examples/demo/prompts.py --output $(DEMO)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 import mdpgrpo_fast
 from mdpgrpo_fast.config import MDPGRPOConfig
-from mdpgrpo_fast.ops.linear.losses import linear_token_loss
 from mdpgrpo_fast.reference import TokenLoss, linear_logits
 
 BACKENDS = ALL_BACKENDS
@@ -78,7 +77,7 @@ def call(backend: str, hidden: Tensor, head: Head, batch: LossInputs, config: MD
     device = hidden.device.type
     options = {"max_completion_length": MAX_LENGTH, **batch.given(), **more}
     options = {k: v if k == "lengths" else to(v, device) for k, v in options.items() if v is not None}
-    return linear_token_loss(
+    return mdpgrpo_fast.linear_token_loss(
         hidden, head.weight, to(batch.tokens, device), to(batch.mask, device), config, bias=head.bias,
         logit_scale=head.logit_scale, backend=backend, **options,
     )  # fmt: skip
@@ -149,9 +148,13 @@ def assert_agrees(got: Result, truth: Result, own: Result, dtype: torch.dtype, e
         assert found <= allowed, f"gradient of {name}: off by {found:.2e}, allowed {allowed:.2e}"
 
 
-def assert_matches(backend: str, batch: LossInputs, head: Head, config: MDPGRPOConfig, **more: Any) -> Result:
+def assert_matches(
+    backend: str, batch: LossInputs, head: Head, config: MDPGRPOConfig, expected: tuple[Result, Result] | None = None,
+    **more: Any,
+) -> Result:  # fmt: skip
+    """expected: `truths` of the same, where they are at hand."""
     ours = {k: more.pop(k) for k in ("workspace_bytes", "fp32_logits", "lengths", "skip_idle") if k in more}
-    truth, own = truths(batch, head, config, **more)
+    truth, own = expected or truths(batch, head, config, **more)
     got = run(backend, batch, head, config, **more, **ours)
     assert_agrees(got, truth, own, batch.logits.dtype, ours.get("fp32_logits", False))
     return got

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -12,15 +13,26 @@ import pytest
 import torch
 from helpers.inputs import LossInputs, make_inputs
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mdpgrpo_fast
 from mdpgrpo_fast.config import MDPGRPOConfig
-from mdpgrpo_fast.ops.backends import refuses
 from mdpgrpo_fast.reference import TokenLoss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def runs(backend: str) -> bool:
+    logits = torch.zeros(1, 1, 2, device=DEVICE)
+    try:
+        mdpgrpo_fast.token_logprobs(logits, torch.zeros_like(logits[..., 0], dtype=torch.long), backend=backend)
+    except ValueError:
+        return False
+    return True
+
+
 # Of the fused ones, those that this machine can run (test_backends.py says why the others are not there).
-BACKENDS = ["triton", *(name for name in ("cpu", "cuda") if not refuses(name, torch.device(DEVICE), torch.float32))]
+BACKENDS = ["triton", *(name for name in ("cpu", "cuda") if runs(name))]
 ALL_BACKENDS = ["torch", *BACKENDS]
 MAX_LENGTH = 5
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -136,6 +148,12 @@ def assert_matches(backend: str, batch: LossInputs, config: MDPGRPOConfig, **mor
     return got
 
 
+def not_a_leaf(batch: LossInputs) -> tuple[LossInputs, Tensor]:
+    """The batch on the device with logits that are not a leaf, and the leaf behind them."""
+    leaf = batch.logits.to(DEVICE, copy=True).requires_grad_()
+    return replace(batch, logits=leaf * 1), leaf
+
+
 def wide_view(logits: Tensor, pad: int, shift: int = 0) -> tuple[Tensor, Tensor]:
     """NaN-padded storage and a view of it that holds the logits; shift: elements off the allocation's alignment."""
     b, width, v = logits.shape
@@ -144,6 +162,28 @@ def wide_view(logits: Tensor, pad: int, shift: int = 0) -> tuple[Tensor, Tensor]
     base[:, :-1, :v] = logits.to(DEVICE)
     base.requires_grad_()
     return base, base[:, :-1, :v]
+
+
+# ---- before any work ------------------------------------------------------------------------------------------------
+
+# On floating-point numbers none of them is a check. The operations of this package are seen under their own name.
+ARITHMETIC = "exp log logsumexp _log_softmax tanh sqrt mm addmm bmm mul div gather index_select"
+
+
+class _NoWork(TorchDispatchMode):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        (space, name), inputs = function.name().split("::"), [x for x in args if isinstance(x, Tensor)]
+        floats = any(x.is_floating_point() for x in inputs)
+        if space == "mdpgrpo_fast" or (floats and name.split(".")[0] in ARITHMETIC.split()):
+            raise AssertionError(f"{function.name()} before the checks")
+        return function(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def no_work() -> Iterator[None]:
+    """Nothing is computed inside: only checks have their turn."""
+    with _NoWork():
+        yield
 
 
 # ---- options --------------------------------------------------------------------------------------------------------
@@ -203,6 +243,12 @@ def rows_like(batch: LossInputs, seed: int, low: float, high: float) -> Tensor:
     """One number per row, uniform in [low, high)."""
     g = torch.Generator().manual_seed(seed)
     return low + (high - low) * torch.rand(batch.tokens.shape, generator=g)
+
+
+def equal_beta(batch: LossInputs, beta: float = 0.1) -> LossInputs:
+    """One KL coefficient for all, as TRL and Liger have it."""
+    batch.kl_beta = torch.full_like(batch.kl_beta, beta)
+    return batch
 
 
 def packed_order(batch: LossInputs, seed: int = 0, drop_masked: bool = True) -> Tensor:

@@ -1,4 +1,4 @@
-"""Log-probs of given tokens on every fused backend against the reference in float64, and their autograd."""
+"""Log-probs of given tokens on every fused backend against the reference in float64."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from helpers.losses import (
 )
 
 import mdpgrpo_fast
-from mdpgrpo_fast import reference
-from mdpgrpo_fast.config import ConfigError
-from mdpgrpo_fast.ops import backends, fused
+from mdpgrpo_fast.log import say_once
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 EACH = torch.tensor([0.4, 0.7, 1.0, 1.3])
 SIZE = (len(LENGTHS), max(LENGTHS))
+VOCABULARIES = [(1, "float32"), (2, "bfloat16"), (1000, "float16"), (4097, "float32"), (4097, "bfloat16"),
+                (32001, "bfloat16"), (32001, "float16")]  # fmt: skip
 
 
 def run(backend: str, batch: LossInputs, device: str = DEVICE, **more: Any) -> Result:
@@ -75,23 +75,24 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("option", OPTIONS)
-def test_every_option(backend: str, option: str, dtype: str) -> None:
-    batch = make_batch(1, dtype=dtype, vocab=130)
-    batch.tokens = batch.tokens.int() if dtype == "bfloat16" else batch.tokens
+def test_every_option(backend: str, option: str) -> None:
+    batch = make_batch(1, vocab=130)
     assert_matches(backend, batch, **OPTIONS[option])
+    if option in ("plain", "softcap_temperature"):
+        half = make_batch(1, dtype="bfloat16", vocab=130)
+        half.tokens = half.tokens.int()
+        assert_matches(backend, half, **OPTIONS[option])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("vocab", [1, 2, 1000, 4097, 32001])
+@pytest.mark.parametrize(("vocab", "dtype"), VOCABULARIES)
 def test_vocabularies(backend: str, vocab: int, dtype: str) -> None:
     """verl#2656, verl#2899: columns past V have probability 0, at a level of -40 too, where a 0 would be the peak."""
     batch = make_batch(2, lengths=(2, 1), vocab=vocab, dtype=dtype)
     batch.tokens = torch.tensor([[vocab - 1, 0], [vocab // 2, 0]])
     batch.logits[0] = -40.0
     batch.logits[0, 0, -1] = -25.0
-    got = assert_matches(backend, batch, **({"softcap": 60.0, "temperature": 0.5} if vocab == 4097 else {}))
+    got = assert_matches(backend, batch, **({"softcap": 30.0, "temperature": 1.5} if vocab == 4097 else {}))
     if vocab != 4097:
         assert got.out[0][0, 1].item() == pytest.approx(-math.log(vocab), abs=1e-5)
         assert got.out[1][0, 1].item() == pytest.approx(math.log(vocab), abs=1e-5)
@@ -142,8 +143,9 @@ def test_half_precision_is_not_rounded_on_the_way(backend: str) -> None:
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("pad", "shift"), [(0, 0), (5, 0), (8, 1)])
+@pytest.mark.parametrize(
+    ("dtype", "pad", "shift"), [("bfloat16", 0, 0), ("float32", 5, 0), ("float32", 8, 1), ("bfloat16", 8, 1)]
+)
 def test_strided_views(backend: str, dtype: str, pad: int, shift: int) -> None:
     """Slices like logits[:, :-1], a padded vocabulary that holds NaN, and a base that is not 16-byte aligned."""
     batch = make_batch(6, dtype=dtype, vocab=131)
@@ -163,7 +165,7 @@ def test_a_stride_in_the_vocabulary_is_copied_with_a_notice(backend: str, caplog
     plain = run(backend, batch)
     batch.logits = batch.logits.transpose(1, 2).contiguous().transpose(1, 2)
     assert batch.logits.stride(-1) != 1 and "copied" not in caplog.text
-    backends.say_once.cache_clear()
+    say_once.cache_clear()
     with caplog.at_level(logging.WARNING, logger="mdpgrpo_fast"):
         assert torch.equal(run(backend, batch).grad, plain.grad) and torch.equal(run(backend, batch).grad, plain.grad)
     assert caplog.text.count("logits are copied: the kernels need unit stride in the vocabulary") == 1
@@ -201,66 +203,7 @@ def test_no_rows(backend: str, shape: tuple[int, int]) -> None:
     assert out[0].shape == out[1].shape == shape and grad.shape == (*shape, 4)
 
 
-# ---- autograd -------------------------------------------------------------------------------------------------------
-
-
-def test_rows_without_incoming_gradient_have_none(backend: str) -> None:
-    batch = make_batch(9, dtype="bfloat16")
-    logits = batch.logits.to(DEVICE).requires_grad_()
-    out, _ = mdpgrpo_fast.token_logprobs(logits, batch.tokens.to(DEVICE), backend=backend)
-    (grad,) = torch.autograd.grad(out[1:3].sum(), logits)
-    assert (grad[[0, 3]] == 0).all() and (grad[1:3].abs().sum(-1) > 0).all()
-
-
-def test_backward_rules(backend: str) -> None:
-    """The entropy is detached, the gradient repeats under retain_graph, and a second derivative is refused."""
-    batch = make_batch(10)
-    logits = batch.logits.to(DEVICE).requires_grad_()
-    out, entropy = mdpgrpo_fast.token_logprobs(logits, batch.tokens.to(DEVICE), backend=backend)
-    assert not entropy.requires_grad
-    first, second = (torch.autograd.grad(out.sum(), logits, retain_graph=True)[0] for _ in range(2))
-    assert torch.equal(first, second)
-    (grad,) = torch.autograd.grad(out.sum(), logits, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
-        torch.autograd.grad(grad.square().sum(), logits)
-    torch.autograd.grad(out.sum(), logits)
-    with pytest.raises(RuntimeError, match="second time"):
-        torch.autograd.grad(out.sum(), logits)
-
-
-def test_logits_that_change_before_the_backward_are_noticed(backend: str) -> None:
-    batch = make_batch(11)
-    leaf = batch.logits.to(DEVICE).requires_grad_()
-    logits = leaf * 1
-    out, _ = mdpgrpo_fast.token_logprobs(logits, batch.tokens.to(DEVICE), backend=backend)
-    with torch.no_grad():
-        logits.mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        torch.autograd.grad(out.sum(), leaf)
-
-
-def test_without_gradient_the_values_are_the_same(backend: str) -> None:
-    batch = make_batch(12)
-    plain = run(backend, batch)
-    with torch.no_grad():
-        out = mdpgrpo_fast.token_logprobs(*(to(x, DEVICE) for x in list(batch)[:3]), backend=backend)
-    assert torch.equal(out[0], plain.out[0]) and torch.equal(out[1], plain.out[1]) and not out[0].requires_grad
-
-
-def test_the_same_bits_every_time_and_in_any_company(backend: str) -> None:
-    """verl#6280: a row's bits do not depend on what else is in the batch, on its place or on the layout."""
-    batch = make_batch(13, lengths=(2, 2, 1), dtype="bfloat16", vocab=5003)
-    first, second = run(backend, batch, mask=None), run(backend, batch, mask=None)
-    assert torch.equal(first.out[0], second.out[0]) and torch.equal(first.grad, second.grad)
-    logits, tokens = batch.logits.to(DEVICE), batch.tokens.to(DEVICE)
-    for i, j in ((0, 0), (1, 1), (2, 0)):
-        alone = mdpgrpo_fast.token_logprobs(logits[i, j][None], tokens[i, j][None], backend=backend)
-        assert alone[0][0] == first.out[0][i, j] and alone[1][0] == first.out[1][i, j]
-    moved = mdpgrpo_fast.token_logprobs(logits.flip(0), tokens.flip(0), backend=backend)
-    assert torch.equal(moved[0].flip(0), first.out[0])
-
-
-# ---- bad input ------------------------------------------------------------------------------------------------------
+# ---- values that nobody looked at -----------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
@@ -283,41 +226,6 @@ def test_unseen_bad_values_give_nan_in_their_rows_alone(backend: str) -> None:
     where = rows.kwargs["completion"].masked_fill(torch.arange(5) == 2, 7)
     got = run(backend, rows, completion=where, num_completions=4, check_values=False, temperature=EACH).out[0]
     assert got.isnan().tolist() == [False, False, True, False, False]
-
-
-REFUSALS: list[tuple[str, dict[str, Any], str]] = [
-    ("logits", {"logits": torch.zeros(4)}, r"of shape \(B, L, V\)"),
-    ("logits", {"logits": torch.zeros(4, 2, 11, dtype=torch.long)}, "floating point; got torch.int64"),
-    ("logits", {"logits": torch.zeros(4, 2, 0)}, "of at least one column"),
-    ("tokens", {"tokens": torch.zeros(4, dtype=torch.long)}, r"of shape \(4, 2\); got shape \(4,\)"),
-    ("tokens", {"tokens": torch.zeros(4, 2)}, "int32 or int64; got torch.float32"),
-    ("tokens", {"tokens": torch.full((4, 2), 11)}, r"in \[0, 11\); got range 11 to 11"),
-    ("tokens", {"tokens": torch.full((4, 2), -1)}, r"in \[0, 11\); got range -1 to -1"),
-    ("mask", {"mask": torch.ones(4)}, r"of shape \(4, 2\)"),
-    ("softcap", {"softcap": -1.0}, "above 0, or None; got -1.0"),
-    ("num_completions", {"num_completions": 4}, "left out for padded logits"),
-    ("temperature", {"temperature": torch.ones(2)}, r"of shape \(4,\) or \(4, 2\); got shape \(2,\)"),
-    ("temperature", {"temperature": torch.zeros(4)}, "above 0 in every row"),
-    ("temperature", {"temperature": 0.0}, "above 0; got 0.0"),
-]
-
-
-def test_bad_input_is_refused_before_any_work(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def work(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("the check came after the work began")
-
-    for module in (fused, reference):
-        monkeypatch.setattr(module, "token_logprobs", work)
-    batch = make_batch(15)
-    good = {"logits": batch.logits, "tokens": batch.tokens, "mask": batch.mask}
-    for name, change, message in REFUSALS:
-        arguments = {k: to(v, DEVICE) for k, v in {**good, **change}.items()}
-        with pytest.raises(ValueError, match=f"^{name} must be {message}"):
-            mdpgrpo_fast.token_logprobs(backend=backend, check_values=True, **arguments)
-    with pytest.raises(ConfigError, match="unknown backend 'trition'; did you mean 'triton'"):
-        mdpgrpo_fast.token_logprobs(**{k: to(v, DEVICE) for k, v in good.items()}, backend="trition")
-    with pytest.raises(ValueError, match="cannot run: it takes bfloat16, float16, float32, not float64"):
-        mdpgrpo_fast.token_logprobs(batch.logits.double().to(DEVICE), batch.tokens.to(DEVICE), backend=backend)
 
 
 @gpu

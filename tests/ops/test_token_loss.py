@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ from helpers.losses import (
     call,
     config_for,
     double,
+    gpu,
     make_batch,
     packed,
     packed_order,
@@ -41,6 +44,9 @@ from mdpgrpo_fast.reference import KL_EXPONENT_MAX, RATIO_EXPONENT_MAX
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 LEVELS = ["token", "sequence"]
 AGGREGATIONS = ["grpo", "dapo", "dr_grpo", "bnpo"]
+# Of one column, of less than a tile, of whole ones and a rest; each dtype has tiles of its own.
+VOCABULARIES = [(1, "float32"), (2, "bfloat16"), (1000, "float16"), (4097, "float32"), (4097, "bfloat16"),
+                (32001, "bfloat16"), (32001, "float16")]  # fmt: skip
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -66,6 +72,8 @@ def test_aggregations_and_denominators(backend: str, aggregation: Any) -> None:
     if aggregation == "dr_grpo":
         by_width = run(backend, batch, config, max_completion_length=None).out.loss.item()
         assert by_width * 3 * SIZE[1] == pytest.approx(one, rel=1e-5)
+    vector = call(backend, batch, config, denominator=torch.full((1,), 7.0)).loss
+    assert vector.shape == () and vector.item() == seven
 
 
 @pytest.mark.parametrize("seed", range(14))
@@ -164,8 +172,9 @@ def test_a_knob_of_as_many_values_as_completions_and_rows_means_completions(back
     torch.testing.assert_close(got.out.loss, run(backend, batch, config, temperature=each).out.loss)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("pad", "shift"), [(0, 0), (5, 0), (8, 1)])
+@pytest.mark.parametrize(
+    ("dtype", "pad", "shift"), [("bfloat16", 0, 0), ("float32", 5, 0), ("float32", 8, 1), ("bfloat16", 8, 1)]
+)
 def test_strided_views(backend: str, dtype: str, pad: int, shift: int) -> None:
     """Slices like logits[:, :-1], a padded vocabulary that holds NaN, and a base that is not 16-byte aligned."""
     batch, config = make_batch(10, dtype=dtype, vocab=131), config_for()
@@ -232,11 +241,10 @@ def planted(vocab: int, dtype: str) -> LossInputs:
     return batch
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("vocab", [1, 2, 1000, 4097, 32001])
+@pytest.mark.parametrize(("vocab", "dtype"), VOCABULARIES)
 def test_vocabularies(backend: str, vocab: int, dtype: str) -> None:
     """verl#2656, verl#2899: columns past V have probability 0 whatever the level of the logits, cap and temperature."""
-    more = {"softcap": 60.0, "temperature": torch.tensor([0.5, 1.5])} if vocab in (2, 4097) else {}
+    more = {"softcap": 30.0, "temperature": torch.tensor([0.5, 1.5])} if vocab in (2, 4097) else {}
     got = assert_matches(backend, planted(vocab, dtype), config_for(), **more)
     if not more:
         flat = got.grad[0, 1].float().cpu()
@@ -264,6 +272,15 @@ def test_banned_tokens(backend: str) -> None:
     got = assert_matches(backend, batch, config_for(), temperature=EACH)
     assert (got.grad.cpu().gather(2, banned) == 0).all() and got.out.loss.isfinite()
     assert_matches(backend, batch, config_for(), softcap=5.0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tokens_banned_by_the_lowest_number(backend: str, dtype: str) -> None:
+    """finfo.min instead of -inf: differences of such logits overflow, and entropy must not be inf * 0."""
+    batch = make_batch(1, vocab=600, dtype=dtype)
+    batch.logits[..., 300:] = torch.finfo(batch.logits.dtype).min
+    batch.tokens %= 300
+    assert_matches(backend, batch, config_for())
 
 
 def test_own_token_gradient_in_half_precision(backend: str) -> None:
@@ -299,32 +316,30 @@ def one_token(gap: float, advantage: float) -> tuple[LossInputs, dict[str, Any]]
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("advantage", [1.0, -1.0])
-def test_ties_at_the_clip_boundary_take_the_unclipped_branch(backend: str, level: Any, advantage: float) -> None:
+def test_ties_at_the_clip_boundary_take_the_unclipped_branch(backend: str, level: Any) -> None:
     """On-policy with a clip range of 0 the ratio is at both bounds, and with delta at none: the gradient flows."""
-    batch, _ = one_token(0.0, advantage)
-    for more in ({}, {"old_logprobs": run(backend, batch, config_for()).out.logprobs}):
+    at = run(backend, one_token(0.0, 1.0)[0], config_for()).out.logprobs
+    for advantage, old in product((1.0, -1.0), (None, at)):
+        batch, more = one_token(0.0, advantage)[0], {"old_logprobs": old}
         got = run(backend, batch, config_for(importance_level=level), epsilon_low=0.0, epsilon_high=0.0, **more)
         assert got.out.ratio.item() == 1 and got.grad[0, 0].tolist() == pytest.approx([advantage / 2, -advantage / 2])
         assert not got.out.clipped_low.any() and not got.out.clipped_high.any()
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_ratio_above_delta_has_zero_gradient(backend: str, level: Any) -> None:
-    config = config_for(delta=1.5, importance_level=level)
-    for ratio, moves in ((1.6, False), (1.4, True)):
+def test_ratio_above_delta_has_zero_gradient(backend: str) -> None:
+    for level, (ratio, moves) in product(LEVELS, ((1.6, False), (1.4, True))):
         batch, old = one_token(math.log(ratio), -1.0)
-        got = run(backend, batch, config, **old)
+        got = run(backend, batch, config_for(delta=1.5, importance_level=level), **old)
         assert bool((got.grad != 0).any()) == moves
         assert got.out.loss.item() == pytest.approx(min(ratio, 1.5), rel=3e-6)
         assert got.out.ratio.item() == pytest.approx(ratio, rel=3e-6), "the ratio itself is reported as it is"
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize(("advantage", "delta"), [(1.0, None), (-1.0, 4.0), (-1.0, None)])
-def test_a_ratio_beyond_float_range(backend: str, level: Any, advantage: float, delta: float | None) -> None:
+def test_a_ratio_beyond_float_range(backend: str, level: Any) -> None:
     """exp(80) is where it ends, with gradient 0: no 0 * inf, no NaN."""
-    for gap in (RATIO_EXPONENT_MAX + 1, 1000.0, math.inf):
+    cases = ((1.0, None), (-1.0, 4.0), (-1.0, None))
+    for gap, (advantage, delta) in product((RATIO_EXPONENT_MAX + 1, 1000.0, math.inf), cases):
         batch, old = one_token(gap, advantage)
         got = assert_matches(backend, batch, config_for(importance_level=level, delta=delta), **old)
         assert (got.grad == 0).all() and got.out.loss.isfinite()
@@ -359,6 +374,17 @@ def test_sequence_level_couples_the_tokens_of_a_completion(backend: str) -> None
     assert (grad[0].abs().sum(-1) > 0).all() and (grad[1] == 0).all()
 
 
+def test_rows_without_effect_have_a_gradient_of_exactly_zero(backend: str) -> None:
+    """A = 0 with β = 0, and a clipped token without KL: zeros are written, not small numbers."""
+    batch, config = make_batch(23, lengths=(3, 2), dtype="bfloat16"), config_for()
+    del batch.kwargs["ref_logprobs"]
+    grad = run(backend, batch, config, advantage=torch.tensor([0.0, 1.0])).grad
+    assert (grad[0] == 0).all() and (grad[1, :2] != 0).any()
+    batch.kwargs["old_logprobs"] -= 5.0
+    got = run(backend, batch, config, advantage=1.0)
+    assert got.out.clipped_high[batch.mask.to(DEVICE)].all() and (got.grad == 0).all()
+
+
 # ---- masks ----------------------------------------------------------------------------------------------------------
 
 
@@ -389,3 +415,70 @@ def test_a_batch_without_tokens_has_loss_and_gradient_zero(backend: str, level: 
         empty = LossInputs(torch.zeros(*shape, 4), none, none, torch.ones(shape[0]), torch.ones(shape[0]))
         got = assert_matches(backend, empty, config_for(importance_level=level))
         assert got.out.loss.item() == 0 and got.grad.shape == (*shape, 4)
+
+
+# ---- values that nobody looked at -----------------------------------------------------------------------------------
+
+NAN_REWARDS = {**GIVEN, **REWARDS, "rewards": torch.tensor([[0.25, math.nan], [0.5, math.inf]])}
+BAD_VALUES: dict[str, tuple[bool, Callable[[LossInputs], dict[str, Any]]]] = {  # packed?, change
+    "token_too_large": (False, lambda b: {"tokens": b.tokens + 11}),
+    "token_negative": (False, lambda b: {"tokens": b.tokens.int() - 12}),
+    "token_far_out": (True, lambda b: {"tokens": b.tokens + 2**40}),
+    "completion_too_large": (True, lambda b: {"completion": b.kwargs["completion"] + 4}),
+    "completion_negative": (True, lambda b: {"completion": b.kwargs["completion"] - 4}),
+    "reward_nan": (False, lambda b: NAN_REWARDS),
+    "num_constraints_zero": (False, lambda b: {**GIVEN, **REWARDS, "num_constraints": torch.tensor([4, 0])}),
+    "temperature_zero": (False, lambda b: {"temperature": torch.zeros(4)}),
+    "temperature_negative": (False, lambda b: {"temperature": torch.full((4,), -1.0)}),
+    "temperature_nan": (False, lambda b: {"temperature": torch.tensor(math.nan)}),
+    "advantage_nan": (False, lambda b: {"advantage": math.nan}),
+    "denominator_nan": (False, lambda b: {"denominator": torch.tensor(math.nan)}),
+    "logits_nan": (False, lambda b: {"logits": b.logits * math.nan}),
+    "old_logprobs_nan": (False, lambda b: {"old_logprobs": torch.full((4, 1), math.nan)}),
+    "ref_logprobs_nan": (False, lambda b: {"ref_logprobs": torch.full((4, 1), math.nan)}),
+    "epsilon_low_nan": (False, lambda b: {"epsilon_low": torch.tensor([0.2, math.nan, 0.2, math.nan])}),
+    "epsilon_high_nan": (False, lambda b: {"epsilon_high": torch.tensor([0.2, math.nan, 0.2, math.nan])}),
+    "importance_weight_nan": (False, lambda b: {"importance_weight": torch.full((4, 1), math.nan)}),
+}
+ON, OFF, SEQUENCE = ("old_logprobs", "ref_logprobs"), ("ref_logprobs",), {"importance_level": "sequence"}
+POLICIES: list[tuple[tuple[str, ...], dict[str, Any]]] = [  # arguments left out, config
+    (ON, {}), (ON, SEQUENCE), (OFF, {}), (OFF, SEQUENCE), (OFF, {"delta": 2.0}), (OFF, {"delta": 2.0, **SEQUENCE}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("absent", "knobs"), POLICIES, ids=str)
+@pytest.mark.filterwarnings("ignore:.* encountered:RuntimeWarning")
+def test_unseen_bad_values_give_a_nan_loss(backend: str, absent: tuple[str, ...], knobs: dict[str, Any]) -> None:
+    """On a GPU nobody looks at values: a clip must not make a plausible loss of them, and no kernel may crash."""
+    finite = []
+    for case, (is_packed, change) in BAD_VALUES.items():
+        batch = make_batch(13, lengths=(1, 0, 0, 1))
+        batch = packed(batch) if is_packed else batch
+        for name in absent:
+            del batch.kwargs[name]
+        more = change(batch)
+        batch = replace(batch, logits=more.get("logits", batch.logits), tokens=more.get("tokens", batch.tokens))
+        more = {k: v for k, v in more.items() if k not in ("logits", "tokens")}
+        loss = run(backend, batch, config_for(**knobs), check_values=False, **more).out.loss
+        finite += [] if loss.isnan() else [(case, loss.item())]
+    assert finite == []
+
+
+def test_an_unseen_bad_token_spoils_its_gradient_row_too(backend: str) -> None:
+    """On-policy the ratio is 1 whatever the log-prob is: the row would lack its own token and look like a gradient."""
+    batch = make_batch(7)
+    batch.kwargs = {}
+    batch.tokens[0, 0] = 10**6
+    got = run(backend, batch, config_for(), check_values=False)
+    assert got.out.loss.isnan() and got.grad[0, 0].isnan().all() and got.grad[1].isfinite().all()
+
+
+@gpu
+@pytest.mark.parametrize("knob", ["temperature", "kl_beta", "advantage", "epsilon_high", "denominator"])
+def test_a_scalar_tensor_may_lie_on_the_cpu(backend: str, knob: str) -> None:
+    batch = make_batch(52)
+    logits, given = batch.logits.to(DEVICE), {k: v.to(DEVICE) for k, v in batch.given().items()}
+    args = (logits, batch.tokens.to(DEVICE), batch.mask.to(DEVICE), config_for())
+    half = (torch.tensor(0.5, device=device) for device in (DEVICE, "cpu"))
+    there, here = (mdpgrpo_fast.token_loss(*args, backend=backend, **{**given, knob: x}).loss for x in half)
+    assert torch.equal(here, there)

@@ -16,15 +16,29 @@ import torch.distributed as dist
 from helpers.inputs import unavailable
 from helpers.linear import BACKENDS, Head, call, gradients, make_linear
 from helpers.losses import EACH, config_for
-from helpers.ranks import spawn
+from helpers.ranks import spawn, spawn_fleet
 
+from mdpgrpo_fast import linear_token_logprobs, linear_token_loss
 from mdpgrpo_fast.models.heads import effective_weight
 from mdpgrpo_fast.ops.linear import select, sharded
-from mdpgrpo_fast.ops.linear.losses import linear_token_logprobs, linear_token_loss
 
 DEEPSPEED = Path(sys.prefix) / "deepspeed"
 VOCAB, LENGTHS = 42, (3, 2, 0, 3)
 MORE = {"temperature": EACH, "softcap": 5.0}
+LEVEL_OF = {2: "token", 3: "sequence"}  # by ranks
+
+
+@pytest.fixture(scope="module")
+def fleets(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, list[Any]]]:
+    """What the functions below return on each rank: ranks -> name -> results."""
+    found = {}
+    for ranks, level in LEVEL_OF.items():
+        # The refusal first: it is about a group whose ranks have not compared their splits yet.
+        tasks: dict[str, tuple[Any, ...]] = {"uneven": (uneven,)} if ranks == 2 else {}
+        tasks |= {f"split {b}": (split, level, b, MORE) for b in BACKENDS} | {"fsdp": (fsdp, level)}
+        tasks |= {f"masked {b}": (masked, b) for b in BACKENDS} if ranks == 2 else {}
+        found[ranks] = spawn_fleet(tasks, ranks, tmp_path_factory.mktemp("fleet"))
+    return found
 
 
 def alone(level: str, more: dict[str, Any], backend: str = "torch") -> tuple[dict[str, Any], dict[str, Any]]:
@@ -60,10 +74,9 @@ def split(rank: int, ranks: int, level: str, backend: str, more: dict[str, Any])
 
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_split_vocabulary_gives_what_the_whole_one_does(ranks: int, backend: str, tmp_path: Path) -> None:
-    level = "sequence" if ranks == 3 else "token"
-    found = spawn(split, ranks, tmp_path, level, backend, MORE)
-    values, grads = alone(level, MORE)
+def test_a_split_vocabulary_gives_what_the_whole_one_does(ranks: int, backend: str, fleets: Any) -> None:
+    found = fleets[ranks][f"split {backend}"]
+    values, grads = alone(LEVEL_OF[ranks], MORE)
     batch, head = make_linear(1, LENGTHS, vocab=VOCAB, bias=True)
     leaves, hidden = head.leaves(), batch.logits.requires_grad_()
     whole = linear_token_logprobs(hidden, leaves.weight, batch.tokens, batch.mask, bias=leaves.bias, softcap=5.0)
@@ -97,10 +110,10 @@ def masked(rank: int, ranks: int, backend: str) -> Any:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_masked_rows_of_a_split_vocabulary_are_nothing(backend: str, tmp_path: Path) -> None:
+def test_masked_rows_of_a_split_vocabulary_are_nothing(backend: str, fleets: Any) -> None:
     batch, head = make_linear(1, LENGTHS, vocab=VOCAB)
     expected = call("torch", batch.logits, head, batch, config_for())
-    for logprobs, entropy, inside, totals in spawn(masked, 2, tmp_path, backend):
+    for logprobs, entropy, inside, totals in fleets[2][f"masked {backend}"]:
         for found in (logprobs, entropy, inside):
             assert (found[~batch.mask] == 0).all()
         torch.testing.assert_close(entropy, expected.entropy, rtol=1e-5, atol=2e-6)
@@ -132,8 +145,8 @@ def uneven(rank: int, ranks: int) -> list[str]:
     return said
 
 
-def test_an_uneven_split_is_refused_on_every_rank(tmp_path: Path) -> None:
-    for bad, good, later, tokens in spawn(uneven, 2, tmp_path):
+def test_an_uneven_split_is_refused_on_every_rank(fleets: Any) -> None:
+    for bad, good, later, tokens in fleets[2]["uneven"]:
         assert bad == later == "weight must be split evenly over them; got [20, 22] rows on the ranks of vocab_group"
         assert good == "" and tokens == "tokens must be in [0, 42); got range 42 to 42"
 
@@ -182,11 +195,10 @@ def together(ranks: int, level: Any, logprobs: bool = False) -> tuple[list[torch
     return [x.detach() for x in losses], list(gradients)
 
 
-@pytest.mark.parametrize(("ranks", "level"), [(2, "token"), (3, "sequence")])
-def test_fsdp2_shards_are_gathered_and_gradients_averaged(ranks: int, level: str, tmp_path: Path) -> None:
-    found = spawn(fsdp, ranks, tmp_path, level)
-    losses, expected = together(ranks, level)
-    for rank, (loss, grads, kinds, scored, logprobs) in enumerate(found):
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_fsdp2_shards_are_gathered_and_gradients_averaged(ranks: int, fleets: Any) -> None:
+    losses, expected = together(ranks, LEVEL_OF[ranks])
+    for rank, (loss, grads, kinds, scored, logprobs) in enumerate(fleets[ranks]["fsdp"]):
         assert kinds == ["DTensor", "DTensor"]
         torch.testing.assert_close(loss, losses[rank])
         torch.testing.assert_close(scored, logprobs)
@@ -194,14 +206,20 @@ def test_fsdp2_shards_are_gathered_and_gradients_averaged(ranks: int, level: str
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
-def zero3(rank: int, ranks: int, logprobs: bool) -> Any:
-    """The same under DeepSpeed's ZeRO-3: one step of plain SGD with the gradients that it reduced."""
+def zero3(rank: int, ranks: int) -> dict[bool, Any]:
+    """The same under DeepSpeed's ZeRO-3, by whether it is log-probs that are trained."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "DS_ACCELERATOR": "cpu"}
     sys.path.append(str(DEEPSPEED))
     import deepspeed
     from deepspeed.ops.op_builder import ShareMemCommBuilder  # compiled at first use, and waits by spinning
 
     deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False  # gloo, as over two machines
+    return {logprobs: zero3_step(rank, logprobs) for logprobs in (False, True)}
+
+
+def zero3_step(rank: int, logprobs: bool) -> Any:
+    """One step of plain SGD with the gradients that DeepSpeed reduced."""
+    import deepspeed
 
     class Model(torch.nn.Module):
         def __init__(self) -> None:
@@ -235,17 +253,18 @@ def zero3(rank: int, ranks: int, logprobs: bool) -> Any:
     return loss.detach(), moved, empty
 
 
-@pytest.mark.parametrize("logprobs", [False, True])
-def test_zero3_under_the_real_deepspeed(logprobs: bool, tmp_path: Path) -> None:
+def test_zero3_under_the_real_deepspeed(tmp_path: Path) -> None:
     if importlib.util.find_spec("deepspeed") is None and not (DEEPSPEED / "deepspeed").exists():
         unavailable(f"peer deepspeed is neither installed nor in {DEEPSPEED} (see constraints-test-deepspeed.txt)")
-    found = spawn(zero3, 2, tmp_path, logprobs)
-    losses, expected = together(2, "token", logprobs)
-    for rank, (loss, moved, empty) in enumerate(found):
-        assert empty == 0, "the head is partitioned outside of the call"
-        torch.testing.assert_close(loss, losses[rank])
-        for got, want in zip(moved, expected, strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * max(1.0, want.abs().max().item()))
+    found = spawn(zero3, 2, tmp_path)
+    for logprobs in (False, True):
+        losses, expected = together(2, "token", logprobs)
+        for rank, one in enumerate(found):
+            loss, moved, empty = one[logprobs]
+            assert empty == 0, "the head is partitioned outside of the call"
+            torch.testing.assert_close(loss, losses[rank])
+            for got, want in zip(moved, expected, strict=True):
+                torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * max(1.0, want.abs().max().item()))
 
 
 def test_zero3_parameters_are_gathered_around_the_call(monkeypatch: pytest.MonkeyPatch) -> None:

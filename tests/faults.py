@@ -1,0 +1,292 @@
+"""Planted faults: each is one expression of a copy of the package gone wrong, which the tests named beside it must see.
+
+    python tests/faults.py [WORD ...] [--jobs N]
+
+runs those whose path, text or tests hold one of the words, by default all. Exits 1 where a fault escapes, where its
+text is not found exactly once, or where its tests fail without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import queue
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+NEEDED = ("mdpgrpo_fast", "csrc", "tests", "benchmarks", "examples", "pyproject.toml", "setup.py", "README.md")
+LIMIT = 900  # seconds of one run of pytest
+PASSED, FAILED = 0, 1  # exit codes of pytest; what ends otherwise has not been tested
+
+
+class Fault(NamedTuple):
+    path: str  # from the root of the repository
+    old: str
+    new: str
+    tests: str  # arguments of pytest
+
+
+REFERENCE, TRAINING, ROLLOUT = "mdpgrpo_fast/reference.py", "mdpgrpo_fast/training/", "mdpgrpo_fast/rollout/"
+OPS, LINEAR, TRITON = "mdpgrpo_fast/ops/", "mdpgrpo_fast/ops/linear/", "mdpgrpo_fast/kernels/triton/"
+VERIFIERS = "mdpgrpo_fast/verifiers/"
+
+
+def reference(old: str, new: str, tests: str) -> Fault:
+    return Fault(REFERENCE, old, new, f"tests/test_reference.py tests/test_reference_advantages.py -k '{tests}'")
+
+
+def op(path: str, old: str, new: str, tests: str) -> Fault:
+    return Fault(path, old, new, f"tests/ops --ignore tests/ops/linear -k '{tests}'")
+
+
+def linear(path: str, old: str, new: str, tests: str) -> Fault:
+    return Fault(path, old, new, f"tests/ops/linear -k '{tests}'")
+
+
+FAULTS = [
+    # The reference: advantages.
+    reference('n if group_std == "population" else n - 1', "n", "population_and_sample"),
+    reference("noise = 4 *", "noise = 0 *", "equal_but_for_rounding"),
+    reference('rewards.shape[1] if goal_std == "released" else 1', "1", "golden_groups"),
+    reference("gain * t, loss * t", "loss * t, gain * t", "follow_the_equations"),
+    reference("masked_fill(advantage < 0, beta_neg)", "masked_fill(advantage <= 0, beta_neg)", "constant_group_has_z"),
+    reference("((kept - mean[:, None]) * valid)", "(kept - mean[:, None])", "invalid_samples"),
+    # The reference: objective.
+    reference("(ratio > high_bound)", "(ratio >= high_bound)", "ties"),
+    reference("ratio.clamp(max=delta)", "ratio", "above_delta"),
+    reference("d = d.clamp(max=KL_EXPONENT_MAX)", "d = d", "k3_overflow"),
+    reference("per_token + kl_beta * kl", "per_token - kl_beta * kl", "kl_estimators"),
+    reference(
+        "per_token = per_token + kl_beta * kl",
+        "per_token = per_token + kl_beta * kl * (1 if importance_weight is None else importance_weight)",
+        "policy_term_only",
+    ),
+    reference("layout.sum(exponent) / layout.sum(mask).clamp(min=1)", "layout.sum(exponent)", "follow_the_equations"),
+    reference("completions = (lengths > 0).sum()", "completions = (lengths >= 0).sum()", "out_of_the_normaliser"),
+    reference("torch.where(p > 0, p * x, 0)", "(p * x)", "minus_infinite"),
+    reference("logits = logits.masked_fill(~keep[..., None], 0)", "logits = logits", "masked_positions"),
+    reference("exponent.clamp(max=RATIO_EXPONENT_MAX).exp()", "exponent.exp()", "beyond_float_range"),
+    reference("config.kl_temperature, softcap)[0]", "temperature, softcap)[0]", "kl_estimators"),
+    reference("objective = objective * temperature", "objective = objective", "rescale"),
+    # Triton's kernels.
+    op(TRITON + "rows.py", "x = tl.where(columns < V, x, NEG_INF)", "x = x", "vocabularies and 4097 and triton"),
+    op(TRITON + "rows.py", "(gap * shrink) * total + tl.sum(", "tl.sum(", "vocabularies and 32001 and triton"),
+    op(TRITON + "rows.py", "g *= slope", "g *= 1.0", "every_option and softcap and triton"),
+    op(TRITON + "rows.py", "(token >= 0) & (token < V)", "(token >= 0)", "unseen_bad and triton"),
+    op(TRITON + "rows.py", "tl.where(tau > 0, tau, float(\"nan\"))", "tau", "unseen_bad and triton"),
+    op(TRITON + "method.py", "tl.where(clipped < free, tl.where(inside == ratio, advantage, 0.0), free_slope)",
+       "tl.where(clipped <= free, 0.0, free_slope)", "ties and triton"),
+    op(TRITON + "method.py", "tl.where(over, 0.0, 1.0 - e)", "1.0 - e", "k3_beyond and triton"),
+    op(TRITON + "method.py", "share /= length", "share /= 1.0", "aggregations and triton"),
+    op(TRITON + "method.py", "4.76837158203125e-07 *", "0.0 *", "equal_but_for_rounding and triton"),
+    op(TRITON + "method.py", "tl.where(ratio > delta, 0.0, advantage)", "advantage", "above_delta and triton"),
+    op(TRITON + "completions.py", "total * slope / tl.maximum(count, 1.0)", "total * slope", "couples and triton"),
+    op(TRITON + "completions.py", "tl.max(ratio_max, axis=0)", "tl.sum(ratio_max, axis=0)", "plain and triton"),
+    op(TRITON + "completions.py", "place % G, BLOCK_G), _pick", "0, BLOCK_G), _pick", "rewards and triton"),
+    op(TRITON + "token_loss.py", "row = tl.cast(index, tl.int64)\n        logits", "row = index\n        logits",
+       "beyond_int32 and triton"),
+    op(TRITON + "token_loss.py", "if scale != 1.0:", "if scale == 1.0:", "loss_scale and triton"),
+    op(TRITON + "logprobs.py", "c_kl, LOG2E / tau", "c_kl, LOG2E", "test_logprobs and every_option and triton"),
+    linear(TRITON + "objective.py", "if not TWO:", "if TWO:", "every_option and triton"),
+    # The compiled kernels of the CPU.
+    op("csrc/method.h", "take = clipped < free", "take = inside != ratio", "every_option and plain and cpu"),
+    op("csrc/method.h", "(denominator < R(1) ? R(1) : denominator)", "denominator", "aggregations and cpu"),
+    op("csrc/method.h", "over ? R(0) : R(1) - e", "R(1) - e", "k3_beyond and cpu"),
+    op("csrc/cpu/rows.inl", "if (CAP) g *= Float32::load(kept_slope + start + i);", "",
+       "vocabularies and 4097 and cpu"),
+    op("csrc/cpu/rows.inl", "moment + old * total", "moment", "vocabularies and 32001 and cpu"),
+    op("csrc/cpu/rows.inl", "peaks[b] - s.peak", "0", "vocabularies and 32001 and cpu"),
+    op("csrc/cpu/ops.cpp", "constant = n == 0 || top - bottom <= noise", "constant = n == 0 || top == bottom",
+       "equal_but_for_rounding and cpu"),
+    op("csrc/cpu/ops.cpp", "slope[c] *= whole[c].slope / std::max(lengths[c], 1.0)", "slope[c] *= whole[c].slope",
+       "couples and cpu"),
+    # The public functions: checks, in place, autograd, groups, the choice of a backend.
+    op(OPS + "checks.py", "low < 0 or high >= count", "low < 0 or high > count", "refuse"),
+    op(OPS + "checks.py", "if stride < extent:", "if False:", "in_place_is_refused"),
+    op(OPS + "checks.py", "version == logits._version and place in places", "False", "overwritten_logits"),
+    op(OPS + "checks.py", "positive and look(x, check_values)", "False", "refuse"),
+    op(OPS + "fused.py", "torch.compiler.is_compiling() or _kept_graph()", "torch.compiler.is_compiling()",
+       "backward_twice and cpu"),
+    op(OPS + "fused.py", "torch.autograd.graph.increment_version(logits)", "pass", "another_consumer and cpu"),
+    op(OPS + "advantages.py", "scatter_(0, order,", "scatter_(0, torch.arange(len(order)),",
+       "neighbours or rewards_are"),
+    op(OPS + "backends.py", 'if backend != "auto":', "if False:", "cannot_run or bad_settings"),
+    # From hidden states: rows, chunks, heads over several processes.
+    linear(LINEAR + "select.py", "(advantage == 0) & (kl_beta == 0)", "(advantage == 0)", "idle_rows and torch"),
+    linear(LINEAR + "select.py", "((given != 0) & (given != counts)).any() | ", "", "lengths_that_are_not and torch"),
+    linear(LINEAR + "chunks.py", "max(extents, default=0) > chunk", "False", "plans or no_matmul_more"),
+    linear(LINEAR + "chunks.py", "beta = 0 if first else 1", "beta = 0", "gradcheck"),
+    linear(LINEAR + "chunks.py", "return h if mask is None else h.masked_fill(~mask[start:stop, None], 0)", "return h",
+           "lengths_known and torch"),
+    linear(LINEAR + "chunks.py", "Chunking(most // CPU_TILE * CPU_TILE, CPU_TILE)", "Chunking(most, 1)",
+           "company or tiles"),
+    linear(LINEAR + "chunks.py", "torch.float32 if dtype == torch.float16 else dtype", "dtype", "small_float16"),
+    linear(LINEAR + "op.py", "sequence = importance_weight is not None or any(", "sequence = any(",
+           "as_many_rows"),
+    linear(LINEAR + "sharded.py", "return gradient / ctx.ranks, None", "return gradient, None", "fsdp2"),
+    linear(LINEAR + "sharded.py", "(peaks - peak) / temperature", "(peaks - peak)", "split_vocabulary"),
+    linear(LINEAR + "sharded.py", "(each[:, 5].sum(0) == 1) & even", "even", "split_vocabulary or uneven"),
+    # Training.
+    Fault(TRAINING + "trainer.py", "default_denominator(batch.mask.sum(1)",
+          "default_denominator(batch.rollout.mask.sum(1)",
+          "tests/training/test_trainer.py -k truncated_completions"),
+    Fault(TRAINING + "trainer.py", "max(1, sum(p.counted > 0 for p in pieces)) if local", "1 if local",
+          "tests/training/test_trainer.py -k bnpo"),
+    Fault(TRAINING + "trainer.py", "if local else acc.num_processes", "if local else 1",
+          "tests/training/test_distributed.py -k 'same_steps and ddp-2'"),
+    Fault(TRAINING + "trainer.py", "if update == 0:", "if True:", "tests/training/test_trainer.py -k later_updates"),
+    Fault(TRAINING + "collect.py", "(rollout.finished | (not method.mask_truncated))", "True",
+          "tests/training/test_trainer.py -k truncated_completions"),
+    Fault(TRAINING + "collect.py", "rollout.policy_logprobs - rollout.sampling_logprobs",
+          "rollout.sampling_logprobs - rollout.policy_logprobs",
+          "tests/training/test_trainer.py -k recorded_and_trained"),
+    Fault(TRAINING + "batch.py", 'method.temperature_objective == "per_row" else 1.0', "False else 1.0",
+          "tests/training/test_trainer.py -k 'temperature_objectives or recorded_and_trained'"),
+    # Rollout.
+    Fault(ROLLOUT + "generate.py", "device=self.lengths.device) < self.lengths[:, None]",
+          "device=self.lengths.device) <= self.lengths[:, None]", "tests/rollout/test_generate.py -k lengths_and_ends"),
+    Fault(ROLLOUT + "generate.py", "tau[index], top_k", "tau[: len(index)], top_k",
+          "tests/rollout/test_generate.py -k 'slots or rows_temperature or leave'"),
+    Fault(ROLLOUT + "decoding.py", "(self.mask.cumsum(1) - 1)", "self.mask.cumsum(1)",
+          "tests/rollout/test_generate.py -k padding_changes_nothing"),
+    Fault(ROLLOUT + "decoding.py", "(drawn[:, None] == eos).any(1)", "(drawn == eos[0])",
+          "tests/rollout/test_generate.py -k lengths_and_ends"),
+    Fault(ROLLOUT + "sampling.py", "sampling = _logprobs(logits, tokens, temperature)",
+          "sampling = _logprobs(logits, tokens, 1.0)", "tests/rollout/test_sampling.py -k 'test_logprobs'"),
+    Fault(ROLLOUT + "sampling.py", "p.cumsum(1) - p >= top_p", "p.cumsum(1) >= top_p",
+          "tests/rollout/test_sampling.py -k 'truncated or logprobs'"),
+    # Verifiers.
+    Fault(VERIFIERS + "registry.py", "known is not None and rules in known.rules", "known is not None",
+          "tests/verifiers/test_verify.py -k unknown_id"),
+    Fault(VERIFIERS + "verify.py", "(lines[1:], lines[:-1], lines[1:-1])", "(lines[1:], lines[:-1])",
+          "tests/verifiers/test_verify.py -k eight"),
+    Fault(VERIFIERS + "wording.py", "stop=num_sentences + 1", "stop=num_sentences",
+          "tests/verifiers/test_verify.py -k relations"),
+    Fault(VERIFIERS + "wording.py", 'rf"\\b{word}\\b"', 'rf"{word}"', "tests/verifiers/test_verify.py -k golden"),
+]  # fmt: skip
+
+
+def find(root: Path, fault: Fault) -> Path:
+    """The one file of the fault's path, itself or below it, that holds the old text. Raises where it is not one."""
+    base = root / fault.path
+    files = [base] if base.is_file() else sorted(base.rglob("*.py"))
+    counts = {f: n for f in files if (n := f.read_text(encoding="utf-8").count(fault.old))}
+    if sum(counts.values()) != 1:
+        raise LookupError(f"{fault.path}: found {sum(counts.values())} times, not once: {fault.old!r}")
+    return next(iter(counts))
+
+
+def copy_to(folder: Path) -> Path:
+    """The repository without its history, the compiled libraries with it."""
+    root = folder / "repository"
+    root.mkdir()
+    for name in NEEDED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__", ".git", "results"))
+        else:
+            shutil.copy(ROOT / name, root / name)
+    shared = ROOT.parent / "shared"
+    if shared.exists():
+        (folder / "shared").symlink_to(shared.resolve())
+    return root
+
+
+def environment(root: Path) -> dict[str, str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    return {**clean, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def build(root: Path) -> None:
+    """The libraries of csrc/cpu from the sources of the copy, in place."""
+    env = {**environment(root), "MDPGRPO_BUILD": "cpu", "MDPGRPO_CXXFLAGS": "-O1"}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--force"]
+    subprocess.run(command, cwd=root, env=env, check=True, capture_output=True, timeout=LIMIT)
+
+
+def run_tests(root: Path, tests: str) -> tuple[int, str]:
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "--tb=line", *shlex.split(tests)]
+    try:
+        done = subprocess.run(
+            command, cwd=root, env=environment(root), capture_output=True, text=True, timeout=LIMIT
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return FAILED, f"no end within {LIMIT} s"
+    return done.returncode, done.stdout[-2000:] + done.stderr[-500:]
+
+
+def plant(root: Path, fault: Fault) -> tuple[bool, str]:
+    """Whether the tests see the fault, and what came of them."""
+    path = find(root, fault)
+    text = path.read_text(encoding="utf-8")
+    compiled = fault.path.startswith("csrc")
+    library = root / "mdpgrpo_fast/kernels/_cpu.abi3.so"
+    before = library.read_bytes() if compiled else b""
+    try:
+        path.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
+        if compiled:
+            build(root)
+        code, output = run_tests(root, fault.tests)
+    finally:
+        path.write_text(text, encoding="utf-8")
+        if compiled:
+            library.write_bytes(before)
+    # A crash is an answer too; no test collected, or a file that cannot be imported, is none.
+    return code == FAILED or code < 0, "" if code == FAILED else f"pytest ended with {code}\n{output}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--no-clean", action="store_true", help="do not run the tests without a fault first")
+    options = parser.parse_args()
+    faults = [f for f in FAULTS if not options.words or any(w in " ".join(f) for w in options.words)]
+    problems = []
+    for fault in faults:
+        try:
+            find(ROOT, fault)
+        except LookupError as e:
+            problems.append(str(e))
+    if problems:
+        print(*problems, sep="\n")
+        return 1
+    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+        roots: queue.Queue[Path] = queue.Queue()
+        for i in range(options.jobs):
+            (Path(folder) / str(i)).mkdir()
+            roots.put(copy_to(Path(folder) / str(i)))
+
+        def on_a_copy(fault: Fault | str) -> bool:
+            root, begin = roots.get(), time.monotonic()
+            try:
+                if isinstance(fault, str):
+                    code, output = run_tests(root, fault)
+                    seen, what = code == PASSED, f"without a fault: {fault}"
+                    word = "passes" if seen else "FAILS"
+                else:
+                    seen, output = plant(root, fault)
+                    what = f"{fault.path}: {fault.old}  ->  {fault.new}".replace("\n", " ")
+                    word = "caught" if seen else "ESCAPED"
+            finally:
+                roots.put(root)
+            print(f"{word:8} {time.monotonic() - begin:5.0f} s  {what}", "" if seen else output, flush=True)
+            return seen
+
+        clean = [] if options.no_clean else list(dict.fromkeys(f.tests for f in faults))
+        with ThreadPoolExecutor(options.jobs) as pool:
+            results = list(pool.map(on_a_copy, [*clean, *faults]))
+    print(f"{sum(results[len(clean) :])} of {len(faults)} faults are caught; {sum(results[: len(clean)])} of "
+          f"{len(clean)} sets of tests pass without one")  # fmt: skip
+    return 0 if all(results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

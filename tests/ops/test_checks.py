@@ -1,0 +1,243 @@
+"""What the public functions refuse, on every backend before any work: bad arguments, settings and in-place calls."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from helpers.inputs import LossInputs
+from helpers.losses import (
+    ALL_BACKENDS,
+    BACKENDS,
+    DEVICE,
+    GIVEN,
+    REWARDS,
+    call,
+    config_for,
+    make_batch,
+    no_work,
+    not_a_leaf,
+    packed,
+    to,
+)
+
+import mdpgrpo_fast
+from mdpgrpo_fast.config import ConfigError
+
+all_backends = pytest.mark.parametrize("backend", ALL_BACKENDS)
+fused_backends = pytest.mark.parametrize("backend", BACKENDS)
+Refusals = list[tuple[str, dict[str, Any], str]]  # the argument, what is changed, what the message goes on with
+
+
+def on_device(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {k: v if getattr(v, "is_meta", False) else to(v, DEVICE) for k, v in arguments.items()}
+
+
+def assert_all_refused(function: Any, good: dict[str, Any], refusals: Refusals, **more: Any) -> None:
+    """Every message names the argument, what came and what is expected."""
+    for name, change, message in refusals:
+        with pytest.raises(ValueError, match=f"^{name} must be {message}"), no_work():
+            function(**on_device({**good, **change}), check_values=True, **more)
+
+
+# ---- advantages -----------------------------------------------------------------------------------------------------
+
+GROUPS = {"rewards": torch.zeros(4), "num_constraints": torch.ones(2), "valid": None}
+ADVANTAGES: Refusals = [
+    ("rewards", {"rewards": torch.zeros(4)}, r"of shape \(P, G\); got shape \(4,\)"),
+    ("rewards", {"rewards": torch.zeros(2, 2, dtype=torch.long)}, "floating point; got torch.int64"),
+    ("rewards", {"rewards": torch.zeros(2, 1)}, r"\(P, G\) with G = num_generations = 2; got G = 1"),
+    ("rewards", {"rewards": torch.tensor([[0.0, math.nan]] * 2)}, "finite .*; got NaN or infinity"),
+    ("rewards", {"rewards": torch.tensor([[0.0, math.inf]] * 2)}, "finite .*; got NaN or infinity"),
+    ("num_constraints", {"num_constraints": torch.ones(3)}, r"of shape \(2,\); got shape \(3,\)"),
+    ("num_constraints", {"num_constraints": torch.tensor([1, 0])}, r"at least 1; got \[1, 0\]"),
+    ("valid", {"valid": torch.ones(2, dtype=torch.bool)}, r"of shape \(2, 2\); got shape \(2,\)"),
+    ("valid", {"valid": torch.ones(2, 2)}, "bool; got torch.float32"),
+    ("rewards", {"groups": torch.zeros(2, dtype=torch.long)}, r"of shape \(B,\) where groups are given"),
+    ("groups", {**GROUPS, "groups": torch.zeros(3, dtype=torch.long)}, r"of shape \(4,\); got shape \(3,\)"),
+    ("groups", {**GROUPS, "groups": torch.zeros(4)}, "int32 or int64; got torch.float32"),
+    ("groups", {**GROUPS, "groups": torch.tensor([0, 1, 1, 1])},
+     "a map in which .* 2 completions; got group 0 of size 1"),
+    ("groups", {**GROUPS, "groups": torch.tensor([0, 0, 0, 0])}, "a map in which .*; got group 0 of size 4"),
+    ("groups", {**GROUPS, "groups": torch.tensor([1, 2, 2, 1])}, r"numbered 0 to 1; got group ids \[1, 2\]"),
+    ("valid", {**GROUPS, "groups": torch.tensor([0, 0, 1, 1]), "valid": torch.ones(2, 2, dtype=torch.bool)},
+     r"of shape \(4,\)"),
+]  # fmt: skip
+
+
+@all_backends
+def test_advantages_refuses(backend: str) -> None:
+    good = {"rewards": torch.zeros(2, 2), "num_constraints": torch.tensor([1, 3])}
+    assert_all_refused(mdpgrpo_fast.advantages, good, ADVANTAGES, config=config_for(), backend=backend)
+
+
+# ---- logits ---------------------------------------------------------------------------------------------------------
+
+LOGITS: Refusals = [  # of both functions of logits
+    ("logits", {"logits": torch.zeros(11)}, r"of shape \(B, L, V\), or \(T, V\) with completion=; got shape \(11,\)"),
+    ("logits", {"logits": torch.zeros(4, 2, 11, dtype=torch.long)}, "floating point; got torch.int64"),
+    ("logits", {"logits": torch.zeros(4, 2, 0)}, "of at least one column"),
+    ("logits", {"completion": torch.zeros(3, dtype=torch.long)}, r"of shape \(T, V\)"),
+    ("tokens", {"tokens": torch.zeros(4, 3, dtype=torch.long)}, r"of shape \(4, 2\); got shape \(4, 3\)"),
+    ("tokens", {"tokens": torch.zeros(4, 2)}, "int32 or int64; got torch.float32"),
+    ("tokens", {"tokens": torch.full((4, 2), 11)}, r"in \[0, 11\); got range 11 to 11"),
+    ("tokens", {"tokens": torch.full((4, 2), -1)}, r"in \[0, 11\); got range -1 to -1"),
+    ("mask", {"mask": torch.ones(4)}, r"of shape \(4, 2\); got shape \(4,\)"),
+    ("softcap", {"softcap": 0.0}, "above 0, or None; got 0.0"),
+    ("softcap", {"softcap": -1.0}, "above 0, or None; got -1.0"),
+    ("num_completions", {"num_completions": 4}, "left out for padded logits; got 4"),
+    ("temperature", {"temperature": torch.ones(3)}, r"of shape \(4,\) or \(4, 2\); got shape \(3,\)"),
+    ("temperature", {"temperature": torch.tensor([1.0, 0.0, 1.0, 1.0])}, r"above 0 in every row; got \[1.0, 0.0"),
+    ("temperature", {"temperature": 0.0}, "above 0; got 0.0"),
+    ("temperature", {"temperature": -1.0}, "above 0; got -1.0"),
+    ("temperature", {"temperature": math.nan}, "above 0; got nan"),
+]
+PACKED: Refusals = [
+    ("completion", {"completion": torch.zeros(3, dtype=torch.long)}, r"of shape \(5,\); got shape \(3,\)"),
+    ("completion", {"completion": torch.zeros(5)}, "int32 or int64; got torch.float32"),
+    ("completion", {"completion": torch.full((5,), 4)}, r"in \[0, 4\); got range 4 to 4"),
+    ("completion", {"completion": torch.full((5,), -1)}, r"in \[0, 4\); got range -1 to -1"),
+    ("num_completions", {"num_completions": None}, "given for packed logits, or follow from rewards; got None"),
+    ("temperature", {"temperature": torch.ones(6)}, r"of shape \(4,\) or \(5,\); got shape \(6,\)"),
+]
+OBJECTIVE: Refusals = [
+    ("max_completion_length", {"max_completion_length": 0}, "at least 1; got 0"),
+    ("old_logprobs", {"old_logprobs": torch.zeros(4)}, r"of shape \(4, 2\); got shape \(4,\)"),
+    ("old_logprobs", {"old_logprobs": torch.zeros(4, 2, device="meta")}, "on (cpu|cuda:0), .*; got device meta"),
+    ("ref_logprobs", {"ref_logprobs": torch.zeros(3)}, r"of shape \(4, 2\)"),
+    ("denominator", {"denominator": torch.ones(2)}, r"a number or a scalar tensor; got shape \(2,\)"),
+    ("denominator", {"denominator": torch.ones(1, 2)}, r"a number or a scalar tensor; got shape \(1, 2\)"),
+    ("importance_weight", {"importance_weight": torch.ones(4, 1)}, r"of shape \(4, 2\)"),
+    ("epsilon_low", {"epsilon_low": torch.ones(3)}, r"of shape \(4,\) or \(4, 2\)"),
+    ("epsilon_high", {"epsilon_high": torch.ones(1, 3)}, r"of shape \(4,\) or \(4, 2\)"),
+    ("advantage", {"advantage": None}, "given, or rewards; got None"),
+    ("kl_beta", {"kl_beta": None}, "given, or rewards; got None"),
+    ("advantage", {"advantage": torch.ones(4, 1)}, r"of shape \(4,\) or \(4, 2\); got shape \(4, 1\)"),
+    ("kl_beta", {"kl_beta": torch.ones(2)}, r"of shape \(4,\) or \(4, 2\)"),
+    ("num_constraints", {"num_constraints": torch.ones(2)}, "given with rewards only"),
+    ("valid", {"valid": torch.ones(2, 2, dtype=torch.bool)}, "given with rewards only"),
+    ("groups", {"groups": torch.arange(4)}, "given with rewards only"),
+    ("advantage", REWARDS, "left out where rewards are given; got both"),
+    ("kl_beta", {**REWARDS, "advantage": None}, "left out where rewards are given; got both"),
+    ("num_constraints", {**GIVEN, "rewards": torch.zeros(2, 2)}, "given with rewards; got None"),
+    ("rewards", {**GIVEN, **REWARDS, "rewards": torch.zeros(4)}, r"of shape \(P, G\); got shape \(4,\)"),
+    ("rewards", {**GIVEN, **REWARDS, "rewards": torch.zeros(4, 1)}, r"\(P, G\) with G = .* = 2; got G = 1"),
+    ("rewards", {**GIVEN, "rewards": torch.zeros(3, 2), "num_constraints": torch.ones(3)},
+     "one for each of 4 completions; got 6 rewards"),
+    ("groups", {**GIVEN, **REWARDS, "rewards": torch.zeros(4), "groups": torch.tensor([0, 1, 1, 1])},
+     "a map in which every group has G = num_generations = 2 completions; got group 0 of size 1"),
+]  # fmt: skip
+
+
+def arguments(batch: LossInputs) -> dict[str, Any]:
+    return {"logits": batch.logits, "tokens": batch.tokens, "mask": batch.mask, **batch.given()}
+
+
+@all_backends
+def test_token_loss_refuses(backend: str) -> None:
+    batch, more = make_batch(15), {"config": config_for(), "backend": backend}
+    assert_all_refused(mdpgrpo_fast.token_loss, arguments(batch), [*LOGITS, *OBJECTIVE], **more)
+    assert_all_refused(mdpgrpo_fast.token_loss, arguments(packed(batch)), PACKED, **more)
+
+
+@all_backends
+def test_token_logprobs_refuses(backend: str) -> None:
+    for batch, refusals in ((make_batch(15), LOGITS), (packed(make_batch(15)), PACKED)):
+        names = ("logits", "tokens", "mask", "completion", "num_completions")
+        good = {k: v for k, v in arguments(batch).items() if k in names}
+        assert_all_refused(mdpgrpo_fast.token_logprobs, good, refusals, backend=backend)
+
+
+# ---- settings -------------------------------------------------------------------------------------------------------
+
+
+@all_backends
+def test_bad_settings_are_refused(backend: str) -> None:
+    """An option that a code path would not consume raises."""
+    batch = packed(make_batch(16))
+    batch = replace(batch, logits=batch.logits.to(DEVICE))
+    with no_work():
+        with pytest.raises(ValueError, match=r"^max_completion_length must be given for packed logits with .* dr_grpo"):
+            call(backend, batch, config_for(aggregation="dr_grpo"), max_completion_length=None)
+        with pytest.raises(ConfigError, match="importance_weight is required by temperature_objective = corrected"):
+            call(backend, batch, config_for(temperature_objective="corrected"))
+
+
+@pytest.mark.parametrize("function", ["advantages", "token_loss", "token_logprobs"])
+def test_a_backend_that_cannot_run_is_an_error_and_not_a_fallback(function: str) -> None:
+    batch = make_batch(17)
+    logits, tokens = batch.logits.double().to(DEVICE), batch.tokens.to(DEVICE)
+    given = {k: to(v, DEVICE) for k, v in batch.given().items()}
+    rewards = torch.zeros(1, 2, dtype=torch.float64, device=DEVICE)
+    run = {
+        "advantages": lambda b: mdpgrpo_fast.advantages(
+            rewards, torch.ones_like(rewards[:, 0]), config_for(), backend=b
+        ),
+        "token_loss": lambda b: mdpgrpo_fast.token_loss(logits, tokens, None, config_for(), backend=b, **given),
+        "token_logprobs": lambda b: mdpgrpo_fast.token_logprobs(logits, tokens, backend=b),
+    }[function]
+    with no_work():
+        with pytest.raises(ConfigError, match="unknown backend 'torhc'; did you mean 'torch'"):
+            run("torhc")
+        for backend in BACKENDS:
+            reason = "it takes bfloat16, float16, float32, not float64"
+            with pytest.raises(ValueError, match=f"^backend '{backend}' cannot run: {reason}"):
+                run(backend)
+    # `auto` takes the reference there.
+    got, expected = (getattr(x, "loss", getattr(x, "advantage", x)) for x in (run("auto"), run("torch")))
+    got, expected = (x if isinstance(x, torch.Tensor) else x[0] for x in (got, expected))
+    assert got.dtype == torch.float64 and torch.equal(got, expected)
+
+
+# ---- in place -------------------------------------------------------------------------------------------------------
+
+
+@fused_backends
+def test_in_place_is_refused_where_it_cannot_work(backend: str) -> None:
+    one, leaf = not_a_leaf(make_batch(11))
+    turned = one.logits.transpose(1, 2).contiguous().transpose(1, 2)
+    for name, logits, message in (
+        (backend, one.logits[:1].expand(4, -1, -1), "off "),  # one gradient for four rows of the same memory
+        (backend, leaf, "off for .* leaf"),
+        (backend, leaf[:, :-1], "off for .* leaf"),  # a view of one
+        (backend, turned, "off without unit stride in V; got .*stride"),
+        (backend, one.logits.half(), "off: a float16 gradient underflows"),
+        ("torch", one.logits, "left off: backend torch computes the gradient in the backward pass; got True"),
+    ):
+        width = logits.shape[1]
+        cut = replace(one, logits=logits, tokens=one.tokens[:, :width], mask=one.mask[:, :width])
+        cut.kwargs = {k: v[:, :width] for k, v in one.kwargs.items()}
+        with pytest.raises(ValueError, match=f"^in_place must be {message}"), no_work():
+            call(name, cut, config_for(), in_place=True)
+
+
+@fused_backends
+def test_overwritten_logits_are_refused(backend: str) -> None:
+    one, _ = not_a_leaf(make_batch(8))
+    call(backend, one, config_for(), in_place=True)
+    for again in (
+        lambda: call(backend, one, config_for(), in_place=True),
+        lambda: call("torch", one, config_for()),
+        lambda: mdpgrpo_fast.token_logprobs(one.logits, one.tokens.to(DEVICE), backend=backend),
+    ):
+        with pytest.raises(ValueError, match=r"^logits must be logits.*; got .* gradient"):
+            again()
+    with torch.no_grad():
+        one.logits.zero_()  # logits again, whoever wrote them
+    assert call(backend, one, config_for()).loss.isfinite()
+
+
+@fused_backends
+def test_the_same_slice_again_is_refused_and_another_is_not(backend: str) -> None:
+    """logits[:, :-1] is a new tensor each time it is written down, and the same memory."""
+    batch, config = make_batch(3), config_for()
+    whole = torch.cat([batch.logits, batch.logits], 0).to(DEVICE).requires_grad_() * 1
+    b = len(batch.logits)
+    for half in (slice(0, b), slice(b, 2 * b)):
+        call(backend, replace(batch, logits=whole[half]), config, in_place=True)
+    for half in (slice(0, b), slice(b, 2 * b)):
+        with pytest.raises(ValueError, match=r"^logits must be logits; got logits that hold their gradient"):
+            mdpgrpo_fast.token_logprobs(whole[half], batch.tokens.to(DEVICE), backend=backend)
