@@ -36,9 +36,9 @@ from helpers.losses import (
 )
 
 import mdpgrpo_fast
+from mdpgrpo_fast.kernels.triton import library, tiles
 from mdpgrpo_fast.kernels.triton import logprobs as logprobs_kernels
 from mdpgrpo_fast.kernels.triton import token_loss as token_loss_kernels
-from mdpgrpo_fast.kernels.triton import tuning
 from mdpgrpo_fast.reference import KL_EXPONENT_MAX, RATIO_EXPONENT_MAX
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
@@ -293,11 +293,11 @@ def test_own_token_gradient_in_half_precision(backend: str) -> None:
     assert grad[0, 0, 5].item() == pytest.approx(p - 1, rel=2**-7) and 1 - p < 2**-10
 
 
-@pytest.mark.parametrize("tile", [tuning.Tile(256, 1, 3, 2), tuning.Tile(1024, 4, 1, 0), tuning.Tile(8192, 32, 1, 1)])
-def test_every_tile_and_persistent_programs(backend: str, tile: tuning.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tile", [tiles.Tile(256, 1, 3, 2), tiles.Tile(1024, 4, 1, 0), tiles.Tile(8192, 32, 1, 1)])
+def test_every_tile_and_persistent_programs(backend: str, tile: tiles.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer programs than rows, many whole tiles and a ragged last one: whatever tuning picks is right."""
+    monkeypatch.setattr(library, "tile_for", lambda vocab, *_: tiles.fit(tile, vocab))
     for kernels in (token_loss_kernels, logprobs_kernels):
-        monkeypatch.setattr(kernels, "tile_for", lambda vocab, *_: tuning.fit(tile, vocab))
         if tile.programs:
             monkeypatch.setattr(kernels, "grid_for", lambda *_: (2,))
     batch = make_batch(19, vocab=1001)

@@ -12,6 +12,8 @@ from helpers.losses import DEVICE, config_for
 
 import mdpgrpo_fast
 from mdpgrpo_fast import linear_token_logprobs, linear_token_loss
+from mdpgrpo_fast.kernels.schemas import Rows, Settings
+from mdpgrpo_fast.ops.fused import flat_rows
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -143,22 +145,21 @@ def test_in_a_compiled_graph(backend: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("needs", [[1, 1, 1], [1, 0, 0], [0, 0, 0]])
+@pytest.mark.parametrize("needs", [[True] * 3, [True, False, False], [False] * 3])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_opcheck(needs: list[int], dtype: str) -> None:
+def test_opcheck(needs: list[bool], dtype: str) -> None:
     batch, head = make_linear(13, bias=True, dtype=dtype)
-    rows = (batch.tokens.flatten(), batch.mask.flatten(), None, 4, None)
-    numbers, flags = [1.0, 0.2, 0.2, 0.0, 1.0, 0.0, 1.0], [0, 3, 0, 0, 0, 0, 1, *needs]
-    knobs = (batch.advantage, batch.kl_beta, batch.kwargs["old_logprobs"].flatten(), None, None, None, None, None, None)
+    given = Rows(batch.tokens, batch.mask, advantage=batch.advantage, kl_beta=batch.kl_beta, **batch.kwargs)
+    rows, settings = flat_rows(given, 4, batch.tokens.device), Settings(epsilon_low=0.2, epsilon_high=0.2)
     call_ = (batch.logits, head.weight, head.bias)
     checks = ("test_schema", "test_faketensor")
     ours = torch.ops.mdpgrpo_fast
-    args = (*call_, *rows, *knobs, 2, numbers, flags, "torch", 1 << 20, "")
+    shared = (list(rows), 4, None, list(settings.numbers), list(settings.flags), 1.0, False, "torch", 1 << 20, "")
+    args = (*call_, needs, None, 2, True, *shared)
     torch.library.opcheck(ours.linear_token_loss.default, args, test_utils=checks)
-    shared = (*rows, None, [1.0, 0.0, 1.0], False, "torch", 1 << 20, "")
-    torch.library.opcheck(ours.linear_token_logprobs.default, (*call_, bool(needs[0]), *shared), test_utils=checks)
+    torch.library.opcheck(ours.linear_token_logprobs.default, (*call_, needs[0], *shared), test_utils=checks)
     _, _, statistics, _ = ours.linear_token_logprobs(*call_, False, *shared)
     incoming = torch.ones(batch.tokens.numel())
-    back = (incoming, statistics, *call_, [bool(n) for n in needs], *shared)
+    back = (incoming, statistics, *call_, needs, *shared)
     torch.library.opcheck(ours.linear_token_logprobs_backward.default, back, test_utils=checks)
     torch.library.opcheck(ours.linear_scale_.default, (torch.ones(3, 4), torch.tensor(2.0), "torch"), test_utils=checks)
