@@ -11,7 +11,7 @@ from helpers.imports import PACKAGE, Graph, first
 from helpers.inputs import ROOT
 
 GRAPH = Graph(PACKAGE)
-HEAVY = {"torch", "transformers", "triton", "vllm", "matplotlib", "accelerate", "trl", "verl", "liger_kernel", "nltk"}
+HEAVY = set("torch transformers triton vllm matplotlib jinja2 accelerate trl verl liger_kernel nltk".split())
 
 # From the bottom up: files and folders of the first level. None imports from a higher layer.
 LAYERS = [

@@ -1,4 +1,4 @@
-"""Read a run directory: its files, and the numbers in them."""
+"""Files of a run directory and the numbers in them, whatever is missing or damaged."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ import numpy as np
 from ..config import ConfigError
 
 FILES = ("config.yaml", "metrics.jsonl", "summary.json", "completions.jsonl")
-
-
-NAN = math.nan
+Row = dict[str, Any]
+TypeRates = list[tuple[str, float, float, int]]  # (instruction type, rate before, rate after, count)
 
 
 @dataclass
@@ -24,9 +23,9 @@ class Run:
 
     path: Path
     config: dict[str, Any] = field(default_factory=dict)
-    train: list[dict[str, Any]] = field(default_factory=list)
-    evals: list[dict[str, Any]] = field(default_factory=list)
-    completions: list[dict[str, Any]] = field(default_factory=list)
+    train: list[Row] = field(default_factory=list)
+    evals: list[Row] = field(default_factory=list)
+    completions: list[Row] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -38,36 +37,35 @@ def read_run(path: Path) -> Run:
     if not any((path / name).is_file() for name in FILES):
         raise ConfigError(f"{str(path)!r} is not a run directory: it has none of {', '.join(FILES)}")
     run = Run(path)
-    run.config, run.summary = _mapping(run, "config.yaml"), _mapping(run, "summary.json")
-    for row in _lines(run, "metrics.jsonl"):
+    run.config, run.summary = _read_mapping(run, "config.yaml"), _read_mapping(run, "summary.json")
+    for row in _read_rows(run, "metrics.jsonl"):
         if isinstance(row.get("eval"), dict):
             run.evals.append(row)
         else:
             # A list of slots becomes a mapping by temperature, so that one path of keys reaches every number.
-            slots = [s for s in entries(row.get("slots")) if isinstance(s, dict)]
-            run.train.append({**row, "slots": {f"τ {number(s.get('temperature')):g}": s for s in slots}})
-    run.completions = _lines(run, "completions.jsonl")
+            slots = [s for s in as_list(row.get("slots")) if isinstance(s, dict)]
+            run.train.append({**row, "slots": {f"τ {as_number(s.get('temperature')):g}": s for s in slots}})
+    run.completions = _read_rows(run, "completions.jsonl")
+    note, step = run.notes.append, last_step(run)
     if not run.summary:
-        planned = at(run.config, "run", "steps")
-        so_far = f"after step {last_step(run)}" + (f" of {planned}" if planned else "")
-        run.notes.append(
-            f"The run has no summary: it is still going, or was stopped {so_far}. Numbers are those so far."
+        steps = lookup(run.config, "run", "steps")
+        so_far = f"{step} of {steps}" if steps else step
+        note(
+            f"The run has no summary: it is still going, or was stopped after step {so_far}. Numbers are those so far."
         )
     elif run.summary.get("interrupted"):
-        run.notes.append(
-            f"The run was interrupted after step {last_step(run)}; its summary covers the part that was run."
-        )
+        note(f"The run was interrupted after step {step}; its summary covers the part that was run.")
     if not run.train:
-        run.notes.append("No training step has been recorded: there are no curves to show.")
+        note("No training step has been recorded: there are no curves to show.")
     if not run.evals:
-        run.notes.append("No held-out evaluation has been recorded: HSR and SSR before and after are unknown.")
-    bad = [row.get("step") for row in run.train if "loss" in row and math.isnan(number(row["loss"]))]
+        note("No held-out evaluation has been recorded: HSR and SSR before and after are unknown.")
+    bad = [row.get("step") for row in run.train if "loss" in row and math.isnan(as_number(row["loss"]))]
     if bad:
-        run.notes.append(f"The loss is not a finite number in {len(bad)} of {len(run.train)} steps, first {bad[0]}.")
+        note(f"The loss is not a finite number in {len(bad)} of {len(run.train)} steps, first {bad[0]}.")
     return run
 
 
-def _mapping(run: Run, name: str) -> dict[str, Any]:
+def _read_mapping(run: Run, name: str) -> dict[str, Any]:
     import yaml
 
     try:
@@ -84,52 +82,55 @@ def _mapping(run: Run, name: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _lines(run: Run, name: str) -> list[dict[str, Any]]:
+def _read_rows(run: Run, name: str) -> list[Row]:
     try:
         lines = (run.path / name).read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError:
         run.notes.append(f"{name} is missing.")
         return []
-    rows, bad = [], []
+    rows, unreadable = [], []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line) if line.strip() else {}
         except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
-            bad.append(number)
+            unreadable.append(number)
         elif row:
             rows.append(row)
-    if bad:
-        cut = ", the last one: writing it was probably cut short" if bad == [len(lines)] else f", first line {bad[0]}"
-        run.notes.append(f"{name}: {len(bad)} unreadable line{'s' if len(bad) > 1 else ''} left out{cut}.")
+    if unreadable:
+        last = unreadable == [len(lines)]
+        place = "the last one: writing it was probably cut short" if last else f"first line {unreadable[0]}"
+        plural = "s" if len(unreadable) > 1 else ""
+        run.notes.append(f"{name}: {len(unreadable)} unreadable line{plural} left out, {place}.")
     return rows
 
 
-def at(row: Any, *path: str) -> Any:
-    for key in path:
+def lookup(row: Any, *keys: str) -> Any:
+    """The value under a path of keys, None where it ends early."""
+    for key in keys:
         row = row.get(key) if isinstance(row, dict) else None
     return row
 
 
-def entries(value: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def number(value: Any) -> float:
+def as_number(value: Any) -> float:
     """A finite number, or NaN for whatever is none."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
-        return NAN
-    return number if math.isfinite(number) else NAN
+        return math.nan
+    return number if math.isfinite(number) else math.nan
 
 
-def series(rows: list[dict[str, Any]], *path: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of the rows whose value at `path` is a finite number."""
-    pairs = [(number(row.get("step")), number(at(row, *path))) for row in rows]
-    kept = np.array([p for p in pairs if not (math.isnan(p[0]) or math.isnan(p[1]))]).reshape(-1, 2)
-    return kept[:, 0], kept[:, 1]
+def series(rows: list[Row], *keys: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of the rows whose value under `keys` is a finite number."""
+    points = [(as_number(row.get("step")), as_number(lookup(row, *keys))) for row in rows]
+    finite = np.array([p for p in points if not (math.isnan(p[0]) or math.isnan(p[1]))]).reshape(-1, 2)
+    return finite[:, 0], finite[:, 1]
 
 
 def last_step(run: Run) -> int:
@@ -137,29 +138,33 @@ def last_step(run: Run) -> int:
 
 
 def before_after(run: Run, name: str) -> tuple[float, float]:
-    """From the summary, else the evaluations so far."""
-    first = run.evals[0] if run.evals and run.evals[0].get("step") == 0 else {}
-    last = run.evals[-1] if run.evals and run.evals[-1].get("step") != 0 else {}
-    found = [number(run.summary.get(f"{name}_{side}")) for side in ("before", "after")]
-    spare = [number(at(row, "eval", name)) for row in (first, last)]
-    return tuple(b if math.isnan(a) else a for a, b in zip(found, spare, strict=True))  # type: ignore[return-value]
+    """A held-out score before and after training: from the summary, else from the evaluations so far."""
+    first, last = (run.evals[0], run.evals[-1]) if run.evals else ({}, {})
+    before, after = (as_number(run.summary.get(f"{name}_{side}")) for side in ("before", "after"))
+    if math.isnan(before) and first.get("step") == 0:
+        before = as_number(lookup(first, "eval", name))
+    if math.isnan(after) and last.get("step") != 0:
+        after = as_number(lookup(last, "eval", name))
+    return before, after
 
 
-def type_rates(run: Run) -> list[tuple[str, float, float, int]]:
-    """(instruction type, rate before, rate after, count), the largest change first."""
+def type_rates(run: Run) -> TypeRates:
+    """The largest gain first; from the summary, else from the evaluations so far."""
     table = run.summary.get("types")
     if not table and run.evals:
-        first, last = (at(run.evals[i], "eval", "types") or {} for i in (0, -1))
-        later = last if len(run.evals) > 1 else {}
+        first, last = (lookup(run.evals[i], "eval", "types") or {} for i in (0, -1))
+        after = last if len(run.evals) > 1 else {}
         table = {
-            t: {"before": at(first, t, "rate"), "after": at(later, t, "rate"), "count": at(last, t, "count")}
+            t: {
+                "before": lookup(first, t, "rate"),
+                "after": lookup(after, t, "rate"),
+                "count": lookup(last, t, "count"),
+            }
             for t in last
         }
-    rows = []
+    rates = []
     for name, row in table.items() if isinstance(table, dict) else ():
-        count = number(at(row, "count"))
-        shown = str(name).encode("utf-8", "replace").decode()
-        rows.append(
-            (shown, number(at(row, "before")), number(at(row, "after")), 0 if math.isnan(count) else int(count))
-        )
-    return sorted(rows, key=lambda r: (-np.nan_to_num(r[2] - r[1]), r[0]))
+        before, after, count = (as_number(lookup(row, key)) for key in ("before", "after", "count"))
+        # Names are drawn too, and matplotlib cannot encode a lone surrogate.
+        rates.append((str(name).encode("utf-8", "replace").decode(), before, after, int(np.nan_to_num(count))))
+    return sorted(rates, key=lambda r: (-np.nan_to_num(r[2] - r[1]), r[0]))
