@@ -9,7 +9,7 @@
 
 namespace mdpgrpo {
 
-#define X(name) "Tensor " #name ", "
+#define X(name, ...) "Tensor " #name ", "
 const char* const INPUTS = "Tensor tokens, Tensor mask, Tensor completion, " MDPGRPO_KNOBS(X)
     MDPGRPO_PER_ROW(X) "Tensor numbers, Tensor flags, ";
 #undef X
@@ -18,13 +18,13 @@ struct SettingsTensors {
   Tensor numbers, flags;
 
   explicit SettingsTensors(Arguments& args) : numbers(args.host("numbers")), flags(args.host("flags")) {}
-  const double* number() const { return elements<double>(numbers, 12); }
+  const double* number() const { return elements<double>(numbers, NUM_NUMBERS); }
 
   // In the order of schemas.Settings.
   template <class R>
   Settings<R> settings() const {
     const double* const n = number();
-    const int64_t* const f = elements<int64_t>(flags, 11);
+    const int64_t* const f = elements<int64_t>(flags, NUM_FLAGS);
     const auto real = [&](int i) { return static_cast<R>(n[i]); };
     const auto choice = [&](int i) { return static_cast<int32_t>(f[i]); };
     return {real(3),  real(4),   real(5),   real(6),   real(7),   real(8),   real(9),
@@ -35,13 +35,13 @@ struct SettingsTensors {
 
 struct RowTensors {
   Tensor tokens, mask, completion;
-#define X(name) Tensor name;
+#define X(name, ...) Tensor name;
   MDPGRPO_KNOBS(X)
   MDPGRPO_PER_ROW(X)
 #undef X
   SettingsTensors given;
 
-#define X(name) name(args.tensor(#name)),
+#define X(name, ...) name(args.tensor(#name)),
   explicit RowTensors(Arguments& args)
       : tokens(args.tensor("tokens")), mask(args.tensor("mask")), completion(args.tensor("completion")),
         MDPGRPO_KNOBS(X) MDPGRPO_PER_ROW(X) given(args) {}
@@ -55,22 +55,19 @@ struct RowTensors {
     r.tokens = elements<int64_t>(tokens, n_rows);
     r.mask = elements<uint8_t>(mask, n_rows, true);
     r.completion = elements<int64_t>(completion, n_rows, true);
-    const auto knob = [&](const Tensor& t) {
+    const auto knob = [&](const Tensor& t, int place) {
       Knob<R> k;
       k.per_row = knobs_per_row || t.numel() != num_completions;
       k.each = elements<float>(t, k.per_row ? n_rows : num_completions, true);
+      if (place >= 0) k.number = static_cast<R>(given.number()[place]);
       return k;
     };
-#define X(name) r.name = knob(name);
+#define X(name, place) r.name = knob(name, place);
     MDPGRPO_KNOBS(X)
 #undef X
 #define X(name) r.name = elements<float>(name, n_rows, true);
     MDPGRPO_PER_ROW(X)
 #undef X
-    const double* const n = given.number();
-    r.temperature.number = static_cast<R>(n[0]);
-    r.epsilon_low.number = static_cast<R>(n[1]);
-    r.epsilon_high.number = static_cast<R>(n[2]);
     return r;
   }
 };

@@ -24,8 +24,9 @@ MDPGRPO_INLINE bool is_nan(R x) {
 
 // ---- inputs ---------------------------------------------------------------------------------------------------------
 
-// Members of Rows: knobs are a number, or have one value per completion or per row; the others have one per row.
-#define MDPGRPO_KNOBS(X) X(advantage) X(kl_beta) X(temperature) X(epsilon_low) X(epsilon_high)
+// Members of Rows: knobs have one value per completion or per row, or are a number, the one at this place of Settings
+// (-1: none); the others have one per row.
+#define MDPGRPO_KNOBS(X) X(advantage, -1) X(kl_beta, -1) X(temperature, 0) X(epsilon_low, 1) X(epsilon_high, 2)
 #define MDPGRPO_PER_ROW(X) X(old_logprobs) X(ref_logprobs) X(importance_weight)
 
 template <class R>
@@ -45,7 +46,7 @@ struct Rows {
   const int64_t* tokens;
   const uint8_t* mask;        // null: all rows count
   const int64_t* completion;  // null: rows lie in order, row_length of each completion
-#define X(name) Knob<R> name;
+#define X(name, place) Knob<R> name;
   MDPGRPO_KNOBS(X)
 #undef X
 #define X(name) const float* name;  // null: not given
@@ -67,6 +68,8 @@ struct Rows {
     return tau > R(0) ? tau : R(NAN);
   }
 };
+
+constexpr int NUM_NUMBERS = 12, NUM_FLAGS = 11;  // of Settings: real and discrete ones
 
 template <class R>
 struct Settings {

@@ -339,11 +339,11 @@ def test_constants_of_csrc_and_reference_agree() -> None:
     header = (CSRC / "method.h").read_text()
     for name in ("KL_EXPONENT_MAX", "RATIO_EXPONENT_MAX"):
         assert float(re.search(rf"{name} = ([\d.]+)", header).group(1)) == getattr(reference, name)  # type: ignore
-    source, settings = (CSRC / "inputs.h").read_text(), Settings()
-    assert f"elements<double>(numbers, {len(settings.numbers)})" in source
-    assert f"elements<int64_t>(flags, {len(settings.flags)})" in source
-    knobs, per_row = (
-        re.findall(r"X\((\w+)\)", re.search(rf"{m}\(X\) (.*)", header).group(1)) for m in ("KNOBS", "PER_ROW")
-    )  # type: ignore
-    assert set(knobs) == set(KNOBS)
-    assert {"tokens", "mask", "completion", *knobs, *per_row} == set(Rows._fields)
+    settings = Settings()
+    assert f"NUM_NUMBERS = {len(settings.numbers)}, NUM_FLAGS = {len(settings.flags)};" in header
+    text = dict(re.findall(r"MDPGRPO_(KNOBS|PER_ROW)\(X\) (.*)", header))
+    places = {name: int(place) for name, place in re.findall(r"X\((\w+), (-?\d+)\)", text["KNOBS"])}
+    numbers = {n: Settings._fields.index(n) if n in Settings._fields else -1 for n in KNOBS}
+    assert places == numbers, "the place of a knob's number in the settings"
+    per_row = re.findall(r"X\((\w+)\)", text["PER_ROW"])
+    assert {"tokens", "mask", "completion", *KNOBS, *per_row} == set(Rows._fields)

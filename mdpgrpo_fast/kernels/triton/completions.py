@@ -15,14 +15,15 @@ from torch import Tensor
 from ..schemas import Groups, Rows, Settings, new_totals
 from .method import _advantage_of, _clipped_objective, _importance_ratio
 from .rows import _knob
-from .tiles import BLOCK_ROWS, kernel_groups, kernel_rows, kernel_settings, on_device
+from .tiles import BLOCK_ROWS, but, kernel_groups, kernel_rows, kernel_settings, on_device
 
-ADVANTAGES = (
+# What kernels read of settings and rows. G is an argument of its own, which they are not compiled for.
+ADVANTAGES = tuple(
     "alpha prospect_beta prospect_gain prospect_loss kl_beta_pos kl_beta_neg sample_std goal_mean binomial prospect "
-    "prospect_on_goal"
+    "prospect_on_goal".split()
 )
-COUPLING = f"temperature epsilon_low epsilon_high delta sequence rescale {ADVANTAGES}"
-COUPLING_ROWS = "mask completion advantage kl_beta old_logprobs importance_weight temperature epsilon_low epsilon_high"
+COUPLING = but(Settings, "softcap kl_temperature estimator aggregation two_temperatures group_size")
+COUPLING_ROWS = but(Rows, "tokens ref_logprobs")
 
 
 class Coupling(NamedTuple):
@@ -180,9 +181,10 @@ def launch_totals(
     loss, completion_kl, totals = new_totals(num_completions, device)
     if n == 0:
         return loss.zero_(), completion_kl.zero_(), totals.zero_()
+    given, _ = kernel_rows(rows, num_completions, ("mask", "completion"))
     with on_device(device):
         _totals_kernel[(num_completions + 1,)](
-            per_row, marks, kernel_rows(rows, num_completions, "mask completion")[0], completion_kl, totals, loss, n,
-            row_length or n, num_completions, BLOCK=BLOCK_ROWS, num_warps=8,
+            per_row, marks, given, completion_kl, totals, loss, n, row_length or n, num_completions, BLOCK=BLOCK_ROWS,
+            num_warps=8,
         )  # fmt: skip
     return loss, completion_kl, totals

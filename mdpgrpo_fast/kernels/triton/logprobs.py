@@ -24,8 +24,8 @@ from .rows import (
 )
 from .tiles import Tile, compiler_options, grid_for, kernel_rows, kernel_settings, on_device, row_tile
 
-ROWS = "tokens mask completion temperature"
-SETTINGS = "temperature kl_temperature softcap two_temperatures"
+ROWS = ("tokens", "mask", "completion", "temperature")
+SETTINGS = ("temperature", "kl_temperature", "softcap", "two_temperatures")
 
 
 @triton.jit(do_not_specialize=["n_rows", "row_length", "tiles", "num_completions"])
@@ -144,7 +144,7 @@ def launch_logprobs_backward(
     with on_device(logits.device):
         _logprobs_backward_kernel[grid_for(tile, b * length, logits.device)](
             grad_logprobs, grad_kl, logits, *kernel_rows(rows, num_completions, ROWS),
-            kernel_settings(settings, "temperature kl_temperature softcap"), statistics, gradient, b * length, length,
+            kernel_settings(settings, SETTINGS[:3]), statistics, gradient, b * length, length,
             vocab // tile.block, num_completions, *logits.stride()[:2], *gradient.stride()[:2], row_tile(tile, logits),
             **compiler_options(tile),
         )  # fmt: skip

@@ -12,17 +12,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ..schemas import Groups, Rows, Settings, new_outputs
-from .completions import Coupling, launch_coupling
+from .completions import ADVANTAGES, Coupling, launch_coupling
 from .method import _token_objective, _token_share
 from .rows import _knob
-from .tiles import kernel_rows, kernel_settings, on_device
+from .tiles import but, kernel_rows, kernel_settings, on_device
 
 BLOCK = 128  # one row a thread
-# What the objective of a row is made of, beside where the row lies.
-OBJECTIVE = "temperature epsilon_low epsilon_high delta kl_temperature sequence estimator aggregation rescale"
-OBJECTIVE_ROWS = (
-    "mask completion advantage kl_beta old_logprobs ref_logprobs importance_weight temperature epsilon_low epsilon_high"
-)
+# What the objective of a row is made of, beside its logits.
+OBJECTIVE = but(Settings, f"softcap group_size {' '.join(ADVANTAGES)}")
+OBJECTIVE_ROWS = but(Rows, "tokens")
 
 
 @triton.jit(
@@ -101,7 +99,7 @@ def launch_objective(
         coupling = launch_coupling(logprobs, rows, Groups(), settings, num_completions, n, knobs_per_row=True)
     with on_device(device):
         _objective_kernel[(triton.cdiv(n, BLOCK),)](
-            statistics, given, which, kernel_settings(settings, f"{OBJECTIVE} two_temperatures"), denominator, lengths,
+            statistics, given, which, kernel_settings(settings, OBJECTIVE), denominator, lengths,
             coupling.ratio, coupling.slope, per_row, marks, weights, n, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
     return per_row, marks, weights

@@ -5,6 +5,7 @@ Triton kernels take NamedTuples: a member that is None or a `tl.constexpr` is kn
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -103,14 +104,19 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
 # ---- inputs ---------------------------------------------------------------------------------------------------------
 
 
-def kernel_rows(rows: Rows, num_completions: int, names: str) -> tuple[Rows, Rows]:
+def but(members: type[Rows] | type[Settings], left_out: str) -> tuple[str, ...]:
+    """All members but those that a kernel does not read: it would be compiled again for each of their choices."""
+    return tuple(name for name in members._fields if name not in left_out.split())
+
+
+def kernel_rows(rows: Rows, num_completions: int, names: Sequence[str]) -> tuple[Rows, Rows]:
     """The named members of rows as a kernel takes them, and which of its knobs have one value per row.
 
     A kernel is compiled for what is there, not for where it lies: a slice that begins off 16 bytes is copied.
     """
-    wanted, per_row = names.split(), rows.per_row(num_completions)
-    given = {n: _on_16_bytes(getattr(rows, n)) if n in wanted else None for n in Rows._fields}
-    flags = {n: tl.constexpr(bool(getattr(per_row, n))) if n in wanted else None for n in Rows._fields}
+    per_row = rows.per_row(num_completions)
+    given = {n: _on_16_bytes(getattr(rows, n)) if n in names else None for n in Rows._fields}
+    flags = {n: tl.constexpr(bool(getattr(per_row, n))) if n in names else None for n in Rows._fields}
     return Rows(**given), Rows(**flags)
 
 
@@ -122,10 +128,10 @@ def _on_16_bytes(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.data_ptr() % 16 == 0 else x.clone()
 
 
-def kernel_settings(settings: Settings, names: str) -> Settings:
+def kernel_settings(settings: Settings, names: Sequence[str]) -> Settings:
     """The named settings as a kernel takes them: numbers at run time, choices and what is off known to the compiler."""
     found: dict[str, Any] = {}
-    for name in names.split():
+    for name in names:
         value = getattr(settings, name)
         if name == "aggregation":
             value = min(value, GRPO + 1)  # whether it is a mean of means is all that a kernel asks

@@ -16,10 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..schemas import BNPO, DAPO, DR_GRPO, GRPO, Groups, Rows, Settings, new_outputs
-from .completions import ADVANTAGES, Coupling, launch_coupling, launch_totals
+from .completions import Coupling, launch_coupling, launch_totals
 from .logprobs import launch_logprobs
 from .method import _advantage_of, _token_objective, _token_share
-from .objective import OBJECTIVE, OBJECTIVE_ROWS
 from .rows import (
     LOG2E,
     _columns,
@@ -34,6 +33,7 @@ from .rows import (
 )
 from .tiles import (
     Tile,
+    but,
     compiler_options,
     grid_for,
     kernel_groups,
@@ -43,7 +43,7 @@ from .tiles import (
     row_tile,
 )
 
-SETTINGS = f"{OBJECTIVE} softcap two_temperatures {ADVANTAGES}"
+SETTINGS = but(Settings, "group_size")
 
 
 @triton.jit(
@@ -183,7 +183,7 @@ def launch_token_loss(
         else:
             with on_device(logits.device):
                 _token_loss_kernel[grid_for(tile, n, logits.device)](
-                    logits, gradient, *kernel_rows(rows, num_completions, f"tokens {OBJECTIVE_ROWS}"),
+                    logits, gradient, *kernel_rows(rows, num_completions, Rows._fields),
                     kernel_groups(groups), kernel_settings(settings, SETTINGS), denominator, *coupling, statistics,
                     per_row, marks, n, length, vocab // tile.block, num_completions, *logits.stride()[:2],
                     *((0, 0) if gradient is None else gradient.stride()[:2]), settings.group_size,

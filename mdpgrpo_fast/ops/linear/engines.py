@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ... import reference
-from ...kernels.schemas import AGGREGATION, STATISTICS, Rows, Settings
+from ...kernels.schemas import AGGREGATION, KNOBS, STATISTICS, Rows, Settings
 from ...reference import Layout, Objective
 from ..backends import library
 
@@ -156,32 +156,26 @@ class TorchRows:
         """The reference's objective of these rows, and its derivatives written out."""
         s, layout = self.settings, Layout(num_completions, rows.completion)
         keep = torch.ones_like(rows.completion, dtype=torch.bool) if rows.mask is None else rows.mask
+        members = rows._asdict().items()
+        given: Any = {n: self._value(n, x, keep) for n, x in members if n not in ("tokens", "mask", "completion")}
+        advantage, beta, old, ref = (given[n] for n in ("advantage", "kl_beta", "old_logprobs", "ref_logprobs"))
+        # What is left of the knobs bounds the ratio.
+        bounds = {n: given[n] for n in KNOBS if n not in ("advantage", "kl_beta", "temperature")}
         delta = s.delta or None
-
-        def real(x: Tensor | None, absent: float | None = None) -> Any:
-            return absent if x is None else x.to(self.dtype)
-
-        def kept(x: Tensor | None) -> Any:
-            return None if x is None else x.to(self.dtype).masked_fill(~keep, 0)
-
-        tau = self.temperature(rows)
-        low, high = real(rows.epsilon_low, s.epsilon_low), real(rows.epsilon_high, s.epsilon_high)
-        advantage, beta, old, ref = map(kept, (rows.advantage, rows.kl_beta, rows.old_logprobs, rows.ref_logprobs))
         kl_logprobs = logprobs
         if s.two_temperatures:
             gap = statistics[TARGET] - statistics[PEAK]
             kl_logprobs = (gap / s.kl_temperature - statistics[LOG_TOTAL_KL]).masked_fill(~keep, 0)
         parts = reference.token_objective(
-            logprobs, kl_logprobs, keep, layout, advantage=advantage, kl_beta=beta, old_logprobs=old,
-            ref_logprobs=ref, importance_weight=rows.importance_weight, temperature=tau, epsilon_low=low,
-            epsilon_high=high, delta=delta, importance_level="sequence" if s.sequence else "token",
-            kl_estimator=f"k{s.estimator}", rescale_per_row=bool(s.rescale),
+            logprobs, kl_logprobs, keep, layout, **given, delta=delta,
+            importance_level="sequence" if s.sequence else "token", kl_estimator=f"k{s.estimator}",
+            rescale_per_row=bool(s.rescale),
         )  # fmt: skip
-        c = -reference.clipped_objective_slope(parts.ratio, advantage, low, high, delta)
-        if rows.importance_weight is not None:
-            c = c * kept(rows.importance_weight)
+        c = -reference.clipped_objective_slope(parts.ratio, advantage, **bounds, delta=delta)
+        if given["importance_weight"] is not None:
+            c = c * given["importance_weight"]
         if s.rescale:
-            c = c * tau
+            c = c * given["temperature"]
         exponent = torch.zeros_like(logprobs) if old is None else logprobs - old
         if s.sequence:
             own = layout.sum(keep.to(self.dtype)).clamp(min=1)
@@ -199,6 +193,14 @@ class TorchRows:
         per_row = torch.stack([logprobs, statistics[ENTROPY], parts.kl, parts.ratio, loss * share])
         marks = torch.stack([parts.clipped_low, parts.clipped_high, parts.kl_clamped])
         return Weighed(per_row, marks, (weights * share).masked_fill(~keep, 0))
+
+    def _value(self, name: str, x: Tensor | None, keep: Tensor) -> Tensor | float | None:
+        """A member of rows, 0 where a row is not kept; the number of the settings, or None, where it is not given."""
+        if x is None:
+            return getattr(self.settings, name, None)
+        x = x.to(self.dtype)
+        # Bounds and temperatures are divided by and compared with, also where no one looks.
+        return x if name in Settings._fields else x.masked_fill(~keep, 0)
 
     def totals(self, per_row: Tensor, marks: Tensor, rows: Rows, num_completions: int) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, (B,) mean KL of each completion, (8,) totals."""
