@@ -200,14 +200,14 @@ def clipped_objective(
     ratio: Tensor, advantage: Tensor | float, epsilon_low: Tensor | float, epsilon_high: Tensor | float,
     delta: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """J = min(ρA, clip(ρ)A), ρ capped at delta first; and where the lower or the upper clip holds."""
+    """J = min(ρA, clip(ρ)A), ρ capped at delta first (0: not); and where the lower or the upper clip holds."""
     low_bound, high_bound = (
         torch.as_tensor(x, dtype=ratio.dtype, device=ratio.device) for x in (1 - epsilon_low, 1 + epsilon_high)
     )
     # Sequence level has one ratio per completion, but bounds may be per row.
     ratio = ratio.expand(torch.broadcast_shapes(ratio.shape, low_bound.shape, high_bound.shape))
     clipped = ratio.clamp(low_bound, high_bound) * advantage
-    capped = ratio if delta is None else ratio.clamp(max=delta)
+    capped = ratio.clamp(max=delta) if delta else ratio
     free = capped * advantage
     advantage = torch.as_tensor(advantage)
     low = (ratio < low_bound) & (advantage < 0)
@@ -223,8 +223,8 @@ def clipped_objective_slope(
         torch.as_tensor(x, dtype=ratio.dtype, device=ratio.device) for x in (1 - epsilon_low, 1 + epsilon_high)
     )
     inside = ratio.clamp(low, high)
-    free = advantage if delta is None else torch.where(ratio > delta, 0, advantage)
-    capped = ratio if delta is None else ratio.clamp(max=delta)
+    free = torch.where(ratio > delta, 0, advantage) if delta else advantage
+    capped = ratio.clamp(max=delta) if delta else ratio
     take = inside * advantage < capped * advantage
     return torch.where(take, torch.where(inside == ratio, advantage, 0), free)
 

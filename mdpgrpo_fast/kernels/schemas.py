@@ -146,6 +146,8 @@ class Settings(NamedTuple):
 
 
 NUM_NUMBERS = Settings._fields.index("sequence")
+# Those that are a token's own where Rows has a member of that name.
+TOKEN_NUMBERS = Settings._fields[: Settings._fields.index("softcap")]
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ... import reference
-from ...kernels.schemas import AGGREGATION, KNOBS, STATISTICS, Rows, Settings
+from ...kernels.schemas import AGGREGATION, STATISTICS, TOKEN_NUMBERS, Rows, Settings
 from ...reference import Layout, Objective
 from ..backends import library
 
@@ -156,22 +156,22 @@ class TorchRows:
         """The reference's objective of these rows, and its derivatives written out."""
         s, layout = self.settings, Layout(num_completions, rows.completion)
         keep = torch.ones_like(rows.completion, dtype=torch.bool) if rows.mask is None else rows.mask
-        members = rows._asdict().items()
-        given: Any = {n: self._value(n, x, keep) for n, x in members if n not in ("tokens", "mask", "completion")}
+        given: Any = {n: getattr(s, n) for n in TOKEN_NUMBERS}
+        given |= {
+            n: self._value(n, x, keep) for n, x in rows._asdict().items() if n not in ("tokens", "mask", "completion")
+        }
         advantage, beta, old, ref = (given[n] for n in ("advantage", "kl_beta", "old_logprobs", "ref_logprobs"))
-        # What is left of the knobs bounds the ratio.
-        bounds = {n: given[n] for n in KNOBS if n not in ("advantage", "kl_beta", "temperature")}
-        delta = s.delta or None
+        bounds = {n: given[n] for n in TOKEN_NUMBERS if n != "temperature"}
         kl_logprobs = logprobs
         if s.two_temperatures:
             gap = statistics[TARGET] - statistics[PEAK]
             kl_logprobs = (gap / s.kl_temperature - statistics[LOG_TOTAL_KL]).masked_fill(~keep, 0)
         parts = reference.token_objective(
-            logprobs, kl_logprobs, keep, layout, **given, delta=delta,
+            logprobs, kl_logprobs, keep, layout, **given,
             importance_level="sequence" if s.sequence else "token", kl_estimator=f"k{s.estimator}",
             rescale_per_row=bool(s.rescale),
         )  # fmt: skip
-        c = -reference.clipped_objective_slope(parts.ratio, advantage, **bounds, delta=delta)
+        c = -reference.clipped_objective_slope(parts.ratio, advantage, **bounds)
         if given["importance_weight"] is not None:
             c = c * given["importance_weight"]
         if s.rescale:
