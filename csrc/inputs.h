@@ -20,16 +20,17 @@ struct SettingsTensors {
   explicit SettingsTensors(Arguments& args) : numbers(args.host("numbers")), flags(args.host("flags")) {}
   const double* number() const { return elements<double>(numbers, NUM_NUMBERS); }
 
-  // In the order of schemas.Settings.
   template <class R>
   Settings<R> settings() const {
-    const double* const n = number();
-    const int64_t* const f = elements<int64_t>(flags, NUM_FLAGS);
-    const auto real = [&](int i) { return static_cast<R>(n[i]); };
-    const auto choice = [&](int i) { return static_cast<int32_t>(f[i]); };
-    return {real(3),  real(4),   real(5),   real(6),   real(7),   real(8),   real(9),
-            real(10), real(11),  f[0] != 0, choice(1), choice(2), f[3] != 0, f[4] != 0,
-            f[5],     f[6] != 0, choice(7), f[8] != 0, f[9] != 0, f[10] != 0};
+    const int64_t* const flag = elements<int64_t>(flags, NUM_FLAGS);
+    Settings<R> s;
+#define X(name, place) s.name = static_cast<R>(number()[place]);
+    MDPGRPO_NUMBERS(X)
+#undef X
+#define X(type, name, place) s.name = static_cast<type>(flag[place]);
+    MDPGRPO_FLAGS(X)
+#undef X
+    return s;
   }
 };
 

@@ -341,9 +341,11 @@ def test_constants_of_csrc_and_reference_agree() -> None:
         assert float(re.search(rf"{name} = ([\d.]+)", header).group(1)) == getattr(reference, name)  # type: ignore
     settings = Settings()
     assert f"NUM_NUMBERS = {len(settings.numbers)}, NUM_FLAGS = {len(settings.flags)};" in header
-    text = dict(re.findall(r"MDPGRPO_(KNOBS|PER_ROW)\(X\) (.*)", header))
-    places = {name: int(place) for name, place in re.findall(r"X\((\w+), (-?\d+)\)", text["KNOBS"])}
-    numbers = {n: Settings._fields.index(n) if n in Settings._fields else -1 for n in KNOBS}
-    assert places == numbers, "the place of a knob's number in the settings"
+    text = {name: body for name, body in re.findall(r"MDPGRPO_(\w+)\(X\)((?:.*\\\n)*.*)\n", header)}
+    places = {n: int(at) for part in ("KNOBS", "NUMBERS") for n, at in re.findall(r"X\((\w+), (-?\d+)\)", text[part])}
+    numbers = {n: i for i, n in enumerate(Settings._fields[: len(settings.numbers)])}
+    assert places == {**{n: -1 for n in KNOBS if n not in numbers}, **numbers}
+    flags = {n: int(place) for n, place in re.findall(r"X\(\w+, (\w+), (\d+)\)", text["FLAGS"])}
+    assert flags == {n: i for i, n in enumerate(Settings._fields[len(settings.numbers) :])}
     per_row = re.findall(r"X\((\w+)\)", text["PER_ROW"])
     assert {"tokens", "mask", "completion", *KNOBS, *per_row} == set(Rows._fields)
