@@ -72,15 +72,15 @@ struct Rows {
 // The other members of Settings, with their places among its numbers and among its flags. 0 is "off" for delta,
 // softcap; estimator: 1, 2, 3: k1, k2, k3; aggregation: 0 grpo, 1 dapo, 2 dr_grpo, 3 bnpo; goal_mean: 0 half, 1
 // max_half_mean, 2 mean.
-#define MDPGRPO_NUMBERS(X)                                                                                   \
-  X(delta, 3)                                                                                                \
-  X(softcap, 4) X(kl_temperature, 5) X(alpha, 6) X(prospect_beta, 7) X(prospect_gain, 8) X(prospect_loss, 9) \
-      X(kl_beta_pos, 10) X(kl_beta_neg, 11)
-#define MDPGRPO_FLAGS(X)                                                                               \
-  X(bool, sequence, 0)                                                                                 \
-  X(int32_t, estimator, 1) X(int32_t, aggregation, 2) X(bool, rescale, 3) X(bool, two_temperatures, 4) \
-      X(int64_t, group_size, 5) X(bool, sample_std, 6) X(int32_t, goal_mean, 7) X(bool, binomial, 8)   \
-          X(bool, prospect, 9) X(bool, prospect_on_goal, 10)
+// clang-format off
+#define MDPGRPO_NUMBERS(X) \
+  X(delta, 3) X(softcap, 4) X(kl_temperature, 5) \
+  X(alpha, 6) X(prospect_beta, 7) X(prospect_gain, 8) X(prospect_loss, 9) X(kl_beta_pos, 10) X(kl_beta_neg, 11)
+#define MDPGRPO_FLAGS(X) \
+  X(bool, sequence, 0) X(int32_t, estimator, 1) X(int32_t, aggregation, 2) X(bool, rescale, 3) \
+  X(bool, two_temperatures, 4) X(int64_t, group_size, 5) X(bool, sample_std, 6) X(int32_t, goal_mean, 7) \
+  X(bool, binomial, 8) X(bool, prospect, 9) X(bool, prospect_on_goal, 10)
+// clang-format on
 constexpr int NUM_NUMBERS = 12, NUM_FLAGS = 11;  // of Settings
 
 template <class R>

@@ -341,7 +341,7 @@ def test_constants_of_csrc_and_reference_agree() -> None:
         assert float(re.search(rf"{name} = ([\d.]+)", header).group(1)) == getattr(reference, name)  # type: ignore
     settings = Settings()
     assert f"NUM_NUMBERS = {len(settings.numbers)}, NUM_FLAGS = {len(settings.flags)};" in header
-    text = {name: body for name, body in re.findall(r"MDPGRPO_(\w+)\(X\)((?:.*\\\n)*.*)\n", header)}
+    text = {name: body for name, body in re.findall(r"#define MDPGRPO_(\w+)\(X\)((?:.*\\\n)*.*)\n", header)}
     places = {n: int(at) for part in ("KNOBS", "NUMBERS") for n, at in re.findall(r"X\((\w+), (-?\d+)\)", text[part])}
     numbers = {n: i for i, n in enumerate(Settings._fields[: len(settings.numbers)])}
     assert places == {**{n: -1 for n in KNOBS if n not in numbers}, **numbers}
