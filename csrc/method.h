@@ -26,7 +26,8 @@ MDPGRPO_INLINE bool is_nan(R x) {
 
 // Members of Rows: knobs have one value per completion or per row, or are a number, the one at this place of Settings
 // (-1: none); the others have one per row.
-#define MDPGRPO_KNOBS(X) X(advantage, -1) X(kl_beta, -1) X(temperature, 0) X(epsilon_low, 1) X(epsilon_high, 2)
+#define MDPGRPO_KNOBS(X) \
+  X(advantage, -1) X(kl_beta, -1) X(temperature, 0) X(epsilon_low, 1) X(epsilon_high, 2) X(delta, 3)
 #define MDPGRPO_PER_ROW(X) X(old_logprobs) X(ref_logprobs) X(importance_weight)
 
 template <class R>
@@ -69,12 +70,12 @@ struct Rows {
   }
 };
 
-// The other members of Settings, with their places among its numbers and among its flags. 0 is "off" for delta,
+// The other members of Settings, with their places among its numbers and among its flags. 0 is "off" for
 // softcap; estimator: 1, 2, 3: k1, k2, k3; aggregation: 0 grpo, 1 dapo, 2 dr_grpo, 3 bnpo; goal_mean: 0 half, 1
 // max_half_mean, 2 mean.
 // clang-format off
 #define MDPGRPO_NUMBERS(X) \
-  X(delta, 3) X(softcap, 4) X(kl_temperature, 5) \
+  X(softcap, 4) X(kl_temperature, 5) \
   X(alpha, 6) X(prospect_beta, 7) X(prospect_gain, 8) X(prospect_loss, 9) X(kl_beta_pos, 10) X(kl_beta_neg, 11)
 #define MDPGRPO_FLAGS(X) \
   X(bool, sequence, 0) X(int32_t, estimator, 1) X(int32_t, aggregation, 2) X(bool, rescale, 3) \
@@ -116,11 +117,10 @@ struct Clipped {
 };
 
 template <class R>
-MDPGRPO_INLINE Clipped<R> clipped_objective(R ratio, R advantage, const Rows<R>& rows, const Settings<R>& settings,
-                                            int64_t c, int64_t row) {
+MDPGRPO_INLINE Clipped<R> clipped_objective(R ratio, R advantage, const Rows<R>& rows, int64_t c, int64_t row) {
   const R low = R(1) - rows.epsilon_low.at(c, row), high = R(1) + rows.epsilon_high.at(c, row);
-  const R delta = settings.delta;
-  if (is_nan(low) || is_nan(high)) return {low + high, advantage, false, false};
+  const R delta = rows.delta.at(c, row);
+  if (is_nan(low + high + delta)) return {low + high + delta, advantage, false, false};
   // A NaN of the ratio stays one: both comparisons are false.
   R inside = ratio < low ? low : ratio;
   inside = inside > high ? high : inside;
@@ -172,7 +172,7 @@ MDPGRPO_INLINE Token<R> token_objective(const Rows<R>& rows, const Settings<R>& 
     ratio.value = coupled_ratio;
   else if (rows.old_logprobs != nullptr)
     ratio = importance_ratio(logprob - R(rows.old_logprobs[row]));
-  const Clipped<R> j = clipped_objective(ratio.value, rows.advantage.at(c, row), rows, settings, c, row);
+  const Clipped<R> j = clipped_objective(ratio.value, rows.advantage.at(c, row), rows, c, row);
   const R weight = policy_weight(rows, settings, row, tau);
   Token<R> out;
   out.loss = -weight * j.value;

@@ -196,19 +196,25 @@ def importance_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, layou
     return exponent.clamp(max=RATIO_EXPONENT_MAX).exp()
 
 
+def _cap(delta: Tensor | float | None, ratio: Tensor) -> Tensor:
+    """delta as it broadcasts over the rows; infinity where it is 0, or None."""
+    cap = torch.as_tensor(0 if delta is None else delta, dtype=ratio.dtype, device=ratio.device)
+    return cap.masked_fill(cap <= 0, torch.inf)
+
+
 def clipped_objective(
     ratio: Tensor, advantage: Tensor | float, epsilon_low: Tensor | float, epsilon_high: Tensor | float,
-    delta: float | None,
+    delta: Tensor | float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """J = min(ρA, clip(ρ)A), ρ capped at delta first (0: not); and where the lower or the upper clip holds."""
     low_bound, high_bound = (
         torch.as_tensor(x, dtype=ratio.dtype, device=ratio.device) for x in (1 - epsilon_low, 1 + epsilon_high)
     )
     # Sequence level has one ratio per completion, but bounds may be per row.
-    ratio = ratio.expand(torch.broadcast_shapes(ratio.shape, low_bound.shape, high_bound.shape))
+    cap = _cap(delta, ratio)
+    ratio = ratio.expand(torch.broadcast_shapes(ratio.shape, low_bound.shape, high_bound.shape, cap.shape))
     clipped = ratio.clamp(low_bound, high_bound) * advantage
-    capped = ratio.clamp(max=delta) if delta else ratio
-    free = capped * advantage
+    free = ratio.clamp(max=cap) * advantage
     advantage = torch.as_tensor(advantage)
     low = (ratio < low_bound) & (advantage < 0)
     high = (ratio > high_bound) & (advantage > 0)
@@ -216,17 +222,16 @@ def clipped_objective(
 
 
 def clipped_objective_slope(
-    ratio: Tensor, advantage: Tensor, epsilon_low: Tensor | float, epsilon_high: Tensor | float, delta: float | None
-) -> Tensor:
+    ratio: Tensor, advantage: Tensor, epsilon_low: Tensor | float, epsilon_high: Tensor | float,
+    delta: Tensor | float | None,
+) -> Tensor:  # fmt: skip
     """dJ/dρ of `clipped_objective`: that of the unclipped branch where both are equal."""
     low, high = (
         torch.as_tensor(x, dtype=ratio.dtype, device=ratio.device) for x in (1 - epsilon_low, 1 + epsilon_high)
     )
-    inside = ratio.clamp(low, high)
-    free = torch.where(ratio > delta, 0, advantage) if delta else advantage
-    capped = ratio.clamp(max=delta) if delta else ratio
-    take = inside * advantage < capped * advantage
-    return torch.where(take, torch.where(inside == ratio, advantage, 0), free)
+    inside, cap = ratio.clamp(low, high), _cap(delta, ratio)
+    take = inside * advantage < ratio.clamp(max=cap) * advantage
+    return torch.where(take, torch.where(inside == ratio, advantage, 0), torch.where(ratio > cap, 0, advantage))
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
@@ -296,7 +301,8 @@ def token_objective(
     logprobs: Tensor, kl_logprobs: Tensor, keep: Tensor, layout: Layout, *, advantage: Tensor | float,
     kl_beta: Tensor | float, old_logprobs: Tensor | None, ref_logprobs: Tensor | None,
     importance_weight: Tensor | None, temperature: Tensor | float, epsilon_low: Tensor | float,
-    epsilon_high: Tensor | float, delta: float | None, importance_level: str, kl_estimator: str, rescale_per_row: bool,
+    epsilon_high: Tensor | float, delta: Tensor | float | None, importance_level: str, kl_estimator: str,
+    rescale_per_row: bool,
 ) -> Objective:  # fmt: skip
     """The objective as a function of ℓ, differentiable with respect to logprobs and kl_logprobs (ℓ at the KL's τ).
 
@@ -337,25 +343,13 @@ def batch_totals(mask: Tensor, layout: Layout, entropy: Tensor, parts: Objective
 
 
 def token_loss(
-    logits: Tensor,
-    tokens: Tensor,
-    mask: Tensor | None,
-    config: MDPGRPOConfig,
-    *,
-    advantage: Tensor | float,
-    kl_beta: Tensor | float,
-    max_completion_length: int,
-    completion: Tensor | None = None,
-    num_completions: int | None = None,
-    old_logprobs: Tensor | None = None,
-    ref_logprobs: Tensor | None = None,
-    importance_weight: Tensor | None = None,
-    temperature: Tensor | float = 1.0,
-    epsilon_low: Tensor | float | None = None,
-    epsilon_high: Tensor | float | None = None,
-    softcap: float | None = None,
-    denominator: Tensor | float | None = None,
-) -> TokenLoss:
+    logits: Tensor, tokens: Tensor, mask: Tensor | None, config: MDPGRPOConfig, *, advantage: Tensor | float,
+    kl_beta: Tensor | float, max_completion_length: int, completion: Tensor | None = None,
+    num_completions: int | None = None, old_logprobs: Tensor | None = None, ref_logprobs: Tensor | None = None,
+    importance_weight: Tensor | None = None, temperature: Tensor | float = 1.0,
+    epsilon_low: Tensor | float | None = None, epsilon_high: Tensor | float | None = None,
+    delta: Tensor | float | None = None, softcap: float | None = None, denominator: Tensor | float | None = None,
+) -> TokenLoss:  # fmt: skip
     """-w·J + β·KL of every token, aggregated. See `ops.token_loss`, the public door, for shapes and meaning."""
     keep = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask != 0
     mask = keep.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
@@ -363,8 +357,9 @@ def token_loss(
     two_temperatures = isinstance(temperature, Tensor) or temperature != config.kl_temperature
     epsilon_low = config.epsilon_low if epsilon_low is None else epsilon_low
     epsilon_high = config.epsilon_high if epsilon_high is None else epsilon_high
-    advantage, kl_beta, temperature, epsilon_low, epsilon_high = (
-        layout.knob(x, mask.dtype) for x in (advantage, kl_beta, temperature, epsilon_low, epsilon_high)
+    delta = config.delta or 0.0 if delta is None else delta
+    advantage, kl_beta, temperature, epsilon_low, epsilon_high, delta = (
+        layout.knob(x, mask.dtype) for x in (advantage, kl_beta, temperature, epsilon_low, epsilon_high, delta)
     )
     # A masked position may hold any number, NaN included: it is taken out before it meets arithmetic.
     logits = logits.masked_fill(~keep[..., None], 0)
@@ -375,7 +370,7 @@ def token_loss(
     parts = token_objective(
         logprobs, kl_logprobs, keep, layout, advantage=advantage, kl_beta=kl_beta, old_logprobs=old_logprobs,
         ref_logprobs=ref_logprobs, importance_weight=importance_weight, temperature=temperature,
-        epsilon_low=epsilon_low, epsilon_high=epsilon_high, delta=config.delta,
+        epsilon_low=epsilon_low, epsilon_high=epsilon_high, delta=delta,
         importance_level=config.importance_level, kl_estimator=config.kl_estimator,
         rescale_per_row=config.rescale_per_row,
     )  # fmt: skip

@@ -121,8 +121,8 @@ def cases(vocab: int, dtype: torch.dtype, tile: tiles.Tile) -> list[Launch]:
     alone = Rows(torch.zeros(n, dtype=torch.long), temperature=row)
     rows = alone._replace(mask=torch.ones(n, dtype=torch.uint8), temperature=None)
     everything = {"old_logprobs": row, "ref_logprobs": row, "importance_weight": row}
-    per_row = {"temperature": row, "epsilon_low": row, "epsilon_high": row}
-    per_completion = {"temperature": each, "epsilon_low": each, "epsilon_high": each}
+    per_row = {"temperature": row, "epsilon_low": row, "epsilon_high": row, "delta": row}
+    per_completion = {"temperature": each, "epsilon_low": each, "epsilon_high": each, "delta": each}
     packed = Rows(alone.tokens, rows.mask, alone.tokens, advantage=each, kl_beta=each, **everything, **per_row)
     groups = Groups(torch.zeros(b), torch.ones(1))
     all_groups = groups._replace(valid=torch.ones(b, dtype=torch.uint8), slots=torch.arange(b))

@@ -157,7 +157,7 @@ struct Objective {
       if (!rows.kept(row) || !rows.known(row)) continue;
       const int64_t i = rows.completion_of(row);
       const size_t c = static_cast<size_t>(i);
-      const Clipped<double> j = clipped_objective(ratio[c], rows.advantage.at(i, row), rows, settings, i, row);
+      const Clipped<double> j = clipped_objective(ratio[c], rows.advantage.at(i, row), rows, i, row);
       slope[c] += policy_weight(rows, settings, row, rows.temperature_of(i, row)) * j.slope;
     }
     for (size_t c = 0; c < b; ++c) slope[c] *= whole[c].slope / std::max(lengths[c], 1.0);

@@ -27,7 +27,7 @@ NUM_TOTALS = 8  # members of `reference.TOTALS`
 STATISTICS = 5
 
 # Members of Rows with a value per completion or per row; the others have one per row.
-KNOBS = ("advantage", "kl_beta", "temperature", "epsilon_low", "epsilon_high")
+KNOBS = ("advantage", "kl_beta", "temperature", "epsilon_low", "epsilon_high", "delta")
 
 
 class Rows(NamedTuple):
@@ -47,6 +47,7 @@ class Rows(NamedTuple):
     temperature: Any = None
     epsilon_low: Any = None
     epsilon_high: Any = None
+    delta: Any = None
 
     def part(self, start: int, stop: int) -> Rows:
         """Some of the rows, where every member has one value per row."""
@@ -108,7 +109,7 @@ class Settings(NamedTuple):
             temperature=number(rows.temperature, 1.0),
             epsilon_low=number(rows.epsilon_low, c.epsilon_low),
             epsilon_high=number(rows.epsilon_high, c.epsilon_high),
-            delta=c.delta or 0.0,
+            delta=number(rows.delta, c.delta or 0.0),
             softcap=softcap or 0.0,
             kl_temperature=c.kl_temperature,
             alpha=c.alpha,

@@ -44,6 +44,7 @@ def token_loss(
     temperature: Tensor | float = 1.0,
     epsilon_low: Tensor | float | None = None,
     epsilon_high: Tensor | float | None = None,
+    delta: Tensor | float | None = None,
     softcap: float | None = None,
     denominator: Tensor | float | None = None,
     in_place: bool = False,
@@ -71,6 +72,7 @@ def token_loss(
         importance_weight: rows, multiplies the policy term only; detached.
         temperature: knob, of the policy term's log-probs.
         epsilon_low, epsilon_high: knobs, clip range; default: the config's.
+        delta: knob, cap of the ratio before the clip (two-sided clipping); 0: none; default: the config's.
         softcap: final logit soft-cap still to be applied (a model's own forward has applied it).
         denominator: what the sum is divided by, for the batch of all micro-batches and ranks; default: this one's.
         in_place: not with torch: the gradient overwrites the logits, which no one may use again; saves their memory.
@@ -87,7 +89,7 @@ def token_loss(
         num_completions = rewards.numel()
     rows = Rows(
         tokens, mask, completion, advantage, kl_beta, old_logprobs, ref_logprobs, importance_weight, temperature,
-        epsilon_low, epsilon_high,
+        epsilon_low, epsilon_high, delta,
     )  # fmt: skip
     shape, num_completions = check_rows(logits, rows, num_completions, softcap, check_values)
     check_objective(rows, shape, num_completions, config, max_completion_length, denominator, check_values)

@@ -214,6 +214,9 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # config, argumen
     "epsilon_per_completion": ({}, {"epsilon_low": EACH / 4, "epsilon_high": EACH / 8}),
     "epsilon_per_row": ({}, {"epsilon_low": ROWS / 4, "epsilon_high": ROWS / 8}),
     "delta": ({"delta": 1.3}, {}),
+    "delta_number": ({}, {"delta": 1.3}),
+    "delta_per_completion": ({"delta": 1.5}, {"delta": torch.tensor([1.3, 0.0, 1.1, 1.2])}),
+    "delta_per_row": ({}, {"delta": 1.0 + ROWS / 2}),
     "k1": ({"kl_estimator": "k1"}, {}),
     "k2": ({"kl_estimator": "k2"}, {}),
     "per_row": ({"temperature_objective": "per_row"}, {"temperature": EACH}),
@@ -315,6 +318,8 @@ def pick_options(seed: int) -> tuple[LossInputs, MDPGRPOConfig, dict[str, Any]]:
         goal_std=r.choice(["released", "binomial"]),
     )  # fmt: skip
     more = pick_rewards(r, b, config.num_generations) if r.random() < 0.5 else {}
+    if r.random() < 0.4:
+        batch.kwargs["delta"] = knob(1.1, 2.0)
     if r.random() < 0.5:
         return packed(batch, seed, drop_masked=r.random() < 0.5), config, more
     batch.mask = r.choice([batch.mask, batch.mask.long(), batch.mask * 0.5, batch.mask.bfloat16()])

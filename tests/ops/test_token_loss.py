@@ -438,6 +438,7 @@ BAD_VALUES: dict[str, tuple[bool, Callable[[LossInputs], dict[str, Any]]]] = {  
     "ref_logprobs_nan": (False, lambda b: {"ref_logprobs": torch.full((4, 1), math.nan)}),
     "epsilon_low_nan": (False, lambda b: {"epsilon_low": torch.tensor([0.2, math.nan, 0.2, math.nan])}),
     "epsilon_high_nan": (False, lambda b: {"epsilon_high": torch.tensor([0.2, math.nan, 0.2, math.nan])}),
+    "delta_nan": (False, lambda b: {"delta": torch.tensor([1.5, math.nan, 1.5, math.nan])}),
     "importance_weight_nan": (False, lambda b: {"importance_weight": torch.full((4, 1), math.nan)}),
 }
 ON, OFF, SEQUENCE = ("old_logprobs", "ref_logprobs"), ("ref_logprobs",), {"importance_level": "sequence"}

@@ -126,9 +126,11 @@ def _clipped_objective(ratio, advantage, rows, per_row, settings, completion, ro
     clipped = inside * advantage
     free = ratio * advantage
     free_slope = advantage
-    if settings.delta is not None:
-        free = tl.where(ratio > settings.delta, settings.delta, ratio) * advantage
-        free_slope = tl.where(ratio > settings.delta, 0.0, advantage)
+    if rows.delta is not None or settings.delta is not None:
+        delta = _knob(rows.delta, per_row.delta, settings.delta, completion, row, mask)
+        cap = tl.where(delta <= 0.0, float("inf"), delta)
+        free = tl.minimum(ratio, cap, propagate_nan=tl.PropagateNan.ALL) * advantage
+        free_slope = tl.where(ratio > cap, 0.0, advantage)
     value = tl.where(clipped < free, clipped, free)
     # A bound that is NaN makes the value NaN; minimum and maximum would ignore it.
     value = tl.where(low == low, tl.where(high == high, value, high), low)

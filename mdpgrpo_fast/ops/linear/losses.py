@@ -46,6 +46,7 @@ def linear_token_loss(
     temperature: Knob = 1.0,
     epsilon_low: Knob | None = None,
     epsilon_high: Knob | None = None,
+    delta: Knob | None = None,
     softcap: float | None = None,
     denominator: Knob | None = None,
     lengths: Lengths | None = None,
@@ -94,7 +95,7 @@ def linear_token_loss(
         num_completions = rewards.numel()
     rows = Rows(
         tokens, mask, completion, advantage, kl_beta, old_logprobs, ref_logprobs, importance_weight, temperature,
-        epsilon_low, epsilon_high,
+        epsilon_low, epsilon_high, delta,
     )  # fmt: skip
     options = logit_scale, fp32_logits, workspace_bytes, vocab_group
     shape, num_completions = check_head(hidden, weight, bias, rows, num_completions, softcap, *options, check_values)
