@@ -322,7 +322,7 @@ def test_every_instruction_set_passes_the_op_tests(variant: str) -> None:
     assert seen.stdout.strip() == variant
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert int(re.search(r"(\d+) passed", done.stdout).group(1)) > 200  # type: ignore[union-attr]
+    assert int(re.search(r"(\d+) passed", done.stdout).group(1)) > 150  # type: ignore[union-attr]
 
 
 @needs_cpu

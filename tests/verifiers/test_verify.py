@@ -230,6 +230,8 @@ def test_loose_variants_are_the_eight() -> None:
     options = {"end_phrase": "end"}
     for response in ("end", "*e*nd", "x\nend", "end\nx", "x\nend\nx", "x\nen*d", "*end*\nx", "x\n*end*\nx"):
         assert verify("startend:end_checker", response, options, mode="loose"), response
+        quoted = response.replace("end", '"end"').replace("en*d", '"en*d"').replace("e*nd", '"e*nd"')
+        assert verify("startend:quotation", quoted, {}, mode="loose"), quoted  # which both ends of a text decide
     assert not verify("startend:end_checker", "x\nend\nx\nx", options, mode="loose")
     assert not verify("startend:end_checker", "end\rx", options, mode="loose")
 

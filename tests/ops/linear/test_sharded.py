@@ -69,7 +69,10 @@ def split(rank: int, ranks: int, level: str, backend: str, more: dict[str, Any])
                                              vocab_group=group, backend=backend, softcap=5.0)  # fmt: skip
         inputs = [hidden] if frozen else [hidden, again.weight]
         scores[frozen] = (ell.detach(), entropy, torch.autograd.grad(ell.square().sum(), inputs))
-    return values, found.grads, scores
+    nobodys = torch.full_like(batch.tokens, VOCAB)  # a token that no rank has
+    unknown, _ = linear_token_logprobs(hidden, part.weight, nobodys, batch.mask, vocab_group=group, backend=backend,
+                                       check_values=False)  # fmt: skip
+    return values, found.grads, scores, unknown.detach()
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -81,7 +84,8 @@ def test_a_split_vocabulary_gives_what_the_whole_one_does(ranks: int, backend: s
     leaves, hidden = head.leaves(), batch.logits.requires_grad_()
     whole = linear_token_logprobs(hidden, leaves.weight, batch.tokens, batch.mask, bias=leaves.bias, softcap=5.0)
     expected = torch.autograd.grad(whole[0].square().sum(), (hidden, leaves.weight))
-    for rank, (ours, own, scores) in enumerate(found):
+    for rank, (ours, own, scores, unknown) in enumerate(found):
+        assert torch.equal(unknown.isnan(), batch.mask)
         for name, value in ours.items():
             torch.testing.assert_close(value, values[name], rtol=1e-5, atol=2e-6)
             assert torch.equal(value, found[0][0][name]), f"{name} differs between ranks"
