@@ -201,9 +201,7 @@ def test_interrupt_keeps_what_was_learned(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_learning_on_the_embedded_prompts(tmp_path: Path) -> None:
-    """Thirty small steps raise the training reward: the mean of the last ten is well above that of the first ten."""
-    trainer = run_small(
-        tmp_path, preset("exact"), steps=30, prompts_per_step=4, max_completion_length=64, micro_batch_size=32, seed=0
-    )
+    """Twenty small steps raise the training reward: the mean of the last seven is well above that of the first."""
+    trainer = run_small(tmp_path, preset("exact"), steps=20, prompts_per_step=4, max_completion_length=64, seed=0)
     reward = [r["reward"] for r in rows(trainer)]
-    assert sum(reward[-10:]) / 10 > sum(reward[:10]) / 10 + 0.05
+    assert sum(reward[-7:]) / 7 > sum(reward[:7]) / 7 + 0.05
