@@ -1,4 +1,4 @@
-"""Prompts from JSON lines: read, validate line by line, render and tokenise once."""
+"""Prompts from JSON lines: read, checked line by line, rendered and tokenised once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from . import verifiers
-from .config import ConfigError
+from .config import ConfigError, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def _parse(row: Any, rules: str) -> Example:
     return Example(prompt, ids, kwargs, row)
 
 
-def read_prompts(path: str | Path, rules: str = "ifeval") -> list[Example]:
+def read_prompts(path: str | Path, rules: str = TrainConfig.rules) -> list[Example]:
     """The examples of a JSON lines file (`prompt`, and for constraints `instruction_id_list` and `kwargs`).
 
     Raises: ConfigError that names the file and the line for a missing file, a line that is not JSON, a missing column,
@@ -124,12 +124,12 @@ def tokenize(examples: list[Example], tokenizer: Any, max_prompt_length: int) ->
     return ids
 
 
-def batches(count: int, per_step: int, steps: int, seed: int) -> Iterator[list[int]]:
+def batches(num_prompts: int, per_step: int, steps: int, seed: int) -> Iterator[list[int]]:
     """Indices of each step's prompts: every prompt once per epoch, in an order that only the seed decides."""
     order = random.Random(seed)
     queue: list[int] = []
     for _ in range(steps):
         while len(queue) < per_step:
-            queue += order.sample(range(count), count)
+            queue += order.sample(range(num_prompts), num_prompts)
         yield queue[:per_step]
         del queue[:per_step]

@@ -13,7 +13,7 @@ from typing import Any
 from pebble import ProcessExpired, ProcessPool
 
 from . import verifiers
-from .config import ConfigError
+from .config import ConfigError, TrainConfig
 from .data import Example
 
 RewardFunction = Callable[..., "Sequence[float | None]"]
@@ -26,7 +26,7 @@ class RewardError(RuntimeError):
 class ConstraintReward:
     """Share of a prompt's constraints that a response satisfies, r = satisfied / K, by `verifiers`."""
 
-    def __init__(self, rules: str = "ifeval", mode: str = "strict") -> None:
+    def __init__(self, rules: str = TrainConfig.rules, mode: str = "strict") -> None:
         self.rules, self.mode = rules, mode
 
     def satisfied(self, example: Example, response: str) -> list[bool]:
@@ -108,10 +108,10 @@ class Scorer:
         specs: list[str],
         weights: list[float] | None = None,
         *,
-        rules: str = "ifeval",
-        timeout: float = 10.0,
-        workers: int = 2,
-        on_bad_reward: str = "error",
+        rules: str = TrainConfig.rules,
+        timeout: float = TrainConfig.reward_timeout,
+        workers: int = TrainConfig.reward_workers,
+        on_bad_reward: str = TrainConfig.on_bad_reward,
     ) -> None:
         _load_rewards(specs)
         self.specs, self.rules = list(specs), rules

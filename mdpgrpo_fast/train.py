@@ -114,6 +114,6 @@ if __name__ == "__main__":
         code = main()
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else 1
-    from .training.distributed import leave
+    from .training.distributed import exit_process
 
-    leave(code)
+    exit_process(code)

@@ -14,7 +14,8 @@ import torch
 from helpers.inputs import SHARED_DATA, make_model, make_tokenizer, unavailable
 
 # Small shapes are faster on one thread, and nothing here may reach out.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for child processes: this one has loaded OpenMP with torch
+torch.set_num_threads(1)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Without a GPU the Triton kernels run in Triton's interpreter, which has to be chosen before they are imported.

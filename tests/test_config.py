@@ -237,3 +237,8 @@ def test_preset_overrides_and_unknown_names() -> None:
         preset("xyz")
     with pytest.raises(ConfigError, match="top_p must be"):
         preset("paper", top_p=2.0)
+
+
+def test_train_config_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TrainConfig().steps = 3  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""What can be done to the blocks of a model of transformers: computing them twice for memory, compiling them."""
+"""Gradient checkpointing and compilation of the blocks of a model of transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Load a causal language model and its tokenizer; how long its prompts may be."""
+"""Loading of a causal language model with its tokenizer, and the longest prompt that it takes."""
 
 from __future__ import annotations
 

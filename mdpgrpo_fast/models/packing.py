@@ -1,4 +1,4 @@
-"""Groups with their prompt once: laid out in one row, binned by tokens, run through a model, checked to be exact."""
+"""Packing of groups that hold their prompt once: one row, bins by tokens, forward passes checked to be exact."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import shared_prompt
 from .heads import causal_lm
-from .shared_prompt import Layout
+from .shared_prompt import PackedLayout
 
 Mode = Literal["blocks", "masks", "flex"]
 
@@ -21,27 +21,27 @@ class Unpackable(ValueError):
 
 
 @dataclass(frozen=True)
-class Packed:
-    """Groups in one row of T tokens, of n completions with R tokens in all."""
+class PackedRow:
+    """Groups in one row of T tokens, of b completions with R tokens in all."""
 
     ids: Tensor  # (1, T) int64
     positions: Tensor  # (1, T) int64, which go on after the prompt in every completion
-    layout: Layout
+    layout: PackedLayout
     predictors: Tensor  # (R,) which of the T states predicts each completion token
     tokens: Tensor  # (R,) completion tokens
-    completion: Tensor  # (R,) 0 .. n-1
-    source: Tensor  # (R,) where each token is in the (N, L) tokens it came from, flattened
-    rows: list[int]  # the n completions, as rows of those
-    lengths: list[int]  # of the n completions
+    completion: Tensor  # (R,) 0 .. b-1
+    source: Tensor  # (R,) where each token is in the (B, L) tokens it came from, flattened
+    rows: list[int]  # the b completions, as rows of those
+    lengths: list[int]  # of the b completions
 
 
 def pack(
     prompt_ids: Tensor, prompt_lengths: list[int], tokens: Tensor, lengths: list[int], groups: list[list[int]]
-) -> Packed:
+) -> PackedRow:
     """One packed row of groups, each a list of rows with the same prompt.
 
-    prompt_ids (N, S) left-padded, tokens (N, L) right-padded, int64; prompt_lengths and lengths of their N rows. Groups
-    without rows are left out, and so are completions without tokens.
+    prompt_ids (B, S) left-padded, tokens (B, L) right-padded, int64; prompt_lengths and lengths of their B rows. Groups
+    without rows are left out, and so are completions without tokens. Raises: ValueError where nothing is left.
     """
     groups = [kept for group in groups if (kept := [i for i in group if lengths[i] > 0])]
     prompt_width, width = prompt_ids.shape[1], tokens.shape[1]
@@ -53,21 +53,21 @@ def pack(
     rows: list[int] = []
     prompts: list[tuple[int, int]] = []
     completions: list[list[tuple[int, int]]] = []
-    at = 0
+    end = 0  # of the packed row so far
     for group in groups:
         first, size = group[0] * (prompt_width + width) + prompt_width, prompt_lengths[group[0]]
         index.append(torch.arange(first - size, first))
         positions.append(torch.arange(size))
-        prompts.append((at, at := at + size))
-        last_of_prompt, spans = at - 1, []
+        prompts.append((end, end := end + size))
+        last_of_prompt, spans = end - 1, []
         for i in group:
             start, n = i * (prompt_width + width) + prompt_width, lengths[i]
             index.append(torch.arange(start, start + n))
             positions.append(torch.arange(size, size + n))
-            predictors += [torch.tensor([last_of_prompt]), torch.arange(at, at + n - 1)]
+            predictors += [torch.tensor([last_of_prompt]), torch.arange(end, end + n - 1)]
             completion.append(torch.full((n,), len(rows)))
             source.append(torch.arange(i * width, i * width + n))
-            spans.append((at, at := at + n))
+            spans.append((end, end := end + n))
             rows.append(i)
         completions.append(spans)
     if not rows:
@@ -78,9 +78,9 @@ def pack(
     host = torch.cat([*index, *positions, *predictors, *completion, *source])
     where, position, predictor, owner, origin = host.to(device, non_blocking=True).split(sizes)
     ids = torch.cat([prompt_ids, tokens], 1).flatten()[where]
-    return Packed(
-        ids[None], position[None], Layout(prompts, completions), predictor, tokens.flatten()[origin], owner, origin,
-        rows, [lengths[i] for i in rows],
+    return PackedRow(
+        ids[None], position[None], PackedLayout(prompts, completions), predictor, tokens.flatten()[origin], owner,
+        origin, rows, [lengths[i] for i in rows],
     )  # fmt: skip
 
 
@@ -92,20 +92,20 @@ def bins(costs: list[int], budget: int) -> list[list[int]]:
     if costs and max(costs) > budget:
         raise ValueError(f"tokens_per_micro_batch must hold the largest group, {max(costs)} tokens; got {budget}")
     order = sorted(range(len(costs)), key=lambda i: -costs[i])
-    count = max(1, -(-sum(costs) // budget))
+    num_bins = max(1, -(-sum(costs) // budget))
     while True:
-        found: list[list[int]] = [[] for _ in range(count)]
-        full = [0] * count
+        found: list[list[int]] = [[] for _ in range(num_bins)]
+        loads = [0] * num_bins
         for i in order:
-            emptiest = full.index(min(full))
+            emptiest = loads.index(min(loads))
             found[emptiest].append(i)
-            full[emptiest] += costs[i]
-        if max(full) <= budget:
+            loads[emptiest] += costs[i]
+        if max(loads) <= budget:
             return [sorted(b) for b in found]
-        count += 1
+        num_bins += 1
 
 
-def masks(layout: Layout, positions: Tensor, window: int | None = None) -> Tensor:
+def masks(layout: PackedLayout, positions: Tensor, window: int | None = None) -> Tensor:
     """(T, T) bool of a packed row, true where a query (first) attends to a key; window: of sliding attention."""
     device = positions.device
     group = torch.empty(positions.numel(), dtype=torch.int64)
@@ -114,9 +114,9 @@ def masks(layout: Layout, positions: Tensor, window: int | None = None) -> Tenso
         group[a : spans[-1][1] if spans else b] = g
         for j, (c, d) in enumerate(spans, 1):
             member[c:d] = j
-    group, member, at = group.to(device), member.to(device), positions.flatten()
+    group, member, position = group.to(device), member.to(device), positions.flatten()
     allowed = (group[:, None] == group) & ((member == 0) | (member[:, None] == member))
-    gap = at[:, None] - at
+    gap = position[:, None] - position
     allowed &= gap >= 0
     return allowed if window is None else allowed & (gap < window)
 
@@ -168,7 +168,7 @@ class Packing:
         reached = self.window is not None and longest > self.window
         return "masks" if self.mode == "blocks" and reached else self.mode
 
-    def arguments(self, packed: Packed, mode: Mode | None = None) -> dict[str, Any]:
+    def arguments(self, packed: PackedRow, mode: Mode | None = None) -> dict[str, Any]:
         """What the forward pass of the model or its body is called with."""
         mode = mode or self.mode_for(packed.layout.longest)
         given = {"input_ids": packed.ids, "position_ids": packed.positions, "use_cache": False}
@@ -182,7 +182,7 @@ class Packing:
             return {**given, "attention_mask": {kind: make(packed, windows[kind]) for kind in self.kinds}}
         return {**given, "attention_mask": make(packed, self.window)}
 
-    def _mask(self, packed: Packed, window: int | None) -> Tensor:
+    def _mask(self, packed: PackedRow, window: int | None) -> Tensor:
         allowed = masks(packed.layout, packed.positions, window)[None, None]
         if self.attention == "sdpa":
             return allowed
@@ -191,7 +191,7 @@ class Packing:
             ~allowed, torch.finfo(dtype).min
         )
 
-    def _block_mask(self, packed: Packed, window: int | None) -> Any:
+    def _block_mask(self, packed: PackedRow, window: int | None) -> Any:
         from torch.nn.attention.flex_attention import create_block_mask
 
         allowed = masks(packed.layout, packed.positions, window)

@@ -1,4 +1,4 @@
-"""Load a causal language model and its tokenizer, and run it over completions."""
+"""The policy: a causal language model over padded or packed completions, and its objective, in one forward pass."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..config import ConfigError, MDPGRPOConfig
+from ..config import ConfigError, MDPGRPOConfig, TrainConfig
 from ..log import say_once
 from ..ops.linear.losses import WORKSPACE_BYTES, linear_token_logprobs, linear_token_loss
 from ..ops.logprobs import token_logprobs
 from ..ops.token_loss import token_loss
 from ..reference import TokenLoss
 from .heads import LinearHead, UnsupportedHead, causal_lm, find_head
-from .packing import Packed, Packing, Unpackable
+from .packing import PackedRow, Packing, Unpackable
 
 T = TypeVar("T")
 
@@ -40,9 +40,9 @@ def _inputs(
 
 
 def completion_logits(model: Any, prompt_ids: Tensor, prompt_mask: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-    """Logits that predict the completion tokens, the model's own soft-cap applied: (N, L, V).
+    """Logits that predict the completion tokens, the model's own soft-cap applied: (B, L, V).
 
-    prompt_ids, prompt_mask (N, S) left-padded; tokens, mask (N, L) right-padded.
+    prompt_ids, prompt_mask (B, S) left-padded; tokens, mask (B, L) right-padded.
     """
     width = tokens.shape[1]
     out = model(**_inputs(model, prompt_ids, prompt_mask, tokens, mask, logits_to_keep=width + 1))
@@ -50,7 +50,7 @@ def completion_logits(model: Any, prompt_ids: Tensor, prompt_mask: Tensor, token
 
 
 def completion_states(body: Any, prompt_ids: Tensor, prompt_mask: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-    """Hidden states that predict the completion tokens: (N, L, D), a view. Arguments as of `completion_logits`."""
+    """Hidden states that predict the completion tokens: (B, L, D), a view. Arguments as of `completion_logits`."""
     states = body(**_inputs(body, prompt_ids, prompt_mask, tokens, mask)).last_hidden_state
     return states[:, -(tokens.shape[1] + 1) : -1]
 
@@ -62,14 +62,15 @@ class Policy(nn.Module):
     linear layer, which is said once.
 
     model: of transformers. lm_head: "auto", "fused" (raises ConfigError where "auto" would take logits) or "logits".
-    workspace_bytes, fp32_logits, skip_idle: as of `linear_token_loss`. packing: "auto" runs over packed groups too
+    workspace_bytes, fp32_logits: as of `linear_token_loss`. skip_idle: as there, but off by default, as the trainer's
+    knob is, so that statistics are of all completions. packing: "auto" runs over packed groups too
     where that is exact, and says once where it is not; "on" raises ConfigError there; "off" does not try.
     device, dtype: where and in what passes will run, if not as the model is.
     """
 
     def __init__(
         self, model: Any, lm_head: str = "auto", workspace_bytes: int = WORKSPACE_BYTES, fp32_logits: bool = False,
-        skip_idle: bool = False, packing: str = "off", device: torch.device | None = None,
+        skip_idle: bool = TrainConfig.skip_idle, packing: str = "off", device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -96,12 +97,12 @@ class Policy(nn.Module):
                 say_once(logging.WARNING, f"prompts are not shared inside a group: {e}")
 
     def forward(
-        self, inputs: Packed | tuple[Tensor, Tensor, Tensor, Tensor], mask: Tensor | None, config: MDPGRPOConfig,
+        self, inputs: PackedRow | tuple[Tensor, Tensor, Tensor, Tensor], mask: Tensor | None, config: MDPGRPOConfig,
         lengths: list[int] | None, **objective: Any,
     ) -> TokenLoss:  # fmt: skip
         """inputs: packed groups, or those of `completion_logits`; mask: rows that count; the rest as of
         `linear_token_loss`."""
-        if isinstance(inputs, Packed):
+        if isinstance(inputs, PackedRow):
             objective |= {"completion": inputs.completion, "num_completions": len(inputs.rows)}
         rows, tokens = self._rows(inputs)
         if self.head is None:
@@ -113,13 +114,13 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def logprobs(
-        self, inputs: Packed | tuple[Tensor, Tensor, Tensor, Tensor], mask: Tensor | None, lengths: list[int] | None,
+        self, inputs: PackedRow | tuple[Tensor, Tensor, Tensor, Tensor], mask: Tensor | None, lengths: list[int] | None,
         temperature: Tensor | float, backend: str,
     ) -> Tensor:  # fmt: skip
-        """Log-probs of the completion tokens, (N, L) or packed (R,); 0 where mask is."""
+        """Log-probs of the completion tokens, (B, L) or packed (R,); 0 where mask is."""
         rows, tokens = self._rows(inputs)
         more: dict[str, Any] = {"temperature": temperature, "backend": backend}
-        if isinstance(inputs, Packed):
+        if isinstance(inputs, PackedRow):
             more |= {"completion": inputs.completion, "num_completions": len(inputs.rows)}
         if self.head is None:
             return token_logprobs(rows, tokens, mask, **more)[0]
@@ -129,9 +130,9 @@ class Policy(nn.Module):
         """function(), which runs the model: for wrappers that have to know (FSDP)."""
         return function()
 
-    def _rows(self, inputs: Packed | tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _rows(self, inputs: PackedRow | tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Hidden states, or logits where there is no head to take them; and the tokens that they predict."""
-        if isinstance(inputs, Packed):
+        if isinstance(inputs, PackedRow):
             assert self.packing is not None, "packed inputs need packing"
             arguments = self.packing.arguments(inputs)
             if self.head is None:

@@ -19,7 +19,7 @@ SUFFIX = "_shared_prompt"
 
 
 @dataclass(frozen=True)
-class Layout:
+class PackedLayout:
     """Where the T tokens of a packed row lie: of each group the prompt, then its completions, then the next group.
 
     prompts: [start, end) of each prompt; completions: [start, end) of those of each group, adjacent, none empty.
@@ -65,7 +65,7 @@ class _SharedPromptAttention(torch.autograd.Function):
     """query (H, T, d), key, value (H', T, d) to (T, H, d); H is a multiple of H'."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float) -> Tensor:
         part = _cuda if query.is_cuda else _cpu
         inputs = (query.detach(), key.detach(), value.detach())
         out, lse, seeds = part.forward(*inputs, layout, scale, own=True)
@@ -106,7 +106,7 @@ def runs_on(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
     )
 
 
-def shared_prompt_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
+def shared_prompt_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float) -> Tensor:
     """query (1, H, T, d), key and value (1, H', T, d) to (1, T, H, d), as transformers' attention functions have it.
 
     float32, bfloat16 and float64 on the CPU; bfloat16 and float16 on a GPU. H must be a multiple of H'.
@@ -126,53 +126,53 @@ class _cpu:
     """Blocks cut out as views; the heads that share a key are a dimension that the key is expanded over."""
 
     @staticmethod
-    def rows(layout: Layout, device: torch.device) -> list[slice]:
+    def rows(layout: PackedLayout, device: torch.device) -> list[slice]:
         """Where completions are."""
         return [slice(*t) for t in layout.tails if t[1] > t[0]]
 
     @staticmethod
-    def _spans(layout: Layout, own: bool) -> list[tuple[Span, Span]]:
+    def _spans(layout: PackedLayout, own: bool) -> list[tuple[Span, Span]]:
         if own:
             return [(s, s) for s in layout.own]
         return [(t, p) for t, p in zip(layout.tails, layout.prompts, strict=True) if t[1] > t[0]]
 
     @staticmethod
-    def _cut(query: Tensor, key: Tensor, value: Tensor, at: Span, to: Span) -> tuple[Tensor, Tensor, Tensor]:
+    def _block(query: Tensor, key: Tensor, value: Tensor, queries: Span, keys: Span) -> tuple[Tensor, Tensor, Tensor]:
         heads = len(key)
-        q = query[:, slice(*at)].unflatten(0, (heads, -1))
-        k, v = (x[:, None, slice(*to)].expand(-1, q.shape[1], -1, -1) for x in (key, value))
+        q = query[:, slice(*queries)].unflatten(0, (heads, -1))
+        k, v = (x[:, None, slice(*keys)].expand(-1, q.shape[1], -1, -1) for x in (key, value))
         return q, k, v
 
     @staticmethod
-    def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, own: bool) -> Any:
+    def forward(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float, own: bool) -> Any:
         heads, length, size = query.shape
         out = query.new_empty(length, heads, size)
         real = torch.float64 if query.dtype == torch.float64 else torch.float32
         lse = query.new_empty(heads, length, dtype=real)
-        for at, to in _cpu._spans(layout, own):
-            block = _cpu._cut(query, key, value, at, to)
+        for queries, keys in _cpu._spans(layout, own):
+            block = _cpu._block(query, key, value, queries, keys)
             found, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*block, 0.0, own, scale=scale)
-            out[slice(*at)] = found.flatten(0, 1).transpose(0, 1)
-            lse[:, slice(*at)] = sums.flatten(0, 1)
+            out[slice(*queries)] = found.flatten(0, 1).transpose(0, 1)
+            lse[:, slice(*queries)] = sums.flatten(0, 1)
         return out, lse, ()
 
     @staticmethod
     def backward(
-        grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, seeds: Any, layout: Layout,
-        scale: float, own: bool,
+        grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, seeds: Any,
+        layout: PackedLayout, scale: float, own: bool,
     ) -> list[Tensor]:  # fmt: skip
         grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
         heads = len(key)
-        for at, to in _cpu._spans(layout, own):
-            q, k, v = _cpu._cut(query, key, value, at, to)
-            g, o = (x[slice(*at)].transpose(0, 1).unflatten(0, (heads, -1)) for x in (grad, out))
-            sums = lse[:, slice(*at)].unflatten(0, (heads, -1))
+        for queries, keys in _cpu._spans(layout, own):
+            q, k, v = _cpu._block(query, key, value, queries, keys)
+            g, o = (x[slice(*queries)].transpose(0, 1).unflatten(0, (heads, -1)) for x in (grad, out))
+            sums = lse[:, slice(*queries)].unflatten(0, (heads, -1))
             found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 g, q, k, v, o, sums, 0.0, own, scale=scale
             )
-            grads[0][:, slice(*at)] += found[0].flatten(0, 1)
+            grads[0][:, slice(*queries)] += found[0].flatten(0, 1)
             for whole, one in zip(grads[1:], found[1:], strict=True):
-                whole[:, slice(*to)] += one.sum(1)
+                whole[:, slice(*keys)] += one.sum(1)
         return grads
 
 
@@ -183,11 +183,11 @@ class _cuda:
     """PyTorch's variable-length flash attention, which takes (T, H, d) and fewer heads of keys than of queries."""
 
     @staticmethod
-    def rows(layout: Layout, device: torch.device) -> list[Tensor]:
+    def rows(layout: PackedLayout, device: torch.device) -> list[Tensor]:
         return [layout.bounds(device)[3]]
 
     @staticmethod
-    def _lengths(layout: Layout, own: bool, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
+    def _lengths(layout: PackedLayout, own: bool, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
         bounds, queries, keys, _ = layout.bounds(device)
         if own:
             longest = max(b - a for a, b in layout.own)
@@ -196,7 +196,7 @@ class _cuda:
         return queries, keys, longest, longest
 
     @staticmethod
-    def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, own: bool) -> Any:
+    def forward(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float, own: bool) -> Any:
         inputs = [x.transpose(0, 1) for x in (query, key, value)]
         lengths = _cuda._lengths(layout, own, query.device)
         out, lse, *seeds, _ = torch.ops.aten._flash_attention_forward(*inputs, *lengths, 0.0, own, False, scale=scale)
@@ -204,8 +204,8 @@ class _cuda:
 
     @staticmethod
     def backward(
-        grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, seeds: Any, layout: Layout,
-        scale: float, own: bool,
+        grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, seeds: Any,
+        layout: PackedLayout, scale: float, own: bool,
     ) -> list[Tensor]:  # fmt: skip
         inputs = [x.transpose(0, 1) for x in (query, key, value)]
         lengths = _cuda._lengths(layout, own, query.device)
@@ -229,7 +229,7 @@ def stay_outside() -> None:
 
 
 def install(model: Any) -> None:
-    """Make this the model's attention where a forward pass is given `shared_prompt=Layout`; else it is as before.
+    """Make this the model's attention where a forward pass is given `shared_prompt=PackedLayout`; else it is as before.
 
     Raises: ValueError for a model whose attention is not sdpa (eager may have a soft-cap).
     """

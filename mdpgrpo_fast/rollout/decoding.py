@@ -15,14 +15,14 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from ..log import say_once
 
 BLOCK = 128  # tokens a cache grows by at least
-# Steps between looks for finished rows: on a GPU a look waits for the device, on the CPU it costs nothing.
-LOOK_EVERY = {"cpu": 1}
-LOOK_EVERY_ELSEWHERE = 8
-# Finished rows leave when they are this share of the batch: leaving copies the cache of those that stay.
-LEAVING_SHARE = 0.125
+# Steps between checks for finished rows: on a GPU a check waits for the device, on the CPU it costs nothing.
+CHECK_EVERY = {"cpu": 1}
+CHECK_EVERY_ELSEWHERE = 8
+# Finished rows are dropped when they are this share of the batch: dropping copies the cache of those that stay.
+FINISHED_SHARE = 0.125
 ATTENTION_CACHE, STATE_CACHE = CACHE_NAMES = ("past_key_values", "cache_params")
 
-Sampler = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+TokenSampler = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 # ---- cache ----------------------------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def _parameters(model: Any) -> set[str] | None:
 class Decoder:
     """Forward passes over rows that share prompts: `prefill`, then one token a row with `step`.
 
-    prompt_ids (P, S) left-padded, prompt_mask (P, S) bool, origin (N,): the prompt of each row. After `keep(index)`
+    prompt_ids (P, S) left-padded, prompt_mask (P, S) bool, origin (B,): the prompt of each row. After `keep(index)`
     the rows are those of index. Where the model has no cache, each step runs over all tokens again; where its cache
     cannot be shared out, each row is prefilled by itself. Both are said once.
     """
@@ -153,7 +153,7 @@ class Decoder:
         return self.model(input_ids=ids, **options)
 
     def prefill(self) -> Tensor:
-        """Logits (N, V) of the first token of every row."""
+        """Logits (B, V) of the first token of every row."""
         ids, mask = self.prompts
         out = self._forward(ids, True)
         cache = self._found(out)
@@ -191,7 +191,7 @@ class Decoder:
         return self._forward(new, self.cache is not None).logits[:, -1]
 
     @property
-    def can_leave(self) -> bool:
+    def can_drop_rows(self) -> bool:
         """Whether rows may be dropped."""
         return self.ids is not None or hasattr(self.cache, "reorder_cache")
 
@@ -207,7 +207,7 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Completions:
-    """Of N rows, L the longest: fields as in Rollout."""
+    """Of B rows, L the longest: fields as in Rollout."""
 
     tokens: Tensor
     lengths: Tensor
@@ -216,19 +216,19 @@ class Completions:
     policy_logprobs: Tensor
 
 
-def complete(decoder: Decoder, sampler: Sampler, eos: Tensor, max_new_tokens: int) -> Completions:
+def complete(decoder: Decoder, sampler: TokenSampler, eos: Tensor, max_new_tokens: int) -> Completions:
     """Draws tokens until every row met one of eos (E,) or has max_new_tokens.
 
     sampler: logits (R, V) and the rows (R,) they are of, to tokens, sampling and policy log-probs (R,).
     """
     device = eos.device
     rows = torch.arange(len(decoder.origin), device=device)
-    n = len(rows)
-    tokens = eos[:1].repeat(n, max_new_tokens)
-    logprobs = torch.zeros(2, n, max_new_tokens, device=device)
+    num_completions = len(rows)
+    tokens = eos[:1].repeat(num_completions, max_new_tokens)
+    logprobs = torch.zeros(2, num_completions, max_new_tokens, device=device)
     lengths, finished = torch.zeros_like(rows), torch.ones_like(rows, dtype=torch.bool)
     alive = torch.ones_like(finished)  # of the rows in the batch, those that go on
-    every = LOOK_EVERY.get(device.type, LOOK_EVERY_ELSEWHERE)
+    check_every = CHECK_EVERY.get(device.type, CHECK_EVERY_ELSEWHERE)
     logits = decoder.prefill()
     for t in range(max_new_tokens):
         drawn, sampling, policy = sampler(logits, rows)
@@ -239,11 +239,11 @@ def complete(decoder: Decoder, sampler: Sampler, eos: Tensor, max_new_tokens: in
         alive = alive & ~(drawn[:, None] == eos).any(1)
         if t == max_new_tokens - 1:
             break
-        if t % every == 0:
-            left = int(alive.sum())
-            if left == 0:
+        if t % check_every == 0:
+            num_alive = int(alive.sum())
+            if num_alive == 0:
                 break
-            if decoder.can_leave and left <= (1 - LEAVING_SHARE) * len(rows):
+            if decoder.can_drop_rows and num_alive <= (1 - FINISHED_SHARE) * len(rows):
                 index = alive.nonzero()[:, 0]
                 decoder.keep(index)
                 rows, alive, drawn = rows[index], alive[index], drawn[index]

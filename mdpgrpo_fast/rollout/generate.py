@@ -1,4 +1,4 @@
-"""Completions of prompts: all rows in one batch, each at its own temperature, what was drawn recorded with it."""
+"""Completions of prompts: all rows in one batch, each at its own temperature, with the log-probs of what was drawn."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from .sampling import sample
 
 @dataclass(frozen=True)
 class Rollout:
-    """N completions. prompt_ids (N, S) left-padded, tokens (N, L) right-padded, L the longest completion."""
+    """B completions. prompt_ids (B, S) left-padded, tokens (B, L) right-padded, L the longest completion."""
 
     prompt_ids: Tensor
-    prompt_mask: Tensor  # (N, S) bool
+    prompt_mask: Tensor  # (B, S) bool
     tokens: Tensor
-    lengths: Tensor  # (N,) tokens up to and including eos
-    finished: Tensor  # (N,) bool: an eos was sampled; False: cut at the length limit
-    temperature: Tensor  # (N,) float, 0 for greedy
-    sampling_logprobs: Tensor  # (N, L) float under the distribution drawn from: temperature and truncation applied
-    policy_logprobs: Tensor  # (N, L) float under the policy at temperature 1, untruncated
+    lengths: Tensor  # (B,) tokens up to and including eos
+    finished: Tensor  # (B,) bool: an eos was sampled; False: cut at the length limit
+    temperature: Tensor  # (B,) float, 0 for greedy
+    sampling_logprobs: Tensor  # (B, L) float under the distribution drawn from: temperature and truncation applied
+    policy_logprobs: Tensor  # (B, L) float under the policy at temperature 1, untruncated
 
     @property
     def mask(self) -> Tensor:
-        """(N, L) bool, true on the completion's own tokens; from lengths, never from comparing with pad."""
+        """(B, L) bool, true on the completion's own tokens; from lengths, never from comparing with pad."""
         return torch.arange(self.tokens.shape[1], device=self.lengths.device) < self.lengths[:, None]
 
 
@@ -50,8 +50,15 @@ def eos_ids(model: Any, tokenizer: Any) -> list[int]:
     return sorted(ids)
 
 
+def check_prompts(prompts: list[list[int]]) -> None:
+    """Raises ValueError where there is no prompt, or an empty one."""
+    if not prompts or not all(prompts):
+        got = f"an empty row {prompts.index([])}" if prompts else "no row"
+        raise ValueError(f"prompts must be lists of token ids, at least one and none empty; got {got}")
+
+
 def left_pad(prompts: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids (N, S) padded on the left, and their bool mask."""
+    """Token ids (B, S) padded on the left, and their bool mask."""
     width = max(map(len, prompts))
     ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts], device=device)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
@@ -71,7 +78,7 @@ def generate(
     min_p: float = 0.0,
     num_generations: int = 1,
 ) -> Rollout:
-    """Draw num_generations completions of each of P prompts in one batch: N = P * num_generations rows.
+    """Draw num_generations completions of each of P prompts in one batch: B = P * num_generations rows.
 
     model: a causal language model of transformers, or a PeftModel around one; called as it is, so that hooks of wrapped
         modules run, and without its generation settings.
@@ -81,9 +88,7 @@ def generate(
     Raises: ValueError where a prompt is empty, num_generations or max_new_tokens is below 1, temperature is not one
         number above 0 for each row, or the model cannot be used; FloatingPointError where a log-prob is not finite.
     """
-    if not prompts or not all(prompts):
-        got = f"an empty row {prompts.index([])}" if prompts else "no row"
-        raise ValueError(f"prompts must be lists of token ids, at least one and none empty; got {got}")
+    check_prompts(prompts)
     for name, value in (("num_generations", num_generations), ("max_new_tokens", max_new_tokens)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1; got {value}")

@@ -1,4 +1,4 @@
-"""Sampling of one step: temperature per row, top-k, top-p and min-p, and the log-probs of what was drawn."""
+"""Sampling of a token a row: temperature per row, top-k, top-p and min-p, and the log-probs of what was drawn."""
 
 from __future__ import annotations
 

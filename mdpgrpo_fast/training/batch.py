@@ -8,17 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import MDPGRPOConfig
+from ..config import ConfigError, MDPGRPOConfig, TrainConfig
 from ..data import Example
-from ..models.packing import Packed, bins, pack
+from ..models.packing import PackedRow, Packing, bins, pack
 from ..reference import Advantages
 from ..rewards import Score
 from ..rollout.generate import Rollout
 
+DEFAULT_BUDGET = 8192  # tokens of a packed forward pass
+# Pairs of a query with a key, masked ones too, over those of padded rows: as many as fewer tokens elsewhere outweigh.
+MAX_PAIR_RATIO = 2.0
+
 
 @dataclass
 class Batch:
-    """One step's completions with everything the updates need. N = P * G rows, groups adjacent."""
+    """One step's completions with everything the updates need. B = P * G rows, groups adjacent."""
 
     rollout: Rollout
     examples: list[Example]
@@ -27,25 +31,52 @@ class Batch:
     rewards: Tensor  # (P, G)
     valid: Tensor  # (P, G) bool
     adv: Advantages
-    mask: Tensor  # (N, L) bool: tokens that count in the loss
-    weight: Tensor | None  # (N, L) importance weight, `corrected` only
-    counted: list[int]  # N: tokens that count
-    contributing: list[int]  # N: of those, what the loss is to look at (skip_idle)
-    prompt_lengths: list[int]  # N
-    lengths: list[int]  # N: tokens of each completion
+    mask: Tensor  # (B, L) bool: tokens that count in the loss
+    weight: Tensor | None  # (B, L) importance weight, `corrected` only
+    counted: list[int]  # B: tokens that count
+    contributing: list[int]  # B: of those, what the loss is to look at (skip_idle)
+    prompt_lengths: list[int]  # B
+    lengths: list[int]  # B: tokens of each completion
 
 
 @dataclass
-class Piece:
+class MicroBatch:
     """Completions of one forward pass: padded rows, or packed groups."""
 
-    inputs: Packed | tuple[Tensor, Tensor, Tensor, Tensor]  # or prompt ids, their mask, tokens, their mask
+    inputs: PackedRow | tuple[Tensor, Tensor, Tensor, Tensor]  # or prompt ids, their mask, tokens, their mask
     mask: Tensor | None  # of the rows of tokens; None: all
     lengths: list[int]  # tokens of each completion that the loss looks at
     prompts: list[int]  # tokens through the model: of each prompt in it
     completions: list[list[int]]  # and of the completions of each prompt
     counted: int  # tokens that count, whether or not the loss looks at them
     objective: dict[str, Any] = field(default_factory=dict)  # what else the loss takes of these completions
+
+
+# ---- padded rows ----------------------------------------------------------------------------------------------------
+
+
+def padded_micro_batches(batch: Batch, method: MDPGRPOConfig, size: int) -> list[MicroBatch]:
+    """Slices of `size` rows, cut to their own longest prompt and completion."""
+    r, micro_batches = batch.rollout, []
+    prompt_lengths, lengths = batch.prompt_lengths, batch.lengths
+    for start in range(0, len(r.tokens), size):
+        rows = slice(start, start + size)
+        first = r.prompt_ids.shape[1] - max(prompt_lengths[rows])
+        width = max(lengths[rows])
+        inputs = (r.prompt_ids[rows, first:], r.prompt_mask[rows, first:], r.tokens[rows, :width], r.mask[rows, :width])
+        weight = None if batch.weight is None else batch.weight[rows, :width]
+        micro_batches.append(
+            MicroBatch(
+                inputs=inputs,
+                mask=batch.mask[rows, :width],
+                lengths=batch.contributing[rows],
+                prompts=prompt_lengths[rows],
+                completions=[[n] for n in lengths[rows]],
+                counted=sum(batch.counted[rows]),
+                objective=_objective(batch, method, rows, weight),
+            )
+        )
+    return micro_batches
 
 
 def _objective(batch: Batch, method: MDPGRPOConfig, rows: Any, weight: Tensor | None) -> dict[str, Any]:
@@ -57,31 +88,36 @@ def _objective(batch: Batch, method: MDPGRPOConfig, rows: Any, weight: Tensor | 
     }
 
 
-def padded_pieces(batch: Batch, method: MDPGRPOConfig, size: int) -> list[Piece]:
-    """Slices of `size` rows, cut to their own longest prompt and completion."""
-    r, pieces = batch.rollout, []
-    prompt_lengths, lengths = batch.prompt_lengths, batch.lengths
-    for start in range(0, len(r.tokens), size):
-        rows = slice(start, start + size)
-        first = r.prompt_ids.shape[1] - max(prompt_lengths[rows])
-        width = max(lengths[rows])
-        inputs = (r.prompt_ids[rows, first:], r.prompt_mask[rows, first:], r.tokens[rows, :width], r.mask[rows, :width])
-        weight = None if batch.weight is None else batch.weight[rows, :width]
-        pieces.append(
-            Piece(
-                inputs,
-                batch.mask[rows, :width],
-                batch.contributing[rows],
-                prompt_lengths[rows],
-                [[n] for n in lengths[rows]],
-                sum(batch.counted[rows]),
-                _objective(batch, method, rows, weight),
-            )
+# ---- packed groups --------------------------------------------------------------------------------------------------
+
+
+def micro_batch_budget(
+    packing: Packing, prompt_lengths: list[int], run: TrainConfig, method: MDPGRPOConfig
+) -> tuple[int, str | None]:
+    """Tokens of a packed forward pass; or 0, to pad, and the reason in one line.
+
+    prompt_lengths: of all prompts of the run. Raises: ConfigError for fewer tokens than the largest group may need.
+    """
+    g, completion, given = method.num_generations, run.max_completion_length, run.tokens_per_micro_batch
+    longest, mean = max(prompt_lengths), sum(prompt_lengths) / len(prompt_lengths)
+    largest_group = longest + g * completion
+    mode = packing.mode_for(longest + completion)
+    pair_ratio = (mean + g * completion) ** 2 / (g * (mean + completion) ** 2)
+    if mode == "masks" and pair_ratio > MAX_PAIR_RATIO and run.packing == "auto":
+        return 0, (
+            f"prompts are not shared inside a group: under masks attention would look at {pair_ratio:.1f} times the "
+            "pairs; shorter completions, --attention sdpa where the model has it, or --packing on change that"
         )
-    return pieces
+    if given is not None and given < largest_group:
+        raise ConfigError(
+            f"tokens_per_micro_batch must hold a whole group: a prompt of {longest} and {g} completions of "
+            f"{completion} tokens make {largest_group}; got {given}"
+        )
+    # Under masks attention grows with the square of what is packed together: no more than one group needs.
+    return given or (largest_group if mode == "masks" else max(DEFAULT_BUDGET, largest_group)), None
 
 
-def packed_bins(batch: Batch, method: MDPGRPOConfig, budget: int) -> list[list[list[int]]]:
+def bin_groups(batch: Batch, method: MDPGRPOConfig, budget: int) -> list[list[list[int]]]:
     """Groups of each micro-batch, each a list of rows; only those that the loss looks at, or at least counts."""
     # bnpo divides by the tokens of its own micro-batch, looked at or not.
     needed = batch.counted if method.aggregation == "bnpo" else batch.contributing
@@ -92,32 +128,41 @@ def packed_bins(batch: Batch, method: MDPGRPOConfig, budget: int) -> list[list[l
     return [[groups[i] for i in b] for b in bins(costs, budget)] if groups else []
 
 
-def packed_pieces(batch: Batch, method: MDPGRPOConfig, packed: list[list[list[int]]], count: int) -> list[Piece]:
-    """A piece for each of `packed_bins`, and as many of nothing as make `count`: every rank runs as many passes."""
-    r, pieces = batch.rollout, []
-    for groups in packed:
-        p = pack(r.prompt_ids, batch.prompt_lengths, r.tokens, batch.lengths, groups)
-        weight = None if batch.weight is None else batch.weight.flatten()[p.source]
-        rows = torch.tensor(p.rows, device=r.tokens.device)
-        pieces.append(
-            Piece(
-                p,
-                None,
-                [batch.contributing[i] for i in p.rows],
-                [b - a for a, b in p.layout.prompts],
-                [[b - a for a, b in spans] for spans in p.layout.completions],
-                sum(p.lengths),
-                _objective(batch, method, rows, weight),
+def packed_micro_batches(
+    batch: Batch, method: MDPGRPOConfig, binned: list[list[list[int]]], num_passes: int
+) -> list[MicroBatch]:
+    """A micro-batch for each of `bin_groups`, and empty ones up to num_passes: every rank runs as many passes."""
+    r, micro_batches = batch.rollout, []
+    for groups in binned:
+        packed = pack(r.prompt_ids, batch.prompt_lengths, r.tokens, batch.lengths, groups)
+        weight = None if batch.weight is None else batch.weight.flatten()[packed.source]
+        micro_batches.append(
+            MicroBatch(
+                inputs=packed,
+                mask=None,
+                lengths=[batch.contributing[i] for i in packed.rows],
+                prompts=[end - start for start, end in packed.layout.prompts],
+                completions=[[end - start for start, end in spans] for spans in packed.layout.completions],
+                counted=sum(packed.lengths),
+                objective=_objective(batch, method, torch.tensor(packed.rows, device=r.tokens.device), weight),
             )
         )
-    while len(pieces) < count:
-        # The first token of the first completion, which does not count.
-        one = pack(r.prompt_ids, batch.prompt_lengths, r.tokens, [1], [[0]])
-        nothing = torch.zeros(1, device=r.tokens.device)
-        objective = {"advantage": nothing, "kl_beta": nothing, "temperature": 1.0}
-        objective["importance_weight"] = None if batch.weight is None else nothing
-        pieces.append(Piece(one, nothing.bool(), [0], batch.prompt_lengths[:1], [[1]], 0, objective))
-    return pieces
+    while len(micro_batches) < num_passes:
+        micro_batches.append(_empty_micro_batch(batch))
+    return micro_batches
+
+
+def _empty_micro_batch(batch: Batch) -> MicroBatch:
+    """The first token of the first completion, which does not count."""
+    r = batch.rollout
+    packed = pack(r.prompt_ids, batch.prompt_lengths, r.tokens, [1], [[0]])
+    zero = torch.zeros(1, device=r.tokens.device)
+    objective = {"advantage": zero, "kl_beta": zero, "temperature": 1.0}
+    objective["importance_weight"] = None if batch.weight is None else zero
+    return MicroBatch(packed, zero.bool(), [0], batch.prompt_lengths[:1], [[1]], 0, objective)
+
+
+# ---- dynamic sampling -----------------------------------------------------------------------------------------------
 
 
 def replace_groups(rollout: Rollout, groups: list[int], by: Rollout, size: int) -> Rollout:
@@ -125,16 +170,16 @@ def replace_groups(rollout: Rollout, groups: list[int], by: Rollout, size: int) 
     device = rollout.tokens.device
     rows = (torch.tensor(groups, device=device)[:, None] * size + torch.arange(size, device=device)).flatten()
 
-    def one(name: str) -> Tensor:
-        ours, theirs = getattr(rollout, name), getattr(by, name)
-        if ours.ndim == 2:
-            width = max(ours.shape[1], theirs.shape[1])
-            left = name.startswith("prompt")
-            ours, theirs = (
-                torch.nn.functional.pad(x, (gap, 0) if left else (0, gap))
-                for x in (ours, theirs)
+    def replaced(name: str) -> Tensor:
+        old, new = getattr(rollout, name), getattr(by, name)
+        if old.ndim == 2:
+            width = max(old.shape[1], new.shape[1])
+            on_the_left = name.startswith("prompt")
+            old, new = (
+                torch.nn.functional.pad(x, (gap, 0) if on_the_left else (0, gap))
+                for x in (old, new)
                 for gap in [width - x.shape[1]]
             )
-        return ours.index_copy(0, rows, theirs)
+        return old.index_copy(0, rows, new)
 
-    return Rollout(**{f.name: one(f.name) for f in fields(Rollout)})
+    return Rollout(**{f.name: replaced(f.name) for f in fields(Rollout)})

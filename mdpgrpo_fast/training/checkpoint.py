@@ -1,4 +1,8 @@
-"""Checkpoints of a run: everything that the next step depends on, written whole or not at all, and read back."""
+"""Checkpoints of a run: everything that the next step depends on, used only where written whole, and read back.
+
+accelerate writes, names (checkpoints/checkpoint_N after N steps) and prunes them; `progress.json`, which comes last,
+marks a whole one.
+"""
 
 from __future__ import annotations
 
@@ -11,37 +15,69 @@ from typing import Any
 
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 
 from ..config import ConfigError, MDPGRPOConfig, TrainConfig
 
-KEPT = 2
+# accelerate deletes the oldest before it writes a new one. With two the newest whole one stays until that is whole too;
+# with one a killed save would leave none.
+TOTAL_LIMIT = 2
 # Knobs that a resumed run may be given anew: they change what is written, not what is learned.
-FREE = ("output_dir", "resume", "save_every", "eval_every", "log_completions", "report_to", "profile", "save_model")
+FREE_KNOBS = (
+    "output_dir", "resume", "save_every", "eval_every", "log_completions", "report_to", "profile", "save_model",
+)  # fmt: skip
 
 
-def newest(path: Path) -> Path | None:
-    """The checkpoint of the most steps in a run directory; None where there is none that was finished."""
-    found = [p for p in (path / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
-    return max(found, key=lambda p: int(p.name[5:]), default=None)
+def configuration(path: Path) -> ProjectConfiguration:
+    """What accelerate has to know of the run directory to name and prune checkpoints in it."""
+    return ProjectConfiguration(project_dir=str(path), automatic_checkpoint_naming=True, total_limit=TOTAL_LIMIT)
 
 
 def save(accelerator: Accelerator, path: Path, step: int) -> None:
     """Model, optimiser, schedule and every rank's random state after `step` steps; called by all ranks."""
-    folder = path / "checkpoints"
-    unfinished = folder / f"unfinished-{step}"
-    if accelerator.is_main_process:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(unfinished))
+    accelerator.project_configuration.iteration = step
+    accelerator.save_state()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        folder = path / "checkpoints" / f"checkpoint_{step}"
         progress = {"step": step, "processes": accelerator.num_processes}
-        (unfinished / "progress.json").write_text(json.dumps(progress) + "\n", encoding="utf-8")
-        unfinished.rename(folder / f"step-{step}")
-        done = sorted(folder.glob("step-*"), key=lambda p: int(p.name[5:]))
-        for old in done[:-KEPT]:
-            shutil.rmtree(old)
+        (folder / "progress.tmp").write_text(json.dumps(progress) + "\n", encoding="utf-8")
+        (folder / "progress.tmp").rename(folder / "progress.json")
     accelerator.wait_for_everyone()
+
+
+def newest(path: Path) -> Path | None:
+    """The checkpoint of the most steps in a run directory; None where there is none that was finished."""
+    return max((p for p in _folders(path) if _is_whole(p)), key=lambda p: int(p.name.rpartition("_")[2]), default=None)
+
+
+def _folders(path: Path) -> list[Path]:
+    return [p for p in (path / "checkpoints").glob("checkpoint_*") if re.fullmatch(r"checkpoint_\d+", p.name)]
+
+
+def _is_whole(folder: Path) -> bool:
+    return (folder / "progress.json").exists()
+
+
+def check_resume(run: TrainConfig, method: MDPGRPOConfig) -> None:
+    """Raises ConfigError where output_dir holds no checkpoint that can be read, or one of a run with other settings."""
+    path = Path(run.output_dir)
+    if newest(path) is None:
+        where = str(path / "checkpoints")
+        if any((path / "checkpoints").glob("step-*")):
+            raise ConfigError(
+                f"resume needs checkpoints named checkpoint_N; those in {where!r} are of an earlier version of this "
+                "library (step-N), which can resume them"
+            )
+        raise ConfigError(f"resume needs a checkpoint in {where!r}, and there is none (save_every)")
+    before = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    now = {"run": asdict(run), "method": asdict(method)}
+    for part, values in now.items():
+        for name, value in values.items():
+            if name not in FREE_KNOBS and before[part].get(name) != value:
+                raise ConfigError(
+                    f"resume needs the settings of the run before: {name} was {before[part].get(name)!r}; got {value!r}"
+                )
 
 
 def load(accelerator: Accelerator, path: Path) -> int:
@@ -55,39 +91,25 @@ def load(accelerator: Accelerator, path: Path) -> int:
         )
     accelerator.load_state(str(folder))
     if accelerator.is_main_process:
-        cut(path, progress["step"])
-        for unfinished in (path / "checkpoints").glob("unfinished-*"):
+        drop_later_rows(path, progress["step"])
+        # Or the limit would count them in place of whole ones.
+        for unfinished in (p for p in _folders(path) if not _is_whole(p)):
             shutil.rmtree(unfinished)
     accelerator.wait_for_everyone()
     return int(progress["step"])
 
 
-def check_resume(run: TrainConfig, method: MDPGRPOConfig) -> None:
-    """Raises ConfigError where output_dir holds no checkpoint, or one of a run with other settings."""
-    path = Path(run.output_dir)
-    if newest(path) is None:
-        raise ConfigError(f"resume needs a checkpoint in {str(path / 'checkpoints')!r}, and there is none (save_every)")
-    before = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-    now = {"run": asdict(run), "method": asdict(method)}
-    for part, values in now.items():
-        for name, value in values.items():
-            if name not in FREE and before[part].get(name) != value:
-                raise ConfigError(
-                    f"resume needs the settings of the run before: {name} was {before[part].get(name)!r}; got {value!r}"
-                )
-
-
-def cut(path: Path, step: int) -> None:
+def drop_later_rows(path: Path, step: int) -> None:
     """Take lines of later steps, and of the evaluation at the end, out of the run's JSON lines."""
     for name in ("metrics.jsonl", "completions.jsonl"):
         file = path / name
         if not file.exists():
             continue
-        kept = [line for line in file.read_text(encoding="utf-8").splitlines() if _of(line, step)]
+        kept = [line for line in file.read_text(encoding="utf-8").splitlines() if _is_of_steps_to(step, line)]
         file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
 
-def _of(line: str, step: int) -> bool:
+def _is_of_steps_to(step: int, line: str) -> bool:
     try:
         row = json.loads(line)
     except json.JSONDecodeError:  # a line cut off by what ended the run

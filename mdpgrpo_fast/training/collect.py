@@ -1,4 +1,4 @@
-"""A step's completions: sampled, scored, with their advantages; groups without a gradient replaced on request."""
+"""Collection of a step's completions: sampled, scored, given advantages; groups without a gradient are replaced."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .timing import StageClock
 
 
 class Collector:
-    """Where batches come from. policy: not wrapped; engine: what samples, None: the policy's own model."""
+    """Makes a step's batch. policy: not wrapped; engine: what samples, None: the policy's own model."""
 
     def __init__(
         self, task: Task, run: TrainConfig, method: MDPGRPOConfig, accelerator: Accelerator, scorer: Scorer,
@@ -38,6 +38,53 @@ class Collector:
     @property
     def lm(self) -> Any:
         return self.policy.model
+
+    def collect(self, rows: list[int], number: int, clock: StageClock) -> Batch:
+        """Completions of the prompts, scored; groups without a gradient are replaced, `refill` times at most."""
+        g, rows = self.method.num_generations, list(rows)
+        draw = random.Random(f"{self.run.seed} {number} {self.accelerator.process_index}")
+        with clock.stage("generate"):
+            self.sync(number)
+        rollout, responses, scores = self.sample_and_score(rows, clock)
+        for refills_left in range(self.run.refill, -1, -1):
+            with clock.stage("score"):
+                batch = self.assemble(rollout, rows, responses, scores)
+                idle_groups = self.idle(batch.adv).all(1).nonzero().flatten().tolist() if refills_left else []
+            if not idle_groups:
+                break
+            new_rows = [draw.randrange(len(self.task.train)) for _ in idle_groups]
+            new_rollout, new_responses, new_scores = self.sample_and_score(new_rows, clock)
+            rollout = replace_groups(rollout, idle_groups, new_rollout, g)
+            for j, (group, row) in enumerate(zip(idle_groups, new_rows, strict=True)):
+                rows[group] = row
+                responses[group * g : (group + 1) * g] = new_responses[j * g : (j + 1) * g]
+                scores[group * g : (group + 1) * g] = new_scores[j * g : (j + 1) * g]
+        if self.engine is not None:
+            self.engine.sleep()
+        self.problem = next((s.problem for s in scores if s.problem), self.problem)
+        return batch
+
+    def sync(self, number: int) -> None:
+        """vLLM gets the weights as they are now. Called where each rank has them whole."""
+        if self.engine is not None:
+            # A tied head under both of its names: it may have an adapter of its own.
+            named = dict(self.lm.named_parameters(remove_duplicate=False))
+            weights = merged(self.lm, named) if self.run.lora else named.items()
+            sync_weights(self.engine, self.accelerator, weights, number)
+
+    def sample_and_score(self, rows: list[int], clock: StageClock) -> tuple[Rollout, list[str], list[Score]]:
+        """Completions of the prompts with their texts and scores, B = len(rows) * G of each."""
+        with clock.stage("generate"):
+            rollout = self.sample(rows)
+            if self.engine is not None and self.method.temperature_objective == "corrected":
+                with self.accelerator.autocast():
+                    rollout = with_policy_logprobs(
+                        rollout, self.policy, micro_batch_size=self.run.micro_batch_size, backend=self.run.backend
+                    )
+        with clock.stage("score"):
+            responses = decode(rollout, self.task.tokenizer)
+            examples = [self.task.train[i] for i in rows for _ in range(self.method.num_generations)]
+            return rollout, responses, self.scorer(examples, responses)
 
     def sample(self, rows: list[int]) -> Rollout:
         """G completions of each prompt, slot g at its own temperature."""
@@ -54,53 +101,6 @@ class Collector:
             min_p=method.min_p,
         )
 
-    def sync(self, number: int) -> None:
-        """vLLM gets the weights as they are now. Called where each rank has them whole."""
-        if self.engine is not None:
-            # A tied head under both of its names: it may have an adapter of its own.
-            named = dict(self.lm.named_parameters(remove_duplicate=False))
-            weights = merged(self.lm, named) if self.run.lora else named.items()
-            sync_weights(self.engine, self.accelerator, weights, number)
-
-    def collect(self, rows: list[int], number: int, clock: StageClock) -> Batch:
-        """Completions of the prompts, scored; groups without a gradient are replaced, `refill` times at most."""
-        g, rows, train = self.method.num_generations, list(rows), self.task.train
-        others = random.Random(f"{self.run.seed} {number} {self.accelerator.process_index}")
-
-        def sampled(rows: list[int]) -> tuple[Rollout, list[str], list[Score]]:
-            with clock.stage("generate"):
-                rollout = self.sample(rows)
-                if self.engine is not None and self.method.temperature_objective == "corrected":
-                    with self.accelerator.autocast():
-                        size = self.run.micro_batch_size
-                        rollout = with_policy_logprobs(
-                            rollout, self.policy, micro_batch_size=size, backend=self.run.backend
-                        )
-            with clock.stage("score"):
-                responses = decode(rollout, self.task.tokenizer)
-                return rollout, responses, self.scorer([train[i] for i in rows for _ in range(g)], responses)
-
-        with clock.stage("generate"):
-            self.sync(number)
-        rollout, responses, scores = sampled(rows)
-        for left in range(self.run.refill, -1, -1):
-            with clock.stage("score"):
-                batch = self.assemble(rollout, rows, responses, scores)
-                still = self.idle(batch.adv).all(1).nonzero().flatten().tolist() if left else []
-            if not still:
-                break
-            fresh = [others.randrange(len(train)) for _ in still]
-            more, more_responses, more_scores = sampled(fresh)
-            rollout = replace_groups(rollout, still, more, g)
-            for j, (group, row) in enumerate(zip(still, fresh, strict=True)):
-                rows[group] = row
-                responses[group * g : (group + 1) * g] = more_responses[j * g : (j + 1) * g]
-                scores[group * g : (group + 1) * g] = more_scores[j * g : (j + 1) * g]
-        if self.engine is not None:
-            self.engine.sleep()
-        self.problem = next((s.problem for s in scores if s.problem), self.problem)
-        return batch
-
     def assemble(self, rollout: Rollout, rows: list[int], responses: list[str], scores: list[Score]) -> Batch:
         """Advantages, and the tokens that count."""
         g, device, method = self.method.num_generations, self.accelerator.device, self.method
@@ -115,9 +115,9 @@ class Collector:
             gap = (rollout.policy_logprobs - rollout.sampling_logprobs).masked_fill(~rollout.mask, 0)
             weight = gap.exp().clamp(max=method.importance_weight_cap)
         tokens = mask.sum(1)
-        looked_at = tokens.masked_fill(self.idle(adv).flatten() & self.run.skip_idle, 0)
+        contributing = tokens.masked_fill(self.idle(adv).flatten() & self.run.skip_idle, 0)
         # One wait for the device.
-        counts = torch.stack([tokens, looked_at, rollout.prompt_mask.sum(1), rollout.lengths]).tolist()
+        counts = torch.stack([tokens, contributing, rollout.prompt_mask.sum(1), rollout.lengths]).tolist()
         return Batch(rollout, examples, responses, scores, totals, valid, adv, mask, weight, *counts)
 
     def idle(self, adv: Advantages) -> Tensor:

@@ -1,4 +1,4 @@
-"""What several devices change: whole weights for sampling, gathered weights for saving, settings that must agree."""
+"""Training on several devices: launch settings checked, models wrapped, weights gathered for sampling and saving."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from ..config import ConfigError, TrainConfig
+from . import checkpoint
 
 T = TypeVar("T")
 
@@ -31,7 +32,10 @@ def accelerator(run: TrainConfig, path: Path) -> Accelerator:
     """accelerate as it was launched, its settings held against the run's. Raises ConfigError where they contradict."""
     try:
         made = Accelerator(
-            mixed_precision=run.mixed_precision, cpu=run.cpu, log_with=run.report_to or None, project_dir=path
+            mixed_precision=run.mixed_precision,
+            cpu=run.cpu,
+            log_with=run.report_to or None,
+            project_config=checkpoint.configuration(path),
         )
     except (ValueError, ImportError) as e:
         raise ConfigError(f"accelerate refuses its configuration: {str(e).strip().splitlines()[0]}") from None
@@ -79,10 +83,10 @@ def _check_deepspeed(config: dict[str, Any], run: TrainConfig) -> None:
             raise ConfigError(f"{name} of the DeepSpeed configuration must be {value}{knob}; got {given}")
         config[name] = value
     for name in ("bf16", "fp16"):
-        given, here = config.get(name, {}).get("enabled", "auto"), run.mixed_precision == name
-        if given not in ("auto", here):
+        given, expected = config.get(name, {}).get("enabled", "auto"), run.mixed_precision == name
+        if given not in ("auto", expected):
             raise ConfigError(
-                f"{name} of the DeepSpeed configuration must be {str(here).lower()} (mixed_precision = "
+                f"{name} of the DeepSpeed configuration must be {str(expected).lower()} (mixed_precision = "
                 f"{run.mixed_precision}); got {str(given).lower()}"
             )
     config["train_micro_batch_size_per_gpu"] = 1  # it asks for a number; ours are counted in tokens
@@ -176,8 +180,8 @@ def norm_of(norm: Any) -> float:
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
-def leave(code: int) -> NoReturn:
-    """The end of a process, at an exit status.
+def exit_process(code: int) -> NoReturn:
+    """End this process with an exit status.
 
     gloo's threads take the GIL to free tensors of finished work: at the interpreter's shutdown they abort, and while a
     process group is destroyed they may wait for ever. So a process of several under gloo ends without either.
@@ -191,9 +195,8 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def most(accelerator: Accelerator, count: int) -> int:
-    """The largest count of all ranks."""
+def max_over_ranks(accelerator: Accelerator, number: int) -> int:
+    """The largest number of all ranks."""
     if accelerator.num_processes == 1:
-        return count
-    found = accelerator.gather(torch.tensor([count], device=accelerator.device))
-    return int(found.max())
+        return number
+    return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())

@@ -1,4 +1,4 @@
-"""What a step says about itself: group health, per-temperature slots, token statistics, and why a gradient is zero."""
+"""Metrics of a step: group health, per-temperature slots, token statistics, and why a gradient is zero."""
 
 from __future__ import annotations
 
@@ -8,16 +8,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import evaluate
 from ..config import MDPGRPOConfig
 from ..reference import TOTALS, Advantages, TokenLoss
+from .batch import Batch
 
 GOAL = 0.5  # the share of constraints under which a response counts as a failure, the paper's goal mean
+SUMS = ("dropped", "kl_clamped", "tokens_per_second")
+MAXIMA = ("ratio_max", "memory_mb")
+
+
+def step_metrics(batch: Batch, updated: dict[str, Any], method: MDPGRPOConfig, memory_mb: float) -> dict[str, Any]:
+    """A step's row of metrics.jsonl on one rank, without its times; updated: what `Trainer.update` returned."""
+    rollout, has_kl = batch.rollout, method.needs_reference
+    quality = evaluate.from_scores(batch.examples, batch.scores)
+    return {
+        **updated,
+        **group_health(batch.rewards, batch.valid, batch.adv, has_kl),
+        "hsr": quality["hsr"],
+        "ssr": quality["ssr"],
+        "completion_length": rollout.lengths.float().mean().item(),
+        "truncated": 1 - rollout.finished.float().mean().item(),
+        "dropped": sum(s.total is None for s in batch.scores),
+        "slots": slot_statistics(batch.rewards, batch.valid, method, batch.weight, batch.mask),
+        "memory_mb": memory_mb,
+        "note": why_zero(updated["loss"], updated["grad_norm"], int(batch.mask.sum()), batch.adv, method, has_kl),
+    }
 
 
 def group_health(rewards: Tensor, valid: Tensor, adv: Advantages, has_kl: bool) -> dict[str, float]:
     """Shares of the P groups with a known weakness of z-score GRPO, and reward statistics. rewards, valid: (P, G)."""
     best = rewards.masked_fill(~valid, -torch.inf).amax(1)
-    still = (adv.advantage == 0).all(1)
+    no_advantage = (adv.advantage == 0).all(1)
     kept = rewards[valid]
     return {
         "reward": kept.mean().item() if kept.numel() else 0.0,
@@ -27,7 +49,7 @@ def group_health(rewards: Tensor, valid: Tensor, adv: Advantages, has_kl: bool) 
         "large_z_groups": (adv.z.abs().amax(1) > 2).float().mean().item(),
         # All members under the goal, and yet plain z would reinforce the best of them.
         "gain_below_goal_groups": ((best < GOAL) & (adv.z.amax(1) > 0)).float().mean().item(),
-        "zero_gradient_groups": 0.0 if has_kl else still.float().mean().item(),
+        "zero_gradient_groups": 0.0 if has_kl else no_advantage.float().mean().item(),
     }
 
 
@@ -93,12 +115,8 @@ def why_zero(
     return None
 
 
-SUMS = ("dropped", "kl_clamped", "tokens_per_second")
-HIGHEST = ("ratio_max", "memory_mb")
-
-
 def over_ranks(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """One metrics row of those of all ranks: means, but sums of SUMS and maxima of HIGHEST; nested ones by name.
+    """One metrics row of those of all ranks: means, but sums of SUMS and MAXIMA; nested ones by name.
 
     None counts for nothing; text is the first there is. Rows have the same keys, and lists the same length.
     """
@@ -112,6 +130,6 @@ def over_ranks(rows: list[dict[str, Any]]) -> dict[str, Any]:
         elif isinstance(values[0], list):
             out[name] = [over_ranks(list(parts)) for parts in zip(*values, strict=True)]
         else:
-            join = sum if name in SUMS else max if name in HIGHEST else statistics.fmean
+            join = sum if name in SUMS else max if name in MAXIMA else statistics.fmean
             out[name] = join(values)
     return out

@@ -1,4 +1,4 @@
-"""The run directory and everything that watches a run: JSON lines, trackers, the progress bar, sample tables."""
+"""The run directory and all that is shown of a run: JSON lines, trackers, progress bar, sample tables, summary."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ import transformers
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import Tensor
 
 from ..config import ConfigError, MDPGRPOConfig, TrainConfig
 from ..data import Example
+from ..models.lora import save_adapters, save_merged
 from ..rewards import Score
 from ..rollout.vllm.sampler import RolloutError
 from ..version import __version__
+from .batch import Batch
 
 
 def move_aside(path: Path) -> Path | None:
@@ -40,7 +43,7 @@ def move_aside(path: Path) -> Path | None:
 
 
 class RunDir:
-    """Files of one run; JSON lines are flushed line by line, so that a killed run keeps what it had.
+    """Files of one run; JSON lines are flushed at each call, so that a killed run keeps what it had.
 
     The first rank alone makes the directory (at once with `create`) and writes to it.
     """
@@ -63,9 +66,22 @@ class RunDir:
         text = yaml.safe_dump({"run": asdict(run), "method": asdict(method)}, sort_keys=False)
         (self.path / "config.yaml").write_text(text, encoding="utf-8")
 
-    def append(self, name: str, row: dict[str, Any]) -> None:
+    def append(self, name: str, *rows: dict[str, Any]) -> None:
         with (self.path / name).open("a", encoding="utf-8") as f:
-            f.write(json.dumps(row) + "\n")
+            for row in rows:
+                f.write(json.dumps(row) + "\n")
+
+    def write_model(self, model: Any, tokenizer: Any, state: dict[str, Tensor] | None, lora: bool) -> None:
+        """The model in from_pretrained form; with lora merged, and its adapters beside it.
+
+        state: of the model, gathered, where its own is sharded.
+        """
+        if lora:
+            save_merged(model, tokenizer, self.path / "model", state)
+            save_adapters(model, self.path / "adapters", state)
+        else:
+            model.save_pretrained(self.path / "model", state_dict=state)
+            tokenizer.save_pretrained(self.path / "model")
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         (self.path / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
@@ -107,10 +123,10 @@ def progress_values(row: dict[str, Any], hsr: float | None, ssr: float | None) -
     )
 
 
-def spread(count: int, limit: int) -> list[int]:
-    """At most `limit` indices below `count`, evenly spaced: rows of like prompts stand next to each other."""
-    limit = min(count, limit)
-    return [i * count // limit for i in range(limit)]
+def evenly_spaced(total: int, limit: int) -> list[int]:
+    """At most `limit` indices below `total`, evenly spaced: rows of like prompts stand next to each other."""
+    limit = min(total, limit)
+    return [i * total // limit for i in range(limit)]
 
 
 def sample_table(rows: list[dict[str, Any]], limit: int = 4) -> str:
@@ -153,6 +169,24 @@ def completion_row(
     }
 
 
+def training_rows(step: int, batch: Batch, limit: int) -> list[dict[str, Any]]:
+    """Lines of completions.jsonl for at most `limit` completions of a training step."""
+    advantage = batch.adv.advantage.flatten().tolist()
+    return [
+        completion_row(
+            step,
+            "train",
+            batch.examples[i],
+            batch.responses[i],
+            batch.rollout.temperature[i].item(),
+            batch.scores[i],
+            advantage[i],
+            bool(batch.rollout.finished[i]),
+        )
+        for i in evenly_spaced(len(batch.responses), limit)
+    ]
+
+
 def flat_config(run: TrainConfig, method: MDPGRPOConfig) -> dict[str, Any]:
     """All knobs as tracker hyperparameters, which take numbers and text alone."""
     values = {**asdict(run), **asdict(method)}
@@ -175,8 +209,20 @@ def shares(result: dict[str, Any] | None) -> str:
     return f"HSR {result['hsr']:.3f}, SSR {result['ssr']:.3f} over {result['count']} prompts"
 
 
-def summarize(run: TrainConfig, before: dict[str, Any] | None, after: dict[str, Any] | None) -> dict[str, Any]:
-    """summary.json as far as settings and held-out results go."""
+def summarize(
+    run: TrainConfig,
+    accelerator: Accelerator,
+    before: dict[str, Any] | None,
+    after: dict[str, Any] | None,
+    *,
+    steps: int,
+    train_seconds: float,
+    total_seconds: float,
+    dropped_samples: int,
+    interrupted: bool,
+) -> dict[str, Any]:
+    """summary.json: settings, held-out results before and after (None: there is none), and how the run went."""
+    device = accelerator.device
     first, last = before or {}, after or {}
     types = {
         t: {"before": row["rate"], "after": last["types"][t]["rate"] if last else None, "count": row["count"]}
@@ -199,6 +245,14 @@ def summarize(run: TrainConfig, before: dict[str, Any] | None, after: dict[str, 
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
+        "steps": steps,
+        "train_seconds": round(train_seconds, 2),
+        "total_seconds": round(total_seconds, 2),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "processes": accelerator.num_processes,
+        "peak_memory_mb": peak_memory_mb(),
+        "dropped_samples": dropped_samples,
+        "interrupted": interrupted,
     }
 
 

@@ -1,4 +1,4 @@
-"""What a run works on: a model, its tokenizer and its prompts, loaded and checked before any training starts."""
+"""A run's model, tokenizer and prompts, loaded and checked before any training starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a step's time goes: seconds by stage, tokens per second, and the share of the device's peak that models use."""
+"""Times of a step: seconds by stage, tokens per second, and the share of the device's peak that models use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .batch import Piece
+from .batch import MicroBatch
 
 STAGES = ("generate", "score", "reference", "forward", "backward", "optimizer")
 
@@ -54,7 +54,7 @@ class StageClock:
             self._seconds[name] += self._now() - start
 
     def read(
-        self, model: Any, generated: list[int], pieces: list[Piece], updates: int, peak: float | None
+        self, model: Any, generated: list[int], micro_batches: list[MicroBatch], updates: int, peak: float | None
     ) -> dict[str, Any]:
         """What a step's metrics say of its time since the clock was made.
 
@@ -62,13 +62,13 @@ class StageClock:
         step; stage_tokens_per_second: tokens that went through the model. mfu: model FLOP utilisation of the forward
         and backward passes; None where the peak (FLOP/s of the device) is unknown.
 
-        generated: tokens of each completion; pieces: the micro-batches of each of the `updates`.
+        generated: tokens of each completion; micro_batches: those of each of the `updates`.
         """
         total = self._now() - self._start
         seconds = {**self._seconds, "other": total - sum(self._seconds.values())}
         work = Work()
-        for piece in pieces:
-            work.add(piece.prompts, piece.completions)
+        for micro_batch in micro_batches:
+            work.add(micro_batch.prompts, micro_batch.completions)
         through = {"reference": work.tokens, "forward": work.tokens * updates, "backward": work.tokens * updates}
         through["generate"] = sum(generated)
         rates = {n: through[n] / seconds[n] for n in through if seconds[n] > 0}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +14,56 @@ import torch
 from accelerate.state import AcceleratorState
 
 from mdpgrpo_fast.config import MDPGRPOConfig, TrainConfig, preset
+from mdpgrpo_fast.models.load import load
 from mdpgrpo_fast.rewards import Scorer
 from mdpgrpo_fast.training.run_dir import RunDir
-from mdpgrpo_fast.training.task import prepare
+from mdpgrpo_fast.training.task import Task, prepare
 from mdpgrpo_fast.training.trainer import Trainer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # spawned scoring processes inherit it
 
-SMALL = {"prompts_per_step": 2, "max_completion_length": 12, "steps": 2, "eval_samples": 4, "learning_rate": 1e-3}
+SMALL: dict[str, Any] = {
+    "prompts_per_step": 2, "max_completion_length": 12, "steps": 2, "eval_samples": 2, "learning_rate": 1e-3,
+}  # fmt: skip
+PLAIN = preset("grpo", num_generations=4, kl_beta_pos=0.0)
+
+
+@functools.cache
+def _scorer(reward: tuple[str, ...], timeout: float, on_bad_reward: str) -> Scorer:
+    """One for all runs with these rewards: starting its process takes longer than a short run."""
+    scorer = Scorer(list(reward), timeout=timeout, on_bad_reward=on_bad_reward, workers=1)
+    atexit.register(scorer.__exit__)
+    return scorer
+
+
+@functools.cache
+def _embedded() -> Task:
+    return prepare(TrainConfig(max_completion_length=SMALL["max_completion_length"]))
+
+
+def make_task(run: TrainConfig) -> Task:
+    """`prepare(run)`, but that the embedded prompts are read and tokenised once for all runs."""
+    if run.model or run.train_file or run.eval_file or run.lora or run.report_to:
+        return prepare(run)
+    known, limit = _embedded(), run.eval_samples or None
+    model, _ = load(None, run.dtype, run.attention)
+    return replace(known, model=model, held_out=known.held_out[:limit], held_out_ids=known.held_out_ids[:limit])
+
+
+def make_trainer(tmp_path: Path, method: MDPGRPOConfig | None = None, name: str = "run", **knobs: Any) -> Trainer:
+    """A trainer of the embedded seed policy that would run for two short steps."""
+    AcceleratorState._reset_state(True)  # one per process; a test may want another precision than the last
+    run = TrainConfig(**{**SMALL, "log_completions": 2, "output_dir": str(tmp_path / name), **knobs})
+    out = RunDir(run.output_dir, create=not run.resume)
+    scorer = _scorer(tuple(run.reward), run.reward_timeout, run.on_bad_reward)
+    scorer.dropped = 0
+    return Trainer(make_task(run), run, method or preset("exact", num_generations=4), out, scorer)
 
 
 def run_small(tmp_path: Path, method: MDPGRPOConfig | None = None, name: str = "run", **knobs: Any) -> Trainer:
-    """Trains the embedded seed policy for two short steps; returns the trainer with its model."""
-    AcceleratorState._reset_state(True)  # one per process; a test may want another precision than the last
-    run = TrainConfig(**{**SMALL, "log_completions": 2, "output_dir": str(tmp_path / name), **knobs})
-    method = method or preset("exact", num_generations=4)
-    out = RunDir(run.output_dir)
-    with Scorer(run.reward, run.reward_weights, timeout=run.reward_timeout, on_bad_reward=run.on_bad_reward) as scorer:
-        trainer = Trainer(prepare(run), run, method, out, scorer)
-        trainer.train()
+    """The trainer of `make_trainer` after its run; the trained model is saved where save_model is asked for."""
+    trainer = make_trainer(tmp_path, method, name, **{"save_model": False, **knobs})
+    trainer.train()
     return trainer
 
 

@@ -12,9 +12,9 @@ from helpers.losses import config_for
 
 from mdpgrpo_fast.config import ConfigError
 from mdpgrpo_fast.models import shared_prompt
-from mdpgrpo_fast.models.packing import Packed, Packing, Unpackable, bins, masks, pack
+from mdpgrpo_fast.models.packing import PackedRow, Packing, Unpackable, bins, masks, pack
 from mdpgrpo_fast.models.policy import Policy
-from mdpgrpo_fast.models.shared_prompt import Layout, shared_prompt_attention
+from mdpgrpo_fast.models.shared_prompt import PackedLayout, shared_prompt_attention
 from mdpgrpo_fast.ops import backends
 
 VOCAB = 97
@@ -72,7 +72,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, lis
     return ids, prompt_mask, tokens, mask, prompt_lengths, lengths, groups
 
 
-def packed(groups: list[list[int]] | None = None) -> Packed:
+def packed(groups: list[list[int]] | None = None) -> PackedRow:
     ids, _, tokens, _, prompt_lengths, lengths, all_groups = batch()
     return pack(ids, prompt_lengths, tokens, lengths, groups or all_groups)
 
@@ -193,13 +193,13 @@ def test_masks_by_their_definition() -> None:
 # ---- attention ------------------------------------------------------------------------------------------------------
 
 
-def qkv(layout: Layout, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+def qkv(layout: PackedLayout, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
     length = layout.own[-1][1]
     return [torch.randn(1, h, length, 8, generator=generator, dtype=dtype).requires_grad_() for h in (6, 2, 2)]
 
 
-def expected_attention(inputs: list[torch.Tensor], one: Packed, scale: float) -> torch.Tensor:
+def expected_attention(inputs: list[torch.Tensor], one: PackedRow, scale: float) -> torch.Tensor:
     q, k, v = inputs
     allowed = masks(one.layout, one.positions)
     out = torch.nn.functional.scaled_dot_product_attention(
@@ -304,7 +304,7 @@ def test_attention_on_a_gpu(dtype: torch.dtype) -> None:
     found = []
     for function in (shared_prompt_attention, None):
         leaves = [x.detach().to("cuda", dtype).requires_grad_() for x in exact]
-        device = Packed(**{**vars(one), "positions": one.positions.cuda()})
+        device = PackedRow(**{**vars(one), "positions": one.positions.cuda()})
         out = function(*leaves, one.layout, scale) if function else expected_attention(leaves, device, scale)
         found.append([out, *torch.autograd.grad(out, leaves, grad.to("cuda", dtype))])
     for ours, theirs, want in zip(*found, truth, strict=True):

@@ -460,7 +460,7 @@ def test_a_late_look_changes_nothing(scripted: Any, monkeypatch: pytest.MonkeyPa
     """On a GPU finished rows are looked for now and then; what they draw meanwhile does not count."""
     play = [[10, 20], [10, 11, 12, 20], [10, 11, 12, 13, 14]]
     now = scripted(play, [20], limit=7)
-    monkeypatch.setitem(decoding.LOOK_EVERY, "cpu", every)
+    monkeypatch.setitem(decoding.CHECK_EVERY, "cpu", every)
     late = scripted(play, [20], limit=7)
     for name in ("tokens", "lengths", "finished", "mask"):
         assert torch.equal(getattr(late, name), getattr(now, name)), name

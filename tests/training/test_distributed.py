@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from helpers.inputs import unavailable
+from helpers.inputs import ROOT, unavailable
 from helpers.ranks import spawn
+
+from mdpgrpo_fast.config import ConfigError, TrainConfig
+from mdpgrpo_fast.training.distributed import check
 
 DEEPSPEED = Path(sys.prefix) / "deepspeed"
 PROMPTS = 6  # per step, over all ranks
@@ -40,6 +45,7 @@ def train(
 
     stop_at: the step that is interrupted.
     """
+    AcceleratorState._reset_state(True)  # a process may have had a run before
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     if kind == "ddp":
         os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -93,12 +99,14 @@ def train(
             whole = replace_groups(whole, [j], part, g)
         return whole
 
-    Trainer.step, Collector.collect = watched_step, watched_collect  # type: ignore[method-assign]
+    patch = pytest.MonkeyPatch()
+    patch.setattr(Trainer, "step", watched_step)
+    patch.setattr(Collector, "collect", watched_collect)
     if fixed:
-        Collector.sample = fixed_sample  # type: ignore[method-assign]
+        patch.setattr(Collector, "sample", fixed_sample)
     run = TrainConfig(prompts_per_step=PROMPTS // ranks, output_dir=folder, **{**KNOBS, **knobs})
     method = preset("exact", num_generations=4)
-    with Scorer(run.reward) as scorer:
+    with Scorer(run.reward, workers=1) as scorer:
         out = RunDir(folder, create=rank == 0 and not run.resume)
         trainer = Trainer(prepare(run), run, method, out, scorer)
         trainer.train()
@@ -106,6 +114,7 @@ def train(
 
         state = whole_state(trainer.accelerator, trainer.model)
         state = dict(trainer.lm.state_dict()) if state is None else state
+    patch.undo()
     # The embedding is the head too: gathered states may leave one of the two out.
     flat = {n: x.detach().float().clone() for n, x in state.items() if "lm_head" not in n}
     acc = trainer.accelerator
@@ -133,11 +142,21 @@ def need_deepspeed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         unavailable(f"peer deepspeed is neither installed nor in {DEEPSPEED} (see constraints-test-deepspeed.txt)")
 
 
+def whole_and_interrupted(
+    rank: int, ranks: int, kind: str, whole: str, parts: str, knobs: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two runs, the second of which is interrupted at its fourth step."""
+    return (
+        train(rank, ranks, kind, whole, knobs, False),
+        train(rank, ranks, kind, parts, knobs, False, stop_at=4),
+    )
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """Five steps in one process."""
+    """Three steps in one process."""
     folder = tmp_path_factory.mktemp("alone")
-    (one,) = spawn(train, 1, folder, "ddp", str(folder / "run"), {"steps": 5}, True)
+    (one,) = spawn(train, 1, folder, "ddp", str(folder / "run"), {"steps": 3}, True)
     return one["parameters"], losses(folder / "run")
 
 
@@ -146,7 +165,7 @@ def test_more_processes_make_the_same_steps(
     kind: str, ranks: int, alone: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     need_deepspeed(kind, monkeypatch)
-    found = spawn(train, ranks, tmp_path, kind, str(tmp_path / "run"), {"steps": 5}, True)
+    found = spawn(train, ranks, tmp_path, kind, str(tmp_path / "run"), {"steps": 3}, True)
     expected, steps = alone
     assert [f["processes"] for f in found] == [ranks] * ranks
     assert {f["kind"] for f in found} == {TYPES[kind]}, "it is this that ran"
@@ -154,19 +173,16 @@ def test_more_processes_make_the_same_steps(
     assert_equal(found[0]["parameters"], expected, 1e-5)
 
 
-@pytest.mark.parametrize(("kind", "ranks"), [("ddp", 1), ("ddp", 2), ("fsdp2", 2)])
-def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
-    kind: str, ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_a_resumed_run_ends_as_one_that_was_not_interrupted(kind: str, tmp_path: Path) -> None:
     """To the bit, sampling included: weights, AdamW's state, schedule, random state of each rank, order of prompts."""
-    need_deepspeed(kind, monkeypatch)
-    knobs = {"steps": 4, "save_every": 2, "warmup_steps": 1}
+    knobs, ranks = {"steps": 4, "save_every": 2, "warmup_steps": 1}, 2
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    expected = spawn(train, ranks, tmp_path, kind, str(whole), knobs, False)
-    stopped = spawn(train, ranks, tmp_path, kind, str(parts), knobs, False, 4)
+    both = spawn(whole_and_interrupted, ranks, tmp_path, kind, str(whole), str(parts), knobs)
+    expected, stopped = zip(*both, strict=True)
     assert len(stopped[0]["tokens"]) == 3 and len(losses(parts)) == 3, "the third step is to be taken back"
     found = spawn(train, ranks, tmp_path, kind, str(parts), {**knobs, "resume": True}, False)
-    assert ranks == 1 or {f["kind"] for f in (*found, *expected)} == {TYPES[kind]}
+    assert {f["kind"] for f in (*found, *expected)} == {TYPES[kind]}
     for rank, (one, want) in enumerate(zip(found, expected, strict=True)):
         assert one["tokens"] == want["tokens"][2:] and want["seed"] == KNOBS["seed"] + rank
         assert one["parameters"].keys() == want["parameters"].keys()
@@ -175,9 +191,8 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
     summary = json.loads((parts / "summary.json").read_text())
     assert summary["steps"] == 4 and summary["processes"] == ranks and summary["hsr_before"] is not None
     kept = sorted(p.name for p in (parts / "checkpoints").iterdir())
-    assert kept == ["step-2", "step-4"]
-    if ranks > 1:
-        assert expected[0]["tokens"] != expected[1]["tokens"]
+    assert kept == ["checkpoint_2", "checkpoint_4"]
+    assert expected[0]["tokens"] != expected[1]["tokens"]
 
 
 @pytest.mark.parametrize("kind", ["ddp", "zero3"])
@@ -196,22 +211,80 @@ def train_unevenly(rank: int, ranks: int, kind: str, folder: str) -> dict[str, A
     from mdpgrpo_fast.training.trainer import Trainer
 
     seen: dict[str, Any] = {}
-    pieces, update = Trainer.pieces, Trainer.update
+    micro_batches, update = Trainer.micro_batches, Trainer.update
 
-    def watched_pieces(self: Trainer, batch: Any) -> Any:
+    def watched_micro_batches(self: Trainer, batch: Any) -> Any:
         if rank == 0:
             batch.mask = torch.zeros_like(batch.mask)
             batch.counted, batch.contributing = [[0] * len(batch.counted)] * 2
         self.budget = 1 + max(
             batch.prompt_lengths[i] + sum(batch.lengths[i : i + 4]) for i in range(0, len(batch.lengths), 4)
         )
-        found = pieces(self, batch)
-        return seen.update(passes=len(found), counted=sum(p.counted for p in found)) or found
+        found = micro_batches(self, batch)
+        return seen.update(passes=len(found), counted=sum(m.counted for m in found)) or found
 
     def watched_update(self: Trainer, *args: Any) -> Any:
         row = update(self, *args)
         return seen.update(norm=row["grad_norm"]) or row
 
-    Trainer.pieces, Trainer.update = watched_pieces, watched_update  # type: ignore[method-assign]
+    Trainer.micro_batches, Trainer.update = watched_micro_batches, watched_update  # type: ignore[method-assign]
     train(rank, ranks, kind, folder, {"steps": 1}, True)
     return seen
+
+
+def test_torchrun_on_the_cpu(tmp_path: Path) -> None:
+    """The command as a user gives it, to the end of its processes."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]
+    flags = ["--steps", "1", "--prompts-per-step", "2", "--eval-samples", "2", "--max-completion-length", "8", "--cpu"]
+    command = [*run, "mdpgrpo_fast.train", "--output-dir", str(tmp_path / "run"), *flags]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "held-out HSR" in done.stdout and done.stdout.count("run directory") == 1, "the first process alone speaks"
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["processes"] == 2
+
+
+def test_the_packaged_files_are_accelerates_own() -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    files = sorted((ROOT / "mdpgrpo_fast" / "launch").glob("*.yaml"))
+    assert [f.stem for f in files] == ["ddp", "fsdp2", "zero2", "zero3"]
+    for file in files:
+        assert load_config_from_file(str(file)).num_processes >= 2
+    page = (ROOT / "mdpgrpo_fast" / "launch" / "README.md").read_text()
+    assert all(f"`{f.name}`" in page for f in files)
+
+
+class Said:
+    """As much of an Accelerator as the check of settings asks."""
+
+    def __init__(self, kind: str, accumulation: int = 1, fsdp2: bool = True, **config: Any) -> None:
+        self.distributed_type, self.gradient_accumulation_steps, self.is_fsdp2 = (
+            DistributedType(kind),
+            accumulation,
+            fsdp2,
+        )
+        plugin = type("Plugin", (), {"deepspeed_config": config, "zero_stage": 2})()
+        self.state = type("State", (), {"deepspeed_plugin": plugin})()
+
+
+def test_contradicting_launch_settings_are_refused() -> None:
+
+    run = TrainConfig(max_grad_norm=1.0)
+    for said, message in (
+        (Said("MULTI_GPU", accumulation=4), "gradient_accumulation_steps of accelerate must be 1.*got 4"),
+        (Said("FSDP", fsdp2=False), "fsdp_version of accelerate's configuration must be 2; got 1"),
+        (Said("DEEPSPEED", gradient_clipping=0.5), r"gradient_clipping .* must be 1.0 \(max_grad_norm\); got 0.5"),
+        (Said("DEEPSPEED", gradient_accumulation_steps=2), "gradient_accumulation_steps .* must be 1; got 2"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check(said, run)  # type: ignore[arg-type]
+    for config, message in (
+        ({"optimizer": {"type": "Adam"}}, "must have no optimizer section"),
+        ({"bf16": {"enabled": True}}, r"bf16 of the DeepSpeed .* must be false \(mixed_precision = no\); got true"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check(Said("DEEPSPEED", **config), run)  # type: ignore[arg-type]
+    fine = Said("DEEPSPEED", gradient_clipping="auto", gradient_accumulation_steps=1)
+    check(fine, run)  # type: ignore[arg-type]
+    assert fine.state.deepspeed_plugin.deepspeed_config["gradient_clipping"] == 1.0

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..generate import Rollout, left_pad
+from ..generate import Rollout, check_prompts, left_pad
 from .worker import bit_sum
 
 LOGPROBS_MODE = "processed_logprobs"
@@ -122,9 +122,7 @@ class RolloutEngine(ABC):
 
         Raises: ValueError for an empty prompt or a temperature that cannot be used; RolloutError where vLLM fails.
         """
-        if not prompts or not all(prompts):
-            got = f"an empty row {prompts.index([])}" if prompts else "no row"
-            raise ValueError(f"prompts must be lists of token ids, at least one and none empty; got {got}")
+        check_prompts(prompts)
         rows = [p for p in prompts for _ in range(num_generations)]
         greedy = temperature is None
         temperatures = temperature or [0.0] * len(rows)

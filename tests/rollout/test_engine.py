@@ -1,0 +1,31 @@
+"""The choice of an engine by the knobs of a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from mdpgrpo_fast.config import ConfigError, TrainConfig, preset
+from mdpgrpo_fast.rollout import engine
+
+
+def test_make_engine_by_the_knobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: dict[str, Any] = {}
+    monkeypatch.setattr(engine, "VLLMServer", lambda url, **knobs: made.update(url=url, **knobs) or "server")
+    monkeypatch.setattr(engine, "VLLMEngine", lambda model, **knobs: made.update(model=model, **knobs) or "engine")
+    acc: Any = type("Acc", (), {"device": torch.device("cpu"), "process_index": 3})()
+    method = preset("exact")
+    assert engine.make_engine(TrainConfig(), method, 512, acc) is None
+    assert (
+        engine.make_engine(TrainConfig(rollout="vllm", vllm_url="http://x", vllm_retries=2), method, 512, acc)
+        == "server"
+    )
+    assert made["url"] == "http://x" and made["retries"] == 2 and made["timeout"] == 600
+    run = TrainConfig(rollout="vllm", model="m", max_prompt_length=100, max_completion_length=50)
+    assert engine.make_engine(run, method, 512, acc) == engine.make_engine(run, method, None, acc) == "engine"
+    assert made["model"] == "m" and made["seed"] == 45 and made["sleep_mode"] is True and made["max_model_len"] == 150
+    assert engine.make_engine(run, method, 120, acc) == "engine" and made["max_model_len"] == 120
+    with pytest.raises(ConfigError, match=r"temperatures must be at least 0.01 \(vLLM's floor\); got 0.005"):
+        engine.make_engine(run, preset("exact", temperatures=[0.005, 1.0]), 512, acc)

@@ -1,0 +1,121 @@
+"""Collection: dynamic sampling, and engines in place of the model itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.runs import PLAIN, rows, run_small
+
+from mdpgrpo_fast import train
+from mdpgrpo_fast.config import TrainConfig, preset
+from mdpgrpo_fast.rollout.generate import Rollout, generate
+from mdpgrpo_fast.rollout.vllm.sampler import Completion, RolloutError
+from mdpgrpo_fast.training.collect import Collector
+from mdpgrpo_fast.training.task import prepare
+
+
+def test_groups_without_a_gradient_are_refilled_up_to_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    sample = Collector.sample
+
+    def counted(self: Collector, prompts: list[int]) -> Rollout:
+        drawn.append(len(prompts))
+        return sample(self, prompts)
+
+    monkeypatch.setattr(Collector, "sample", counted)
+    knobs = {"steps": 3, "prompts_per_step": 3, "max_completion_length": 24, "seed": 3}
+    plain = run_small(tmp_path, PLAIN, "plain", **knobs)
+    assert drawn == [3, 3, 3] and any(r["zero_gradient_groups"] > 0 for r in rows(plain))
+    drawn.clear()
+    filled = run_small(tmp_path, PLAIN, "filled", refill=8, **knobs)
+    assert len(drawn) > 3 and all(r["zero_gradient_groups"] == 0 for r in rows(filled))
+    assert rows(filled)[0]["completion_length"] > 0
+    drawn.clear()
+    # A reward that is always the same never gives a signal: the bound ends it, and the step says why it learns nothing.
+    never = run_small(tmp_path, PLAIN, "never", refill=2, reward=["helpers.rewards:none"], **{**knobs, "steps": 1})
+    assert drawn == [3, 3, 3] and rows(never)[0]["zero_gradient_groups"] == 1 and "all equal" in rows(never)[0]["note"]
+
+
+def test_groups_with_a_kl_term_are_never_refilled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    sample = Collector.sample
+    monkeypatch.setattr(Collector, "sample", lambda self, prompts: drawn.append(1) or sample(self, prompts))
+    run_small(tmp_path, preset("grpo", num_generations=4), reward=["helpers.rewards:none"], steps=1, refill=3)
+    assert drawn == [1]
+
+
+class FakeEngine:
+    """Samples with a model of its own, which sync has to bring up to date."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.calls = model, []  # type: ignore[var-annotated]
+
+    def sync(self, named: Any, version: int) -> None:
+        self.calls.append("sync")
+        own = self.model.state_dict()
+        given = dict(named)
+        missing = own.keys() - given.keys()
+        assert missing <= {"lm_head.weight"}, missing
+        for name, x in given.items():
+            own[name].copy_(x.detach())
+
+    def generate(self, prompts: Any, **knobs: Any) -> Rollout:
+        self.calls.append("generate")
+        r = generate(self.model, prompts, **knobs)
+        r.policy_logprobs.fill_(torch.nan)
+        return r
+
+    def sleep(self) -> None:
+        self.calls.append("sleep")
+
+
+@pytest.mark.parametrize("knobs", [{}, {"lora": True, "lora_r": 4}], ids=str)
+def test_an_engine_samples_with_the_weights_of_each_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, knobs: dict[str, Any]
+) -> None:
+    made: list[FakeEngine] = []
+
+    def fake(*_: Any) -> FakeEngine:
+        made.append(FakeEngine(prepare(TrainConfig(max_completion_length=12)).model.eval()))
+        return made[-1]
+
+    method = preset("exact", num_generations=4, temperature_objective="corrected")
+    own = run_small(tmp_path, method, "own", steps=3, **knobs)
+    monkeypatch.setattr("mdpgrpo_fast.training.trainer.make_engine", fake)
+    theirs = run_small(tmp_path, method, "engine", steps=3, rollout="vllm", **knobs)
+    assert made[0].calls == ["sync", "generate", "sleep"] * 3
+    for a, b in zip(rows(own), rows(theirs), strict=True):
+        assert b["reward"] == a["reward"] and b["loss"] == pytest.approx(a["loss"], abs=1e-5)
+        for x, y in zip(a["slots"], b["slots"], strict=True):
+            assert y["ess"] == pytest.approx(x["ess"], abs=1e-4), "the effective sample size of each slot is logged"
+
+
+def test_an_engine_that_fails_leaves_what_it_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Failing(FakeEngine):
+        def generate(self, prompts: Any, **knobs: Any) -> Rollout:
+            if len(self.calls) > 3:
+                kept = [Completion([5, 6], [0.0, 0.0], False), None]
+                raise RolloutError("vLLM server http://x: gave up; 1 of 2 completions kept", kept)
+            return super().generate(prompts, **knobs)
+
+    monkeypatch.setattr(
+        "mdpgrpo_fast.training.trainer.make_engine",
+        lambda *_: Failing(prepare(TrainConfig(max_completion_length=12)).model.eval()),
+    )
+    folder = tmp_path / "run"
+    argv = ["--output-dir", str(folder), "--steps", "4", "--prompts-per-step", "2", "--max-completion-length", "8",
+            "--eval-samples", "2", "--rollout", "vllm"]  # fmt: skip
+    assert train.main(argv) == 1
+    *before, said = capsys.readouterr().err.splitlines()
+    assert f"1 completions of step 2 are kept in {folder / 'partial_rollout.jsonl'}" in before
+    assert said.startswith("error: vLLM server http://x: gave up; 1 of 2 completions kept") and str(folder) in said
+    (kept,) = [json.loads(x) for x in (folder / "partial_rollout.jsonl").read_text().splitlines()]
+    assert kept["tokens"] == [5, 6] and kept["row"] == 0 and kept["step"] == 2
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 1
+    assert (folder / "model" / "model.safetensors").exists()

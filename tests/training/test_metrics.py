@@ -1,0 +1,45 @@
+"""Metrics: rows of several ranks joined, and why a gradient is zero."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from helpers.runs import PLAIN, rows, run_small
+
+from mdpgrpo_fast.config import preset
+from mdpgrpo_fast.training.metrics import over_ranks
+
+
+def test_metrics_over_ranks() -> None:
+    one = {"loss": 1.0, "dropped": 1, "ratio_max": 3.0, "note": None, "mfu": None, "seconds": {"score": 1.0}}
+    two = {"loss": 2.0, "dropped": 2, "ratio_max": 2.0, "note": "why", "mfu": None, "seconds": {"score": 2.0}}
+    slots = [[{"temperature": 0.5, "reward": None}], [{"temperature": 0.5, "reward": 1.0}]]
+    found = over_ranks([{**one, "slots": slots[0]}, {**two, "slots": slots[1]}])
+    assert found == {
+        "loss": 1.5, "dropped": 3, "ratio_max": 3.0, "note": "why", "mfu": None, "seconds": {"score": 1.5},
+        "slots": [{"temperature": 0.5, "reward": 1.0}],
+    }  # fmt: skip
+    assert over_ranks([one]) == one
+
+
+def test_zero_gradient_says_why(tmp_path: Path) -> None:
+    """A constant reward under plain GRPO without KL moves nothing; with the goal anchor it does."""
+    knobs = {"reward": ["helpers.rewards:none"], "steps": 1}
+    still = run_small(tmp_path, PLAIN, **knobs)
+    (row,) = rows(still)
+    assert row["grad_norm"] == 0 and row["zero_variance_groups"] == row["zero_gradient_groups"] == 1
+    assert "all equal" in row["note"] and "goal anchor is off" in row["note"] and "no KL" in row["note"]
+    knobs["reward"] = ["helpers.rewards:length"]
+    (row,) = rows(run_small(tmp_path, preset("exact", num_generations=4), "moved", **knobs))
+    assert row["grad_norm"] > 0 and row["zero_gradient_groups"] < 1
+
+
+def test_truncated_completions_leave_loss_and_normaliser_by_choice(tmp_path: Path) -> None:
+    knobs = {"max_completion_length": 2, "steps": 1}
+    (kept,) = rows(run_small(tmp_path, preset("exact", num_generations=4), "kept", **knobs))
+    assert kept["truncated"] == 1 and kept["grad_norm"] > 0
+    for objective in ("paper", "per_row", "corrected"):
+        method = preset("exact", num_generations=4, mask_truncated=True, temperature_objective=objective)
+        (row,) = rows(run_small(tmp_path, method, objective, **knobs))
+        assert row["truncated"] == 1 and row["loss"] == 0 and row["grad_norm"] == 0
+        assert "no token counts" in row["note"] and kept["note"] != row["note"]
