@@ -10,7 +10,7 @@ import torch
 from helpers.losses import DEVICE
 from torch import Tensor
 
-from mdpgrpo_fast.kernels.triton.sampling import launch_sample
+from mdpgrpo_fast.kernels.triton.library import sample as sample_in_kernel
 from mdpgrpo_fast.rollout import sampling
 from mdpgrpo_fast.rollout.sampling import draw, sample
 
@@ -182,7 +182,7 @@ def on_device(*tensors: Tensor) -> list[Tensor]:
 def test_kernel_logprobs(vocab: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     logits, tau = on_device(peaked(5, vocab, dtype), torch.tensor([0.1, 0.5, 1.0, 1.5, 4.0]))
-    tokens, got, policy = launch_sample(logits, tau)
+    tokens, got, policy = sample_in_kernel(logits, tau)
     for name, x, at in (("sampling", got, tau), ("policy", policy, torch.ones_like(tau))):
         expected = exact(logits, at).gather(1, tokens[:, None]).squeeze(1)
         torch.testing.assert_close(x.double(), expected, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
@@ -192,17 +192,17 @@ def test_kernel_reads_strided_rows() -> None:
     torch.manual_seed(0)
     wide, tau = on_device(peaked(6, 1001), torch.full((3,), 0.01))
     view = wide[::2, 1:900]
-    tokens, _, policy = launch_sample(view, tau)
+    tokens, _, policy = sample_in_kernel(view, tau)
     assert torch.equal(tokens, view.argmax(1))
     torch.testing.assert_close(policy, view.log_softmax(1).amax(1), rtol=1e-5, atol=1e-5)
     turned = view.T.contiguous().T
-    assert torch.equal(launch_sample(turned, None)[0], view.argmax(1))
+    assert torch.equal(sample_in_kernel(turned, None)[0], view.argmax(1))
 
 
 def test_kernel_greedy() -> None:
     (logits,) = on_device(peaked(4, 300))
     logits[2, 17] = logits[2, 250] = 50.0
-    tokens, got, policy = launch_sample(logits, None)
+    tokens, got, policy = sample_in_kernel(logits, None)
     assert torch.equal(tokens, logits.argmax(1)) and tokens[2] == 17, "the first of equals"
     assert torch.equal(got, policy)
     torch.testing.assert_close(policy, logits.log_softmax(1).amax(1), rtol=1e-5, atol=1e-5)
@@ -212,7 +212,7 @@ def test_kernel_frequencies() -> None:
     torch.manual_seed(0)
     n = 250
     logits, taus = on_device(peaked(1, 131), torch.tensor([0.6, 2.0]))
-    tokens, _, _ = launch_sample(logits.expand(2 * n, -1), taus.repeat(n))
+    tokens, _, _ = sample_in_kernel(logits.expand(2 * n, -1), taus.repeat(n))
     for slot, tau in enumerate(taus.cpu()):
         assert_drawn_from(tokens[slot::2], exact(logits.cpu(), tau[None])[0].exp())
 
@@ -222,7 +222,7 @@ def test_kernel_draws_anew_at_every_row_and_call_and_as_seeded() -> None:
     drawn = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        drawn += [launch_sample(logits, tau)[0], launch_sample(logits, tau)[0]]
+        drawn += [sample_in_kernel(logits, tau)[0], sample_in_kernel(logits, tau)[0]]
     assert torch.equal(drawn[0], drawn[2]) and torch.equal(drawn[1], drawn[3])
     for a, b in ((0, 1), (0, 4), (1, 5)):
         assert (drawn[a] == drawn[b]).double().mean() < 0.2
@@ -233,15 +233,15 @@ def test_kernel_masked_tokens_and_nan() -> None:
     torch.manual_seed(0)
     logits, tau = on_device(torch.full((30, 400), -math.inf), torch.full((30,), 3.0))
     logits[:, 200:203] = 0.0
-    tokens, got, _ = launch_sample(logits, tau)
+    tokens, got, _ = sample_in_kernel(logits, tau)
     assert set(tokens.tolist()) == {200, 201, 202}
     torch.testing.assert_close(got, torch.full_like(got, -math.log(3)))
     logits[0, 5], logits[1] = math.nan, math.nan
-    tokens, got, policy = launch_sample(logits, tau)
+    tokens, got, policy = sample_in_kernel(logits, tau)
     assert got[:2].isnan().all() and policy[:2].isnan().all() and got[2:].isfinite().all()
     assert tokens.min() >= 0 and tokens.max() < 400
 
 
 def test_kernel_without_rows() -> None:
     logits, tau = on_device(torch.zeros(0, 10), torch.zeros(0))
-    assert [x.shape for x in launch_sample(logits, tau)] == [(0,)] * 3
+    assert [x.shape for x in sample_in_kernel(logits, tau)] == [(0,)] * 3
