@@ -103,7 +103,7 @@ class Settings(NamedTuple):
         def number(x: Any, default: float) -> float:
             return default if x is None or isinstance(x, Tensor) else float(x)
 
-        same = not isinstance(rows.temperature, Tensor) and rows.temperature == c.kl_temperature
+        two_temperatures = isinstance(rows.temperature, Tensor) or rows.temperature != c.kl_temperature
         beta_pos, beta_neg = c.betas
         return cls(
             temperature=number(rows.temperature, 1.0),
@@ -122,7 +122,7 @@ class Settings(NamedTuple):
             estimator=int(c.kl_estimator[1]),
             aggregation=AGGREGATION.index(c.aggregation),
             rescale=int(c.rescale_per_row),
-            two_temperatures=int(rows.ref_logprobs is not None and not same),
+            two_temperatures=int(rows.ref_logprobs is not None and two_temperatures),
             group_size=c.num_generations,
             sample_std=int(c.group_std == "sample"),
             goal_mean=GOAL_MEAN.index(c.goal_mean),

@@ -43,12 +43,12 @@ def look(x: Tensor, check_values: bool | None) -> bool:
     return (x.device.type == "cpu" if check_values is None else check_values) and not torch.compiler.is_compiling()
 
 
-def check_range(name: str, x: Tensor, count: int, check_values: bool | None) -> None:
-    """Integers in [0, count)."""
+def check_range(name: str, x: Tensor, end: int, check_values: bool | None) -> None:
+    """Integers in [0, end)."""
     if look(x, check_values) and x.numel():
         low, high = int(x.min()), int(x.max())
-        if low < 0 or high >= count:
-            refuse(name, f"range {low} to {high}", f"in [0, {count})")
+        if low < 0 or high >= end:
+            refuse(name, f"range {low} to {high}", f"in [0, {end})")
 
 
 def check_device(reference: Tensor, called: str = "logits", /, **others: Tensor | float | None) -> None:

@@ -64,18 +64,18 @@ def _completions_kernel(
     token of it shares as derivative with respect to ℓ."""
     completion = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(row_length if rows.completion is None else n_rows, BLOCK)
-    count = 0.0
+    length = 0.0
     log_ratio = 0.0
     for i in range(0, blocks):
         row, mine = _rows_of(i, rows, completion, n_rows, row_length, BLOCK)
-        count += tl.sum(mine.to(tl.float32), axis=0)
+        length += tl.sum(mine.to(tl.float32), axis=0)
         if logprobs_ptr is not None:
             new = tl.load(logprobs_ptr + row, mask=mine, other=0.0)
             old = tl.load(rows.old_logprobs + row, mask=mine, other=0.0).to(tl.float32)
             log_ratio += tl.sum(tl.where(mine, new - old, 0.0), axis=0)
-    tl.store(lengths_ptr + completion, count)
+    tl.store(lengths_ptr + completion, length)
     if settings.sequence:
-        ratio, slope = _importance_ratio(log_ratio / tl.maximum(count, 1.0))
+        ratio, slope = _importance_ratio(log_ratio / tl.maximum(length, 1.0))
         total = 0.0
         for i in range(0, blocks):
             row, mine = _rows_of(i, rows, completion, n_rows, row_length, BLOCK)
@@ -87,7 +87,7 @@ def _completions_kernel(
                 part *= _knob(rows.temperature, per_row.temperature, settings.temperature, completion, row, mine)
             total += tl.sum(tl.where(mine, part, 0.0), axis=0)
         tl.store(ratio_ptr + completion, ratio)
-        tl.store(slope_ptr + completion, total * slope / tl.maximum(count, 1.0))
+        tl.store(slope_ptr + completion, total * slope / tl.maximum(length, 1.0))
 
 
 @triton.jit(do_not_specialize=["n_rows", "row_length", "num_completions"])

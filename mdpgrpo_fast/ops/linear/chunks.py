@@ -48,11 +48,13 @@ def bytes_per_row(vocab: int, dtype: torch.dtype, fp32_logits: bool) -> int:
 
 def chunking(width: int, row_bytes: int, budget: int, device: torch.device) -> Chunking:
     """As many rows as the budget holds, in whole tiles; on a GPU fewer where the d hidden matmul fills it better."""
-    most = max(1, budget // row_bytes)
+    max_rows = max(1, budget // row_bytes)
     if device.type != "cuda":
-        return Chunking(most, most) if most < CPU_TILE else Chunking(most // CPU_TILE * CPU_TILE, CPU_TILE)
-    if most < TILE:
-        return Chunking(most, most)
+        return (
+            Chunking(max_rows, max_rows) if max_rows < CPU_TILE else Chunking(max_rows // CPU_TILE * CPU_TILE, CPU_TILE)
+        )
+    if max_rows < TILE:
+        return Chunking(max_rows, max_rows)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
 
     def filled(rows: int) -> float:
@@ -60,8 +62,8 @@ def chunking(width: int, row_bytes: int, budget: int, device: torch.device) -> C
         return tiles / (-(-tiles // processors) * processors)
 
     # The number of tiles that takes least time per row; more rows where two are as good.
-    calls = -(-(most // TILE) // (CALL // TILE))
-    call = most // calls // TILE * TILE
+    calls = -(-(max_rows // TILE) // (CALL // TILE))
+    call = max_rows // calls // TILE * TILE
     rows = max((n * call for n in range((calls + 1) // 2, calls + 1)), key=lambda n: (round(filled(n), 2), n))
     return Chunking(rows, call)
 
@@ -96,8 +98,8 @@ def into_logits(
         torch.ops.aten.mm.dtype_out(hidden, weight.t(), out.dtype, out=out)
     else:
         wide = hidden.to(out.dtype)
-        for at in range(0, len(weight), SLAB):
-            torch.mm(wide, weight[at : at + SLAB].t().to(out.dtype), out=out[:, at : at + SLAB])
+        for first in range(0, len(weight), SLAB):
+            torch.mm(wide, weight[first : first + SLAB].t().to(out.dtype), out=out[:, first : first + SLAB])
     if bias is not None:
         out += bias
     if scale != 1:
@@ -116,9 +118,9 @@ def accumulate(out: Tensor, gradient: Tensor, hidden: Tensor, first: bool) -> No
         )  # fmt: skip
     else:
         wide = hidden.to(out.dtype)
-        for at in range(0, len(out), SLAB):
-            part = out[at : at + SLAB]
-            torch.addmm(part, gradient[:, at : at + SLAB].t().to(out.dtype), wide, beta=beta, out=part)
+        for first in range(0, len(out), SLAB):
+            part = out[first : first + SLAB]
+            torch.addmm(part, gradient[:, first : first + SLAB].t().to(out.dtype), wide, beta=beta, out=part)
 
 
 class HeadOptions(NamedTuple):
@@ -145,12 +147,12 @@ class Head:
         self.weight, self.bias = (None if x is None else x.detach().to(hidden.dtype) for x in (weight, bias))
         self.scale, self.group, self.chunks, self.size = options.logit_scale, options.group, chunks, size
         vocab, width, device = len(weight), hidden.shape[2], hidden.device
-        most = max((stop - start for start, stop in chunks), default=0)
+        longest = max((stop - start for start, stop in chunks), default=0)
         wide = options.fp32_logits and hidden.dtype.itemsize == 2
         self.logits: Tensor | None = torch.empty(
-            -(-most // size.call) * size.call, vocab, dtype=torch.float32 if wide else hidden.dtype, device=device
+            -(-longest // size.call) * size.call, vocab, dtype=torch.float32 if wide else hidden.dtype, device=device
         )
-        self.gradient = torch.empty(most, vocab, dtype=hidden.dtype, device=device) if wide and any(needs) else None
+        self.gradient = torch.empty(longest, vocab, dtype=hidden.dtype, device=device) if wide and any(needs) else None
         kept = gradient_dtype(hidden.dtype)
         self.d_hidden = self.d_weight = self.d_bias = None
         if needs.hidden:
@@ -171,13 +173,13 @@ class Head:
         """(n, D) hidden states of rows, 0 where a row does not count."""
         _, length, width = self.hidden.shape
         if self.index is not None:
-            at = self.index[start:stop]
-            h = self.hidden[at.div(length, rounding_mode="floor"), at % length]
+            places = self.index[start:stop]
+            h = self.hidden[places.div(length, rounding_mode="floor"), places % length]
         elif self.hidden.is_contiguous():
             h = self.hidden.view(-1, width)[start:stop]
         else:
-            at = torch.arange(start, stop, device=self.hidden.device)
-            h = self.hidden[at.div(length, rounding_mode="floor"), at % length]
+            places = torch.arange(start, stop, device=self.hidden.device)
+            h = self.hidden[places.div(length, rounding_mode="floor"), places % length]
         mask = self.rows.mask
         # What a masked row holds may be NaN, and NaN times no weight would still be NaN.
         return h if mask is None else h.masked_fill(~mask[start:stop, None], 0)
@@ -191,8 +193,8 @@ class Head:
         # On the CPU a call is a tile, and all tiles are one matmul.
         step = call if h.device.type == "cuda" else len(h)
         assert self.weight is not None and self.logits is not None
-        for at in range(0, len(h), max(1, step)):
-            into_logits(self.logits[at : at + step], h[at : at + step], self.weight, self.bias, self.scale)
+        for first in range(0, len(h), max(1, step)):
+            into_logits(self.logits[first : first + step], h[first : first + step], self.weight, self.bias, self.scale)
         return h[:n], self.logits[:n]
 
     def target(self, z: Tensor) -> Tensor:
