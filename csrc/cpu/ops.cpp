@@ -255,7 +255,7 @@ class Sweep {
     const RowStatistics& s = r.statistics;
     const double d = r.own.z - s.peak;
     double own = -a * std::expm1(d * r.k / LOG2E - s.log_total);
-    if (options_.two) own -= a_kl * std::expm1(d * r.k_kl / LOG2E - s.log_total_kl);
+    if (options_.two_temperatures) own -= a_kl * std::expm1(d * r.k_kl / LOG2E - s.log_total_kl);
     kernels_.write[element](out, options_, r.k, r.k_kl, s, {a, a_kl, own * r.own.slope, r.token}, scratch_start_,
                             streaming, next);
   }
@@ -364,15 +364,16 @@ void token_loss(StableIValue* stack, uint64_t, uint64_t) {
       const double tau = rows.temperature_of(c, row);
       const Row r = sweep.read(row, tau, rows.known(row));
       const RowStatistics& s = r.statistics;
-      const bool two = settings.two_temperatures;
-      const float kl_logprob =
-          two ? static_cast<float>((r.own.z - s.peak) / settings.kl_temperature - s.log_total_kl) : r.logprob;
+      const bool two_temperatures = settings.two_temperatures;
+      const float kl_logprob = two_temperatures
+                                   ? static_cast<float>((r.own.z - s.peak) / settings.kl_temperature - s.log_total_kl)
+                                   : r.logprob;
       const Token<double> t = objective.at(row, c, tau, r.logprob, kl_logprob);
       const double share = objective.share(denominator, objective.lengths[static_cast<size_t>(c)]);
       record.token(row, r.logprob, s.entropy, t, share);
       if (!gradient.wanted) continue;
-      const double a = share * (two ? t.c : t.c + t.c_kl) / tau;
-      const double a_kl = two ? share * t.c_kl / settings.kl_temperature : 0;
+      const double a = share * (two_temperatures ? t.c : t.c + t.c_kl) / tau;
+      const double a_kl = two_temperatures ? share * t.c_kl / settings.kl_temperature : 0;
       if (a == 0 && a_kl == 0)
         gradient.zero(row);
       else
@@ -481,31 +482,32 @@ void objective(StableIValue* stack, uint64_t, uint64_t) {
   check(b > 0, "rows belong to completions: num_completions must be above 0, not ", std::to_string(b));
   Objective o(given, n, 1, b, true);
   const Rows<double>& rows = o.rows;
-  const bool two = o.settings.two_temperatures, sequence = o.settings.sequence;
+  const bool two_temperatures = o.settings.two_temperatures, sequence = o.settings.sequence;
   const float* const s = elements<float>(statistics_, 5 * n);
   const float* const logprobs = elements<float>(logprobs_, n, true);
   const float* const lengths = elements<float>(lengths_, b);
   const double denominator = *elements<float>(denominator_, 1);
   const Record record{n, elements<float>(per_row_, 5 * n), elements<bool>(marks_, 3 * n)};
-  float* const weights = elements<float>(weights_, (two ? 2 : 1) * n);
+  float* const weights = elements<float>(weights_, (two_temperatures ? 2 : 1) * n);
   check(!sequence || rows.old_logprobs == nullptr || logprobs != nullptr, "logprobs are needed at sequence level");
   if (sequence) o.couple(rows.old_logprobs == nullptr ? nullptr : logprobs);
   for (int64_t row = 0; row < n; ++row) {
     if (!rows.kept(row)) {
       record.masked(row);
       weights[row] = 0;
-      if (two) weights[n + row] = 0;
+      if (two_temperatures) weights[n + row] = 0;
       continue;
     }
     const int64_t c = rows.completion_of(row);
     const double tau = rows.temperature_of(c, row), z = static_cast<double>(s[4 * n + row]) - s[row];
     const float logprob = static_cast<float>(z / tau - s[n + row]);
-    const float kl_logprob = two ? static_cast<float>(z / o.settings.kl_temperature - s[3 * n + row]) : logprob;
+    const float kl_logprob =
+        two_temperatures ? static_cast<float>(z / o.settings.kl_temperature - s[3 * n + row]) : logprob;
     const Token<double> t = o.at(row, c, tau, logprob, kl_logprob);
     const double share = o.share(denominator, lengths[c]);
     record.token(row, logprob, s[2 * n + row], t, share);
-    weights[row] = static_cast<float>(share * (two ? t.c : t.c + t.c_kl));
-    if (two) weights[n + row] = static_cast<float>(share * t.c_kl);
+    weights[row] = static_cast<float>(share * (two_temperatures ? t.c : t.c + t.c_kl));
+    if (two_temperatures) weights[n + row] = static_cast<float>(share * t.c_kl);
   }
 }
 

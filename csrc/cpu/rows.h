@@ -18,9 +18,9 @@ enum Element { F32 = 0, BF16 = 1, F16 = 2 };
 
 struct RowOptions {
   int64_t vocab;
-  double softcap;  // 0: none
-  bool two;        // a second temperature, the KL's
-  bool keep;       // the gradient will be written: keep the exponentials
+  double softcap;         // 0: none
+  bool two_temperatures;  // a second temperature, the KL's
+  bool keep;              // the gradient will be written: keep the exponentials
 };
 
 // As in the Triton kernels: log Σ is that of exp((z - peak) / τ), z the logit after the soft-cap.
@@ -37,7 +37,7 @@ struct RowWeights {
 // Floats that a row needs to remember between being read and being written.
 inline int64_t scratch_floats(const RowOptions& o) {
   const int64_t blocks = (o.vocab + BLOCK - 1) / BLOCK;
-  return (1 + o.two + (o.softcap > 0)) * blocks * BLOCK + blocks;
+  return (1 + o.two_temperatures + (o.softcap > 0)) * blocks * BLOCK + blocks;
 }
 
 // z of one logit and dz/dx.

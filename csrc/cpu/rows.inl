@@ -361,10 +361,10 @@ RowStatistics read_kept(const void* row, const RowOptions& o, double k, double k
 template <class E>
 RowStatistics read(const void* row, const RowOptions& o, double k, double k_kl, float* scratch) {
   if (o.softcap > 0)
-    return o.two ? read_kept<E, true, true>(row, o, k, k_kl, scratch)
-                 : read_kept<E, false, true>(row, o, k, k_kl, scratch);
-  return o.two ? read_kept<E, true, false>(row, o, k, k_kl, scratch)
-               : read_kept<E, false, false>(row, o, k, k_kl, scratch);
+    return o.two_temperatures ? read_kept<E, true, true>(row, o, k, k_kl, scratch)
+                              : read_kept<E, false, true>(row, o, k, k_kl, scratch);
+  return o.two_temperatures ? read_kept<E, true, false>(row, o, k, k_kl, scratch)
+                            : read_kept<E, false, false>(row, o, k, k_kl, scratch);
 }
 
 template <class E>
@@ -372,11 +372,11 @@ void write(void* out, const RowOptions& o, double k, double k_kl, const RowStati
            const float* scratch, bool streaming, const void* next) {
   auto* to = static_cast<typename E::Storage*>(out);
   if (o.softcap > 0)
-    o.two ? write_row<E, true, true>(to, o, k, k_kl, s, w, scratch, streaming, next)
-          : write_row<E, false, true>(to, o, k, k_kl, s, w, scratch, streaming, next);
+    o.two_temperatures ? write_row<E, true, true>(to, o, k, k_kl, s, w, scratch, streaming, next)
+                       : write_row<E, false, true>(to, o, k, k_kl, s, w, scratch, streaming, next);
   else
-    o.two ? write_row<E, true, false>(to, o, k, k_kl, s, w, scratch, streaming, next)
-          : write_row<E, false, false>(to, o, k, k_kl, s, w, scratch, streaming, next);
+    o.two_temperatures ? write_row<E, true, false>(to, o, k, k_kl, s, w, scratch, streaming, next)
+                       : write_row<E, false, false>(to, o, k, k_kl, s, w, scratch, streaming, next);
 }
 
 }  // namespace

@@ -55,11 +55,11 @@ void launch(RowArguments p, cudaStream_t stream) {
 
 template <class E, class Out>
 void launch_for(const RowArguments& p, cudaStream_t stream) {
-  const bool two = p.settings.two_temperatures;
+  const bool two_temperatures = p.settings.two_temperatures;
   if (p.settings.softcap > 0)
-    two ? launch<E, Out, true, true>(p, stream) : launch<E, Out, false, true>(p, stream);
+    two_temperatures ? launch<E, Out, true, true>(p, stream) : launch<E, Out, false, true>(p, stream);
   else
-    two ? launch<E, Out, true, false>(p, stream) : launch<E, Out, false, false>(p, stream);
+    two_temperatures ? launch<E, Out, true, false>(p, stream) : launch<E, Out, false, false>(p, stream);
 }
 
 struct DeviceGuard {

@@ -102,15 +102,15 @@ constexpr float NOTHING = -HUGE_VALF;
 // How far a maximum lies under another, finite: 0 where nothing was met yet.
 MDPGRPO_DEVICE float gap_of(float top, float base) { return top == NOTHING ? 0.0f : fmaxf(top - base, -3.0e38f); }
 
-MDPGRPO_DEVICE Sums shifted(const Sums& s, float top, float k, float k_kl, bool two) {
+MDPGRPO_DEVICE Sums shifted(const Sums& s, float top, float k, float k_kl, bool two_temperatures) {
   const float gap = gap_of(s.top, top == NOTHING ? 0.0f : top), shrink = hw::exp2(gap * k);
   return {top, s.total * shrink, s.moment * shrink + gap * shrink * s.total,
-          two ? s.total_kl * hw::exp2(gap * k_kl) : 0.0f};
+          two_temperatures ? s.total_kl * hw::exp2(gap * k_kl) : 0.0f};
 }
 
-MDPGRPO_DEVICE Sums merged(const Sums& a, const Sums& b, float k, float k_kl, bool two) {
+MDPGRPO_DEVICE Sums merged(const Sums& a, const Sums& b, float k, float k_kl, bool two_temperatures) {
   const float top = fmaxf(a.top, b.top);
-  const Sums x = shifted(a, top, k, k_kl, two), y = shifted(b, top, k, k_kl, two);
+  const Sums x = shifted(a, top, k, k_kl, two_temperatures), y = shifted(b, top, k, k_kl, two_temperatures);
   return {top, x.total + y.total, x.moment + y.moment, x.total_kl + y.total_kl};
 }
 

@@ -240,11 +240,11 @@ void launch(RowArguments p) {
 
 template <class E, class Out>
 void launch_for(const RowArguments& p) {
-  const bool two = p.settings.two_temperatures;
+  const bool two_temperatures = p.settings.two_temperatures;
   if (p.settings.softcap > 0)
-    two ? launch<E, Out, true, true>(p) : launch<E, Out, false, true>(p);
+    two_temperatures ? launch<E, Out, true, true>(p) : launch<E, Out, false, true>(p);
   else
-    two ? launch<E, Out, true, false>(p) : launch<E, Out, false, false>(p);
+    two_temperatures ? launch<E, Out, true, false>(p) : launch<E, Out, false, false>(p);
 }
 
 void token_loss_rows_op(StableIValue* stack, uint64_t, uint64_t) {

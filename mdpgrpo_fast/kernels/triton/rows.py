@@ -70,7 +70,7 @@ def _gap(top, base):
 
 
 @triton.jit
-def _accumulate(z, top, total, moment, total_kl, k, k_kl, TWO: tl.constexpr, tile):
+def _accumulate(z, top, total, moment, total_kl, k, k_kl, TWO_TEMPERATURES: tl.constexpr, tile):
     """One tile into the running maximum, Σ exp(k d), Σ d exp(k d) and Σ exp(k_kl d) of each thread, d = z - maximum.
 
     Relative to the maximum, so that logits of ±1e4 lose nothing. A maximum of -inf has met nothing yet.
@@ -84,13 +84,13 @@ def _accumulate(z, top, total, moment, total_kl, k, k_kl, TWO: tl.constexpr, til
     # Where exp is 0 the product is 0, also for d = -inf.
     moment = moment * shrink + (gap * shrink) * total + tl.sum(tl.where(e > 0, d, 0.0) * e, axis=tile.axis)
     total = total * shrink + tl.sum(e, axis=tile.axis)
-    if TWO:
+    if TWO_TEMPERATURES:
         total_kl = total_kl * tl.exp2(gap * k_kl) + tl.sum(tl.exp2(d * k_kl), axis=tile.axis)
     return new, total, moment, total_kl
 
 
 @triton.jit
-def _read_row(row, tiles, k, k_kl, softcap, EVICT: tl.constexpr, TWO: tl.constexpr, tile):
+def _read_row(row, tiles, k, k_kl, softcap, EVICT: tl.constexpr, TWO_TEMPERATURES: tl.constexpr, tile):
     """The one sweep for the statistics of a row: its maximum, log Σ exp, entropy, and log Σ exp at the KL temperature.
 
     log Σ is that of exp((z - maximum) / τ): log p = (z - maximum) / τ - log Σ.
@@ -101,10 +101,10 @@ def _read_row(row, tiles, k, k_kl, softcap, EVICT: tl.constexpr, TWO: tl.constex
     total_kl = tl.zeros((tile.block // tile.width,), tl.float32)
     for i in tl.range(0, tiles, num_stages=tile.stages):
         z, _ = _load_tile(row, i * tile.block, softcap, EVICT, False, tile)
-        top, total, moment, total_kl = _accumulate(z, top, total, moment, total_kl, k, k_kl, TWO, tile)
+        top, total, moment, total_kl = _accumulate(z, top, total, moment, total_kl, k, k_kl, TWO_TEMPERATURES, tile)
     if tile.vocab % tile.block != 0:
         z, _ = _load_tile(row, tile.vocab // tile.block * tile.block, softcap, EVICT, True, tile)
-        top, total, moment, total_kl = _accumulate(z, top, total, moment, total_kl, k, k_kl, TWO, tile)
+        top, total, moment, total_kl = _accumulate(z, top, total, moment, total_kl, k, k_kl, TWO_TEMPERATURES, tile)
     peak = tl.max(top, axis=0)
     gap = _gap(top, peak)
     shrink = tl.exp2(gap * k)
@@ -112,7 +112,7 @@ def _read_row(row, tiles, k, k_kl, softcap, EVICT: tl.constexpr, TWO: tl.constex
     total = tl.sum(total * shrink, axis=0)
     log_total = tl.log(total)
     log_total_kl = log_total
-    if TWO:
+    if TWO_TEMPERATURES:
         log_total_kl = tl.log(tl.sum(total_kl * tl.exp2(gap * k_kl), axis=0))
     # Entropy = -Σ p log p, with log p = k d / log2(e) - log Σ.
     return peak, log_total, log_total - k / LOG2E * moment / total, log_total_kl
@@ -140,13 +140,13 @@ def _target(row, token, softcap):
 @triton.jit
 def _write_tile(
     row, out, start, token, peak, log_total, log_total_kl, a, a_kl, k, k_kl, softcap, TAIL: tl.constexpr,
-    TWO: tl.constexpr, tile,
+    TWO_TEMPERATURES: tl.constexpr, tile,
 ):  # fmt: skip
     z, slope = _load_tile(row, start, softcap, "evict_first", TAIL, tile)
     columns = _columns(start, tile)
     d = z - peak
     g = tl.where(columns == token, a + a_kl, 0.0) - a * tl.exp2(d * k - log_total * LOG2E)
-    if TWO:
+    if TWO_TEMPERATURES:
         g -= a_kl * tl.exp2(d * k_kl - log_total_kl * LOG2E)
     if softcap is not None:
         g *= slope
@@ -159,18 +159,19 @@ def _write_tile(
 
 @triton.jit
 def _write_gradient(
-    row, out, tiles, token, peak, log_total, log_total_kl, a, a_kl, k, k_kl, softcap, TWO: tl.constexpr, tile
+    row, out, tiles, token, peak, log_total, log_total_kl, a, a_kl, k, k_kl, softcap,
+    TWO_TEMPERATURES: tl.constexpr, tile,
 ):  # fmt: skip
     """a (onehot - p) + a_kl (onehot - p_kl), last tile first: what `_read_row` read last is still in the L2 cache.
 
-    Without TWO, a_kl must be 0. `out` may be `row`: each tile is read before it is written.
+    Without TWO_TEMPERATURES, a_kl must be 0. `out` may be `row`: each tile is read before it is written.
     """
     if tile.vocab % tile.block != 0:
         _write_tile(row, out, tile.vocab // tile.block * tile.block, token, peak, log_total, log_total_kl, a, a_kl, k,
-                    k_kl, softcap, True, TWO, tile)  # fmt: skip
+                    k_kl, softcap, True, TWO_TEMPERATURES, tile)  # fmt: skip
     for i in tl.range(0, tiles, num_stages=tile.stages):
         _write_tile(row, out, (tiles - 1 - i) * tile.block, token, peak, log_total, log_total_kl, a, a_kl, k, k_kl,
-                    softcap, False, TWO, tile)  # fmt: skip
+                    softcap, False, TWO_TEMPERATURES, tile)  # fmt: skip
 
 
 @triton.jit

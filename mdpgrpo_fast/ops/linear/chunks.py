@@ -118,9 +118,9 @@ def accumulate(out: Tensor, gradient: Tensor, hidden: Tensor, first: bool) -> No
         )  # fmt: skip
     else:
         wide = hidden.to(out.dtype)
-        for first in range(0, len(out), SLAB):
-            part = out[first : first + SLAB]
-            torch.addmm(part, gradient[:, first : first + SLAB].t().to(out.dtype), wide, beta=beta, out=part)
+        for start in range(0, len(out), SLAB):
+            part = out[start : start + SLAB]
+            torch.addmm(part, gradient[:, start : start + SLAB].t().to(out.dtype), wide, beta=beta, out=part)
 
 
 class HeadOptions(NamedTuple):
