@@ -1,4 +1,4 @@
-"""Tiles of a row, and what a launch is given: shape and alignment of the tile, compiler options, grid, inputs.
+"""Tiles of a row: the candidates of `tuning`, and what a launch is given (alignment, compiler options, grid, inputs).
 
 Triton kernels take NamedTuples: a member that is None or a `tl.constexpr` is known when the kernel is compiled.
 """
