@@ -1,4 +1,6 @@
-"""One loss through the installed package: prints the backend that `auto` takes, then the report of all backends."""
+"""One loss through the installed package, and the data that it ships: prints what `auto` takes, then all backends."""
+
+from importlib.resources import files
 
 import torch
 
@@ -11,5 +13,13 @@ config = MDPGRPOConfig(num_generations=2, multi_temperature=False)
 out = token_loss(logits, torch.zeros(2, 3, dtype=torch.long), None, config, advantage=1.0, kl_beta=0.0)
 out.loss.backward()
 assert logits.grad is not None and abs(logits.grad[0, 0, 0].item() + (1 - 0.2) / 6) < 1e-6
+for name in (
+    "report/page.html.jinja",
+    "report/page.css",
+    "kernels/crossovers.json",
+    "demo/train.jsonl",
+    "launch/ddp.yaml",
+):
+    assert files("mdpgrpo_fast").joinpath(name).is_file(), f"{name} is not installed"
 print(choose("auto", logits.device, logits.dtype))
 backend_report()
