@@ -40,13 +40,18 @@ struct RowTensors {
   MDPGRPO_KNOBS(X)
   MDPGRPO_PER_ROW(X)
 #undef X
-  SettingsTensors given;
+  SettingsTensors shared;
 
 #define X(name, ...) name(args.tensor(#name)),
   explicit RowTensors(Arguments& args)
       : tokens(args.tensor("tokens")), mask(args.tensor("mask")), completion(args.tensor("completion")),
-        MDPGRPO_KNOBS(X) MDPGRPO_PER_ROW(X) given(args) {}
+        MDPGRPO_KNOBS(X) MDPGRPO_PER_ROW(X) shared(args) {}
 #undef X
+
+  template <class R>
+  Settings<R> settings() const {
+    return shared.settings<R>();
+  }
 
   // knobs_per_row: they have one value per row, also where there are as many rows as completions.
   template <class R>
@@ -60,7 +65,7 @@ struct RowTensors {
       Knob<R> k;
       k.per_row = knobs_per_row || t.numel() != num_completions;
       k.each = elements<float>(t, k.per_row ? n_rows : num_completions, true);
-      if (place >= 0) k.number = static_cast<R>(given.number()[place]);
+      if (place >= 0) k.number = static_cast<R>(shared.number()[place]);
       return k;
     };
 #define X(name, place) r.name = knob(name, place);

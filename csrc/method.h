@@ -70,9 +70,9 @@ struct Rows {
   }
 };
 
-// The other members of Settings, with their places among its numbers and among its flags. 0 is "off" for
-// softcap; estimator: 1, 2, 3: k1, k2, k3; aggregation: 0 grpo, 1 dapo, 2 dr_grpo, 3 bnpo; goal_mean: 0 half, 1
-// max_half_mean, 2 mean.
+// The other members of Settings, with their places among its numbers and among its flags. 0 is "off" for softcap;
+// estimator: 1, 2, 3: k1, k2, k3; aggregation: 0 grpo, 1 dapo, 2 dr_grpo, 3 bnpo; goal_mean: 0 half, 1 max_half_mean,
+// 2 mean.
 // clang-format off
 #define MDPGRPO_NUMBERS(X) \
   X(softcap, 4) X(kl_temperature, 5) \
@@ -120,7 +120,7 @@ template <class R>
 MDPGRPO_INLINE Clipped<R> clipped_objective(R ratio, R advantage, const Rows<R>& rows, int64_t c, int64_t row) {
   const R low = R(1) - rows.epsilon_low.at(c, row), high = R(1) + rows.epsilon_high.at(c, row);
   const R delta = rows.delta.at(c, row);
-  if (is_nan(low + high + delta)) return {low + high + delta, advantage, false, false};
+  if (is_nan(low) || is_nan(high) || is_nan(delta)) return {low + high + delta, advantage, false, false};
   // A NaN of the ratio stays one: both comparisons are false.
   R inside = ratio < low ? low : ratio;
   inside = inside > high ? high : inside;

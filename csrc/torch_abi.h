@@ -148,12 +148,6 @@ class Arguments {
   Tensor tensor(const char* name) { return take(name, device_type_); }
   Tensor host(const char* name) { return take(name, aoti_torch_device_type_cpu()); }
   int64_t integer() { return static_cast<int64_t>(stack_[next_++]); }
-  bool boolean() { return (stack_[next_++] & 0xff) != 0; }
-  double number() {
-    double x;
-    std::memcpy(&x, &stack_[next_++], sizeof x);
-    return x;
-  }
 
  private:
   Tensor take(const char* name, int32_t device_type) {

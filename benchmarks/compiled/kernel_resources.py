@@ -129,7 +129,9 @@ def cases(vocab: int, dtype: torch.dtype, tile: tiles.Tile) -> list[Launch]:
 
     def loss(rows: Rows, groups: Groups, settings: Settings, denominator: torch.Tensor | None) -> Callable[[], Any]:
         x, out = (t if rows.completion is None else t.view(1, n, vocab) for t in (logits, gradient))
-        return lambda: token_loss.launch_token_loss(x, out, rows, groups, settings, denominator, b, length, tile=tile)
+        return lambda: token_loss.launch_token_loss(
+            x, out, rows, groups, settings, denominator, b, length, tile_of=lambda: tile
+        )
 
     sequence = FULL._replace(sequence=1, estimator=2, aggregation=1)
     chunk = packed._replace(mask=None, advantage=row, kl_beta=row)
@@ -141,22 +143,22 @@ def cases(vocab: int, dtype: torch.dtype, tile: tiles.Tile) -> list[Launch]:
         ),
         "full, sequence level": loss(packed, Groups(), sequence, None),
         # The three of `linear_token_loss`, on a chunk's logits in place.
-        "unit gradient": lambda: logprobs.launch_logprobs(logits, alone, single, 0, logits, tile=tile),
+        "unit gradient": lambda: logprobs.launch_logprobs(logits, alone, single, 0, logits, tile_of=lambda: tile),
         "two temperatures": lambda: logprobs.launch_logprobs_backward(
-            logits, row, alone, single, 0, statistics, row, logits, tile=tile
+            logits, row, alone, single, 0, statistics, row, logits, tile_of=lambda: tile
         ),
         "objective, sequence": lambda: objective.launch_objective(
             statistics, row, chunk, FULL._replace(sequence=1, rescale=1), each, one, b
         ),
-        "sampling": lambda: sampling.launch_sample(logits.view(-1, vocab), row, tile=tile),
-        "sampling, greedy": lambda: sampling.launch_sample(logits.view(-1, vocab), None, tile=tile),
+        "sampling": lambda: sampling.launch_sample(logits.view(-1, vocab), row, tile_of=lambda: tile),
+        "sampling, greedy": lambda: sampling.launch_sample(logits.view(-1, vocab), None, tile_of=lambda: tile),
         "log-probs": lambda: logprobs.launch_logprobs(
-            logits, rows._replace(temperature=each), Settings(), b, tile=tile
+            logits, rows._replace(temperature=each), Settings(), b, tile_of=lambda: tile
         ),
         "log-probs backward": lambda: logprobs.launch_logprobs_backward(
-            logits, row, rows._replace(temperature=each), single, b, statistics, tile=tile
+            logits, row, rows._replace(temperature=each), single, b, statistics, tile_of=lambda: tile
         ),
-        "scale": lambda: token_loss.launch_scale(gradient, one, tile=tile),
+        "scale": lambda: token_loss.launch_scale(gradient, one, tile_of=lambda: tile),
         "advantages": lambda: advantages.launch_advantages(
             Groups(torch.zeros(16), torch.ones(2)), PLAIN._replace(group_size=8)
         ),

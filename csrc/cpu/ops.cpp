@@ -133,8 +133,7 @@ struct Objective {
   std::vector<double> lengths, ratio, slope;  // per completion
 
   Objective(const RowTensors& given, int64_t n, int64_t row_length, int64_t num_completions, bool knobs_per_row = false)
-      : rows(given.rows<double>(n, row_length, num_completions, knobs_per_row)),
-        settings(given.given.settings<double>()) {}
+      : rows(given.rows<double>(n, row_length, num_completions, knobs_per_row)), settings(given.settings<double>()) {}
 
   // What couples the tokens of a completion: how many they are; at sequence level its ρ, and Σ over its tokens of
   // w dJ/dρ ρ / tokens, which each of them has as derivative with respect to its own ℓ. logprobs: null on-policy.
@@ -302,7 +301,7 @@ void token_loss(StableIValue* stack, uint64_t, uint64_t) {
 
   std::vector<float> advantages, betas;
   if (rewards_.numel() > 0) {
-    const Settings<float> s = given.given.settings<float>();
+    const Settings<float> s = given.settings<float>();
     const int64_t size = s.group_size;
     check(size > 0 && rewards_.numel() % size == 0, "rewards must be whole groups");
     const int64_t prompts = rewards_.numel() / size;
@@ -398,7 +397,7 @@ void logprobs(StableIValue* stack, uint64_t, uint64_t) {
   const Gradient gradient(gradient_, logits);
   const int64_t n = logits.rows();
   const Rows<double> rows = given.rows<double>(n, logits.length, b);
-  const Settings<double> settings = given.given.settings<double>();
+  const Settings<double> settings = given.settings<double>();
   check(!(settings.two_temperatures && gradient.wanted), "the gradient of two temperatures needs their weights");
   float* const out = elements<float>(logprobs_, n);
   float* const statistics = elements<float>(statistics_, 5 * n);
@@ -446,7 +445,7 @@ void logprobs_backward(StableIValue* stack, uint64_t, uint64_t) {
   const float* const grad = elements<float>(grad_, n);
   const float* const grad_kl = elements<float>(grad_kl_, n, true);
   const Rows<double> rows = given.rows<double>(n, logits.length, b);
-  const Settings<double> settings = given.given.settings<double>();
+  const Settings<double> settings = given.settings<double>();
   const float* const statistics = elements<float>(statistics_, 5 * n);
   const RowOptions options{logits.vocab, settings.softcap, grad_kl != nullptr, true};
   parallel(n, GRAIN / std::max<int64_t>(logits.vocab, 1), [&](int64_t begin, int64_t end) {

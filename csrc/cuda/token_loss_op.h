@@ -46,7 +46,7 @@ inline RowCall row_call(StableIValue* stack, int32_t device_type) {
     p.gradient_stride_b = gradient.stride(0), p.gradient_stride_l = gradient.stride(1);
   }
   p.rows = given.rows<float>(n, length, b);
-  p.settings = given.given.settings<float>();
+  p.settings = given.settings<float>();
   check(p.rows.advantage.each != nullptr && p.rows.kl_beta.each != nullptr, "advantage and kl_beta must be given");
   p.denominator = elements<float>(denominator, 1);
   p.lengths = elements<float>(lengths, b, p.settings.aggregation != 0);

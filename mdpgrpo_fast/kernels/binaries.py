@@ -74,13 +74,13 @@ DTYPES = {
 }
 
 
-def given(x: Tensor | None, like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def as_raw(x: Tensor | None, like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """As raw ops take a tensor: contiguous and of one dtype; an empty one for what is not given."""
     return like.new_empty(0, dtype=dtype) if x is None else x.to(dtype).contiguous()
 
 
 def inputs(like: Tensor, settings: Settings, *members: Rows | Groups) -> dict[str, Tensor]:
     """Rows, groups and settings as raw ops take them, by name; they check all of it before a pointer is read."""
-    found = {n: given(x, like, DTYPES.get(n, torch.float32)) for m in members for n, x in m._asdict().items()}
+    found = {n: as_raw(x, like, DTYPES.get(n, torch.float32)) for m in members for n, x in m._asdict().items()}
     numbers = torch.tensor(settings.numbers, dtype=torch.float64, device="cpu")
     return {**found, "numbers": numbers, "flags": torch.tensor(settings.flags, dtype=torch.int64, device="cpu")}

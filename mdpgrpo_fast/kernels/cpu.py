@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from . import binaries
-from .binaries import given, inputs
-from .schemas import STATISTICS, Groups, Launchers, Rows, Settings, new_outputs, new_totals, register
+from .binaries import as_raw, inputs
+from .schemas import NUM_STATISTICS, Groups, Launchers, Rows, Settings, new_outputs, new_totals, register
 
 if _reason := binaries.why_missing("cpu"):
     raise ImportError(_reason)
@@ -31,7 +31,7 @@ def launch_token_loss(
         return loss.zero_(), per_row, marks, completion_kl.zero_(), totals.zero_()
     _raw._cpu_token_loss(
         logits=logits, gradient=logits.new_empty(0) if gradient is None else gradient,
-        **inputs(logits, settings, rows, groups), denominator=given(denominator, logits),
+        **inputs(logits, settings, rows, groups), denominator=as_raw(denominator, logits),
         num_completions=num_completions, max_completion_length=max_completion_length, loss=loss, per_row=per_row,
         marks=marks, completion_kl=completion_kl, totals=totals,
     )  # fmt: skip
@@ -43,7 +43,7 @@ def launch_logprobs(
 ) -> tuple[Tensor, Tensor]:
     n = logits.shape[0] * logits.shape[1]
     logprobs = torch.empty(n, dtype=torch.float32, device=CPU)
-    statistics = torch.empty(STATISTICS, n, dtype=torch.float32, device=CPU)
+    statistics = torch.empty(NUM_STATISTICS, n, dtype=torch.float32, device=CPU)
     if n:
         _raw._cpu_logprobs(
             logits=logits, gradient=logits.new_empty(0) if gradient is None else gradient,
@@ -61,9 +61,9 @@ def launch_logprobs_backward(
         gradient = torch.empty(logits.shape, dtype=logits.dtype, device=CPU)
     if gradient.numel():
         _raw._cpu_logprobs_backward(
-            logits=logits, gradient=gradient, grad_logprobs=given(grad_logprobs, logits),
-            grad_kl=given(grad_kl, logits), **inputs(logits, settings, rows), num_completions=num_completions,
-            statistics=given(statistics, logits),
+            logits=logits, gradient=gradient, grad_logprobs=as_raw(grad_logprobs, logits),
+            grad_kl=as_raw(grad_kl, logits), **inputs(logits, settings, rows), num_completions=num_completions,
+            statistics=as_raw(statistics, logits),
         )  # fmt: skip
     return gradient
 
@@ -77,9 +77,9 @@ def launch_objective(
     weights = torch.empty(1 + settings.two_temperatures, n, dtype=torch.float32, device=CPU)
     if n:
         _raw._cpu_objective(
-            statistics=given(statistics, statistics), logprobs=given(logprobs, statistics),
-            **inputs(statistics, settings, rows), lengths=given(lengths, statistics),
-            denominator=given(denominator, statistics), num_completions=num_completions, per_row=per_row, marks=marks,
+            statistics=as_raw(statistics, statistics), logprobs=as_raw(logprobs, statistics),
+            **inputs(statistics, settings, rows), lengths=as_raw(lengths, statistics),
+            denominator=as_raw(denominator, statistics), num_completions=num_completions, per_row=per_row, marks=marks,
             weights=weights,
         )  # fmt: skip
     return per_row, marks, weights
@@ -101,14 +101,14 @@ def launch_advantages(groups: Groups, settings: Settings) -> tuple[Tensor, Tenso
     per_group = torch.empty(2, p, dtype=torch.float32, device=CPU)
     per_completion = torch.empty(4, p, g, dtype=torch.float32, device=CPU)
     if p:
-        given_groups = inputs(groups.rewards, settings, groups)
-        _raw._cpu_advantages(**given_groups, per_group=per_group, per_completion=per_completion)
+        raw = inputs(groups.rewards, settings, groups)
+        _raw._cpu_advantages(**raw, per_group=per_group, per_completion=per_completion)
     return per_group, per_completion
 
 
 def launch_scale(gradient: Tensor, scale: Tensor) -> None:
     if gradient.numel():
-        _raw._cpu_scale(gradient=gradient, scale=given(scale, gradient))
+        _raw._cpu_scale(gradient=gradient, scale=as_raw(scale, gradient))
 
 
 LAUNCHERS = Launchers(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .binaries import given, inputs
+from .binaries import as_raw, inputs
 from .schemas import Groups, Rows, Settings, register
 from .triton import library
 from .triton.advantages import launch_advantages
@@ -22,10 +22,10 @@ def _launch_rows(
     logits: Tensor, gradient: Tensor | None, rows: Rows, settings: Settings, denominator: Tensor, coupling: Coupling,
     statistics: Tensor | None, per_row: Tensor, marks: Tensor, num_completions: int,
 ) -> None:  # fmt: skip
-    coupled = {name: given(x, logits) for name, x in coupling._asdict().items()}
+    coupled = {name: as_raw(x, logits) for name, x in coupling._asdict().items()}
     torch.ops.mdpgrpo_fast._cuda_token_loss_rows(
         logits=logits, gradient=logits.new_empty(0) if gradient is None else gradient,
-        **inputs(logits, settings, rows), denominator=denominator, **coupled, statistics=given(statistics, logits),
+        **inputs(logits, settings, rows), denominator=denominator, **coupled, statistics=as_raw(statistics, logits),
         num_completions=num_completions, per_row=per_row, marks=marks,
     )  # fmt: skip
 

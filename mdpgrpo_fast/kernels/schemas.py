@@ -7,7 +7,7 @@ brings launchers of one form, so that each op exists once per backend and is wri
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,10 +24,15 @@ ROWS = ("logprobs", "entropy", "kl", "ratio", "loss")
 MARKS = ("clipped_low", "clipped_high", "kl_clamped")
 NUM_TOTALS = 8  # members of `reference.TOTALS`
 # Rows of the (5, N) statistics: maximum, log Σ exp, entropy, log Σ exp at the KL temperature, z of the token.
-STATISTICS = 5
+NUM_STATISTICS = 5
 
 # Members of Rows with a value per completion or per row; the others have one per row.
 KNOBS = ("advantage", "kl_beta", "temperature", "epsilon_low", "epsilon_high", "delta")
+
+
+def on_16_bytes(x: Tensor) -> Tensor:
+    """x, copied where it begins elsewhere: kernels are compiled for what begins there."""
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 class Rows(NamedTuple):
@@ -50,17 +55,25 @@ class Rows(NamedTuple):
     delta: Any = None
 
     def part(self, start: int, stop: int) -> Rows:
-        """Some of the rows, where every member has one value per row."""
-        return Rows(*(None if x is None else x[start:stop] for x in self))
+        """Some of the rows, where every member has one value per row; each begins on 16 bytes, as kernels want it."""
+        return Rows(*(None if x is None else on_16_bytes(x[start:stop]) for x in self))
 
     def per_row(self, num_completions: int) -> Rows:
         """Whether each of KNOBS has one value per row and not one per completion; None for the others."""
-        found = {n: x is not None and x.numel() != num_completions for n in KNOBS for x in [getattr(self, n)]}
-        return Rows(tokens=None, **found)
+        found: list[bool | None] = [None] * len(self)
+        for i in _KNOB_PLACES:
+            found[i] = self[i] is not None and self[i].numel() != num_completions
+        return Rows(*found)
+
+
+_KNOB_PLACES = tuple(map(Rows._fields.index, KNOBS))
 
 
 class Groups(NamedTuple):
-    """Rewards by group of G completions, which advantages are made of. All None: advantages are given."""
+    """Rewards by group of G completions, which advantages are made of. All None: advantages are given.
+
+    Of `ops.advantages.grouped` rewards (P, G) and valid (P, G) bool; below, as Rows, flat:
+    """
 
     rewards: Any = None  # (P * G,) float
     num_constraints: Any = None  # (P,)
@@ -136,6 +149,10 @@ class Settings(NamedTuple):
         """From the two vectors that ops take."""
         return cls(*numbers, *flags)  # type: ignore[arg-type]
 
+    def without_groups(self) -> Settings:
+        """Where advantages are given, how they would be made is nothing to compile a kernel for."""
+        return self._replace(group_size=1, sample_std=0, goal_mean=0, binomial=0, prospect=0, prospect_on_goal=0)
+
     @property
     def numbers(self) -> tuple[float, ...]:
         """The real-valued ones, as the ops take them; the discrete ones are `flags`."""
@@ -147,8 +164,7 @@ class Settings(NamedTuple):
 
 
 NUM_NUMBERS = Settings._fields.index("sequence")
-# Those that are a token's own where Rows has a member of that name.
-TOKEN_NUMBERS = Settings._fields[: Settings._fields.index("softcap")]
+TOKEN_NUMBERS = tuple(n for n in Settings._fields if n in Rows._fields)  # those that Rows may have for each token
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -182,7 +198,8 @@ class Launchers(NamedTuple):
     """What a backend's ops run, and the chunks of `linear_token_loss`. Arguments and results as
     `kernels.triton.token_loss.launch_token_loss` and its like say."""
 
-    options: Callable[[Tensor], dict[str, Any]]  # what launchers of logits take beside their inputs: Triton's tile
+    # What launchers of logits take beside their inputs: Triton's tile, measured when it is first asked for.
+    options: Callable[[Tensor], dict[str, Any]]
 
     token_loss: Callable[..., tuple[Tensor, ...]]
     logprobs: Callable[..., tuple[Tensor, Tensor]]
@@ -219,7 +236,7 @@ def _fake_token_loss(logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 def _fake_logprobs(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     n = logits.shape[0] * logits.shape[1]
-    return logits.new_empty((n,), dtype=torch.float32), logits.new_empty((STATISTICS, n), dtype=torch.float32)
+    return logits.new_empty((n,), dtype=torch.float32), logits.new_empty((NUM_STATISTICS, n), dtype=torch.float32)
 
 
 def _fake_advantages(groups: list[Tensor], numbers: list[float], flags: list[int]) -> tuple[Tensor, Tensor]:
@@ -233,7 +250,9 @@ def _fake_advantages(groups: list[Tensor], numbers: list[float], flags: list[int
 def register(backend: str, launch: Launchers, keys: tuple[str, ...]) -> torch.library.Library:
     """Defines the ops of a backend for these dispatch keys; no autograd here: `ops.fused` wraps them."""
 
-    def objective(gradient: str) -> Callable[..., tuple[Tensor, ...]]:
+    def objective(gradient: Literal["new", "none", "in place"]) -> Callable[..., tuple[Tensor, ...]]:
+        """gradient: written to new memory and returned too, not written, or written over the logits."""
+
         def run(
             logits: Tensor, rows: Any, groups: Any, denominator: Tensor | None, num_completions: int,
             max_completion_length: int, numbers: Any, flags: Any,

@@ -13,7 +13,7 @@ from ..kernels.schemas import Groups, Rows
 from ..reference import Advantages
 from . import fused
 from .backends import choose
-from .checks import check_device, check_groups, check_rewards, check_shape
+from .checks import check_device, check_groups, check_rewards, check_shape, refuse
 
 
 def advantages(
@@ -40,6 +40,8 @@ def advantages(
     Raises: ValueError for a shape that does not fit, a non-finite reward, K < 1, a group that is not of size G, or a
         backend that cannot run here, with the reason; ConfigError for an unknown backend.
     """
+    if num_constraints is None:
+        refuse("num_constraints", None, "of shape (P,)")
     by_group = grouped(rewards, num_constraints, valid, groups, config, check_values)
     # Rewards of any float dtype are computed in float32 by a kernel, but float64 asks for float64.
     dtype = rewards.dtype if rewards.dtype == torch.float64 else torch.float32
@@ -59,6 +61,7 @@ def grouped(
     if rewards is None or num_constraints is None:
         return Groups()
     slots, size = None, config.num_generations
+    check_device(rewards, "rewards", num_constraints=num_constraints, valid=valid, groups=groups)
     if groups is not None:
         check_groups(groups, rewards, size)
         check_shape("valid", valid, tuple(rewards.shape))
@@ -67,7 +70,6 @@ def grouped(
         valid = None if valid is None else valid[order].view(-1, size)
         rewards = rewards[order].view(-1, size)
     check_rewards(rewards, num_constraints, valid, size, check_values)
-    check_device(rewards, "rewards", num_constraints=num_constraints, valid=valid, groups=groups)
     return Groups(rewards, num_constraints, valid, slots)
 
 

@@ -133,7 +133,7 @@ def check_rows(
         if num_completions < 1 and shape[0] > 0:
             refuse("num_completions", num_completions, f"at least 1, as there are {shape[0]} rows")
         check_range("completion", rows.completion, num_completions, check_values)
-    check_knob("temperature", rows.temperature, shape, num_completions, check_values, positive=True)
+    check_knob("temperature", rows.temperature, shape, num_completions, check_values)
     check_range("tokens", rows.tokens, width if vocab is None else vocab, check_values)
     check_device(x, name, **rows._asdict())
     return shape, num_completions
@@ -162,21 +162,21 @@ def check_objective(
 
 
 def check_knob(
-    name: str,
-    x: Tensor | float | None,
-    shape: Shape,
-    num_completions: int,
-    check_values: bool | None,
-    positive: bool = False,
+    name: str, x: Tensor | float | None, shape: Shape, num_completions: int, check_values: bool | None
 ) -> None:
-    """A number, or a tensor with one value per completion (B,) or per row."""
+    """A number, or a tensor with one value per completion (B,) or per row; a temperature above 0, delta not below."""
     if isinstance(x, Tensor):
         if x.ndim:
             check_shape(name, x, (num_completions,), shape)
-        if positive and look(x, check_values) and not bool((x > 0).all()):
-            refuse(name, x.tolist(), "above 0 in every row")
-    elif positive and (x is None or not 0 < x < float("inf")):
+        if name in ("temperature", "delta") and look(x, check_values):
+            if name == "temperature" and not bool((x > 0).all()):
+                refuse(name, x.tolist(), "above 0 in every row")
+            if name == "delta" and bool((x < 0).any()):
+                refuse(name, x.tolist(), "0 (no cap) or above in every row")
+    elif name == "temperature" and (x is None or not 0 < x < float("inf")):
         refuse(name, x, "above 0")
+    elif name == "delta" and x is not None and x < 0:
+        refuse(name, x, "0 (no cap) or above")
 
 
 def check_advantages(

@@ -26,6 +26,7 @@ def _op(backend: str, name: str) -> Any:
 
 
 def flat(x: Tensor | None) -> Tensor | None:
+    """Detached, of one dimension, contiguous."""
     return None if x is None else x.detach().reshape(-1).contiguous()
 
 
@@ -48,7 +49,8 @@ def flat_rows(rows: Rows, num_completions: int, device: torch.device, dtype: tor
             x = x.to(device).expand(num_completions)
         return flat(x if dtype is None else x.to(dtype))
 
-    members = {n: knob(n, x) if n in KNOBS else flat(x) for n, x in rows._asdict().items()}
+    others = rows._replace(mask=None)._asdict().items()
+    members = {n: knob(n, x) if n in KNOBS else flat(x) for n, x in others}
     return Rows(**{**members, "mask": as_bytes(rows.mask)})
 
 
@@ -134,7 +136,7 @@ def token_loss(
 
 
 def as_token_loss(outputs: Any, shape: torch.Size) -> TokenLoss:
-    """The outputs of an op, each row's where it stands."""
+    """The outputs of an op (schemas.OUTPUTS); what is said of each row in the rows' shape."""
     loss, per_row, marks, completion_kl, totals = outputs
     logprobs, entropy, kl, ratio, _ = (x.view(shape) for x in per_row.unbind())
     clipped_low, clipped_high, _ = (x.view(shape) for x in marks.unbind())

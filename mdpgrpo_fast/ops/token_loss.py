@@ -102,14 +102,13 @@ def token_loss(
     if backend == "auto" and name == "triton" and hopper_wins(logits.device, logits.dtype, logits.shape[-1], size):
         name = "cuda"
     longest = max_completion_length or max(shape[-1], 1)
-    denominator = denominator.reshape(()) if isinstance(denominator, Tensor) else denominator
     if name == "torch":
         if in_place:
             refuse("in_place", True, "left off: backend torch computes the gradient in the backward pass")
         rows = with_advantages(rows, name, by_group, config)
         return reference.token_loss(
             logits, config=config, num_completions=num_completions, max_completion_length=longest, softcap=softcap,
-            denominator=denominator, **rows._asdict(),
+            denominator=denominator.reshape(()) if isinstance(denominator, Tensor) else denominator, **rows._asdict(),
         )  # fmt: skip
     if in_place:
         check_in_place(logits)

@@ -213,6 +213,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # config, argumen
     "epsilon_scalar": ({}, {"epsilon_low": torch.tensor(0.05), "epsilon_high": torch.tensor(0.1)}),
     "epsilon_per_completion": ({}, {"epsilon_low": EACH / 4, "epsilon_high": EACH / 8}),
     "epsilon_per_row": ({}, {"epsilon_low": ROWS / 4, "epsilon_high": ROWS / 8}),
+    "no_clip": ({}, {"epsilon_low": math.inf, "epsilon_high": math.inf}),
     "delta": ({"delta": 1.3}, {}),
     "delta_number": ({}, {"delta": 1.3}),
     "delta_per_completion": ({"delta": 1.5}, {"delta": torch.tensor([1.3, 0.0, 1.1, 1.2])}),

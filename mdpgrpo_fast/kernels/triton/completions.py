@@ -15,15 +15,15 @@ from torch import Tensor
 from ..schemas import Groups, Rows, Settings, new_totals
 from .method import _advantage_of, _clipped_objective, _importance_ratio
 from .rows import _knob
-from .tiles import BLOCK_ROWS, but, kernel_groups, kernel_rows, kernel_settings, on_device
+from .tiles import BLOCK_ROWS, all_but, kernel_groups, kernel_rows, kernel_settings, on_device
 
 # What kernels read of settings and rows. G is an argument of its own, which they are not compiled for.
 ADVANTAGES = tuple(
     "alpha prospect_beta prospect_gain prospect_loss kl_beta_pos kl_beta_neg sample_std goal_mean binomial prospect "
     "prospect_on_goal".split()
 )
-COUPLING = but(Settings, "softcap kl_temperature estimator aggregation two_temperatures group_size")
-COUPLING_ROWS = but(Rows, "tokens ref_logprobs")
+READS_SETTINGS = all_but(Settings, "softcap kl_temperature estimator aggregation two_temperatures group_size")
+READS_ROWS = all_but(Rows, "tokens ref_logprobs")
 
 
 class Coupling(NamedTuple):
@@ -57,7 +57,7 @@ def _rows_of(i, rows, completion, n_rows, row_length, BLOCK: tl.constexpr):
     do_not_specialize_on_alignment=["logprobs_ptr", "lengths_ptr", "ratio_ptr", "slope_ptr"],
 )
 def _completions_kernel(
-    logprobs_ptr, rows, per_row, groups, settings, lengths_ptr, ratio_ptr, slope_ptr, n_rows, row_length, G,
+    logprobs_ptr, rows, is_per_row, groups, settings, lengths_ptr, ratio_ptr, slope_ptr, n_rows, row_length, G,
     BLOCK_G: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Per completion: its tokens; at sequence level its ρ, and Σ over its tokens of w dJ/dρ ρ / tokens, which every
@@ -79,12 +79,12 @@ def _completions_kernel(
         total = 0.0
         for i in range(0, blocks):
             row, mine = _rows_of(i, rows, completion, n_rows, row_length, BLOCK)
-            advantage, _ = _advantage_of(rows, per_row, groups, settings, G, completion, row, mine, BLOCK_G)
-            _, part, _, _ = _clipped_objective(ratio, advantage, rows, per_row, settings, completion, row, mine)
+            advantage, _ = _advantage_of(rows, is_per_row, groups, settings, G, completion, row, mine, BLOCK_G)
+            _, part, _, _ = _clipped_objective(ratio, advantage, rows, is_per_row, settings, completion, row, mine)
             if rows.importance_weight is not None:
                 part *= tl.load(rows.importance_weight + row, mask=mine, other=0.0).to(tl.float32)
             if settings.rescale:
-                part *= _knob(rows.temperature, per_row.temperature, settings.temperature, completion, row, mine)
+                part *= _knob(rows.temperature, is_per_row.temperature, settings.temperature, completion, row, mine)
             total += tl.sum(tl.where(mine, part, 0.0), axis=0)
         tl.store(ratio_ptr + completion, ratio)
         tl.store(slope_ptr + completion, total * slope / tl.maximum(length, 1.0))
@@ -160,11 +160,11 @@ def launch_coupling(
     ratio = slope = None
     if settings.sequence:
         ratio, slope = torch.empty(2, num_completions, dtype=torch.float32, device=device)
-    given, per_row = kernel_rows(rows, 0 if knobs_per_row else num_completions, COUPLING_ROWS)
+    given, is_per_row = kernel_rows(rows, 0 if knobs_per_row else num_completions, READS_ROWS)
     with on_device(device):
         _completions_kernel[(num_completions,)](
-            logprobs, given if logprobs is not None else given._replace(old_logprobs=None), per_row,
-            kernel_groups(groups), kernel_settings(settings, COUPLING), lengths, ratio, slope, n, row_length,
+            logprobs, given if logprobs is not None else given._replace(old_logprobs=None), is_per_row,
+            kernel_groups(groups), kernel_settings(settings, READS_SETTINGS), lengths, ratio, slope, n, row_length,
             settings.group_size, BLOCK_G=triton.next_power_of_2(settings.group_size), BLOCK=BLOCK_ROWS,
         )  # fmt: skip
     return Coupling(lengths, ratio, slope)

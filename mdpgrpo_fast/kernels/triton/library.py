@@ -17,8 +17,8 @@ from .tuning import tile_for
 
 
 def options(logits: Tensor) -> dict[str, Any]:
-    """The tile of these rows."""
-    return {"tile": tile_for(logits.shape[-1], logits.dtype, logits.device)}
+    """The tile of these rows, measured when it is first asked for."""
+    return {"tile_of": lambda: tile_for(logits.shape[-1], logits.dtype, logits.device)}
 
 
 def sample(logits: Tensor, temperature: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..schemas import STATISTICS, Rows, Settings
+from ..schemas import NUM_STATISTICS, Rows, Settings
 from .rows import (
     LOG2E,
     _completion_of,
@@ -22,15 +22,16 @@ from .rows import (
     _write_gradient,
     _write_zeros,
 )
-from .tiles import Tile, compiler_options, grid_for, kernel_rows, kernel_settings, on_device, row_tile
+from .tiles import TileSource, compiler_options, grid_for, kernel_rows, kernel_settings, on_device, row_tile
 
-ROWS = ("tokens", "mask", "completion", "temperature")
-SETTINGS = ("temperature", "kl_temperature", "softcap", "two_temperatures")
+READS_ROWS = ("tokens", "mask", "completion", "temperature")
+BACKWARD_READS_SETTINGS = ("temperature", "kl_temperature", "softcap")
+READS_SETTINGS = (*BACKWARD_READS_SETTINGS, "two_temperatures")
 
 
 @triton.jit(do_not_specialize=["n_rows", "row_length", "tiles", "num_completions"])
 def _logprobs_kernel(
-    logits_ptr, gradient_ptr, rows, per_row, settings, logprobs_ptr, statistics_ptr, n_rows, row_length, tiles,
+    logits_ptr, gradient_ptr, rows, is_per_row, settings, logprobs_ptr, statistics_ptr, n_rows, row_length, tiles,
     num_completions, stride_lb, stride_ll, stride_gb, stride_gl, tile,
 ):  # fmt: skip
     """ℓ and the statistics of rows; masked rows cost no read and give 0. With a gradient ∂ℓ/∂x too, over x if asked."""
@@ -41,7 +42,7 @@ def _logprobs_kernel(
         if _kept(rows, row):
             logits = logits_ptr + row // row_length * stride_lb + row % row_length * stride_ll
             completion, known = _completion_of(rows, row, row_length, num_completions)
-            tau = _temperature(rows, per_row, settings, completion, row, True)
+            tau = _temperature(rows, is_per_row, settings, completion, row, True)
             token = _token(rows.tokens, row, tile)
             z = tl.where(known, _target(logits, token, settings.softcap), float("nan"))
             peak, log_total, entropy, log_total_kl = _read_row(
@@ -72,7 +73,7 @@ def _logprobs_kernel(
     do_not_specialize_on_alignment=["grad_logprobs_ptr", "grad_kl_ptr", "statistics_ptr"],
 )
 def _logprobs_backward_kernel(
-    grad_logprobs_ptr, grad_kl_ptr, logits_ptr, rows, per_row, settings, statistics_ptr, gradient_ptr, n_rows,
+    grad_logprobs_ptr, grad_kl_ptr, logits_ptr, rows, is_per_row, settings, statistics_ptr, gradient_ptr, n_rows,
     row_length, tiles, num_completions, stride_lb, stride_ll, stride_gb, stride_gl, tile,
 ):  # fmt: skip
     """∂ℓ/∂x = (onehot - p) / τ, times the incoming gradient of each row's ℓ; zeros where that is 0.
@@ -96,7 +97,7 @@ def _logprobs_backward_kernel(
         else:
             logits = logits_ptr + row // row_length * stride_lb + row % row_length * stride_ll
             completion, _ = _completion_of(rows, row, row_length, num_completions)
-            tau = _temperature(rows, per_row, settings, completion, row, True)
+            tau = _temperature(rows, is_per_row, settings, completion, row, True)
             peak = tl.load(statistics_ptr + row)
             log_total = tl.load(statistics_ptr + n_rows + row)
             log_total_kl = tl.load(statistics_ptr + 3 * tl.cast(n_rows, tl.int64) + row)
@@ -106,31 +107,35 @@ def _logprobs_backward_kernel(
 
 
 def launch_logprobs(
-    logits: Tensor, rows: Rows, settings: Settings, num_completions: int, gradient: Tensor | None = None, *, tile: Tile
-) -> tuple[Tensor, Tensor]:
+    logits: Tensor, rows: Rows, settings: Settings, num_completions: int, gradient: Tensor | None = None, *,
+    tile_of: TileSource,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """ℓ (N,) and statistics (5, N), float32, of the N = B * L rows of logits (B, L, V) with unit stride in V.
 
-    gradient (B, L, V): is given ∂ℓ/∂x; it may be the logits themselves. Not with two temperatures, which have weights.
+    num_completions: B, or 0 where every knob has one value per row and rows have no completions. gradient (B, L, V): is
+    given ∂ℓ/∂x; it may be the logits themselves. Not with two temperatures, which have weights.
     """
     assert gradient is None or not settings.two_temperatures, "the gradient of two temperatures needs their weights"
     b, length, vocab = logits.shape
     n = b * length
     logprobs = torch.empty(n, dtype=torch.float32, device=logits.device)
-    statistics = torch.empty(STATISTICS, n, dtype=torch.float32, device=logits.device)
+    statistics = torch.empty(NUM_STATISTICS, n, dtype=torch.float32, device=logits.device)
     if n == 0:
         return logprobs, statistics
+    tile = tile_of()
     with on_device(logits.device):
         _logprobs_kernel[grid_for(tile, n, logits.device)](
-            logits, gradient, *kernel_rows(rows, num_completions, ROWS), kernel_settings(settings, SETTINGS), logprobs,
-            statistics, n, length, vocab // tile.block, num_completions, *logits.stride()[:2],
-            *((0, 0) if gradient is None else gradient.stride()[:2]), row_tile(tile, logits), **compiler_options(tile),
+            logits, gradient, *kernel_rows(rows, num_completions, READS_ROWS),
+            kernel_settings(settings, READS_SETTINGS), logprobs, statistics, n, length, vocab // tile.block,
+            num_completions, *logits.stride()[:2], *((0, 0) if gradient is None else gradient.stride()[:2]),
+            row_tile(tile, logits), **compiler_options(tile),
         )  # fmt: skip
     return logprobs, statistics
 
 
 def launch_logprobs_backward(
     logits: Tensor, grad_logprobs: Tensor, rows: Rows, settings: Settings, num_completions: int, statistics: Tensor,
-    grad_kl: Tensor | None = None, gradient: Tensor | None = None, *, tile: Tile,
+    grad_kl: Tensor | None = None, gradient: Tensor | None = None, *, tile_of: TileSource,
 ) -> Tensor:  # fmt: skip
     """Gradient of the logits (B, L, V) from that of ℓ (N,); the rest as in `launch_logprobs`.
 
@@ -141,10 +146,11 @@ def launch_logprobs_backward(
         gradient = torch.empty((b, length, vocab), dtype=logits.dtype, device=logits.device)
     if b * length == 0:
         return gradient
+    tile = tile_of()
     with on_device(logits.device):
         _logprobs_backward_kernel[grid_for(tile, b * length, logits.device)](
-            grad_logprobs, grad_kl, logits, *kernel_rows(rows, num_completions, ROWS),
-            kernel_settings(settings, SETTINGS[:3]), statistics, gradient, b * length, length,
+            grad_logprobs, grad_kl, logits, *kernel_rows(rows, num_completions, READS_ROWS),
+            kernel_settings(settings, BACKWARD_READS_SETTINGS), statistics, gradient, b * length, length,
             vocab // tile.block, num_completions, *logits.stride()[:2], *gradient.stride()[:2], row_tile(tile, logits),
             **compiler_options(tile),
         )  # fmt: skip

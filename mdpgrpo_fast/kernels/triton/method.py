@@ -13,7 +13,7 @@ from .rows import NEG_INF, _knob
 # reference.KL_EXPONENT_MAX and RATIO_EXPONENT_MAX; a test keeps them equal.
 KL_EXPONENT_MAX = tl.constexpr(20.0)
 RATIO_EXPONENT_MAX = tl.constexpr(80.0)
-# Places of the choices in schemas, as constexpr.
+# Choices of schemas.Settings as constexpr; a test keeps them equal.
 K1, K2, K3 = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 HALF, MAX_HALF_MEAN, MEAN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 MEAN_OF_MEANS = tl.constexpr(0)
@@ -87,7 +87,7 @@ def _pick(x, slot, BLOCK_G: tl.constexpr):
 
 
 @triton.jit
-def _advantage_of(rows, per_row, groups, settings, G, completion, row, mask, BLOCK_G: tl.constexpr):
+def _advantage_of(rows, is_per_row, groups, settings, G, completion, row, mask, BLOCK_G: tl.constexpr):
     """A and KL coefficient of rows of one completion: given, or from its group's rewards."""
     if groups.rewards is not None:
         place = completion
@@ -97,8 +97,8 @@ def _advantage_of(rows, per_row, groups, settings, G, completion, row, mask, BLO
         return _pick(advantages, place % G, BLOCK_G), _pick(betas, place % G, BLOCK_G)
     else:
         return (
-            _knob(rows.advantage, per_row.advantage, 0.0, completion, row, mask),
-            _knob(rows.kl_beta, per_row.kl_beta, 0.0, completion, row, mask),
+            _knob(rows.advantage, is_per_row.advantage, 0.0, completion, row, mask),
+            _knob(rows.kl_beta, is_per_row.kl_beta, 0.0, completion, row, mask),
         )
 
 
@@ -115,19 +115,19 @@ def _importance_ratio(log_ratio):
 
 
 @triton.jit
-def _clipped_objective(ratio, advantage, rows, per_row, settings, completion, row, mask):
+def _clipped_objective(ratio, advantage, rows, is_per_row, settings, completion, row, mask):
     """J = min(ρA, clip(ρ)A), ρ capped at delta first; dJ/dρ; whether the lower or the upper clip holds.
 
     The unclipped branch is taken where both are equal.
     """
-    low = 1.0 - _knob(rows.epsilon_low, per_row.epsilon_low, settings.epsilon_low, completion, row, mask)
-    high = 1.0 + _knob(rows.epsilon_high, per_row.epsilon_high, settings.epsilon_high, completion, row, mask)
+    low = 1.0 - _knob(rows.epsilon_low, is_per_row.epsilon_low, settings.epsilon_low, completion, row, mask)
+    high = 1.0 + _knob(rows.epsilon_high, is_per_row.epsilon_high, settings.epsilon_high, completion, row, mask)
     inside = tl.minimum(tl.maximum(ratio, low), high)
     clipped = inside * advantage
     free = ratio * advantage
     free_slope = advantage
     if rows.delta is not None or settings.delta is not None:
-        delta = _knob(rows.delta, per_row.delta, settings.delta, completion, row, mask)
+        delta = _knob(rows.delta, is_per_row.delta, settings.delta, completion, row, mask)
         cap = tl.where(delta <= 0.0, float("inf"), delta)
         free = tl.minimum(ratio, cap, propagate_nan=tl.PropagateNan.ALL) * advantage
         free_slope = tl.where(ratio > cap, 0.0, advantage)
@@ -158,8 +158,8 @@ def _kl_penalty(logprob, ref_logprob, ESTIMATOR: tl.constexpr):
 
 @triton.jit
 def _token_objective(
-    logprob, kl_logprob, tau, advantage, beta, coupled_ratio, coupled_slope, rows, per_row, settings, completion, row,
-    mask,
+    logprob, kl_logprob, tau, advantage, beta, coupled_ratio, coupled_slope, rows, is_per_row, settings, completion,
+    row, mask,
 ):  # fmt: skip
     """-wJ + β KL of rows (one, or a vector of them) and its derivatives: c for ℓ, c_kl for ℓ at the KL's temperature.
 
@@ -177,7 +177,7 @@ def _token_objective(
         old = tl.load(rows.old_logprobs + row, mask=mask, other=0.0).to(tl.float32)
         ratio, ratio_slope = _importance_ratio(logprob - old)
     value, slope, clipped_low, clipped_high = _clipped_objective(
-        ratio, advantage, rows, per_row, settings, completion, row, mask
+        ratio, advantage, rows, is_per_row, settings, completion, row, mask
     )
     # On-policy the ratio is 1 whatever ℓ is: a NaN must not get lost on the way.
     loss = tl.where(logprob == logprob, -weight * value, logprob)

@@ -15,12 +15,12 @@ from ..schemas import Groups, Rows, Settings, new_outputs
 from .completions import ADVANTAGES, Coupling, launch_coupling
 from .method import _token_objective, _token_share
 from .rows import _knob
-from .tiles import but, kernel_rows, kernel_settings, on_device
+from .tiles import all_but, kernel_rows, kernel_settings, on_device
 
 BLOCK = 128  # one row a thread
 # What the objective of a row is made of, beside its logits.
-OBJECTIVE = but(Settings, f"softcap group_size {' '.join(ADVANTAGES)}")
-OBJECTIVE_ROWS = but(Rows, "tokens")
+READS_SETTINGS = all_but(Settings, f"softcap group_size {' '.join(ADVANTAGES)}")
+READS_ROWS = all_but(Rows, "tokens")
 
 
 @triton.jit(
@@ -30,8 +30,8 @@ OBJECTIVE_ROWS = but(Rows, "tokens")
     ],
 )  # fmt: skip
 def _objective_kernel(
-    statistics_ptr, rows, per_row, settings, denominator_ptr, lengths_ptr, ratio_ptr, slope_ptr, per_row_ptr, marks_ptr,
-    weights_ptr, n_rows, BLOCK: tl.constexpr,
+    statistics_ptr, rows, is_per_row, settings, denominator_ptr, lengths_ptr, ratio_ptr, slope_ptr, per_row_ptr,
+    marks_ptr, weights_ptr, n_rows, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Everything that `_token_loss_kernel` says of a row, and the weights of ∂ℓ/∂x, at the KL's temperature too."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -41,9 +41,9 @@ def _objective_kernel(
     if rows.mask is not None:
         kept = inside & (tl.load(rows.mask + row, mask=inside, other=0) != 0)
     completion = tl.load(rows.completion + row, mask=kept, other=0)
-    advantage = _knob(rows.advantage, per_row.advantage, 0.0, completion, row, kept)
-    beta = _knob(rows.kl_beta, per_row.kl_beta, 0.0, completion, row, kept)
-    tau = _knob(rows.temperature, per_row.temperature, settings.temperature, completion, row, kept)
+    advantage = _knob(rows.advantage, is_per_row.advantage, 0.0, completion, row, kept)
+    beta = _knob(rows.kl_beta, is_per_row.kl_beta, 0.0, completion, row, kept)
+    tau = _knob(rows.temperature, is_per_row.temperature, settings.temperature, completion, row, kept)
     z = tl.load(statistics_ptr + 4 * n + row, mask=kept, other=0.0) - tl.load(
         statistics_ptr + row, mask=kept, other=0.0
     )
@@ -57,7 +57,7 @@ def _objective_kernel(
         ratio = tl.load(ratio_ptr + completion, mask=kept, other=1.0)
         slope = tl.load(slope_ptr + completion, mask=kept, other=0.0)
     loss, c, kl, c_kl, ratio, clipped_low, clipped_high, clamped = _token_objective(
-        logprob, kl_logprob, tau, advantage, beta, ratio, slope, rows, per_row, settings, completion, row, kept
+        logprob, kl_logprob, tau, advantage, beta, ratio, slope, rows, is_per_row, settings, completion, row, kept
     )
     share = _token_share(denominator_ptr, lengths_ptr, settings, completion, kept)
     entropy = tl.load(statistics_ptr + 2 * n + row, mask=kept, other=0.0)
@@ -92,14 +92,14 @@ def launch_objective(
     if n == 0:
         return per_row, marks, weights
     # One value per row, also where there are as many rows as completions.
-    given, which = kernel_rows(rows, 0, OBJECTIVE_ROWS)
+    given, is_per_row = kernel_rows(rows, 0, READS_ROWS)
     coupling = Coupling()
     if settings.sequence:
         logprobs = None if rows.old_logprobs is None else logprobs
-        coupling = launch_coupling(logprobs, rows, Groups(), settings, num_completions, n, knobs_per_row=True)
+        coupling = launch_coupling(logprobs, rows, Groups(), settings.without_groups(), num_completions, n, True)
     with on_device(device):
         _objective_kernel[(triton.cdiv(n, BLOCK),)](
-            statistics, given, which, kernel_settings(settings, OBJECTIVE), denominator, lengths,
+            statistics, given, is_per_row, kernel_settings(settings, READS_SETTINGS), denominator, lengths,
             coupling.ratio, coupling.slope, per_row, marks, weights, n, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
     return per_row, marks, weights

@@ -212,18 +212,18 @@ def _completion_of(rows, row, row_length, num_completions):
 
 
 @triton.jit
-def _knob(x, per_row, number, completion, row, mask):
+def _knob(x, is_per_row, number, completion, row, mask):
     """A knob of rows: a number, or a tensor with one value per completion or per row."""
     if x is None:
         return number
-    elif per_row:
+    elif is_per_row:
         return tl.load(x + row, mask=mask, other=1.0).to(tl.float32)
     else:
         return tl.load(x + completion).to(tl.float32)
 
 
 @triton.jit
-def _temperature(rows, per_row, settings, completion, row, mask):
+def _temperature(rows, is_per_row, settings, completion, row, mask):
     """τ of a row; NaN where it is not above 0, which would give plausible numbers."""
-    tau = _knob(rows.temperature, per_row.temperature, settings.temperature, completion, row, mask)
+    tau = _knob(rows.temperature, is_per_row.temperature, settings.temperature, completion, row, mask)
     return tl.where(tau > 0, tau, float("nan"))

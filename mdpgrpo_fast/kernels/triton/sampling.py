@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .rows import LOG2E, NEG_INF, _accumulate, _columns, _gap, _load_tile
-from .tiles import Tile, compiler_options, on_device, row_tile
+from .tiles import TileSource, compiler_options, on_device, row_tile
 
 
 @triton.jit
@@ -72,7 +72,7 @@ def _sample_kernel(
     tl.store(logprobs_ptr + tl.cast(n_rows, tl.int64) + row, d - log_total_policy)
 
 
-def launch_sample(logits: Tensor, temperature: Tensor | None, *, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
+def launch_sample(logits: Tensor, temperature: Tensor | None, *, tile_of: TileSource) -> tuple[Tensor, Tensor, Tensor]:
     """Token (R,) int64 of each row, its log-prob at the row's temperature and at 1, float32.
 
     logits (R, V) with unit stride in V; temperature (R,), None: the most likely token. Noise from torch's generator of
@@ -87,8 +87,8 @@ def launch_sample(logits: Tensor, temperature: Tensor | None, *, tile: Tile) -> 
     if temperature is not None:
         temperature = temperature.contiguous()
         seed = torch.randint(2**62, (1,), device=logits.device)
-    tile = tile._replace(programs=0)
     if n:
+        tile = tile_of()._replace(programs=0)
         with on_device(logits.device):
             _sample_kernel[(n,)](
                 logits, temperature, seed, tokens, logprobs, n, vocab // tile.block, logits.stride(0),

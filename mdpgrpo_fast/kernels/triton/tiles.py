@@ -5,7 +5,8 @@ Triton kernels take NamedTuples: a member that is None or a `tl.constexpr` is kn
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..schemas import GRPO, Groups, Rows, Settings
+from ..schemas import GRPO, NUM_NUMBERS, Groups, Rows, Settings, on_16_bytes
 
 
 class Tile(NamedTuple):
@@ -24,6 +25,10 @@ class Tile(NamedTuple):
     warps: int
     stages: int  # loads in flight ahead of their use; 1 leaves it to the hardware
     programs: int  # persistent programs per multiprocessor; 0: one program per row
+
+
+# Where a launcher has its tile from. A measurement, the first time: only where there are rows to launch for.
+TileSource = Callable[[], Tile]
 
 
 class RowTile(NamedTuple):
@@ -78,11 +83,17 @@ def row_tile(tile: Tile, logits: Tensor) -> RowTile:
     is_aligned = aligned(logits)
     # Element by element there is nothing to gain from loading ahead, and registers to lose.
     stages = tile.stages if is_aligned else 1
-    members = (logits.shape[-1], tile.block, width_of(logits.dtype), int(is_aligned), stages, tile.programs > 0)
+    return _row_tile(logits.shape[-1], tile.block, width_of(logits.dtype), int(is_aligned), stages, tile.programs > 0)
+
+
+# The same constexpr objects in each call: comparing new ones takes Triton longer than all else of a launch.
+@functools.cache
+def _row_tile(*members: int) -> RowTile:
     return RowTile(*map(tl.constexpr, members))
 
 
 def compiler_options(tile: Tile) -> dict[str, Any]:
+    """Keyword arguments of a launch that are the compiler's."""
     # As many registers as the programs of a multiprocessor leave each other: left alone, the assembler may spill to
     # make room for more programs than will ever come.
     registers = {"maxnreg": min(255, 65536 // (32 * tile.warps * tile.programs) // 8 * 8)} if tile.programs else {}
@@ -91,6 +102,7 @@ def compiler_options(tile: Tile) -> dict[str, Any]:
 
 
 def grid_for(tile: Tile, n_rows: int, device: torch.device) -> tuple[int]:
+    """One flat dimension: y and z end at 65535."""
     if tile.programs == 0 or device.type != "cuda":
         return (n_rows,)
     return (min(n_rows, tile.programs * torch.cuda.get_device_properties(device).multi_processor_count),)
@@ -104,37 +116,41 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
 # ---- inputs ---------------------------------------------------------------------------------------------------------
 
 
-def but(members: type[Rows] | type[Settings], left_out: str) -> tuple[str, ...]:
+def all_but(members: type[Rows] | type[Settings], left_out: str) -> tuple[str, ...]:
     """All members but those that a kernel does not read: it would be compiled again for each of their choices."""
     return tuple(name for name in members._fields if name not in left_out.split())
 
 
-def kernel_rows(rows: Rows, num_completions: int, names: Sequence[str]) -> tuple[Rows, Rows]:
+def kernel_rows(rows: Rows, num_completions: int, names: tuple[str, ...]) -> tuple[Rows, Rows]:
     """The named members of rows as a kernel takes them, and which of its knobs have one value per row.
 
     A kernel is compiled for what is there, not for where it lies: a slice that begins off 16 bytes is copied.
     """
-    per_row = rows.per_row(num_completions)
-    given = {n: _on_16_bytes(getattr(rows, n)) if n in names else None for n in Rows._fields}
-    flags = {n: tl.constexpr(bool(getattr(per_row, n))) if n in names else None for n in Rows._fields}
-    return Rows(**given), Rows(**flags)
+    given = [on_16_bytes(x) if x is not None and n in names else None for n, x in zip(Rows._fields, rows, strict=True)]
+    return Rows(*given), _is_per_row(rows.per_row(num_completions), names)
+
+
+@functools.cache
+def _is_per_row(knobs: Rows, names: tuple[str, ...]) -> Rows:
+    return Rows(*(tl.constexpr(bool(x)) if n in names else None for n, x in knobs._asdict().items()))
 
 
 def kernel_groups(groups: Groups) -> Groups:
-    return Groups(*map(_on_16_bytes, groups))
+    """Each member begins on 16 bytes."""
+    return Groups(*(None if x is None else on_16_bytes(x) for x in groups))
 
 
-def _on_16_bytes(x: Tensor | None) -> Tensor | None:
-    return x if x is None or x.data_ptr() % 16 == 0 else x.clone()
-
-
-def kernel_settings(settings: Settings, names: Sequence[str]) -> Settings:
+@functools.lru_cache(maxsize=256)
+def kernel_settings(settings: Settings, names: tuple[str, ...]) -> Settings:
     """The named settings as a kernel takes them: numbers at run time, choices and what is off known to the compiler."""
     found: dict[str, Any] = {}
     for name in names:
         value = getattr(settings, name)
         if name == "aggregation":
             value = min(value, GRPO + 1)  # whether it is a mean of means is all that a kernel asks
-        number = name in Settings._fields[: len(settings.numbers)]
-        found[name] = (value or None if name in ("delta", "softcap") else value) if number else tl.constexpr(value)
+        if Settings._fields.index(name) >= NUM_NUMBERS:
+            value = tl.constexpr(value)
+        elif name in ("delta", "softcap"):
+            value = value or None
+        found[name] = value
     return Settings(*(found.get(name) for name in Settings._fields))  # type: ignore[arg-type]

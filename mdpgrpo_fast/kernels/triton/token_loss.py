@@ -33,7 +33,8 @@ from .rows import (
 )
 from .tiles import (
     Tile,
-    but,
+    TileSource,
+    all_but,
     compiler_options,
     grid_for,
     kernel_groups,
@@ -43,7 +44,7 @@ from .tiles import (
     row_tile,
 )
 
-SETTINGS = but(Settings, "group_size")
+READS_SETTINGS = all_but(Settings, "group_size")
 
 
 @triton.jit(
@@ -53,7 +54,7 @@ SETTINGS = but(Settings, "group_size")
     ],
 )  # fmt: skip
 def _token_loss_kernel(
-    logits_ptr, gradient_ptr, rows, per_row, groups, settings, denominator_ptr, lengths_ptr, ratio_ptr, slope_ptr,
+    logits_ptr, gradient_ptr, rows, is_per_row, groups, settings, denominator_ptr, lengths_ptr, ratio_ptr, slope_ptr,
     statistics_ptr, per_row_ptr, marks_ptr, n_rows, row_length, tiles, num_completions, stride_lb, stride_ll, stride_gb,
     stride_gl, G, BLOCK_G: tl.constexpr, tile,
 ):  # fmt: skip
@@ -72,8 +73,8 @@ def _token_loss_kernel(
             gradient = gradient_ptr + row // row_length * stride_gb + row % row_length * stride_gl
         if _kept(rows, row):
             completion, known = _completion_of(rows, row, row_length, num_completions)
-            advantage, beta = _advantage_of(rows, per_row, groups, settings, G, completion, row, True, BLOCK_G)
-            tau = _temperature(rows, per_row, settings, completion, row, True)
+            advantage, beta = _advantage_of(rows, is_per_row, groups, settings, G, completion, row, True, BLOCK_G)
+            tau = _temperature(rows, is_per_row, settings, completion, row, True)
             k, k_kl = LOG2E / tau, LOG2E / settings.kl_temperature
             token = _token(rows.tokens, row, tile)
             if statistics_ptr is not None:
@@ -96,7 +97,19 @@ def _token_loss_kernel(
                 ratio = tl.load(ratio_ptr + completion)
                 slope = tl.load(slope_ptr + completion)
             loss, c, kl, c_kl, ratio, clipped_low, clipped_high, clamped = _token_objective(
-                logprob, kl_logprob, tau, advantage, beta, ratio, slope, rows, per_row, settings, completion, row, True
+                logprob,
+                kl_logprob,
+                tau,
+                advantage,
+                beta,
+                ratio,
+                slope,
+                rows,
+                is_per_row,
+                settings,
+                completion,
+                row,
+                True,
             )
             share = _token_share(denominator_ptr, lengths_ptr, settings, completion, True)
 
@@ -155,7 +168,8 @@ def _scale_kernel(gradient_ptr, scale_ptr, n_rows, row_length, tiles, stride_gb,
 
 def launch_token_loss(
     logits: Tensor, gradient: Tensor | None, rows: Rows, groups: Groups, settings: Settings, denominator: Tensor | None,
-    num_completions: int, max_completion_length: int, *, tile: Tile, launch_rows: Callable[..., None] | None = None,
+    num_completions: int, max_completion_length: int, *, tile_of: TileSource,
+    launch_rows: Callable[..., None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss (), rows (5, N) as in ROWS, marks (3, N) as in MARKS, KL per completion (B,), totals (8,) as in TOTALS.
 
@@ -165,13 +179,14 @@ def launch_token_loss(
     """
     b, length, vocab = logits.shape
     n = b * length
+    settings = settings if groups.rewards is not None else settings.without_groups()
     per_row, marks = new_outputs(n, logits.device)
     coupling, statistics = Coupling(), None
     if n:
         if settings.sequence or settings.aggregation == GRPO or denominator is None:
             logprobs = None
             if settings.sequence and rows.old_logprobs is not None:
-                logprobs, statistics = launch_logprobs(logits, rows, settings, num_completions, tile=tile)
+                logprobs, statistics = launch_logprobs(logits, rows, settings, num_completions, tile_of=tile_of)
             coupling = launch_coupling(logprobs, rows, groups, settings, num_completions, length)
         if denominator is None:
             assert coupling.lengths is not None
@@ -181,11 +196,12 @@ def launch_token_loss(
                 logits, gradient, rows, settings, denominator, coupling, statistics, per_row, marks, num_completions
             )
         else:
+            tile = tile_of()
             with on_device(logits.device):
                 _token_loss_kernel[grid_for(tile, n, logits.device)](
-                    logits, gradient, *kernel_rows(rows, num_completions, Rows._fields),
-                    kernel_groups(groups), kernel_settings(settings, SETTINGS), denominator, *coupling, statistics,
-                    per_row, marks, n, length, vocab // tile.block, num_completions, *logits.stride()[:2],
+                    logits, gradient, *kernel_rows(rows, num_completions, Rows._fields), kernel_groups(groups),
+                    kernel_settings(settings, READS_SETTINGS), denominator, *coupling, statistics, per_row, marks, n,
+                    length, vocab // tile.block, num_completions, *logits.stride()[:2],
                     *((0, 0) if gradient is None else gradient.stride()[:2]), settings.group_size,
                     triton.next_power_of_2(settings.group_size), row_tile(tile, logits), **compiler_options(tile),
                 )  # fmt: skip
@@ -199,11 +215,12 @@ def default_denominator(lengths: Tensor, settings: Settings, max_completion_leng
     return (count * max_completion_length if settings.aggregation == DR_GRPO else count).float()
 
 
-def launch_scale(gradient: Tensor, scale: Tensor, *, tile: Tile) -> None:
+def launch_scale(gradient: Tensor, scale: Tensor, *, tile_of: TileSource) -> None:
     """gradient (B, L, V), unit stride in V, times a scalar on its device, in place."""
     b, length, vocab = gradient.shape
     if b * length == 0:
         return
+    tile = tile_of()
     with on_device(gradient.device):
         _scale_kernel[grid_for(tile, b * length, gradient.device)](
             gradient, scale, b * length, length, vocab // tile.block, *gradient.stride()[:2], row_tile(tile, gradient),
@@ -222,4 +239,6 @@ def scratch_run(vocab: int, dtype: torch.dtype, device: torch.device, n_rows: in
         ref_logprobs=torch.full((n_rows,), -10.0, device=device),
     )  # fmt: skip
     settings = Settings(epsilon_low=0.2, epsilon_high=0.2)
-    return lambda tile: launch_token_loss(logits, gradient, rows, Groups(), settings, one, 1, n_rows, tile=tile)  # type: ignore[return-value]
+    return lambda tile: launch_token_loss(
+        logits, gradient, rows, Groups(), settings, one, 1, n_rows, tile_of=lambda: tile
+    )  # type: ignore[return-value]

@@ -20,6 +20,7 @@ import triton
 
 from ...version import __version__
 from .tiles import CANDIDATES, Tile, fit, interpreted, on_device
+from .token_loss import scratch_run
 
 # A candidate replaces the default only where it wins by more than timings scatter.
 MARGIN = 0.03
@@ -114,8 +115,6 @@ def choose(candidates: list[Tile], seconds: Callable[[Tile], float]) -> Tile:
 
 def _measure(vocab: int, dtype: torch.dtype, device: torch.device) -> Tile | None:
     """Times the objective with gradient on scratch rows. None where there is no memory for it."""
-    from .token_loss import scratch_run
-
     candidates = list(dict.fromkeys(fit(tile, vocab) for tile in CANDIDATES))
     if len(candidates) == 1:
         return candidates[0]

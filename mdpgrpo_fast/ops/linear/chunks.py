@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import onednn
-from ...kernels.schemas import STATISTICS, Rows, gradient_dtype
+from ...kernels.schemas import NUM_STATISTICS, Rows, gradient_dtype
 from . import sharded
 from .engines import Engine, Weighed, logprobs_of
 from .select import Selection
@@ -123,32 +123,23 @@ def accumulate(out: Tensor, gradient: Tensor, hidden: Tensor, first: bool) -> No
             torch.addmm(part, gradient[:, start : start + SLAB].t().to(out.dtype), wide, beta=beta, out=part)
 
 
-class HeadOptions(NamedTuple):
-    """What the ops of `linear_token_loss` share beside rows and settings, in the order of their schemas."""
-
-    logit_scale: float
-    fp32_logits: bool
-    backend: str
-    workspace_bytes: int
-    group: str  # name of the process group that a vocabulary is split over; "": it is whole
-
-
 class Head:
     """hidden (B, L, D), of which some rows take part, and the linear layer after it, chunk by chunk.
 
-    The matmuls have the dtype of hidden. chunks: ranges of the rows that take part.
+    The matmuls have the dtype of hidden. chunks: ranges of the rows that take part; group: name of the process group
+    that the vocabulary is split over, "": it is whole.
     """
 
     def __init__(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Needs, selection: Selection,
-        chunks: list[tuple[int, int]], size: Chunking, options: HeadOptions,
+        chunks: list[tuple[int, int]], size: Chunking, logit_scale: float, fp32_logits: bool, group: str,
     ) -> None:  # fmt: skip
         self.hidden, self.index, self.rows = hidden, selection.taken, selection.rows
         self.weight, self.bias = (None if x is None else x.detach().to(hidden.dtype) for x in (weight, bias))
-        self.scale, self.group, self.chunks, self.size = options.logit_scale, options.group, chunks, size
+        self.scale, self.group, self.chunks, self.size = logit_scale, group, chunks, size
         vocab, width, device = len(weight), hidden.shape[2], hidden.device
         longest = max((stop - start for start, stop in chunks), default=0)
-        wide = options.fp32_logits and hidden.dtype.itemsize == 2
+        wide = fp32_logits and hidden.dtype.itemsize == 2
         self.logits: Tensor | None = torch.empty(
             -(-longest // size.call) * size.call, vocab, dtype=torch.float32 if wide else hidden.dtype, device=device
         )
@@ -256,7 +247,7 @@ def score(head: Head, engine: Engine, z: Tensor, rows: Rows) -> tuple[Tensor, Te
 def joined(scores: list[tuple[Tensor, Tensor]], like: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """ℓ (N,) and statistics (5, N) of all chunks."""
     if not scores:
-        return like.new_zeros(0, dtype=dtype), like.new_zeros(STATISTICS, 0, dtype=dtype)
+        return like.new_zeros(0, dtype=dtype), like.new_zeros(NUM_STATISTICS, 0, dtype=dtype)
     logprobs, statistics = zip(*scores, strict=True)
     return torch.cat(logprobs), torch.cat(statistics, 1)
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from ... import reference
-from ...kernels.schemas import AGGREGATION, STATISTICS, TOKEN_NUMBERS, Rows, Settings
+from ...kernels.schemas import AGGREGATION, NUM_STATISTICS, TOKEN_NUMBERS, Rows, Settings
 from ...reference import Layout, Objective
 from ..backends import library
 
-PEAK, LOG_TOTAL, ENTROPY, LOG_TOTAL_KL, TARGET = range(STATISTICS)
+PEAK, LOG_TOTAL, ENTROPY, LOG_TOTAL_KL, TARGET = range(NUM_STATISTICS)
 # The torch backend works on as many rows at once as stay in a core's cache.
 CACHE_BYTES = 4 << 20
 # exp of it is 0; its product with 0 is 0, which that of -inf is not.
@@ -84,7 +84,7 @@ class TorchRows:
 
     def _sweep(self, logits: Tensor, gradient: Tensor | None, rows: Rows) -> tuple[Tensor, Tensor]:
         s, n = self.settings, len(logits)
-        found = torch.zeros(STATISTICS, n, dtype=self.dtype, device=logits.device)
+        found = torch.zeros(NUM_STATISTICS, n, dtype=self.dtype, device=logits.device)
         for block in self._blocks(logits):
             z, slope = self._capped(logits[block])
             gap, p = (x[: len(z)] for x in self._room(logits))
@@ -156,10 +156,8 @@ class TorchRows:
         """The reference's objective of these rows, and its derivatives written out."""
         s, layout = self.settings, Layout(num_completions, rows.completion)
         keep = torch.ones_like(rows.completion, dtype=torch.bool) if rows.mask is None else rows.mask
-        given: Any = {n: getattr(s, n) for n in TOKEN_NUMBERS}
-        given |= {
-            n: self._value(n, x, keep) for n, x in rows._asdict().items() if n not in ("tokens", "mask", "completion")
-        }
+        members = rows._asdict().items()
+        given: Any = {n: self._value(n, x, keep) for n, x in members if n not in ("tokens", "mask", "completion")}
         advantage, beta, old, ref = (given[n] for n in ("advantage", "kl_beta", "old_logprobs", "ref_logprobs"))
         bounds = {n: given[n] for n in TOKEN_NUMBERS if n != "temperature"}
         kl_logprobs = logprobs
@@ -223,15 +221,17 @@ class KernelRows:
         return self.settings.temperature if rows.temperature is None else rows.temperature
 
     def score(self, z: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        return self.launch.logprobs(z[None], _alone(rows), self.settings, 0, **self.launch.options(z))
+        return self.launch.logprobs(z[None], _without_completions(rows), self.settings, 0, **self.launch.options(z))
 
     def unit(self, z: Tensor, gradient: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         settings = self.settings._replace(two_temperatures=0)
-        return self.launch.logprobs(z[None], _alone(rows), settings, 0, gradient[None], **self.launch.options(z))
+        return self.launch.logprobs(
+            z[None], _without_completions(rows), settings, 0, gradient[None], **self.launch.options(z)
+        )
 
     def mix(self, logits: Tensor, gradient: Tensor, statistics: Tensor, weights: Tensor, rows: Rows) -> None:
         self.launch.logprobs_backward(
-            logits[None], weights[0], _alone(rows), self.settings, 0, statistics,
+            logits[None], weights[0], _without_completions(rows), self.settings, 0, statistics,
             weights[1] if len(weights) > 1 else None, gradient[None], **self.launch.options(logits),
         )  # fmt: skip
 
@@ -250,7 +250,7 @@ def _with_bytes(rows: Rows) -> Rows:
     return rows if rows.mask is None else rows._replace(mask=rows.mask.view(torch.uint8))
 
 
-def _alone(rows: Rows) -> Rows:
+def _without_completions(rows: Rows) -> Rows:
     """Without their completions, none of which is counted: every knob is one per row."""
     return _with_bytes(rows)._replace(completion=None)
 

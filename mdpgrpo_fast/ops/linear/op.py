@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...kernels.schemas import AGGREGATION, MARKS, NUM_TOTALS, ROWS, STATISTICS, Rows, Settings, gradient_dtype
+from ...kernels.schemas import AGGREGATION, MARKS, NUM_STATISTICS, NUM_TOTALS, ROWS, Rows, Settings, gradient_dtype
 from ...kernels.schemas import SETTINGS as _SETTINGS
 from ...reference import Layout, default_denominator, token_shares
 from . import sharded
 from .chunks import (
     Chunking,
     Head,
-    HeadOptions,
     Needs,
     backward_all,
     bytes_per_row,
@@ -49,10 +48,6 @@ class _Call(NamedTuple):
     group: str
 
     @property
-    def options(self) -> HeadOptions:
-        return HeadOptions(self.logit_scale, self.fp32_logits, self.backend, self.workspace_bytes, self.group)
-
-    @property
     def settings(self) -> Settings:
         return Settings.read(self.numbers, self.flags)
 
@@ -72,8 +67,9 @@ class _Call(NamedTuple):
     ) -> tuple[Head, Engine, Selection]:  # fmt: skip
         """For log-probs, which need no row but those that count."""
         chosen, size = self.select(weight, hidden.shape[1], False, False), self.size(hidden, weight)
-        chunks = plan(len(chosen.rows.tokens), size.rows, None) or []
-        head = Head(hidden, weight, bias, needs, chosen, chunks, size, self.options)
+        chunks = plan(len(chosen.rows.tokens), size.rows, None)
+        assert chunks is not None
+        head = Head(hidden, weight, bias, needs, chosen, chunks, size, self.logit_scale, self.fp32_logits, self.group)
         return head, engine_for(self.backend, self.settings, hidden.dtype), chosen
 
 
@@ -116,7 +112,7 @@ def _token_loss(
         undivided = None if chosen.extents is None else plan(total, size.rows, chosen.extents)
         chunks, once = chunks if undivided is None else undivided, undivided is not None
     assert chunks is not None
-    head = Head(hidden, weight, bias, wanted, chosen, chunks, size, call.options)
+    head = Head(hidden, weight, bias, wanted, chosen, chunks, size, call.logit_scale, call.fp32_logits, call.group)
     if once and any(wanted) and chunks:
         found = list(weigh_all(head, engine, lengths, denominator, unit))
         per_row, marks = torch.cat([w.per_row for w in found], 1), torch.cat([w.marks for w in found], 1)
@@ -191,7 +187,7 @@ def _scale(x: Tensor, scale: Tensor, backend: str) -> None:
         from ...kernels.triton.token_loss import launch_scale
 
         # Of another width than the vocabulary's: nothing is measured for it.
-        launch_scale(x if x.ndim == 3 else x[None], scale, tile=fit(CANDIDATES[0], x.shape[-1]))
+        launch_scale(x if x.ndim == 3 else x[None], scale, tile_of=lambda: fit(CANDIDATES[0], x.shape[-1]))
     elif x.device.type != "cpu" or float(scale) != 1:
         x.mul_(scale)
 
@@ -240,7 +236,7 @@ def _fake_token_logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, un
     vector = hidden.new_empty((n,), dtype=real)
     dtype = gradient_dtype(hidden.dtype) if unit else None
     unit_gradient = hidden.new_empty(hidden.shape if unit else (0,), dtype=dtype)
-    return vector, torch.empty_like(vector), hidden.new_empty((STATISTICS, n), dtype=real), unit_gradient
+    return vector, torch.empty_like(vector), hidden.new_empty((NUM_STATISTICS, n), dtype=real), unit_gradient
 
 
 _IMPLEMENTATIONS: dict[str, tuple[Any, Any]] = {
