@@ -328,7 +328,9 @@ from mdpgrpo_fast.kernels.schemas import Groups, Rows, Settings
 tile, found = k.tiles.fit(k.tiles.CANDIDATES[0], 64), []
 # Another batch in every respect that may change from step to step; the second begins off 16 bytes.
 for b, length, number, shift in ((2, 3, 0.5, 0), (3, 17, 0.7, 1), (16, 16, 1.0, 0)):
-    n, settings = b * length, Settings(number, number, number, 2 * number, number, number, number, number, group_size=2)
+    n, settings = b * length, Settings(*[number] * 3, 2 * number, *[number] * 6, group_size=2)
+    # How advantages would be made, where they are given.
+    other = settings._replace(group_size=2 + b, goal_mean=b % 3, sample_std=b % 2, binomial=b % 2, prospect=b % 2)
     def row(size=n, dtype=torch.float32):
         return torch.zeros(size + shift, dtype=dtype)[shift:]
     rows = Rows(row(dtype=torch.int64), row(dtype=torch.uint8), old_logprobs=row(), ref_logprobs=row(),
