@@ -24,7 +24,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 NEEDED = ("mdpgrpo_fast", "csrc", "tests", "benchmarks", "examples", "pyproject.toml", "setup.py", "README.md")
 LIMIT = 900  # seconds of one run of pytest
-PASSED, FAILED = 0, 1  # exit codes of pytest; what ends otherwise has not been tested
+PASSED, FAILED, INTERRUPTED = 0, 1, 2  # exit codes of pytest; what ends otherwise has not been tested
 
 
 class Fault(NamedTuple):
@@ -34,13 +34,12 @@ class Fault(NamedTuple):
     tests: str  # arguments of pytest
 
 
-REFERENCE, TRAINING, ROLLOUT = "mdpgrpo_fast/reference.py", "mdpgrpo_fast/training/", "mdpgrpo_fast/rollout/"
 OPS, LINEAR, TRITON = "mdpgrpo_fast/ops/", "mdpgrpo_fast/ops/linear/", "mdpgrpo_fast/kernels/triton/"
-VERIFIERS = "mdpgrpo_fast/verifiers/"
 
 
 def reference(old: str, new: str, tests: str) -> Fault:
-    return Fault(REFERENCE, old, new, f"tests/test_reference.py tests/test_reference_advantages.py -k '{tests}'")
+    files = "tests/test_reference.py tests/test_reference_advantages.py"
+    return Fault("mdpgrpo_fast/reference.py", old, new, f"{files} -k '{tests}'")
 
 
 def op(path: str, old: str, new: str, tests: str) -> Fault:
@@ -49,6 +48,18 @@ def op(path: str, old: str, new: str, tests: str) -> Fault:
 
 def linear(path: str, old: str, new: str, tests: str) -> Fault:
     return Fault(path, old, new, f"tests/ops/linear -k '{tests}'")
+
+
+def training(old: str, new: str, tests: str) -> Fault:
+    return Fault("mdpgrpo_fast/training/", old, new, f"tests/training -k '{tests}'")
+
+
+def rollout(old: str, new: str, tests: str) -> Fault:
+    return Fault("mdpgrpo_fast/rollout/", old, new, f"tests/rollout -k '{tests}'")
+
+
+def verifiers(old: str, new: str, tests: str) -> Fault:
+    return Fault("mdpgrpo_fast/verifiers/", old, new, f"tests/verifiers -k '{tests}'")
 
 
 FAULTS = [
@@ -61,7 +72,8 @@ FAULTS = [
     reference("((kept - mean[:, None]) * valid)", "(kept - mean[:, None])", "invalid_samples"),
     # The reference: objective.
     reference("(ratio > high_bound)", "(ratio >= high_bound)", "ties"),
-    reference("ratio.clamp(max=delta)", "ratio", "above_delta"),
+    reference("free = ratio.clamp(max=cap)", "free = ratio", "above_delta"),
+    reference("cap.masked_fill(cap <= 0, torch.inf)", "cap", "follow_the_equations"),
     reference("d = d.clamp(max=KL_EXPONENT_MAX)", "d = d", "k3_overflow"),
     reference("per_token + kl_beta * kl", "per_token - kl_beta * kl", "kl_estimators"),
     reference(
@@ -77,17 +89,21 @@ FAULTS = [
     reference("config.kl_temperature, softcap)[0]", "temperature, softcap)[0]", "kl_estimators"),
     reference("objective = objective * temperature", "objective = objective", "rescale"),
     # Triton's kernels.
-    op(TRITON + "rows.py", "x = tl.where(columns < V, x, NEG_INF)", "x = x", "vocabularies and 4097 and triton"),
+    op(TRITON + "rows.py", "x = tl.where(columns < tile.vocab, x, NEG_INF)",
+       "x = x", "vocabularies and 4097 and triton"),
     op(TRITON + "rows.py", "(gap * shrink) * total + tl.sum(", "tl.sum(", "vocabularies and 32001 and triton"),
     op(TRITON + "rows.py", "g *= slope", "g *= 1.0", "every_option and softcap and triton"),
-    op(TRITON + "rows.py", "(token >= 0) & (token < V)", "(token >= 0)", "unseen_bad and triton"),
+    op(TRITON + "rows.py", "(token >= 0) & (token < tile.vocab)", "(token >= 0)", "unseen_bad and triton"),
     op(TRITON + "rows.py", "tl.where(tau > 0, tau, float(\"nan\"))", "tau", "unseen_bad and triton"),
     op(TRITON, "tl.where(clipped < free, tl.where(inside == ratio, advantage, 0.0), free_slope)",
        "tl.where(clipped <= free, 0.0, free_slope)", "ties and triton"),
     op(TRITON, "tl.where(over, 0.0, 1.0 - e)", "1.0 - e", "k3_beyond and triton"),
-    op(TRITON, "share /= length", "share /= 1.0", "aggregations and triton"),
+    op(TRITON, "share /= tl.load(lengths_ptr + completion, mask=mask, other=1.0)", "share /= 1.0",
+       "aggregations and triton"),
     op(TRITON, "4.76837158203125e-07 *", "0.0 *", "equal_but_for_rounding and triton"),
-    op(TRITON, "tl.where(ratio > delta, 0.0, advantage)", "advantage", "above_delta and triton"),
+    op(TRITON, "tl.where(ratio > cap, 0.0, advantage)", "advantage", "above_delta and triton"),
+    op(TRITON, "_knob(rows.delta, per_row.delta,", "_knob(rows.delta, False,", "delta_of and per_row and triton"),
+    op(TRITON, 'tl.where(delta <= 0.0, float("inf"), delta)', "delta", "delta_of and triton"),
     op(TRITON, "total * slope / tl.maximum(count, 1.0)", "total * slope", "couples and triton"),
     op(TRITON, "tl.max(ratio_max, axis=0)", "tl.sum(ratio_max, axis=0)", "plain and triton"),
     op(TRITON, "place % G, BLOCK_G), _pick", "0, BLOCK_G), _pick", "rewards and triton"),
@@ -95,9 +111,11 @@ FAULTS = [
        "beyond_int32 and triton"),
     op(TRITON, "if scale != 1.0:", "if scale == 1.0:", "loss_scale and triton"),
     op(TRITON, "c_kl, LOG2E / tau", "c_kl, LOG2E", "test_logprobs and every_option and triton"),
-    linear(TRITON, "if not TWO:", "if TWO:", "every_option and triton"),
+    linear(TRITON, "if not settings.two_temperatures:", "if settings.two_temperatures:", "every_option and triton"),
     # The compiled kernels of the CPU.
     op("csrc/method.h", "take = clipped < free", "take = inside != ratio", "mixtures and cpu"),
+    op("csrc/method.h", "rows.delta.at(c, row)", "rows.delta.at(c, c)", "delta_of and per_row and cpu"),
+    op("csrc/method.h", "delta > R(0) && ratio > delta", "ratio > delta", "delta_of and cpu"),
     op("csrc/method.h", "(denominator < R(1) ? R(1) : denominator)", "denominator", "aggregations and cpu"),
     op("csrc/method.h", "over ? R(0) : R(1) - e", "R(1) - e", "k3_beyond and cpu"),
     op("csrc/cpu/rows.inl", "if (CAP) g *= Float32::load(kept_slope + start + i);", "",
@@ -113,14 +131,15 @@ FAULTS = [
     op(OPS, "if stride < extent:", "if False:", "in_place_is_refused"),
     op(OPS, "version == logits._version and place in places", "False", "overwritten_logits"),
     op(OPS, "positive and look(x, check_values)", "False", "refuse"),
-    op(OPS, "torch.compiler.is_compiling() or _kept_graph()", "torch.compiler.is_compiling()",
+    op(OPS, "torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()",
+       "torch.compiler.is_compiling()",
        "backward_twice and cpu"),
     op(OPS, "torch.autograd.graph.increment_version(logits)", "pass", "another_consumer and cpu"),
     op(OPS, "scatter_(0, order,", "scatter_(0, torch.arange(len(order)),",
        "neighbours or rewards_are"),
     op(OPS, 'if backend != "auto":', "if False:", "cannot_run or bad_settings"),
     # From hidden states: rows, chunks, heads over several processes.
-    linear(LINEAR, "(advantage == 0) & (kl_beta == 0)", "(advantage == 0)", "idle_rows and torch"),
+    linear(LINEAR, "(rows.advantage == 0) & (rows.kl_beta == 0)", "(rows.advantage == 0)", "idle_rows and torch"),
     linear(LINEAR, "((given != 0) & (given != counts)).any() | ", "", "lengths_that_are_not and torch"),
     linear(LINEAR, "max(extents, default=0) > chunk", "False", "plans or no_matmul_more"),
     linear(LINEAR, "beta = 0 if first else 1", "beta = 0", "gradcheck"),
@@ -128,39 +147,40 @@ FAULTS = [
            "lengths_known and torch"),
     linear(LINEAR, "Chunking(most // CPU_TILE * CPU_TILE, CPU_TILE)", "Chunking(most, 1)",
            "company or tiles"),
-    linear(LINEAR, "torch.float32 if dtype == torch.float16 else dtype", "dtype", "small_float16"),
-    linear(LINEAR, "sequence = importance_weight is not None or any(", "sequence = any(",
-           "as_many_rows"),
+    linear("mdpgrpo_fast/kernels/schemas.py", "torch.float32 if dtype == torch.float16 else dtype", "dtype",
+           "small_float16"),
+    linear(LINEAR, "any(rows._replace(kl_beta=None).per_row(b)) and rows.importance_weight is None",
+           "any(rows._replace(kl_beta=None).per_row(b))", "as_many_rows"),
     linear(LINEAR, "return gradient / ctx.ranks, None", "return gradient, None", "fsdp2"),
     linear(LINEAR, "(peaks - peak) / temperature", "(peaks - peak)", "split_vocabulary"),
     linear(LINEAR, "(each[:, 5].sum(0) == 1) & even", "even", "split_vocabulary or uneven"),
     # Training.
-    Fault(TRAINING, "if local else acc.num_processes", "if local else 1",
-          "tests/training -k 'same_steps and ddp-2'"),
-    Fault(TRAINING, "if update == 0:", "if False:", "tests/training -k later_updates"),
-    Fault(TRAINING, "(rollout.finished | (not method.mask_truncated))", "True",
-          "tests/training -k truncated_completions"),
-    Fault(TRAINING, 'method.temperature_objective == "per_row" else 1.0', "False else 1.0",
-          "tests/training -k 'temperature_objectives or recorded_and_trained'"),
+    training("scale: float = acc.num_processes", "scale: float = 1", "same_steps and ddp-2"),
+    training("if update == 0:", "if False:", "later_updates"),
+    training("(rollout.finished | (not method.mask_truncated))", "True", "truncated_completions"),
+    training('method.temperature_objective == "per_row" else 1.0', "False else 1.0",
+             "temperature_objectives or recorded_and_trained"),
+    training("default_denominator(batch.mask.sum(1)", "default_denominator(batch.rollout.mask.sum(1)",
+             "normaliser_is_of"),
+    training("1 / max(1, sum(m.counted > 0 for m in micro_batches))", "1", "normaliser_is_of"),
+    training("sum(m.counted > 0 for m in micro_batches)", "len(micro_batches)", "normaliser_is_of"),
+    training("(rollout.policy_logprobs - rollout.sampling_logprobs)",
+             "(rollout.sampling_logprobs - rollout.policy_logprobs)", "corrected_weighs"),
     # Rollout.
-    Fault(ROLLOUT, "device=self.lengths.device) < self.lengths[:, None]",
-          "device=self.lengths.device) <= self.lengths[:, None]", "tests/rollout -k lengths_and_ends"),
-    Fault(ROLLOUT, "(self.mask.cumsum(1) - 1)", "self.mask.cumsum(1)",
-          "tests/rollout -k padding_changes_nothing"),
-    Fault(ROLLOUT, "(drawn[:, None] == eos).any(1)", "(drawn == eos[0])",
-          "tests/rollout -k lengths_and_ends"),
-    Fault(ROLLOUT, "sampling = _logprobs(logits, tokens, temperature)",
-          "sampling = _logprobs(logits, tokens, 1.0)", "tests/rollout -k test_logprobs"),
-    Fault(ROLLOUT, "p.cumsum(1) - p >= top_p", "p.cumsum(1) >= top_p",
-          "tests/rollout -k 'truncated or logprobs'"),
+    rollout("device=self.lengths.device) < self.lengths[:, None]",
+            "device=self.lengths.device) <= self.lengths[:, None]", "lengths_and_ends"),
+    rollout("(self.mask.cumsum(1) - 1)", "self.mask.cumsum(1)", "padding_changes_nothing"),
+    rollout("(drawn[:, None] == eos).any(1)", "(drawn == eos[0])", "lengths_and_ends"),
+    rollout("sampling = _logprobs(logits, tokens, temperature)", "sampling = _logprobs(logits, tokens, 1.0)",
+            "test_logprobs"),
+    rollout("p.cumsum(1) - p >= top_p", "p.cumsum(1) >= top_p", "truncated or logprobs"),
+    rollout("None if tau is None else tau[index]", "None if tau is None else tau[: len(index)]",
+            "rows_share and llama"),
     # Verifiers.
-    Fault(VERIFIERS, "known is not None and rules in known.rules", "known is not None",
-          "tests/verifiers -k unknown_id"),
-    Fault(VERIFIERS, "(lines[1:], lines[:-1], lines[1:-1])", "(lines[1:], lines[:-1])",
-          "tests/verifiers -k eight"),
-    Fault(VERIFIERS, "stop=num_sentences + 1", "stop=num_sentences",
-          "tests/verifiers -k relations"),
-    Fault(VERIFIERS, 'rf"\\b{word}\\b"', 'rf"{word}"', "tests/verifiers -k golden"),
+    verifiers("known is not None and rules in known.rules", "known is not None", "unknown_id"),
+    verifiers("(lines[1:], lines[:-1], lines[1:-1])", "(lines[1:], lines[:-1])", "eight"),
+    verifiers("stop=num_sentences + 1", "stop=num_sentences", "relations"),
+    verifiers('rf"\\b{word}\\b"', 'rf"{word}"', "golden"),
 ]  # fmt: skip
 
 
@@ -209,7 +229,9 @@ def run_tests(root: Path, tests: str) -> tuple[int, str]:
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return FAILED, f"no end within {LIMIT} s"
-    return done.returncode, done.stdout[-2000:] + done.stderr[-500:]
+    # With -x, pytest calls a file that it cannot import a failure.
+    code = INTERRUPTED if "ERROR collecting" in done.stdout else done.returncode
+    return code, done.stdout[-2000:] + done.stderr[-500:]
 
 
 def plant(root: Path, fault: Fault) -> tuple[bool, str]:
@@ -239,6 +261,8 @@ def main() -> int:
     parser.add_argument("--no-clean", action="store_true", help="do not run the tests without a fault first")
     options = parser.parse_args()
     faults = [f for f in FAULTS if not options.words or any(w in " ".join(f) for w in options.words)]
+    if not faults:
+        parser.error(f"no fault holds one of {options.words}")
     problems = []
     for fault in faults:
         try:

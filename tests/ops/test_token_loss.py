@@ -336,6 +336,25 @@ def test_ratio_above_delta_has_zero_gradient(backend: str) -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("delta", [(1.45, 0.0), ((1.45, 0.0), (0.0, 1.3))], ids=["per_completion", "per_row"])
+def test_delta_of_a_completion_or_a_row(backend: str, delta: Any, level: Any) -> None:
+    """With A = -1 a token's loss is ρ, at most delta, and from there on its gradient is 0; 0 caps nothing."""
+    ratio, delta = torch.tensor([[1.6, 1.4], [1.6, 1.4]]), torch.tensor(delta)
+    tokens = torch.ones(2, 2, dtype=torch.int64)
+    batch = LossInputs(torch.zeros(2, 2, 2), tokens, tokens.bool(), -torch.ones(2), torch.zeros(2))
+    config = config_for(importance_level=level, aggregation="dapo")
+    got = run(backend, batch, config, delta=delta, old_logprobs=math.log(0.5) - ratio.log())
+    if level == "sequence":
+        ratio = ratio.log().mean(1, keepdim=True).exp().expand(2, 2)
+    cap = torch.where(delta > 0, delta, math.inf).view(2, -1)
+    flows = (ratio <= cap).float()
+    if level == "sequence":
+        flows = flows.mean(1, keepdim=True)
+    assert got.out.loss.item() == pytest.approx(torch.minimum(ratio, cap).mean().item(), rel=3e-6)
+    torch.testing.assert_close(got.grad[..., 1].cpu(), ratio * flows / 4 / 2)
+
+
+@pytest.mark.parametrize("level", LEVELS)
 def test_a_ratio_beyond_float_range(backend: str, level: Any) -> None:
     """exp(80) is where it ends, with gradient 0: no 0 * inf, no NaN."""
     cases = ((1.0, None), (-1.0, 4.0), (-1.0, None))

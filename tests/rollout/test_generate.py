@@ -257,8 +257,9 @@ def assert_logprobs_of_full_passes(model: Any, r: Rollout, atol: float = 2e-4) -
         prompt = r.prompt_ids[i, r.prompt_mask[i]]
         with torch.no_grad():
             full = model(torch.cat([prompt, r.tokens[i, :n]])[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
-        logp = full.float().log_softmax(-1).gather(-1, r.tokens[i, :n, None]).squeeze(-1)
-        torch.testing.assert_close(r.policy_logprobs[i, :n], logp, rtol=1e-4, atol=atol)
+        for found, tau in ((r.policy_logprobs, 1.0), (r.sampling_logprobs, r.temperature[i])):
+            logp = (full.float() / tau).log_softmax(-1).gather(-1, r.tokens[i, :n, None]).squeeze(-1)
+            torch.testing.assert_close(found[i, :n], logp, rtol=1e-4, atol=atol)
 
 
 def grouped(model: Any, **knobs: Any) -> Rollout:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.runs import PLAIN, rows, run_small
+from helpers.runs import PLAIN, make_trainer, rows, run_small
 
 from mdpgrpo_fast import train
 from mdpgrpo_fast.config import TrainConfig, preset
+from mdpgrpo_fast.rewards import Score
 from mdpgrpo_fast.rollout.generate import Rollout, generate
 from mdpgrpo_fast.rollout.vllm.sampler import Completion, RolloutError
 from mdpgrpo_fast.training.collect import Collector
@@ -46,6 +48,21 @@ def test_groups_with_a_kl_term_are_never_refilled(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(Collector, "sample", lambda self, prompts: drawn.append(1) or sample(self, prompts))
     run_small(tmp_path, preset("grpo", num_generations=4), reward=["helpers.rewards:none"], steps=1, refill=3)
     assert drawn == [1]
+
+
+def test_corrected_weighs_a_token_by_policy_over_sampling(tmp_path: Path) -> None:
+    """Up to the cap; what lies behind a completion's end has no say, whatever was recorded there."""
+    method = preset("exact", num_generations=4, temperature_objective="corrected", importance_weight_cap=2.0)
+    collector = make_trainer(tmp_path, method).collector
+    rollout = collector.sample([0])
+    policy, sampling = (torch.full_like(rollout.sampling_logprobs, torch.nan) for _ in range(2))
+    policy[:, :3], sampling[:, :3] = torch.tensor([[0.2, 0.3, 0.9], [0.4, 0.3, 0.1]]).log()
+    lengths = torch.full_like(rollout.lengths, 3)
+    rollout = replace(rollout, lengths=lengths, policy_logprobs=policy, sampling_logprobs=sampling)
+    weight = collector.assemble(rollout, [0], [""] * 4, [Score(0.5, [], None)] * 4).weight
+    assert weight is not None
+    torch.testing.assert_close(weight[:, :3], torch.tensor([[0.5, 1.0, 2.0]] * 4))
+    assert (weight[:, 3:] == 1).all()
 
 
 class FakeEngine:

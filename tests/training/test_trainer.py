@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForC
 from mdpgrpo_fast import train
 from mdpgrpo_fast.config import preset
 from mdpgrpo_fast.models import lora
-from mdpgrpo_fast.rewards import RewardError
+from mdpgrpo_fast.rewards import RewardError, Score
 from mdpgrpo_fast.training.timing import StageClock
 from mdpgrpo_fast.training.trainer import Trainer
 
@@ -34,6 +35,29 @@ def test_on_policy_ratio_is_one_and_later_updates_move_it(tmp_path: Path) -> Non
     twice = run_small(tmp_path, name="twice", updates_per_rollout=3, learning_rate=5e-3)
     assert all(r["ratio_mean"] == 1 and r["clip_low"] == r["clip_high"] == 0 for r in rows(once))
     assert all(r["ratio_max"] > 1.01 for r in rows(twice)), "the third update is off-policy against the rollout"
+
+
+@pytest.mark.parametrize("aggregation", ["grpo", "dapo", "dr_grpo", "bnpo"])
+def test_the_normaliser_is_of_the_tokens_that_count(tmp_path: Path, aggregation: str) -> None:
+    """On-policy without KL a token's loss is -A. Some completions are truncated (trl#6439), all of one micro-batch."""
+    method = replace(PLAIN, aggregation=aggregation, mask_truncated=True)
+    trainer = make_trainer(tmp_path, method, packing="off", micro_batch_size=2)
+    collector, finished = trainer.collector, torch.tensor([True, False, True, True, False, False, False, True])
+    lengths = torch.tensor([5, 7, 1, 4, 2, 6, 3, 8])
+    rollout = replace(collector.sample([0, 1]), lengths=lengths, finished=finished)
+    scores = [Score(i % 3 / 2, [], None) for i in range(8)]
+    batch = collector.assemble(rollout, [0, 1], [""] * 8, scores)
+    row = trainer.update(batch, trainer.micro_batches(batch), StageClock(torch.device("cpu")))
+    count = lengths * finished
+    by_token = -batch.adv.advantage.flatten() * count
+    local = by_token.view(-1, 2).sum(1)[[0, 1, 3]] / count.view(-1, 2).sum(1)[[0, 1, 3]]
+    expected = {
+        "grpo": by_token[finished].div(count[finished]).mean(),
+        "dapo": by_token.sum() / count.sum(),
+        "dr_grpo": by_token.sum() / (finished.sum() * trainer.run.max_completion_length),
+        "bnpo": local.mean(),
+    }
+    assert row["loss"] == pytest.approx(expected[aggregation].item(), abs=1e-6) and abs(row["loss"]) > 1e-3
 
 
 def test_fused_kernels_train_as_the_reference_does(tmp_path: Path) -> None:
