@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...config import MDPGRPOConfig
+from ...config import MDPGRPOConfig, TrainConfig
 from ...kernels.schemas import Rows, Settings
 from ...reference import TokenLoss
 from ..advantages import grouped, with_advantages
@@ -18,7 +18,7 @@ from ..fused import as_token_loss, flat_rows, saved_gradient, scalar
 from . import op, sharded  # noqa: F401  op registers the ops
 from .checks import Lengths, check_head, check_lengths, compute_dtype
 
-WORKSPACE_BYTES = 256 << 20
+WORKSPACE_BYTES = TrainConfig.workspace_mb << 20
 Knob = Tensor | float
 
 
