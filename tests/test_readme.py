@@ -38,6 +38,14 @@ def test_files_that_the_readme_shows_exist() -> None:
         assert (ROOT / target).exists(), target
 
 
+def test_scripts_that_the_readme_names_exist_or_are_said_to_have_moved() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"(benchmarks/[\w/]+\.py)(?:[^`]*` at \w+ \(now `([\w/.]+)`\))?", text)
+    assert named
+    for script, moved in named:
+        assert (ROOT / (moved or script)).exists(), script
+
+
 def test_no_section_may_be_lost(readme: ModuleType) -> None:
     with pytest.raises(ValueError, match="lacks the section <!-- results:claim -->"):
         readme.render("# nothing here")

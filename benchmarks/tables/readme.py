@@ -53,7 +53,7 @@ def by_variant(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 def source(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
-    return f"`{result['command']}` at {result['commit'][:10]}; {result['machine']}; {versions}."
+    return f"{step_table.source(result)}; {result['machine']}; {versions}."
 
 
 def claim() -> str:
@@ -112,7 +112,7 @@ def install() -> str:
     document = json.loads(INSTALL.read_text(encoding="utf-8"))
     lines = ["| way | `auto` on the CPU takes | seconds |", "|---|---|---|"]
     lines += [f"| {WAYS[x['way']]} | `{x['auto']}` | {x['seconds']} |" for x in document["ways"]]
-    where = f"`{document['command']}` at {document['commit'][:10]}; {document['machine']}."
+    where = f"{step_table.source(document)}; {document['machine']}."
     return "\n".join([*lines, "", f"Into a fresh environment that has torch, with one loss run after it. {where}"])
 
 

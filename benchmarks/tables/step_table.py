@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "cpu"
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "cpu"
 WAYS = {
     "separate": "`model.generate` once per temperature, as the released code",
     "one_call": "`model.generate` once, all rows",
@@ -20,8 +21,14 @@ def _read(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def _source(document: dict[str, Any]) -> str:
-    return f"`{document['command']}` at {document['commit'][:10]}"
+def source(document: dict[str, Any]) -> str:
+    """The recorded command and its commit; and where the script is now, if it has moved since."""
+    text = f"`{document['command']}` at {document['commit'][:10]}"
+    for word in document["command"].split():
+        if word.startswith("benchmarks/") and word.endswith(".py") and not (ROOT / word).exists():
+            moved = next((ROOT / "benchmarks").rglob(Path(word).name))
+            text += f" (now `{moved.relative_to(ROOT)}`)"
+    return text
 
 
 def _step() -> list[str]:
@@ -44,7 +51,7 @@ def _step() -> list[str]:
         f"{size['completion_length']} new tokens each, with a Llama of {size['parameters'] / 1e6:.0f}M parameters "
         f"in float32, V = {size['vocab']}, on {document['machine']}; medians of steps taken in turn, and the share of "
         f"each stage. TRL's passes have {size['micro_batch']} completions, ours all of the step, packed; TRL without "
-        f"gradient checkpointing, which is faster. {_source(document)}.",
+        f"gradient checkpointing, which is faster. {source(document)}.",
     ]
 
 
@@ -59,7 +66,7 @@ def _generation() -> list[str]:
     return [
         *lines,
         "",
-        f"G = {document['results'][0]['group']}, a call for each, at four temperatures. {_source(document)}.",
+        f"G = {document['results'][0]['group']}, a call for each, at four temperatures. {source(document)}.",
     ]
 
 
@@ -80,7 +87,7 @@ def _packing() -> list[str]:
         "",
         "Reference log-probs, forward and backward pass of one group of eight. Half of the model's weights are in the "
         "head at V = 32000, which packing does not touch, and a fifth at V = 8192, as in a model of a billion. "
-        f"{_source(document)}.",
+        f"{source(document)}.",
     ]
 
 
@@ -96,7 +103,7 @@ def _demonstration() -> list[str]:
             f"| {run['ssr_after']:.3f} | {run['train_seconds']:.0f} | {run['peak_memory_mb']:.0f} |"
         )
     off = " ".join(document["flags_off"])
-    return [*lines, "", f"The embedded demonstration, one thread per run; off: `{off}`. {_source(document)}."]
+    return [*lines, "", f"The embedded demonstration, one thread per run; off: `{off}`. {source(document)}."]
 
 
 def section() -> str:
