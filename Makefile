@@ -7,7 +7,7 @@ DEMO   := mdpgrpo_fast/demo
 ARGS   ?=
 JOBS   ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: help setup train test test-fast faults check install-check sanitize seed-policy bench clean
+.PHONY: help setup train test test-fast faults check install-check sanitize gpu-bundle seed-policy bench clean
 
 help:
 	@echo "make train        install, then train the embedded demonstration into $(OUTPUT) (ARGS=... adds flags)"
@@ -20,6 +20,7 @@ help:
 	@echo "make setup        the installation alone"
 	@echo "make seed-policy  make the embedded prompts and seed policy again"
 	@echo "make bench        benchmarks that this machine can run"
+	@echo "make gpu-bundle   .whl/: what a GPU machine without a registry lacks, for benchmarks/gpu.sh"
 	@echo "make clean        remove the virtual environment and caches"
 
 # One stamp per set of packages, renewed when what they depend on changes.
@@ -77,6 +78,19 @@ sanitize: $(VENV)/.setup-test
 	    MDPGRPO_LIBRARIES=$(abspath build/sanitize/mdpgrpo_fast/kernels) TRITON_INTERPRET=1 \
 	    $(BIN)/python -m pytest -n $(JOBS) -k "cpu and not (opcheck or instruction_set or exported)" \
 	    tests/kernels/test_cpu.py $(addprefix tests/ops/test_,token_loss.py autograd.py logprobs.py advantages.py checks.py) $(ARGS)
+
+# What a GPU machine without a registry lacks: wheels for its Python, and csrc/ built here. `bash benchmarks/gpu.sh` there.
+GPU_PYTHON ?= 3.12
+GPU_WHEELS := liger-kernel trl datasets dill multiprocess nltk defusedxml langdetect pebble httpx2 httpcore2 truststore
+gpu-bundle: $(VENV)/.setup-test
+	rm -rf .whl && mkdir .whl
+	$(BIN)/python -m pip freeze --exclude-editable > .whl/installed.txt
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -c constraints.txt -w .whl langdetect
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) \
+	    $(foreach n,2_28 2_27 2_17,--platform manylinux_$(n)_x86_64) --platform manylinux2014_x86_64 -c .whl/installed.txt \
+	    -d .whl $(filter-out langdetect,$(GPU_WHEELS))
+	rm .whl/installed.txt
+	du -ch .whl mdpgrpo_fast/kernels/*.so | tail -n 1
 
 seed-policy: $(VENV)/.setup
 	$(BIN)/python examples/demo/prompts.py --output $(DEMO)

@@ -35,12 +35,15 @@ import mdpgrpo_fast
 from mdpgrpo_fast import reference
 from mdpgrpo_fast.config import MDPGRPOConfig
 from mdpgrpo_fast.ops import backends
-from mdpgrpo_fast.ops.linear.losses import linear_token_loss
+from mdpgrpo_fast.ops.linear.losses import WORKSPACE_BYTES, linear_token_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 BETA, EPSILON = 0.04, 0.2
 OWN = list(backends.NAMES)
-NAMES = ["matmuls", "logits", "liger", "liger logits", "trl", *OWN]
+# On a GPU the kernels with larger workspaces too, by their GiB.
+WORKSPACES = {f"triton {gib} GiB": gib << 30 for gib in ((1, 2, 4) if CUDA else ())}
+NAMES = ["matmuls", "logits", "liger", "liger logits", "trl", *OWN, *WORKSPACES]
+PEER_TOKENS = 32768  # above it a peer takes seconds a call
 Output = tuple[Tensor, Tensor, Tensor | None]
 
 
@@ -78,7 +81,8 @@ class Case:
 def cases() -> list[Case]:
     found = []
     for i, shape in enumerate(shapes(len(GPU_SHAPES))):
-        names = ["trained", "frozen"] + (["sequence", "two temperatures"] if i == 0 else [])
+        names = ["trained", "frozen"] if not CUDA or i == 0 else ["trained"]
+        names += ["sequence", "two temperatures"] if i == 0 else []
         found += [Case(name, *shape) for name in names]
     return found
 
@@ -120,14 +124,19 @@ def finish(loss: Tensor, hidden: Tensor, weight: Tensor) -> Output:
     return loss, found[0], found[1] if len(found) > 1 else None
 
 
-def own(p: LinearProblem, case: Case, backend: str) -> Candidate:
+def own(p: LinearProblem, case: Case, backend: str, workspace_bytes: int = WORKSPACE_BYTES) -> Candidate:
     if backend == "torch" and CUDA:
         raise Unavailable("torch: a GPU runs the kernels")
+    if backend == "cuda":
+        raise Unavailable("the same as triton here")
     require_backend(backend)
 
     def run() -> Output:
         hidden, weight = p.leaves(case.frozen)
-        out = linear_token_loss(hidden, weight, p.tokens, None, case.config, backend=backend, **knobs(p, case))
+        out = linear_token_loss(
+            hidden, weight, p.tokens, None, case.config, backend=backend, workspace_bytes=workspace_bytes,
+            **knobs(p, case),
+        )  # fmt: skip
         return finish(out.loss, hidden, weight)
 
     return Candidate(run)
@@ -144,14 +153,16 @@ def through_logits(p: LinearProblem, case: Case) -> Candidate:
     return Candidate(run)
 
 
-def require_plain(case: Case) -> None:
+def require_peer(case: Case) -> None:
     if not case.plain:
         raise Unavailable("has one temperature for all rows")
+    if CUDA and case.tokens > PEER_TOKENS:
+        raise Unavailable(f"not run above {PEER_TOKENS} tokens, for its time")
 
 
 def liger(p: LinearProblem, case: Case) -> Candidate:
     """Liger's chunked loss, which computes a frozen head's gradient too. Compiled on a GPU, as is its default."""
-    require_plain(case)
+    require_peer(case)
     module = peer("liger_kernel.chunked_loss.grpo_loss", "LigerFusedLinearGRPOLoss")
     loss_of = module(
         beta=BETA, compiled=CUDA, use_ref_model=True, epsilon_low=EPSILON, epsilon_high=EPSILON, loss_type="dapo",
@@ -172,7 +183,7 @@ def liger(p: LinearProblem, case: Case) -> Candidate:
 
 def liger_logits(p: LinearProblem, case: Case) -> Candidate:
     """Liger's Triton loss on logits: it wants a position more, which costs nothing here."""
-    require_plain(case)
+    require_peer(case)
     require_gpu()
     refuse_logits(p, 3)
     grpo = peer("liger_kernel.transformers.grpo_loss", "triton_grpo_loss")
@@ -193,7 +204,7 @@ def liger_logits(p: LinearProblem, case: Case) -> Candidate:
 
 def trl(p: LinearProblem, case: Case) -> Candidate:
     """TRL's fused head gives log-probs; the objective on them in PyTorch, as its trainer does. Its own chunk width."""
-    require_plain(case)
+    require_peer(case)
     function = peer("trl.kernels", "ChunkedLogProbFunction")
     layout, mask = reference.Layout(len(p.tokens)), torch.ones(p.tokens.shape, device=p.hidden.device)
 
@@ -222,6 +233,7 @@ def builders(p: LinearProblem, case: Case) -> dict[str, Callable[[], Candidate]]
         "liger logits": partial(liger_logits, p, case),
         "trl": partial(trl, p, case),
         **{name: partial(own, p, case, name) for name in OWN},
+        **{name: partial(own, p, case, "triton", n) for name, n in WORKSPACES.items()},
     }
 
 

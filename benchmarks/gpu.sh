@@ -1,30 +1,40 @@
 #!/usr/bin/env bash
-# The GPU's tests, ceilings and benchmarks in one command of under 8 minutes, in the python3 that has torch for it:
-#     bash benchmarks/gpu.sh
-# Peers it lacks (liger-kernel, trl, ...) may lie as wheels in .whl/. Results go to benchmarks/results/<device>/, and
-# with the logs to $OUT where that is set. BENCH_COMMIT names the commit where there is no repository. Exit code 1 if a
-# step failed; the table at the end comes all the same.
+# What a GPU has to say, in two commands that each end in time whatever fails, in the python3 that has torch for it:
+#     bash benchmarks/gpu.sh bench [SECONDS]    # ceilings, benchmarks, tables: 320 s
+#     bash benchmarks/gpu.sh tests [SECONDS]    # the tests that run on the device, then the sanitizer: 320 s
+# Python packages it lacks may lie as wheels in .whl/ (`make gpu-bundle`). Results go to benchmarks/results/<device>/;
+# where $OUT is set, those, the logs and the measured tiles go there too, as results.tgz. BENCH_COMMIT names the commit
+# where there is no repository. Exit code 1 if a step failed; what the others found is there all the same.
 set -u
 cd "$(dirname "$0")/.." || exit 1
+what=${1:-}
+total=${2:-320}
+case "$what" in bench | tests) ;; *) sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2 ;; esac
 python=${PYTHON:-python3}
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-# The benchmarks tune once.
-export MDPGRPO_CACHE_DIR=$scratch/tiles PYTHONPATH=$PWD PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+# The benchmarks tune once, also when both commands run on one machine.
+export MDPGRPO_CACHE_DIR=${MDPGRPO_CACHE_DIR:-/tmp/mdpgrpo_tiles} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+export TOKENIZERS_PARALLELISM=false PYTHONPATH=$PWD:$PWD/benchmarks
 unset TRITON_INTERPRET
 failed=()
-total=470
+
+left() { echo $((total - SECONDS)); }
 
 # step NAME SECONDS COMMAND...: its log is kept, its end is shown, its failure is remembered.
 step() {
     local name=$1 seconds=$2 begin=$SECONDS status
     shift 2
-    [ "$seconds" -lt $((total - SECONDS)) ] || seconds=$((total - SECONDS))
-    [ "$seconds" -gt 0 ] || seconds=1
-    timeout -k 5 "$seconds" "$@" >"$scratch/$name.log" 2>&1
+    [ "$seconds" -lt "$(left)" ] || seconds=$(left)
+    if [ "$seconds" -lt 8 ]; then
+        echo "== $name: left out, no time"
+        failed+=("$name")
+        return
+    fi
+    timeout -k 3 "$seconds" "$@" >"$scratch/$name.log" 2>&1
     status=$?
     echo "== $name: exit code $status, $((SECONDS - begin)) s"
-    tail -n 12 "$scratch/$name.log" | cut -c 1-200
+    tail -n "${SHOW:-8}" "$scratch/$name.log" | cut -c 1-220
     [ "$status" -eq 0 ] || failed+=("$name")
 }
 
@@ -33,55 +43,68 @@ if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
     exit 1
 fi
 if compgen -G '.whl/*.whl' >/dev/null; then
-    step wheels 60 "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade \
-        --target "$scratch/site" .whl/*.whl
-    export PYTHONPATH=$PWD:$scratch/site
+    site=${TMPDIR:-/tmp}/mdpgrpo_site
+    [ -d "$site" ] || step wheels 60 "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir \
+        --upgrade --target "$site" .whl/*.whl
+    export PYTHONPATH=$PYTHONPATH:$site
 fi
-
-# Built here where there is nvcc; else what is there is used, if any.
-if command -v nvcc >/dev/null; then
-    MDPGRPO_BUILD=cuda step build 90 "$python" setup.py -q build_ext --inplace
+# The compiled parts travel with the checkout; built here only where they do not load.
+loads='import sys; from mdpgrpo_fast.kernels.binaries import why_missing as w; sys.exit(bool(w("cuda") or w("cpu")))'
+if ! "$python" -c "$loads" && command -v nvcc >/dev/null; then
+    MDPGRPO_BUILD=cuda step build 100 "$python" setup.py -q build_ext --inplace
 fi
 "$python" -c 'import mdpgrpo_fast; mdpgrpo_fast.backend_report()'
+folder=$("$python" benchmarks/tables/speed_table.py --folder) || exit 1
 
-# Most of the tests' time is the compiler's: one process per core, where pytest-xdist is there.
-workers=()
-"$python" -c 'import xdist' 2>/dev/null && workers=(-n "$(($(nproc) / 2))")
-# They need no measured tile, and would measure it while others compute.
-step tests 240 env MDPGRPO_AUTOTUNE=0 "$python" -m pytest "${workers[@]}" tests/ops tests/models/test_packing.py \
-    tests/rollout/test_sampling.py tests/rollout/test_generate.py --ignore tests/ops/linear/test_sharded.py \
-    -q -p no:cacheprovider
-if command -v compute-sanitizer >/dev/null; then
-    for tool in memcheck racecheck; do
-        step "$tool" 40 env MDPGRPO_AUTOTUNE=0 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-            --kernel-name kernel_substring=token_loss_kernel "$python" benchmarks/compiled/hopper_smoke.py
+bench() {
+    SHOW=40 step warm 100 "$python" benchmarks/warm.py --seconds 75
+    SHOW=1 step roofline 30 "$python" benchmarks/roofline.py
+    # Shares of what is left, the most important first. Each stops itself and says what it left out; the limit of a
+    # step is for a hang.
+    local share=$(($(left) - 75)) part op budget
+    for part in token_loss:33 linear_token_loss:37 linear_logprobs:10 logprobs:12 advantages:8; do
+        op=${part%:*} budget=$((share * ${part#*:} / 100))
+        BENCH_SECONDS=$budget SHOW=3 step "$op" $((budget + 30)) "$python" -m pytest "benchmarks/bench_$op.py" \
+            --benchmark-only -q -p no:cacheprovider --benchmark-columns=median,iqr,rounds
     done
-fi
-step roofline 40 "$python" benchmarks/roofline.py
-step packing 40 "$python" benchmarks/bench_packing.py --output "$scratch/packing.json" --rounds 3
-step generate 40 "$python" benchmarks/bench_generate.py --output "$scratch/generate.json" --rounds 2
-step step 90 "$python" benchmarks/bench_step.py --output "$scratch/step.json" --steps 2 --cases kl
-# Shares of what is left, the most important first. Each stops itself and says what it left out; the limit of a step is
-# for a hang.
-left=$((total - SECONDS - 10))
-[ "$left" -le 300 ] || left=300
-for part in token_loss:32 linear_token_loss:40 logprobs:9 linear_logprobs:11 advantages:5; do
-    op=${part%:*} budget=$((left * ${part#*:} / 100))
-    BENCH_SECONDS=$budget step "$op" $((budget + 30)) "$python" -m pytest "benchmarks/bench_$op.py" \
-        --benchmark-only -q -p no:cacheprovider --benchmark-columns=median,iqr,rounds
-done
+    if command -v ncu >/dev/null; then
+        SHOW=60 step counters 40 ncu --clock-control none --kernel-name regex:token_loss_kernel --section SpeedOfLight \
+            --section WarpStateStats --section Occupancy --section InstructionStats --section MemoryWorkloadAnalysis \
+            env MDPGRPO_AUTOTUNE=0 "$python" benchmarks/compiled/profiled_rows.py
+    fi
+    step packing 30 "$python" benchmarks/bench_packing.py --output "$folder/packing.json" --rounds 3
+    step generate 40 "$python" benchmarks/bench_generate.py --output "$folder/generate.json" --rounds 2
+    step step "$(($(left) - 5))" "$python" benchmarks/bench_step.py --output "$folder/step.json" --steps 2 --cases kl
+    "$python" benchmarks/compiled/crossovers.py >"$scratch/crossovers.log" || failed+=(crossovers)
+    "$python" benchmarks/tables/speed_table.py >"$scratch/table.txt" || failed+=(table)
+}
 
-folder=$("$python" benchmarks/tables/speed_table.py --folder) || failed+=(folder)
-cp "$scratch"/{packing,generate,step}.json "$folder/" || failed+=(step)
+tests() {
+    # Most of their time is the compiler's: one process per core. They need no measured tile, and would measure it
+    # while others compute.
+    local workers=()
+    "$python" -c 'import xdist' 2>/dev/null && workers=(-n "$(($(nproc) - 2))")
+    SHOW=60 step tests $(($(left) - 60)) env MDPGRPO_AUTOTUNE=0 OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 \
+        "$python" -m pytest "${workers[@]}" tests/test_gpu.py tests/ops tests/kernels/test_cuda.py \
+        tests/models/test_packing.py tests/rollout/test_sampling.py tests/rollout/test_generate.py \
+        --ignore tests/ops/linear/test_sharded.py -m 'not code' -q -p no:cacheprovider --timeout 90 -o faulthandler_timeout=60 \
+        --tb short --durations 8
+    if command -v compute-sanitizer >/dev/null; then
+        for tool in memcheck racecheck; do
+            step "$tool" 40 env MDPGRPO_AUTOTUNE=0 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+                --kernel-name kernel_substring=token_loss_kernel "$python" benchmarks/compiled/hopper_smoke.py
+        done
+    fi
+}
+
+"$what"
 if [ -n "${OUT:-}" ]; then
-    mkdir -p "$OUT/${folder##*/}"
-    cp "$folder"/{roofline,token_loss,linear_token_loss,logprobs,linear_logprobs,advantages,packing,generate,step}.json "$OUT/${folder##*/}/" || failed+=(copy)
-    cat "$scratch"/*.log >"$OUT/gpu.log"
-    cp "$scratch/tiles/tiles.json" "$OUT/" 2>/dev/null
+    mkdir -p "$scratch/home/logs"
+    cp "$scratch"/*.log "$scratch/home/logs/"
+    cp -r "$folder" mdpgrpo_fast/kernels/crossovers.json "$MDPGRPO_CACHE_DIR/tiles.json" "$scratch/home/" 2>/dev/null
+    tar -czf "$OUT/results-$what.tgz" -C "$scratch/home" . || failed+=(archive)
 fi
-"$python" benchmarks/tables/speed_table.py || failed+=(table)
-# Where `auto` takes the Hopper kernel from now on.
-"$python" benchmarks/compiled/crossovers.py || failed+=(crossovers)
+[ ! -f "$scratch/table.txt" ] || cut -c 1-240 "$scratch/table.txt" | head -c 9000
 if [ ${#failed[@]} -gt 0 ]; then
     echo "FAILED: ${failed[*]}"
     exit 1

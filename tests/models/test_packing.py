@@ -26,7 +26,8 @@ MODELS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "llama eager": (tf.LlamaConfig, {"attn_implementation": "eager"}, "masks"),
     "llama flex": (tf.LlamaConfig, {"attn_implementation": "flex_attention"}, "flex"),
     "qwen2": (tf.Qwen2Config, {}, "blocks"),
-    "gemma2": (tf.Gemma2Config, WINDOW, "masks"),  # sliding window and soft-cap: its attention is eager
+    # Sliding window and soft-cap, which eager attention alone has: some releases of transformers take sdpa by default.
+    "gemma2": (tf.Gemma2Config, {**WINDOW, "attn_implementation": "eager"}, "masks"),
     "gemma3": (tf.Gemma3TextConfig, WINDOW, "blocks"),  # sliding window under sdpa: blocks where it does not reach
     "mistral": (tf.MistralConfig, {"sliding_window": 5}, "blocks"),
     "gpt2": (tf.GPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 4}, "blocks"),

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import triton
 
+from ...log import log
 from ...version import __version__
 from .tiles import CANDIDATES, Tile, fit, interpreted, on_device
 from .token_loss import scratch_run
@@ -108,6 +109,8 @@ def choose(candidates: list[Tile], seconds: Callable[[Tile], float]) -> Tile:
             continue
     if not times:
         return candidates[0]
+    shown = ", ".join(f"{'/'.join(map(str, tile))} {t:.4g}" for tile, t in times.items())
+    log.info("tiles by block/warps/stages/programs, ms: %s", shown)
     first = next(iter(times))
     best = min(times, key=times.__getitem__)
     return best if times[best] < (1 - MARGIN) * times[first] else first

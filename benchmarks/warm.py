@@ -1,0 +1,170 @@
+"""Compiles what the benchmarks launch, in one process per core, and measures tiles: `python benchmarks/warm.py`.
+
+Triton takes seconds for a variant and torch.compile half a minute for a function, one after the other minutes in which
+a GPU waits. Here every candidate of every case runs once, on few rows where that makes the same kernels. What fails is
+named; it fails again, with its reason, in the benchmark. Exit code 1 if a kernel of ours differs from the reference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import logging
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any
+
+VOCABULARIES = (128256, 256000, 32000)
+MODULES = ("bench_token_loss", "bench_logprobs", "bench_linear_token_loss", "bench_linear_logprobs")
+FEW = {"tokens": 64, "width": 64}
+# Compiled for the shape itself.
+COMPILED = {("bench_token_loss", "compile"), ("bench_logprobs", "compile"), ("bench_linear_token_loss", "liger")}
+Job = tuple[str, int, str]  # module, case, candidate; or "tile", vocabulary, number
+
+
+def jobs() -> list[Job]:
+    """Those that take longest first."""
+    found, seen = [], set()
+    for module in map(importlib.import_module, MODULES):
+        for i, case in enumerate(module.cases()):
+            for name in module.NAMES:
+                whole = (module.__name__, name) in COMPILED
+                shape = {} if whole else {k: v for k, v in FEW.items() if hasattr(case, k)}
+                key = module.__name__, dataclasses.replace(case, **shape), name
+                if key not in seen and name not in ("copy", "matmuls", "reference"):
+                    seen.add(key)
+                    found.append((not whole, (module.__name__, i, name)))
+    return [job for _, job in sorted(found, key=lambda x: x[0])]
+
+
+def few(module: Any, index: int, name: str) -> Any:
+    case = module.cases()[index]
+    if (module.__name__, name) in COMPILED:
+        return case
+    return dataclasses.replace(case, **{k: v for k, v in FEW.items() if hasattr(case, k)})
+
+
+def problem_of(module: Any, case: Any) -> Any:
+    return module.problem(*(getattr(case, n) for n in ("tokens", "vocab", "width") if hasattr(case, n)))
+
+
+def run(job: Job) -> str | None:
+    """What kept a job from running; None where it ran, or cannot run here by its own words."""
+    import torch
+    from harness import DEVICE, DTYPE, Unavailable
+
+    kind, index, name = job
+    try:
+        if kind == "tile":
+            from mdpgrpo_fast.kernels.triton.tiles import CANDIDATES, fit
+            from mdpgrpo_fast.kernels.triton.token_loss import scratch_run
+
+            scratch_run(index, DTYPE, DEVICE, 1)(fit(CANDIDATES[int(name)], index))
+        else:
+            module = importlib.import_module(kind)
+            case = few(module, index, name)
+            p = problem_of(module, case)
+            candidate = module.builders(p, case)[name]()
+            if candidate.setup is not None:
+                candidate.setup()
+            candidate.run()
+        torch.cuda.synchronize()
+        return None
+    except Unavailable:
+        return None
+    except Exception as e:
+        where = traceback.extract_tb(e.__traceback__)[-1]
+        text = (str(e).strip().splitlines() or [""])[0]
+        return f"{' '.join(map(str, job))}: {type(e).__name__}: {text[:200]} ({where.filename}:{where.lineno})"
+
+
+def all_of(pool: ProcessPoolExecutor, todo: list[Job], stop: float) -> None:
+    start, failed = time.monotonic(), []
+    futures = {pool.submit(run, job): job for job in todo}
+    done = 0
+    try:
+        for future in as_completed(futures, timeout=max(1.0, stop - start)):
+            done += 1
+            try:
+                if problem := future.result():
+                    failed.append(problem)
+            except Exception as e:  # a process died
+                failed.append(f"{futures[future]}: {type(e).__name__}: {e}")
+    except TimeoutError:
+        for future in futures:
+            future.cancel()
+    print(f"{done} of {len(todo)} jobs in {time.monotonic() - start:.0f} s, {len(failed)} failed", flush=True)
+    for problem in sorted(set(failed)):
+        print(f"  {problem}", flush=True)
+
+
+def tune() -> None:
+    """The tile of each vocabulary, and what every candidate took."""
+    from harness import DEVICE, DTYPE
+
+    from mdpgrpo_fast.kernels.triton.tuning import tile_for
+
+    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
+    for vocab in VOCABULARIES:
+        print(f"V {vocab}: {tile_for(vocab, DTYPE, DEVICE)}", flush=True)
+
+
+def smoke() -> bool:
+    """One small loss of each backend beside the reference."""
+    import torch
+    from harness import DEVICE, own_backends
+
+    import mdpgrpo_fast
+    from mdpgrpo_fast.config import MDPGRPOConfig
+    from mdpgrpo_fast.ops import backends
+
+    config, good = MDPGRPOConfig(num_generations=4, multi_temperature=False), True
+    torch.manual_seed(0)
+    x, tokens = torch.randn(4, 9, 32000, device=DEVICE) * 3, torch.randint(0, 32000, (4, 9), device=DEVICE)
+    given = {"rewards": torch.rand(1, 4, device=DEVICE), "num_constraints": torch.ones(1, device=DEVICE)}
+    given["ref_logprobs"] = torch.full((4, 9), -10.0, device=DEVICE)
+
+    def loss(backend: str) -> tuple[Any, Any]:
+        leaf = x.bfloat16().requires_grad_()
+        out = mdpgrpo_fast.token_loss(leaf, tokens, None, config, backend=backend, **given)
+        return out.loss, torch.autograd.grad(out.loss, leaf)[0]
+
+    wanted = loss("torch")
+    for name in own_backends():
+        if reason := backends.refuses(name, DEVICE, torch.bfloat16):
+            print(f"smoke {name}: not here: {reason}")
+            continue
+        found = loss(name)
+        gaps = [abs((a - b).norm() / b.norm()).item() for a, b in zip(found, wanted, strict=True)]
+        good &= all(gap <= 1e-2 for gap in gaps)
+        print(f"smoke {name}: loss {gaps[0]:.1e}, gradient {gaps[1]:.1e} from the reference", flush=True)
+    return good
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 2))
+    parser.add_argument("--seconds", type=float, default=90, help="after that what is left is not waited for")
+    args = parser.parse_args()
+    stop = time.monotonic() + args.seconds
+    from mdpgrpo_fast.kernels.triton.tiles import CANDIDATES
+
+    os.environ.update(OMP_NUM_THREADS="1", TORCHINDUCTOR_COMPILE_THREADS="1")
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+        # The benchmarks' own kernels follow from the tiles that win, so those come first.
+        all_of(pool, [("tile", v, str(i)) for v in VOCABULARIES for i in range(len(CANDIDATES))], stop)
+        tune()
+        good = smoke()
+        all_of(pool, jobs(), stop)
+        for process in list(getattr(pool, "_processes", {}).values()):
+            process.kill()
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
