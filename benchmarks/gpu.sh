@@ -31,7 +31,8 @@ step() {
         failed+=("$name")
         return
     fi
-    timeout -k 3 "$seconds" "$@" >"$scratch/$name.log" 2>&1
+    # An interrupt, so that pytest still says what failed until then.
+    timeout -s INT -k 6 "$seconds" "$@" >"$scratch/$name.log" 2>&1
     status=$?
     echo "== $name: exit code $status, $((SECONDS - begin)) s"
     tail -n "${SHOW:-8}" "$scratch/$name.log" | cut -c 1-220
@@ -61,7 +62,7 @@ bench() {
     SHOW=1 step roofline 30 "$python" benchmarks/roofline.py
     # Shares of what is left, the most important first. Each stops itself and says what it left out; the limit of a
     # step is for a hang.
-    local share=$(($(left) - 75)) part op budget
+    local share=$(($(left) - 80)) part op budget
     for part in token_loss:33 linear_token_loss:37 linear_logprobs:10 logprobs:12 advantages:8; do
         op=${part%:*} budget=$((share * ${part#*:} / 100))
         BENCH_SECONDS=$budget SHOW=3 step "$op" $((budget + 30)) "$python" -m pytest "benchmarks/bench_$op.py" \
@@ -84,14 +85,14 @@ tests() {
     # while others compute.
     local workers=()
     "$python" -c 'import xdist' 2>/dev/null && workers=(-n "$(($(nproc) - 2))")
-    SHOW=60 step tests $(($(left) - 60)) env MDPGRPO_AUTOTUNE=0 OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 \
+    SHOW=60 step tests $(($(left) - 30)) env MDPGRPO_AUTOTUNE=0 OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 \
         "$python" -m pytest "${workers[@]}" tests/test_gpu.py tests/ops tests/kernels/test_cuda.py \
         tests/models/test_packing.py tests/rollout/test_sampling.py tests/rollout/test_generate.py \
         --ignore tests/ops/linear/test_sharded.py -m 'not code' -q -p no:cacheprovider --timeout 90 -o faulthandler_timeout=60 \
-        --tb short --durations 8
+        --tb short -rfE --durations 8
     if command -v compute-sanitizer >/dev/null; then
         for tool in memcheck racecheck; do
-            step "$tool" 40 env MDPGRPO_AUTOTUNE=0 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+            step "$tool" 30 env MDPGRPO_AUTOTUNE=0 compute-sanitizer --tool "$tool" --error-exitcode 9 \
                 --kernel-name kernel_substring=token_loss_kernel "$python" benchmarks/compiled/hopper_smoke.py
         done
     fi
