@@ -247,7 +247,7 @@ def trl(p: Problem, case: Case) -> Candidate:
         logprobs, _ = logprobs_of(x, p.tokens)
         old = p.old_logprobs if case.off_policy else logprobs.detach()
         ratio = reference.importance_ratio(logprobs, old, mask, layout, case.config.importance_level)
-        objective, _, _ = reference.clipped_objective(ratio, layout.spread(advantage), EPSILON, EPSILON, None)
+        objective, _, _ = reference.clipped_objective(ratio, layout.broadcast(advantage), EPSILON, EPSILON, None)
         kl, _ = reference.kl_penalty(logprobs, p.ref_logprobs, "k3")
         loss = reference.aggregate(beta * kl - objective, mask, layout, "grpo", p.count)
         return loss, torch.autograd.grad(loss, x)[0]

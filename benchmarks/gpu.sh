@@ -15,7 +15,7 @@ scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 # The benchmarks tune once, also when both commands run on one machine.
 export MDPGRPO_CACHE_DIR=${MDPGRPO_CACHE_DIR:-/tmp/mdpgrpo_tiles} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
-export TOKENIZERS_PARALLELISM=false PYTHONPATH=$PWD:$PWD/benchmarks
+export TOKENIZERS_PARALLELISM=false PYTHONPATH=$PWD:$PWD/benchmarks:$PWD/tests
 unset TRITON_INTERPRET
 failed=()
 
@@ -88,8 +88,8 @@ tests() {
     SHOW=60 step tests $(($(left) - 30)) env MDPGRPO_AUTOTUNE=0 OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 \
         "$python" -m pytest "${workers[@]}" tests/test_gpu.py tests/ops tests/kernels/test_cuda.py \
         tests/models/test_packing.py tests/rollout/test_sampling.py tests/rollout/test_generate.py \
-        --ignore tests/ops/linear/test_sharded.py -m 'not code' -q -p no:cacheprovider --timeout 90 -o faulthandler_timeout=60 \
-        --tb short -rfE --durations 8
+        --ignore tests/ops/linear/test_sharded.py -m 'not code' -q -p no:cacheprovider -p helpers.instant --timeout 60 \
+        --tb short -rfE --durations 12
     if command -v compute-sanitizer >/dev/null; then
         for tool in memcheck racecheck; do
             step "$tool" 30 env MDPGRPO_AUTOTUNE=0 compute-sanitizer --tool "$tool" --error-exitcode 9 \

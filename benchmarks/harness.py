@@ -2,7 +2,7 @@
 
 Times on a GPU are of the device alone: events around a call whose launches are queued behind a spin, with the L2 cache
 emptied by a read before. `wall_ms` is pytest-benchmark's own, between two synchronisations, the host's share included.
-Candidates of one case are timed in turn (A, B, A, B ...), and ratios are those of medians.
+Candidates of one case are timed in turn, in another order each round, and ratios are those of medians.
 
 Results go to benchmarks/results/<device>/<op>.json. For a trial: BENCH_SHAPES=64x500 (tokens x vocabulary) with
 BENCH_RESULTS=<folder>. BENCH_COMMIT names the commit where there is no repository; BENCH_SECONDS ends a benchmark.
@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import platform
+import random
 import re
 import statistics
 import subprocess
@@ -216,14 +217,17 @@ def alternate(candidates: dict[str, Candidate], seconds: float) -> dict[str, lis
     for _ in range(2 if CUDA else 1):
         for candidate in candidates.values():
             milliseconds(candidate)
+    names, order = list(candidates), random.Random(0)
     stop = time.perf_counter() + seconds
     for i in range(MAX_ROUNDS):
         late = time.perf_counter() - stop
         # Of calls that take long, three rounds are enough.
         if late > 0 and i >= (3 if late > 2 else MIN_ROUNDS):
             break
-        for name, candidate in candidates.items():
-            times[name].append(milliseconds(candidate))
+        # Another order each time: what ran before decides how warm the device is.
+        order.shuffle(names)
+        for name in names:
+            times[name].append(milliseconds(candidates[name]))
     return times
 
 
@@ -327,6 +331,9 @@ class Results:
         if backends.interpreting():
             raise RuntimeError("TRITON_INTERPRET is set: times of the interpreter mean nothing")
         self.path = results_folder() / f"{op}.json"
+        # What was imported until here stays: without it `release` takes microseconds.
+        gc.collect()
+        gc.freeze()
         limit = os.environ.get("BENCH_SECONDS")
         self.started, self.seconds = time.monotonic(), float(limit) if limit else seconds if CUDA else None
         self.document: dict[str, Any] = {

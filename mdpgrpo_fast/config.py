@@ -251,7 +251,11 @@ class TrainConfig:
         "auto",
         "loss straight from hidden states (fused), or from logits; auto takes logits where the head is not linear",
     )
-    workspace_mb: int = knob(256, "lm_head fused: MiB that the logits of a chunk of tokens may take")
+    workspace_mb: int | None = knob(
+        None,
+        "lm_head fused: MiB that the logits of a chunk of tokens may take; unset: 256 on the CPU, on a GPU 1024, or a "
+        "64th of its memory where that is less",
+    )
     fp32_logits: bool = knob(False, "lm_head fused: keep a chunk's logits in float32 under bf16 and fp16")
     skip_idle: bool = knob(
         False,
@@ -309,18 +313,14 @@ class TrainConfig:
             "max_completion_length",
             "reward_workers",
             "num_constraints",
-            "workspace_mb",
             "lora_r",
         ):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         if self.packing == "off" and self.tokens_per_micro_batch is not None:
             raise ConfigError("tokens_per_micro_batch needs packing; without it, micro_batch_size counts completions")
-        require(
-            self.tokens_per_micro_batch is None or self.tokens_per_micro_batch >= 1,
-            "tokens_per_micro_batch",
-            self.tokens_per_micro_batch,
-            "at least 1",
-        )
+        for name in ("tokens_per_micro_batch", "workspace_mb"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "at least 1")
         for name in (
             "eval_samples",
             "eval_every",

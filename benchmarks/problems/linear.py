@@ -53,7 +53,7 @@ def shapes(most: int) -> tuple[tuple[int, int, int], ...]:
 
 @dataclass
 class LinearProblem:
-    """B completions of L tokens, all of which count; off-policy by a tenth of a nat."""
+    """B completions of L tokens, all of which count; off-policy by a tenth of a nat, every eighth token clipped."""
 
     hidden: Tensor  # (B, L, D)
     weight: Tensor  # (V, D)
@@ -109,8 +109,11 @@ def _build(n_tokens: int, vocab: int, width: int) -> LinearProblem:
     logprobs = torch.cat([_logits(h, weight).log_softmax(-1).gather(1, t[:, None])[:, 0]
                           for h, t in _blocks(hidden, tokens)]).view(b, length)  # fmt: skip
     release()
+    # No ratio near a clip bound: a rounded logit would take it to the other side, and its whole row with it.
+    old = logprobs + (0.1 * normal(b, length)).clamp(-0.12, 0.12)
+    old[:, ::8] = logprobs[:, ::8] + 0.5
     return LinearProblem(
-        hidden, weight, tokens, normal(b), logprobs + 0.1 * normal(b, length), logprobs + 0.1 * normal(b, length),
+        hidden, weight, tokens, normal(b), old, logprobs + 0.1 * normal(b, length),
         normal(b, length), torch.tensor([0.7, 0.9, 1.0, 1.2], device=DEVICE).repeat(b // 4),
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..config import ConfigError, MDPGRPOConfig, TrainConfig
 from ..log import say_once
-from ..ops.linear.losses import WORKSPACE_BYTES, linear_token_logprobs, linear_token_loss
+from ..ops.linear.losses import linear_token_logprobs, linear_token_loss
 from ..ops.logprobs import token_logprobs
 from ..ops.token_loss import token_loss
 from ..reference import TokenLoss
@@ -69,7 +69,7 @@ class Policy(nn.Module):
     """
 
     def __init__(
-        self, model: Any, lm_head: str = "auto", workspace_bytes: int = WORKSPACE_BYTES, fp32_logits: bool = False,
+        self, model: Any, lm_head: str = "auto", workspace_bytes: int | None = None, fp32_logits: bool = False,
         skip_idle: bool = TrainConfig.skip_idle, packing: str = "off", device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip

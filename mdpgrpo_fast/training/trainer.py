@@ -93,7 +93,14 @@ class Trainer:
             enable_checkpointing(model)
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(run.mixed_precision)
         return Policy(
-            model, run.lm_head, run.workspace_mb << 20, run.fp32_logits, run.skip_idle, run.packing, device, dtype
+            model,
+            run.lm_head,
+            run.workspace_mb and run.workspace_mb << 20,
+            run.fp32_logits,
+            run.skip_idle,
+            run.packing,
+            device,
+            dtype,
         ).eval()
 
     def _micro_batch_budget(self, policy: Policy) -> int:

@@ -41,6 +41,14 @@ class Needs(NamedTuple):
     bias: bool
 
 
+@torch.compiler.assume_constant_result
+def default_workspace(device: torch.device) -> int:
+    """Bytes. On a GPU few, large chunks: with each the float32 sum of d weight is read and written once."""
+    if device.type != "cuda":
+        return 256 << 20
+    return min(1 << 30, torch.cuda.get_device_properties(device).total_memory // 64)
+
+
 def bytes_per_row(vocab: int, dtype: torch.dtype, fp32_logits: bool) -> int:
     """Of the workspace: logits, and apart from them their gradient where it has another dtype."""
     return vocab * (dtype.itemsize + 4 if fp32_logits and dtype.itemsize == 2 else dtype.itemsize)
