@@ -102,6 +102,7 @@ tests() {
 if [ -n "${OUT:-}" ]; then
     mkdir -p "$scratch/home/logs"
     cp "$scratch"/*.log "$scratch/home/logs/"
+    sed -i "s#$PWD/##g" "$scratch"/home/logs/*.log
     cp -r "$folder" mdpgrpo_fast/kernels/crossovers.json "$MDPGRPO_CACHE_DIR/tiles.json" "$scratch/home/" 2>/dev/null
     tar -czf "$OUT/results-$what.tgz" -C "$scratch/home" . || failed+=(archive)
 fi
