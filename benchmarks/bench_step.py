@@ -2,7 +2,7 @@
 
 `python benchmarks/bench_step.py --output FILE` takes a model of a GPU's size where there is one. Both trainers live in
 one process and take steps in turn, TRL inside its own `train()`: one each that does not count, then medians of --steps.
-Peak memory is measured before that, in a process of its own for each. Every step is verified: all completions have
+Peak memory is measured after that, in a process of its own for each. Every step is verified: all completions have
 their full length, rewards differ within groups, loss and gradient are finite. At the end the weights have moved.
 
 TRL runs without gradient checkpointing, which is faster, and in one case with it, as is its default; all else that
@@ -264,13 +264,13 @@ def middle(steps: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def compare(name: str, timed: dict[str, Any], memory: dict[str, float]) -> dict[str, Any]:
-    """The case's row of the result file."""
-    steps = {who: {**middle(timed[who]), "peak_mb": short(memory[who])} for who in ("ours", "trl")}
+    """The case's row of the result file; memory: none where it has not been measured yet."""
+    steps = {who: {**middle(timed[who]), **({"peak_mb": short(memory[who])} if memory else {})} for who in timed}
     return {
         "case": name,
         **asdict(CASES[name]),
         "ratio": short(steps["trl"]["seconds"] / steps["ours"]["seconds"]),
-        "memory_ratio": short(memory["trl"] / memory["ours"]),
+        **({"memory_ratio": short(memory["trl"] / memory["ours"])} if memory else {}),
         "steps": steps,
     }
 
@@ -283,7 +283,8 @@ def table(row: dict[str, Any]) -> str:
         step = row["steps"][who]
         column = [f"{who:<12}{'s':>8}{'share':>8}"]
         column += [f"{n:<12}{s['seconds']:>8.2f}{s['share']:>8.0%}" for n, s in step["stages"].items()]
-        column += [f"{'step':<12}{step['seconds']:>8.2f}", f"{'peak MB':<12}{step['peak_mb']:>8.0f}"]
+        column += [f"{'step':<12}{step['seconds']:>8.2f}"]
+        column += [f"{'peak MB':<12}{step['peak_mb']:>8.0f}"] if "peak_mb" in step else []
         columns.append(column)
     lines += [f"  {a:<32}{b}".rstrip() for a, b in itertools.zip_longest(*columns, fillvalue="")]
     return "\n".join(lines)
@@ -319,9 +320,12 @@ def main(argv: list[str] | None = None) -> int:
             "results": [],
         }
         for case in args.cases:
-            memory = {w: run_alone(f"memory_{w}", name, case, folder, 2)["peak_mb"] for w in ("ours", "trl")}
             timed = run_alone("time", name, case, folder, args.steps)
-            document["results"].append(compare(case, timed, memory))
+            document["results"].append(compare(case, timed, {}))
+            write_json(args.output, document)
+            print(table(document["results"][-1]), flush=True)
+            memory = {w: run_alone(f"memory_{w}", name, case, folder, 2)["peak_mb"] for w in ("ours", "trl")}
+            document["results"][-1] = compare(case, timed, memory)
             write_json(args.output, document)
             print(table(document["results"][-1]), flush=True)
     return 0
