@@ -46,11 +46,21 @@ struct Exchange {
   float target;  // y of the row's token, -inf where another block holds it
 };
 
+// What the objective needs of a row but its logits.
+struct RowInputs {
+#define X(name, ...) float name;
+  MDPGRPO_KNOBS(X)
+  MDPGRPO_PER_ROW(X)
+#undef X
+  float denominator, length, ratio, slope;
+};
+
 struct alignas(16) BlockMemory {
   uint64_t arrived[CHUNKS];
   Sums warps[32];
   float target;
-  float weights[2];               // a, a_kl
+  float weights[2];  // a, a_kl
+  RowInputs inputs;
   Exchange from[2][MAX_CLUSTER];  // by parity of the row, so that no one overwrites what another still reads
 };
 
@@ -296,6 +306,33 @@ struct RowScalars {
   }
 };
 
+MDPGRPO_DEVICE RowInputs inputs_of(const RowArguments& p, int64_t c, int64_t row) {
+  RowInputs in;
+#define X(name, place) in.name = p.rows.name.at(c, row);
+  MDPGRPO_KNOBS(X)
+#undef X
+#define X(name) in.name = p.rows.name == nullptr ? 0.0f : p.rows.name[row];
+  MDPGRPO_PER_ROW(X)
+#undef X
+  in.denominator = *p.denominator;
+  in.length = p.settings.aggregation == 0 ? p.lengths[c] : 1.0f;
+  in.ratio = p.settings.sequence ? p.ratio[c] : 1.0f;
+  in.slope = p.settings.sequence ? p.slope[c] : 0.0f;
+  return in;
+}
+
+// That row as the only one of its kind.
+MDPGRPO_DEVICE Rows<float> alone(Rows<float> rows, const RowInputs& in) {
+#define X(name, place) rows.name = {nullptr, false, in.name};
+  MDPGRPO_KNOBS(X)
+#undef X
+#define X(name) \
+  if (rows.name != nullptr) rows.name = &in.name;
+  MDPGRPO_PER_ROW(X)
+#undef X
+  return rows;
+}
+
 struct RowStatistics {
   float peak, log_total, entropy, log_total_kl, target;  // peak and target as y
 };
@@ -303,15 +340,15 @@ struct RowStatistics {
 // Everything that is said of a row, by one thread; a and a_kl of its gradient come back.
 template <bool TWO, bool CAP>
 MDPGRPO_DEVICE void conclude(const RowArguments& p, int64_t row, const RowScalars& r, const RowStatistics& s,
-                             bool record, float* weights) {
-  const int64_t c = r.completion, n = p.rows.n_rows;
+                             const RowInputs& in, bool record, float* weights) {
+  const int64_t n = p.rows.n_rows;
   const Settings<float>& settings = p.settings;
   const float z = (s.target - s.peak) * Opening<CAP>(settings.softcap).scale;
   const float logprob = z / r.tau - s.log_total;
   const float kl_logprob = TWO ? z / settings.kl_temperature - s.log_total_kl : logprob;
-  const Token<float> t = token_objective(p.rows, settings, c, row, r.tau, logprob, kl_logprob,
-                                         settings.sequence ? p.ratio[c] : 1.0f, settings.sequence ? p.slope[c] : 0.0f);
-  const float share = token_share(*p.denominator, settings.aggregation == 0 ? p.lengths[c] : 1.0f);
+  const Token<float> t =
+      token_objective(alone(p.rows, in), settings, 0, 0, r.tau, logprob, kl_logprob, in.ratio, in.slope);
+  const float share = token_share(in.denominator, in.length);
   weights[0] = share * (TWO ? t.c : t.c + t.c_kl) / r.tau;
   weights[1] = TWO ? share * t.c_kl / settings.kl_temperature : 0.0f;
   if (!record) return;
@@ -499,6 +536,8 @@ MDPGRPO_DEVICE void token_loss_rows(const RowArguments& p, unsigned char* memory
     const bool given = p.statistics != nullptr, needed = !given || p.gradient != nullptr;
     if (needed && hw::thread() == 0) request(slice, memory, block);
     const RowScalars r(p, row);
+    // Long before they are needed: while the logits are under way.
+    if (hw::thread() == 0) block.inputs = inputs_of(p, r.completion, row);
     RowStatistics s;
     if (given) {
       s = {p.statistics[row], p.statistics[n + row], p.statistics[2 * n + row], p.statistics[3 * n + row],
@@ -510,7 +549,7 @@ MDPGRPO_DEVICE void token_loss_rows(const RowArguments& p, unsigned char* memory
     } else {
       s = read<E, TWO, CAP>(p, slice, memory, block, r, phase);
     }
-    if (hw::thread() == 0) conclude<TWO, CAP>(p, row, r, s, first, block.weights);
+    if (hw::thread() == 0) conclude<TWO, CAP>(p, row, r, s, block.inputs, first, block.weights);
     hw::sync_block();
     if (p.gradient != nullptr) {
       const float a = block.weights[0], a_kl = block.weights[1];
