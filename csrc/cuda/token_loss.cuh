@@ -36,21 +36,31 @@ struct RowArguments {
   bool* marks;
 };
 
-// What a row, or a part of it, adds up to: Σ exp2(k d), Σ d exp2(k d), Σ exp2(k_kl d), d = z - top.
+// What a row, or a part of it, adds up to: Σ exp2(t), Σ t exp2(t), Σ exp2(t_kl), where t = k (y - top) for logits y.
 struct Sums {
   float top, total, moment, total_kl;
 };
 
 struct Exchange {
   Sums sums;
-  float target;  // z of the row's token, -inf where another block holds it
+  float target;  // y of the row's token, -inf where another block holds it
+};
+
+// What the objective needs of a row but its logits.
+struct RowInputs {
+#define X(name, ...) float name;
+  MDPGRPO_KNOBS(X)
+  MDPGRPO_PER_ROW(X)
+#undef X
+  float denominator, length, ratio, slope;
 };
 
 struct alignas(16) BlockMemory {
   uint64_t arrived[CHUNKS];
   Sums warps[32];
   float target;
-  float weights[2];               // a, a_kl
+  float weights[2];  // a, a_kl
+  RowInputs inputs;
   Exchange from[2][MAX_CLUSTER];  // by parity of the row, so that no one overwrites what another still reads
 };
 
@@ -63,72 +73,176 @@ MDPGRPO_DEVICE float as_float(uint32_t bits) {
   } x = {bits};
   return x.f;
 }
+MDPGRPO_DEVICE uint32_t as_bits(float value) {
+  union {
+    float f;
+    uint32_t u;
+  } x = {value};
+  return x.u;
+}
 
+struct alignas(16) Words {
+  uint32_t x[4];
+};
+
+// What 16 bytes hold, opened and packed a word at a time.
 struct BFloat16 {
-  static constexpr int N = 8;  // in 16 bytes
+  static constexpr int N = 8;
   using Storage = uint16_t;
   static MDPGRPO_DEVICE float load(Storage x) { return as_float(static_cast<uint32_t>(x) << 16); }
-  static MDPGRPO_DEVICE Storage store(float x) { return hw::to_bfloat16(x); }
+  static MDPGRPO_DEVICE void load(const Words& w, float (&x)[N]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[2 * i] = as_float(w.x[i] << 16), x[2 * i + 1] = as_float(w.x[i] & 0xffff0000u);
+  }
+  static MDPGRPO_DEVICE float largest(const Words& w, const float (&)[N]) {
+    const uint32_t pair = hw::max_bfloat16x2(hw::max_bfloat16x2(w.x[0], w.x[1]), hw::max_bfloat16x2(w.x[2], w.x[3]));
+    return fmaxf(as_float(pair << 16), as_float(pair & 0xffff0000u));
+  }
+  static MDPGRPO_DEVICE Storage store(float x) { return static_cast<Storage>(hw::to_bfloat16x2(x, x)); }
+  static MDPGRPO_DEVICE Words pack(const float* x) {
+    return {{hw::to_bfloat16x2(x[0], x[1]), hw::to_bfloat16x2(x[2], x[3]), hw::to_bfloat16x2(x[4], x[5]),
+             hw::to_bfloat16x2(x[6], x[7])}};
+  }
 };
+
+template <int N>
+MDPGRPO_DEVICE float largest_of(const float (&x)[N]) {
+  float top = x[0];
+#pragma unroll
+  for (int i = 1; i < N; ++i) top = fmaxf(top, x[i]);
+  return top;
+}
+
 struct Float16 {
   static constexpr int N = 8;
   using Storage = uint16_t;
   static MDPGRPO_DEVICE float load(Storage x) { return hw::from_half(x); }
+  static MDPGRPO_DEVICE void load(const Words& w, float (&x)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = load(static_cast<Storage>(w.x[i / 2] >> 16 * (i % 2)));
+  }
+  static MDPGRPO_DEVICE float largest(const Words&, const float (&x)[N]) { return largest_of(x); }
 };
 struct Float32 {
   static constexpr int N = 4;
   using Storage = float;
   static MDPGRPO_DEVICE float load(Storage x) { return x; }
+  static MDPGRPO_DEVICE void load(const Words& w, float (&x)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = as_float(w.x[i]);
+  }
+  static MDPGRPO_DEVICE float largest(const Words&, const float (&x)[N]) { return largest_of(x); }
   static MDPGRPO_DEVICE Storage store(float x) { return x; }
+  static MDPGRPO_DEVICE Words pack(const float* x) {
+    return {{as_bits(x[0]), as_bits(x[1]), as_bits(x[2]), as_bits(x[3])}};
+  }
 };
 
-template <class E>
-struct alignas(16) Vector {
-  typename E::Storage x[E::N];
+// ---- exponents ------------------------------------------------------------------------------------------------------
+
+constexpr float NOTHING = -HUGE_VALF;
+constexpr float LN2_F = 0.69314718055994530942f;
+constexpr float LOWEST = -3.0e38f;  // for exponents: finite, so that 0 times it is 0
+
+// Logits x enter exponents as y: z = scale y, but for a constant of the row. y = x without a soft-cap; with it
+// z = cap tanh(x / cap) = cap - 2 cap r, r = 1 / (1 + e), e = exp(2x / cap), and y = -r.
+template <bool CAP>
+struct Opening {
+  static constexpr float LEAST = CAP ? -1.0f : NOTHING;  // y of x = -inf
+  static constexpr float STEEPNESS = CAP ? 4.0f : 1.0f;
+  float scale, doubled;
+
+  explicit MDPGRPO_DEVICE Opening(float cap) : scale(CAP ? 2.0f * cap : 1.0f), doubled(2.0f * LOG2E_F / cap) {}
+  // slope: e r², without cancellation; dz/dx is STEEPNESS times it.
+  MDPGRPO_DEVICE float y(float x, float& slope) const {
+    if (!CAP) return slope = 1.0f, x;
+    const float e = hw::exp2(x * doubled), r = hw::reciprocal(1.0f + e);
+    slope = r * hw::saturate(e * r);  // 0 also where e is infinite
+    return -r;
+  }
+  MDPGRPO_DEVICE float y(float x) const {
+    float slope;
+    return y(x, slope);
+  }
+  MDPGRPO_DEVICE float y_of_z(float z) const { return CAP ? z / scale - 0.5f : z; }
 };
 
-// z = cap tanh(x / cap) and dz/dx = 1 - tanh², the latter without cancellation.
-MDPGRPO_DEVICE float capped(float x, float cap, float& slope) {
-  const float e = hw::exp2(fabsf(x) * (-2.0f * LOG2E_F / cap)), r = 1.0f / (1.0f + e);
-  const float z = cap * (1.0f - e) * r;
-  slope = 4.0f * e * r * r;
-  return x < 0.0f ? -z : z;
-}
+// One multiply-add gives the exponent of y, relative to the one of `base`: y factor - offset, `rest` at base itself.
+struct Line {
+  float factor, offset, rest;
+
+  MDPGRPO_DEVICE Line(float base, float k) : factor(k), offset(base * k) {
+    // Here an offset is rounded by so much that whatever differs from base has probability 0: any factor that is a
+    // power of two tells them apart, and rounds nothing.
+    if (fabsf(offset) > 0x1p30f && fabsf(base) < HUGE_VALF) {
+      factor = as_float((294u << 23) - (as_bits(fmaxf(fabsf(base), 0x1p-80f)) & 0x7f800000u));
+      offset = base * factor;
+    }
+    rest = fmaf(base, factor, -offset);
+  }
+  MDPGRPO_DEVICE float at(float y) const { return fmaf(y, factor, -offset); }
+};
 
 // ---- sums -----------------------------------------------------------------------------------------------------------
 
-constexpr float NOTHING = -HUGE_VALF;
+// How far the exponent of a reference lies under that of another; 0 where nothing was met yet.
+MDPGRPO_DEVICE float gap_of(float top, float base, float k) {
+  return top == NOTHING ? 0.0f : hw::max_nan((top - base) * k, LOWEST);
+}
 
-// How far a maximum lies under another, finite: 0 where nothing was met yet.
-MDPGRPO_DEVICE float gap_of(float top, float base) { return top == NOTHING ? 0.0f : fmaxf(top - base, -3.0e38f); }
-
-MDPGRPO_DEVICE Sums shifted(const Sums& s, float top, float k, float k_kl, bool two_temperatures) {
-  const float gap = gap_of(s.top, top == NOTHING ? 0.0f : top), shrink = hw::exp2(gap * k);
+// Relative to another reference, whose exponents are lower by -gap.
+MDPGRPO_DEVICE Sums shifted(const Sums& s, float top, float gap, float gap_kl, bool two_temperatures) {
+  const float shrink = hw::exp2(gap);
   return {top, s.total * shrink, s.moment * shrink + gap * shrink * s.total,
-          two_temperatures ? s.total_kl * hw::exp2(gap * k_kl) : 0.0f};
+          two_temperatures ? s.total_kl * hw::exp2(gap_kl) : 0.0f};
 }
 
 MDPGRPO_DEVICE Sums merged(const Sums& a, const Sums& b, float k, float k_kl, bool two_temperatures) {
   const float top = fmaxf(a.top, b.top);
-  const Sums x = shifted(a, top, k, k_kl, two_temperatures), y = shifted(b, top, k, k_kl, two_temperatures);
+  const Sums x = shifted(a, top, gap_of(a.top, top, k), gap_of(a.top, top, k_kl), two_temperatures);
+  const Sums y = shifted(b, top, gap_of(b.top, top, k), gap_of(b.top, top, k_kl), two_temperatures);
   return {top, x.total + y.total, x.moment + y.moment, x.total_kl + y.total_kl};
 }
 
-template <int N, bool TWO>
-MDPGRPO_DEVICE void add(Sums& s, const float (&z)[N], float k, float k_kl) {
-  float top = s.top;
-#pragma unroll
-  for (int i = 0; i < N; ++i) top = fmaxf(top, z[i]);
-  s = shifted(s, top, k, k_kl, TWO);
-  const float base = top == NOTHING ? 0.0f : top;
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    const float d = z[i] - base, e = hw::exp2(d * k);
-    s.total += e;
-    s.moment += e > 0.0f ? d * e : 0.0f;  // 0 also for d = -inf
-    if (TWO) s.total_kl += hw::exp2(d * k_kl);
+// The sums of one thread. Their reference moves only when a logit is more than ROOM powers of two above it: seldom.
+template <bool TWO, bool CAP>
+struct Running {
+  static constexpr float ROOM = 8.0f;
+  float k, k_kl;
+  Line line, line_kl;
+  float room, limit = NOTHING;  // the largest x that the reference serves
+  float largest = NOTHING;      // x
+  Sums sums = {Opening<CAP>::LEAST, 0.0f, 0.0f, 0.0f};
+
+  MDPGRPO_DEVICE Running(float k, float k_kl, float scale)
+      : k(k), k_kl(k_kl), line(CAP ? Opening<CAP>::LEAST : 0.0f, k), line_kl(CAP ? Opening<CAP>::LEAST : 0.0f, k_kl),
+        room(ROOM * scale / (TWO ? fmaxf(k, k_kl) : k)) {}
+
+  // Before x, with its y, is added, or what is not above it.
+  MDPGRPO_DEVICE void meet(float x, float y) {
+    largest = fmaxf(largest, x);
+    if (!(x > limit)) return;
+    const Line next(y, k), next_kl(y, k_kl);
+    sums = shifted(sums, y, gap_of(sums.top, y, k) + (next.rest - line.rest),
+                   gap_of(sums.top, y, k_kl) + (next_kl.rest - line_kl.rest), TWO);
+    line = next, line_kl = next_kl;
+    limit = fminf(x + room, -LOWEST);
   }
-}
+  MDPGRPO_DEVICE void add(float y) {
+    // -inf, which no cap leaves, must not make 0 times itself.
+    const float t = CAP ? line.at(y) : hw::max_nan(line.at(y), LOWEST), e = hw::exp2(t);
+    sums.total += e;
+    sums.moment += t * e;
+    if (TWO) sums.total_kl += hw::exp2(line_kl.at(y));
+  }
+  // Relative to y of `largest`, which then weighs 1 to the bit: a row of one token has a log-probability of 0.
+  MDPGRPO_DEVICE Sums relative_to(float y) const {
+    if (y == NOTHING) return sums;
+    const float t = line.at(y), e = hw::exp2(t);
+    return {y, sums.total / e, fmaf(-t, sums.total, sums.moment) / e,
+            TWO ? sums.total_kl / hw::exp2(line_kl.at(y)) : 0.0f};
+  }
+};
 
 // ---- one row --------------------------------------------------------------------------------------------------------
 
@@ -137,20 +251,32 @@ template <class E>
 struct Slice {
   const unsigned char* from;  // 16-byte aligned: up to 15 bytes before the row, whose columns are not the row's
   int32_t lead;               // columns of the row begin here, counted from `from` of the first block
-  int64_t first, columns;     // of this block, `lead` counted
-  int32_t vectors, chunk;     // chunk: vectors in each of the CHUNKS
+  int64_t first;              // of this block, `lead` counted
+  int32_t columns;
+  int32_t vectors, chunk;  // chunk: vectors in each of the CHUNKS
+  int32_t low, high;       // vectors whose columns are all the row's; at most one before them and one after is not
 
   MDPGRPO_DEVICE Slice(const RowArguments& p, const typename E::Storage* row, int rank) {
     const uintptr_t address = reinterpret_cast<uintptr_t>(row);
     lead = static_cast<int32_t>(address % 16 / sizeof(typename E::Storage));
     first = static_cast<int64_t>(rank) * p.slice;
     const int64_t rest = p.vocab + lead - first;
-    columns = rest < 0 ? 0 : rest < p.slice ? rest : p.slice;
+    columns = static_cast<int32_t>(rest < 0 ? 0 : rest < p.slice ? rest : p.slice);
     from = reinterpret_cast<const unsigned char*>(address - address % 16) + first * sizeof(typename E::Storage);
-    vectors = static_cast<int32_t>((columns + E::N - 1) / E::N);
+    vectors = (columns + E::N - 1) / E::N;
     chunk = (vectors + CHUNKS - 1) / CHUNKS;
+    low = rank == 0 && lead > 0 ? 1 : 0;
+    high = columns / E::N > low ? columns / E::N : low;
   }
   MDPGRPO_DEVICE int32_t begin(int c) const { return c * chunk < vectors ? c * chunk : vectors; }
+  // The vector at an edge of the row that this thread works on; -1: none.
+  MDPGRPO_DEVICE int32_t edge() const {
+    return hw::thread() == 0 && low > 0 ? 0 : hw::thread() == 32 && high < vectors ? high : -1;
+  }
+  // Which thread works on a vector in a sweep over all of them.
+  MDPGRPO_DEVICE bool mine(int32_t vector) const {
+    return vector >= low && vector < high ? (vector - low) % hw::THREADS == hw::thread() : vector == edge();
+  }
   // The column of element i of a vector; outside [0, V) where it is not the row's.
   MDPGRPO_DEVICE int64_t column(int32_t vector, int i) const {
     return first + static_cast<int64_t>(vector) * E::N + i - lead;
@@ -180,21 +306,49 @@ struct RowScalars {
   }
 };
 
+MDPGRPO_DEVICE RowInputs inputs_of(const RowArguments& p, int64_t c, int64_t row) {
+  RowInputs in;
+#define X(name, place) in.name = p.rows.name.at(c, row);
+  MDPGRPO_KNOBS(X)
+#undef X
+#define X(name) in.name = p.rows.name == nullptr ? 0.0f : p.rows.name[row];
+  MDPGRPO_PER_ROW(X)
+#undef X
+  in.denominator = *p.denominator;
+  in.length = p.settings.aggregation == 0 ? p.lengths[c] : 1.0f;
+  in.ratio = p.settings.sequence ? p.ratio[c] : 1.0f;
+  in.slope = p.settings.sequence ? p.slope[c] : 0.0f;
+  return in;
+}
+
+// That row as the only one of its kind.
+MDPGRPO_DEVICE Rows<float> alone(Rows<float> rows, const RowInputs& in) {
+#define X(name, place) rows.name = {nullptr, false, in.name};
+  MDPGRPO_KNOBS(X)
+#undef X
+#define X(name) \
+  if (rows.name != nullptr) rows.name = &in.name;
+  MDPGRPO_PER_ROW(X)
+#undef X
+  return rows;
+}
+
 struct RowStatistics {
-  float peak, log_total, entropy, log_total_kl, target;
+  float peak, log_total, entropy, log_total_kl, target;  // peak and target as y
 };
 
 // Everything that is said of a row, by one thread; a and a_kl of its gradient come back.
-template <bool TWO>
+template <bool TWO, bool CAP>
 MDPGRPO_DEVICE void conclude(const RowArguments& p, int64_t row, const RowScalars& r, const RowStatistics& s,
-                             bool record, float* weights) {
-  const int64_t c = r.completion, n = p.rows.n_rows;
+                             const RowInputs& in, bool record, float* weights) {
+  const int64_t n = p.rows.n_rows;
   const Settings<float>& settings = p.settings;
-  const float logprob = (s.target - s.peak) / r.tau - s.log_total;
-  const float kl_logprob = TWO ? (s.target - s.peak) / settings.kl_temperature - s.log_total_kl : logprob;
-  const Token<float> t = token_objective(p.rows, settings, c, row, r.tau, logprob, kl_logprob,
-                                         settings.sequence ? p.ratio[c] : 1.0f, settings.sequence ? p.slope[c] : 0.0f);
-  const float share = token_share(*p.denominator, settings.aggregation == 0 ? p.lengths[c] : 1.0f);
+  const float z = (s.target - s.peak) * Opening<CAP>(settings.softcap).scale;
+  const float logprob = z / r.tau - s.log_total;
+  const float kl_logprob = TWO ? z / settings.kl_temperature - s.log_total_kl : logprob;
+  const Token<float> t =
+      token_objective(alone(p.rows, in), settings, 0, 0, r.tau, logprob, kl_logprob, in.ratio, in.slope);
+  const float share = token_share(in.denominator, in.length);
   weights[0] = share * (TWO ? t.c : t.c + t.c_kl) / r.tau;
   weights[1] = TWO ? share * t.c_kl / settings.kl_temperature : 0.0f;
   if (!record) return;
@@ -208,64 +362,86 @@ MDPGRPO_DEVICE void conclude(const RowArguments& p, int64_t row, const RowScalar
   p.marks[2 * n + row] = t.kl_clamped;
 }
 
-// z of a vector's elements, and dz/dx; -inf in columns that are not the row's.
-template <class E, bool CAP>
-MDPGRPO_DEVICE void open(const RowArguments& p, const Slice<E>& slice, const unsigned char* memory, int32_t vector,
-                         float (&z)[E::N], float (&slope)[E::N]) {
-  const Vector<E> v = hw::load16<Vector<E>>(memory + vector * 16);
+template <class E, class Out>
+MDPGRPO_DEVICE void put_whole(typename Out::Storage* to, const float (&g)[E::N]) {
 #pragma unroll
-  for (int i = 0; i < E::N; ++i) {
-    z[i] = E::load(v.x[i]);
-    slope[i] = 1.0f;
-    if (CAP) z[i] = capped(z[i], p.settings.softcap, slope[i]);
-  }
-  if (slice.column(vector, 0) >= 0 && slice.column(vector, E::N - 1) < p.vocab) return;
-#pragma unroll
-  for (int i = 0; i < E::N; ++i)
-    if (slice.column(vector, i) < 0 || slice.column(vector, i) >= p.vocab) z[i] = NOTHING;
+  for (int i = 0; i < E::N; i += Out::N) hw::store16(to + i, Out::pack(g + i));
 }
 
-// One vector of the gradient to where it belongs; whole where all of it is the row's and lies on 16 bytes.
 template <class E, class Out>
-MDPGRPO_DEVICE void put(const RowArguments& p, const Slice<E>& slice, typename Out::Storage* out, int32_t vector,
-                        const float (&g)[E::N]) {
-  const int64_t column = slice.column(vector, 0);
-  typename Out::Storage* const to = out + column;
-  if (column >= 0 && column + E::N <= p.vocab && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+MDPGRPO_DEVICE void put_each(const RowArguments& p, const Slice<E>& slice, typename Out::Storage* out, int32_t vector,
+                             const float (&g)[E::N]) {
 #pragma unroll
-    for (int part = 0; part < E::N / Out::N; ++part) {
-      Vector<Out> v;
-#pragma unroll
-      for (int i = 0; i < Out::N; ++i) v.x[i] = Out::store(g[part * Out::N + i]);
-      hw::store16(to + part * Out::N, v);
+  for (int i = 0; i < E::N; ++i) {
+    const int64_t column = slice.column(vector, i);
+    if (column >= 0 && column < p.vocab) out[column] = Out::store(g[i]);
+  }
+}
+
+// The gradient of every vector, value(vector, g), to where it belongs: whole where it lies on 16 bytes.
+template <class E, class Out, class Value>
+MDPGRPO_DEVICE void put_all(const RowArguments& p, const Slice<E>& slice, typename Out::Storage* out, Value value) {
+  typename Out::Storage* const to = out + slice.column(0, 0);
+  float g[E::N];
+  if (reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+#pragma unroll 1
+    for (int32_t v = slice.low + hw::thread(); v < slice.high; v += hw::THREADS) {
+      value(v, g);
+      put_whole<E, Out>(to + v * E::N, g);
     }
   } else {
-#pragma unroll
-    for (int i = 0; i < E::N; ++i)
-      if (column + i >= 0 && column + i < p.vocab) to[i] = Out::store(g[i]);
+#pragma unroll 1
+    for (int32_t v = slice.low + hw::thread(); v < slice.high; v += hw::THREADS) {
+      value(v, g);
+      put_each<E, Out>(p, slice, out, v, g);
+    }
+  }
+  if (const int32_t v = slice.edge(); v >= 0) {
+    value(v, g);
+    put_each<E, Out>(p, slice, out, v, g);
   }
 }
 
 template <class E, class Out>
 MDPGRPO_DEVICE void put_zeros(const RowArguments& p, const Slice<E>& slice, typename Out::Storage* out) {
-  const float zeros[E::N] = {};
-  for (int32_t v = hw::thread(); v < slice.vectors; v += hw::THREADS) put<E, Out>(p, slice, out, v, zeros);
+  put_all<E, Out>(p, slice, out, [](int32_t, float (&g)[E::N]) {
+#pragma unroll
+    for (int i = 0; i < E::N; ++i) g[i] = 0.0f;
+  });
 }
 
 // Statistics of the whole row, the same in every thread of the cluster: the order of all sums is fixed.
 template <class E, bool TWO, bool CAP>
 MDPGRPO_DEVICE RowStatistics read(const RowArguments& p, const Slice<E>& slice, const unsigned char* memory,
                                   BlockMemory& block, const RowScalars& r, uint32_t phase) {
-  const float k = LOG2E_F / r.tau, k_kl = LOG2E_F / p.settings.kl_temperature;
-  Sums sums = {NOTHING, 0.0f, 0.0f, 0.0f};
+  const Opening<CAP> open(p.settings.softcap);
+  const float k = open.scale * (LOG2E_F / r.tau), k_kl = open.scale * (LOG2E_F / p.settings.kl_temperature);
+  const auto* const logits = reinterpret_cast<const typename E::Storage*>(memory);
+  Running<TWO, CAP> running(k, k_kl, open.scale);
   for (int c = 0; c < CHUNKS; ++c) {
     hw::wait(&block.arrived[c], phase);
-    for (int32_t v = slice.begin(c) + hw::thread(); v < slice.begin(c + 1); v += hw::THREADS) {
-      float z[E::N], slope[E::N];
-      open<E, CAP>(p, slice, memory, v, z, slope);
-      add<E::N, TWO>(sums, z, k, k_kl);
+    const int32_t begin = c == 0 ? slice.low : slice.begin(c), end = slice.begin(c + 1);
+#pragma unroll 1
+    for (int32_t v = begin + hw::thread(); v < (end < slice.high ? end : slice.high); v += hw::THREADS) {
+      const Words words = hw::load16<Words>(memory + v * 16);
+      float x[E::N];
+      E::load(words, x);
+      const float top = E::largest(words, x);
+      running.meet(top, open.y(top));
+#pragma unroll
+      for (int i = 0; i < E::N; ++i) running.add(open.y(x[i]));
     }
   }
+  if (const int32_t v = slice.edge(); v >= 0) {
+#pragma unroll 1
+    for (int i = 0; i < E::N; ++i) {
+      if (slice.column(v, i) < 0 || slice.column(v, i) >= p.vocab) continue;
+      const float own = E::load(logits[v * E::N + i]), y = open.y(own);
+      running.meet(own, y);
+      running.add(y);
+    }
+  }
+  Sums sums = running.relative_to(open.y(running.largest));
 #pragma unroll
   for (int lane = 16; lane > 0; lane /= 2) {
     const Sums other = {hw::from_lane(sums.top, lane), hw::from_lane(sums.total, lane),
@@ -277,11 +453,7 @@ MDPGRPO_DEVICE RowStatistics read(const RowArguments& p, const Slice<E>& slice, 
   if (hw::thread() == 0) {
     const int64_t at = r.token + slice.lead - slice.first;
     block.target = NOTHING;
-    if (r.token >= 0 && at >= 0 && at < slice.columns) {
-      float slope;
-      block.target = E::load(reinterpret_cast<const typename E::Storage*>(memory)[at]);
-      if (CAP) block.target = capped(block.target, p.settings.softcap, slope);
-    }
+    if (r.token >= 0 && at >= 0 && at < slice.columns) block.target = open.y(E::load(logits[at]));
   }
   hw::sync_block();
   if (hw::thread() < hw::cluster_size()) {
@@ -299,7 +471,7 @@ MDPGRPO_DEVICE RowStatistics read(const RowArguments& p, const Slice<E>& slice, 
   RowStatistics s;
   s.peak = all.sums.top;
   s.log_total = logf(all.sums.total);
-  s.entropy = s.log_total - all.sums.moment / all.sums.total / r.tau;
+  s.entropy = s.log_total - LN2_F * (all.sums.moment / all.sums.total);
   s.log_total_kl = TWO ? logf(all.sums.total_kl) : s.log_total;
   s.target = r.known && r.token >= 0 ? all.target : NAN;
   return s;
@@ -309,22 +481,32 @@ template <class E, class Out, bool TWO, bool CAP>
 MDPGRPO_DEVICE void write(const RowArguments& p, const Slice<E>& slice, const unsigned char* memory,
                           const RowScalars& r, const RowStatistics& s, float a, float a_kl,
                           typename Out::Storage* out) {
-  const float k = LOG2E_F / r.tau, k_kl = LOG2E_F / p.settings.kl_temperature;
+  const Opening<CAP> open(p.settings.softcap);
+  const float k = open.scale * (LOG2E_F / r.tau), k_kl = open.scale * (LOG2E_F / p.settings.kl_temperature);
   const float log2_total = s.log_total * LOG2E_F, log2_total_kl = s.log_total_kl * LOG2E_F;
-  for (int32_t v = hw::thread(); v < slice.vectors; v += hw::THREADS) {
-    float z[E::N], slope[E::N];
-    open<E, CAP>(p, slice, memory, v, z, slope);
-    // The place of the token in this vector; outside [0, N) where it is in another.
-    const int64_t own = r.token < 0 ? -1 : r.token - slice.column(v, 0);
+  const Line line(s.peak, k), line_kl(s.peak, k_kl);
+  a *= open.STEEPNESS, a_kl *= open.STEEPNESS;
+  const float weight = -a * hw::exp2(-log2_total - line.rest);
+  const float weight_kl = -a_kl * hw::exp2(-log2_total_kl - line_kl.rest);
+  put_all<E, Out>(p, slice, out, [&](int32_t v, float (&g)[E::N]) {
+    E::load(hw::load16<Words>(memory + v * 16), g);
 #pragma unroll
     for (int i = 0; i < E::N; ++i) {
-      const float d = z[i] - s.peak, onehot = own == i ? 1.0f : 0.0f;
-      float g = a * (onehot - hw::exp2(d * k - log2_total));
-      if (TWO) g += a_kl * (onehot - hw::exp2(d * k_kl - log2_total_kl));
-      z[i] = CAP ? g * slope[i] : g;
+      float slope;
+      const float y = open.y(g[i], slope);
+      g[i] = weight * hw::exp2(line.at(y));
+      if (TWO) g[i] += weight_kl * hw::exp2(line_kl.at(y));
+      g[i] *= slope;
     }
-    put<E, Out>(p, slice, out, v, z);
-  }
+  });
+  // The token's own gradient is a (1 - p): whoever wrote -a p there writes again.
+  const int64_t at = r.token + slice.lead - slice.first;
+  if (r.token < 0 || at < 0 || at >= slice.columns || !slice.mine(static_cast<int32_t>(at) / E::N)) return;
+  float slope;
+  const float d = open.y(E::load(reinterpret_cast<const typename E::Storage*>(memory)[at]), slope) - s.peak;
+  float g = a * (1.0f - hw::exp2(d * k - log2_total));
+  if (TWO) g += a_kl * (1.0f - hw::exp2(d * k_kl - log2_total_kl));
+  out[r.token] = Out::store(g * slope);
 }
 
 // Rows cluster, cluster + clusters, ...
@@ -354,16 +536,20 @@ MDPGRPO_DEVICE void token_loss_rows(const RowArguments& p, unsigned char* memory
     const bool given = p.statistics != nullptr, needed = !given || p.gradient != nullptr;
     if (needed && hw::thread() == 0) request(slice, memory, block);
     const RowScalars r(p, row);
+    // Long before they are needed: while the logits are under way.
+    if (hw::thread() == 0) block.inputs = inputs_of(p, r.completion, row);
     RowStatistics s;
     if (given) {
       s = {p.statistics[row], p.statistics[n + row], p.statistics[2 * n + row], p.statistics[3 * n + row],
            p.statistics[4 * n + row]};
+      const Opening<CAP> open(p.settings.softcap);
+      s.peak = open.y_of_z(s.peak), s.target = open.y_of_z(s.target);
       if (needed)
         for (int c = 0; c < CHUNKS; ++c) hw::wait(&block.arrived[c], phase);
     } else {
       s = read<E, TWO, CAP>(p, slice, memory, block, r, phase);
     }
-    if (hw::thread() == 0) conclude<TWO>(p, row, r, s, first, block.weights);
+    if (hw::thread() == 0) conclude<TWO, CAP>(p, row, r, s, block.inputs, first, block.weights);
     hw::sync_block();
     if (p.gradient != nullptr) {
       const float a = block.weights[0], a_kl = block.weights[1];

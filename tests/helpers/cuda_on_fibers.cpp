@@ -120,11 +120,23 @@ inline float from_lane(float x, int distance) {
   return found;
 }
 inline float exp2(float x) { return ::exp2f(x); }
-inline uint16_t to_bfloat16(float x) {
+inline float reciprocal(float x) { return 1.0f / x; }
+inline float saturate(float x) { return x > 0.0f ? std::fmin(x, 1.0f) : 0.0f; }
+inline float max_nan(float a, float b) { return a != a || b != b ? NAN : std::fmax(a, b); }
+inline uint32_t max_bfloat16x2(uint32_t a, uint32_t b) {
+  const auto larger = [](uint32_t x, uint32_t y) {
+    float f[2];
+    std::memcpy(&f[0], &x, 4), std::memcpy(&f[1], &y, 4);
+    return f[1] != f[1] || f[0] >= f[1] ? x : y;
+  };
+  return (larger(a << 16, b << 16) >> 16) | larger(a & 0xffff0000u, b & 0xffff0000u);
+}
+inline uint32_t to_bfloat16(float x) {
   uint32_t w;
   std::memcpy(&w, &x, 4);
-  return static_cast<uint16_t>(x == x ? (w + 0x7fff + ((w >> 16) & 1)) >> 16 : 0x7fc0);
+  return x == x ? (w + 0x7fff + ((w >> 16) & 1)) >> 16 : 0x7fc0;
 }
+inline uint32_t to_bfloat16x2(float low, float high) { return to_bfloat16(low) | to_bfloat16(high) << 16; }
 inline float from_half(uint16_t h) {
   const int exponent = (h >> 10) & 31;
   const float fraction = static_cast<float>(h & 0x3ff), sign = h & 0x8000 ? -1.0f : 1.0f;

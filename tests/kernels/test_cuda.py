@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -126,6 +127,43 @@ class TestOnFibers:
             out = call("cuda", one, config_for(), temperature=tau, check_values=False)
             assert out.loss.isnan() and out.logprobs[0, 0].isnan() and not out.logprobs[1:].isnan().any(), change
 
+    @pytest.mark.parametrize("softcap", [None, 30.0])
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_rows_far_from_zero(self, dtype: str, softcap: float | None) -> None:
+        """A logit costs one multiply-add, whose offset rounds: rows of any size and order keep their precision."""
+        batch = make_batch(9, lengths=(2, 2), vocab=701, dtype=dtype, scale=3.0)
+        x, ramp, lowest = batch.logits.float(), torch.linspace(-300, 300, 701), torch.finfo(batch.logits.dtype).min
+        banned = torch.rand(x.shape, generator=torch.Generator().manual_seed(9)) < 0.8
+        rows = {
+            "1e4": 1e4 + x, "-1e4": x - 1e4, "signs": 1e4 * x.sign(), "up": ramp + x, "down": x - ramp,
+            "1e9": 1e9 * x.sign(), "1e12": 1e12 * x,
+            "banned": x.masked_fill(banned, -torch.inf), "lowest banned": x.masked_fill(banned, lowest),
+            "first banned": torch.where(torch.arange(701) < 600, lowest, x),
+        }  # fmt: skip
+        for name, logits in rows.items():
+            batch.logits = logits.to(batch.logits.dtype)
+            batch.tokens = batch.logits.argmax(-1)
+            got = check(batch, config_for(), temperature=torch.tensor([0.5, 1.3]), softcap=softcap)
+            assert got.out.logprobs.max() <= 0, name
+        for value in (lowest, 3e38, -1e12):  # of all logits alike: a reference that adds to them has lost the sum
+            batch.logits = torch.full_like(batch.logits, value)
+            out = call("cuda", batch, config_for(), temperature=torch.tensor([0.5, 1.3]), softcap=softcap)
+            assert (out.logprobs + math.log(701)).abs().max() < 1e-6 > (out.entropy - math.log(701)).abs().max(), value
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+    def test_a_certain_token_has_no_gradient(self, dtype: str) -> None:
+        """Where every other logit rounds away, the log-probability and the whole gradient are 0 to the bit."""
+        batch = make_batch(10, lengths=(2, 2), vocab=301, dtype=dtype)
+        batch.logits[..., 77] = 600.3
+        batch.tokens[:] = 77
+        given = {"advantage": 1.0, "kl_beta": 0.0, "old_logprobs": None, "ref_logprobs": None}
+        for tau in (0.37, 1.0, 1.9):
+            leaf = batch.logits.clone().requires_grad_()
+            one = type(batch)(leaf, *list(batch)[1:], kwargs=batch.kwargs)
+            out = call("cuda", one, config_for(), temperature=tau, **given)
+            (gradient,) = torch.autograd.grad(out.loss, leaf)
+            assert (out.logprobs == 0).all() and (gradient == 0).all() and out.entropy.abs().max() < 1e-6
+
     def test_a_row_that_no_cluster_holds_is_refused(self) -> None:
         batch = make_batch(8, lengths=(1, 1), vocab=460_000)
         with pytest.raises(RuntimeError, match=r"a row of 1840016 bytes does not fit 8 multiprocessors"):
@@ -148,6 +186,10 @@ def test_machine_code(tmp_path: Path) -> None:
         assert k["registers"] * 256 * 3 <= 65536, "three blocks on a multiprocessor"
         assert k["bulk_copies"] and k["cluster_barriers"] and k["loads"]["128"] and k["stores"]["128"], k
         assert "128" not in k["global_loads"], "logits are read by bulk copies alone"
+        # Memory has to be the limit and not the issue of instructions: see csrc/cuda/token_loss.cuh.
+        assert set(k["instructions_per_element"]) == {"read", "write"}, k
+        options = k["kernel"].count(",")  # soft-cap, two temperatures
+        assert sum(k["instructions_per_element"].values()) <= 15 * (1, 1.7, 2)[options], k
 
 
 # ---- where `auto` takes it ------------------------------------------------------------------------------------------
