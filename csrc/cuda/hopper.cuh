@@ -60,16 +60,23 @@ __device__ __forceinline__ void copy_in(void* to, const void* from, int32_t byte
                : "memory");
 }
 
-// To the same place in the shared memory of another block of the cluster.
-template <class T>
-__device__ __forceinline__ void store_to(T* place, int block, const T& value) {
-  static_assert(sizeof(T) % 4 == 0, "whole words");
+__device__ __forceinline__ uint32_t address_in(int block, const void* p) {
   uint32_t remote;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(shared_address(place)), "r"(block));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(shared_address(p)), "r"(block));
+  return remote;
+}
+// To the same place in the shared memory of a block of the cluster, and counted by its barrier: a barrier of the whole
+// cluster would wait for every store to memory too.
+template <class T>
+__device__ __forceinline__ void send(T* place, int block, const T& value, uint64_t* barrier) {
+  static_assert(sizeof(T) % 4 == 0, "whole words");
+  const uint32_t remote = address_in(block, place), counted = address_in(block, barrier);
   const uint32_t* const words = reinterpret_cast<const uint32_t*>(&value);
 #pragma unroll
   for (uint32_t i = 0; i < sizeof(T) / 4; ++i)
-    asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(remote + 4 * i), "r"(words[i]) : "memory");
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(remote + 4 * i),
+                 "r"(words[i]), "r"(counted)
+                 : "memory");
 }
 
 __device__ __forceinline__ float from_lane(float x, int distance) { return __shfl_xor_sync(0xffffffffu, x, distance); }

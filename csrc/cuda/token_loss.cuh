@@ -57,11 +57,13 @@ struct RowInputs {
 
 struct alignas(16) BlockMemory {
   uint64_t arrived[CHUNKS];
+  uint64_t exchanged[2];
   Sums warps[32];
   float target;
   float weights[2];  // a, a_kl
   RowInputs inputs;
-  Exchange from[2][MAX_CLUSTER];  // by parity of the row, so that no one overwrites what another still reads
+  // By parity of the row: a block may be one row ahead of another, and two ahead of none.
+  Exchange from[2][MAX_CLUSTER];
 };
 
 // ---- elements -------------------------------------------------------------------------------------------------------
@@ -413,7 +415,10 @@ MDPGRPO_DEVICE void put_zeros(const RowArguments& p, const Slice<E>& slice, type
 // Statistics of the whole row, the same in every thread of the cluster: the order of all sums is fixed.
 template <class E, bool TWO, bool CAP>
 MDPGRPO_DEVICE RowStatistics read(const RowArguments& p, const Slice<E>& slice, const unsigned char* memory,
-                                  BlockMemory& block, const RowScalars& r, uint32_t phase) {
+                                  BlockMemory& block, const RowScalars& r, uint32_t turn) {
+  const uint32_t phase = turn % 2;
+  if (hw::thread() == 0)
+    hw::expect(&block.exchanged[phase], hw::cluster_size() * static_cast<int32_t>(sizeof(Exchange)));
   const Opening<CAP> open(p.settings.softcap);
   const float k = open.scale * (LOG2E_F / r.tau), k_kl = open.scale * (LOG2E_F / p.settings.kl_temperature);
   const auto* const logits = reinterpret_cast<const typename E::Storage*>(memory);
@@ -459,9 +464,9 @@ MDPGRPO_DEVICE RowStatistics read(const RowArguments& p, const Slice<E>& slice, 
   if (hw::thread() < hw::cluster_size()) {
     Exchange own = {block.warps[0], block.target};
     for (int w = 1; w < hw::THREADS / 32; ++w) own.sums = merged(own.sums, block.warps[w], k, k_kl, TWO);
-    hw::store_to(&block.from[phase][hw::rank()], hw::thread(), own);
+    hw::send(&block.from[phase][hw::rank()], hw::thread(), own, &block.exchanged[phase]);
   }
-  hw::sync_cluster();
+  hw::wait(&block.exchanged[phase], turn / 2 % 2);
   Exchange all = block.from[phase][0];
   for (int b = 1; b < hw::cluster_size(); ++b) {
     const Exchange& other = block.from[phase][b];
@@ -512,12 +517,15 @@ MDPGRPO_DEVICE void write(const RowArguments& p, const Slice<E>& slice, const un
 // Rows cluster, cluster + clusters, ...
 template <class E, class Out, bool TWO, bool CAP>
 MDPGRPO_DEVICE void token_loss_rows(const RowArguments& p, unsigned char* memory, BlockMemory& block) {
-  if (hw::thread() == 0)
-    for (int c = 0; c < CHUNKS; ++c) hw::initialise(&block.arrived[c]);
+  if (hw::thread() == 0) {
+    for (uint64_t& barrier : block.arrived) hw::initialise(&barrier);
+    for (uint64_t& barrier : block.exchanged) hw::initialise(&barrier);
+  }
   // Also: no block writes to another before that one has begun.
   hw::sync_cluster();
   const int64_t n = p.rows.n_rows;
-  uint32_t phase = 0;
+  uint32_t turn = 0;  // rows read so far
+  bool kept = hw::cluster() < n && p.rows.kept(hw::cluster());
   for (int64_t row = hw::cluster(); row < n; row += hw::clusters()) {
     const int64_t outer = row / p.rows.row_length, inner = row % p.rows.row_length;
     const auto* logits = static_cast<const typename E::Storage*>(p.logits) + outer * p.stride_b + inner * p.stride_l;
@@ -525,7 +533,10 @@ MDPGRPO_DEVICE void token_loss_rows(const RowArguments& p, unsigned char* memory
         static_cast<typename Out::Storage*>(p.gradient) + outer * p.gradient_stride_b + inner * p.gradient_stride_l;
     const Slice<E> slice(p, logits, hw::rank());
     const bool first = hw::rank() == 0 && hw::thread() == 0;
-    if (!p.rows.kept(row)) {
+    const bool own = kept;
+    // Looked up a row ahead: the request for its logits waits for it.
+    kept = row + hw::clusters() < n && p.rows.kept(row + hw::clusters());
+    if (!own) {
       if (first) {
         for (int i = 0; i < 5; ++i) p.per_row[i * n + row] = i == 3 ? 1.0f : 0.0f;
         for (int i = 0; i < 3; ++i) p.marks[i * n + row] = false;
@@ -545,9 +556,9 @@ MDPGRPO_DEVICE void token_loss_rows(const RowArguments& p, unsigned char* memory
       const Opening<CAP> open(p.settings.softcap);
       s.peak = open.y_of_z(s.peak), s.target = open.y_of_z(s.target);
       if (needed)
-        for (int c = 0; c < CHUNKS; ++c) hw::wait(&block.arrived[c], phase);
+        for (int c = 0; c < CHUNKS; ++c) hw::wait(&block.arrived[c], turn % 2);
     } else {
-      s = read<E, TWO, CAP>(p, slice, memory, block, r, phase);
+      s = read<E, TWO, CAP>(p, slice, memory, block, r, turn);
     }
     if (hw::thread() == 0) conclude<TWO, CAP>(p, row, r, s, block.inputs, first, block.weights);
     hw::sync_block();
@@ -558,7 +569,7 @@ MDPGRPO_DEVICE void token_loss_rows(const RowArguments& p, unsigned char* memory
       else
         write<E, Out, TWO, CAP>(p, slice, memory, r, s, a, a_kl, out);
     }
-    if (needed) phase ^= 1;
+    if (needed) ++turn;
     hw::sync_block();  // the slice and the weights are free again
   }
   // No block leaves while another may still write to it.

@@ -33,6 +33,7 @@ struct Copy {
   void* to;
   const void* from;
   size_t bytes;
+  std::vector<char> sent;  // in place of `from`
 };
 struct Arrival {
   uint32_t phase = 0;
@@ -89,7 +90,7 @@ inline void expect(uint64_t* barrier, int32_t bytes) {
 inline void copy_in(void* to, const void* from, int32_t bytes, uint64_t* barrier) {
   if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0 || bytes % 16 != 0)
     fail("a bulk copy is not of whole 16 bytes");
-  machine.arrivals.at(barrier).copies.push_back({to, from, static_cast<size_t>(bytes)});
+  machine.arrivals.at(barrier).copies.push_back({to, from, static_cast<size_t>(bytes), {}});
 }
 inline void wait(uint64_t* barrier, uint32_t phase) {
   Arrival& a = machine.arrivals.at(barrier);
@@ -97,19 +98,23 @@ inline void wait(uint64_t* barrier, uint32_t phase) {
     size_t bytes = 0;
     for (const Copy& c : a.copies) bytes += c.bytes;
     if (a.armed && bytes == a.expected) {
-      for (const Copy& c : a.copies) std::memcpy(c.to, c.from, c.bytes);
+      for (const Copy& c : a.copies) std::memcpy(c.to, c.from != nullptr ? c.from : c.sent.data(), c.bytes);
       a = Arrival{phase ^ 1, false, 0, {}};
     } else {
       take_turns();
     }
   }
 }
+inline char* address_in(int block, const void* p, size_t bytes) {
+  const int64_t offset = static_cast<const char*>(p) - machine.block_memory[static_cast<size_t>(rank())];
+  if (offset < 0 || offset + static_cast<int64_t>(bytes) > machine.block_bytes) fail("a store leaves shared memory");
+  return machine.block_memory[static_cast<size_t>(block)] + offset;
+}
 template <class T>
-inline void store_to(T* place, int block, const T& value) {
-  const int64_t offset = reinterpret_cast<char*>(place) - machine.block_memory[static_cast<size_t>(rank())];
-  if (offset < 0 || offset + static_cast<int64_t>(sizeof(T)) > machine.block_bytes)
-    fail("a store leaves shared memory");
-  std::memcpy(machine.block_memory[static_cast<size_t>(block)] + offset, &value, sizeof value);
+inline void send(T* place, int block, const T& value, uint64_t* barrier) {
+  const char* const bytes = reinterpret_cast<const char*>(&value);
+  machine.arrivals.at(address_in(block, barrier, sizeof *barrier))
+      .copies.push_back({address_in(block, place, sizeof(T)), nullptr, sizeof(T), {bytes, bytes + sizeof(T)}});
 }
 inline float from_lane(float x, int distance) {
   const size_t own = static_cast<size_t>(rank() * THREADS + thread());
