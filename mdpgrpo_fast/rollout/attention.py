@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
 
+from ..ops import backends
+
 NAME = "mdpgrpo_decode"
 
 
@@ -32,6 +34,16 @@ def plain_attention(
         scores = softcap * (scores / softcap).tanh()
     weights = scores.masked_fill(~allowed[:, None, None], -torch.inf).softmax(-1, dtype=_sum_dtype(scores))
     return (weights.to(values.dtype) @ values).flatten(1, 2)
+
+
+def decode_attention(query: Tensor, keys: Tensor, values: Tensor, *more: Any) -> Tensor:
+    """As `plain_attention`, on a GPU by a kernel that reads only what is there, whatever lies beside it."""
+    if backends.choose("auto", query.device, query.dtype) == "triton":
+        from ..kernels.triton.decode.attention import launch_attention, takes
+
+        if takes(query, keys):
+            return launch_attention(query, keys, values, *more)
+    return plain_attention(query, keys, values, *more)
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:

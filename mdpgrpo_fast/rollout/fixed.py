@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from .attention import attention_of, plain_attention
+from .attention import attention_of, decode_attention
 from .record import Record, Sampling
 
 ROOM = 256  # the cache's length is a multiple: prompts of other lengths often fit without another capture
@@ -135,6 +135,6 @@ class FixedSteps:
                 raise Unfit(f"its attention has a {name}")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         window = sliding_window if layer.window is None else layer.window
-        return plain_attention(
+        return decode_attention(
             query[:, :, 0], key, value, self.first[: len(query)], self.place, scale, softcap, window
         )[:, None], None

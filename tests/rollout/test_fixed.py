@@ -10,8 +10,9 @@ import pytest
 import torch
 import transformers as tf
 from helpers.inputs import make_model
-from helpers.losses import gpu
+from helpers.losses import DEVICE, gpu
 
+from mdpgrpo_fast.kernels.triton.decode.attention import launch_attention
 from mdpgrpo_fast.log import say_once
 from mdpgrpo_fast.rollout import fixed, graphs, loop
 from mdpgrpo_fast.rollout.attention import plain_attention
@@ -170,6 +171,39 @@ def test_plain_attention(softcap: float | None, window: int | None) -> None:
     torch.testing.assert_close(got, exact(q, k, v, first, 23, 0.3, softcap, window))
 
 
+# Triton's interpreter has no dot product of bfloat16.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda"))
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size", "length", "last"),
+    [(4, 2, 8, 40, 23), (8, 1, 64, 300, 299), (3, 3, 24, 260, 130), (12, 2, 128, 64, 0)],
+)
+@pytest.mark.parametrize(("softcap", "window"), [(None, None), (2.0, None), (None, 9), (3.0, 70)])
+def test_kernel_attention(
+    dtype: torch.dtype, heads: int, kv_heads: int, size: int, length: int, last: int, softcap: Any, window: Any
+) -> None:
+    q, k, v = cache(3, heads, kv_heads, length, size, dtype)
+    first = torch.tensor([0, min(5, last), min(20, last)])
+    k[:, :, last + 1 :] = v[:, :, last + 1 :] = torch.nan
+    for r, n in enumerate(first):
+        k[r, :, :n] = v[r, :, :n] = torch.nan
+    # As models have it: heads between the rows' tokens.
+    q = q.transpose(0, 1).contiguous().transpose(0, 1)
+    args = (x.to(DEVICE) for x in (q, k, v, first, torch.tensor([last])))
+    got = launch_attention(*args, 0.3, softcap, window)
+    assert got.dtype == dtype and got.shape == q.shape
+    expected = exact(q, k, v, first, last, 0.3, softcap, window)
+    tolerance = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+    torch.testing.assert_close(got.cpu().double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_rows_of_a_larger_buffer() -> None:
+    q, k, v = cache(4, 4, 2, 40, 16, torch.float32)
+    first, last = torch.zeros(4, dtype=torch.int64), torch.tensor([17])
+    q, k, v, first, last = (x.to(DEVICE) for x in (q, k, v, first, last))
+    got = launch_attention(q[:2], k[:2], v[:2], first[:2], last, 0.5)
+    torch.testing.assert_close(got, plain_attention(q, k, v, first, last, 0.5)[:2], rtol=1e-5, atol=1e-5)
+
+
 # ---- what is left to the model as it is -----------------------------------------------------------------------------
 
 
@@ -214,8 +248,8 @@ def test_training_and_hooks_and_autocast(sizes: list[int], reasons: Any) -> None
 
 def test_a_model_that_computes_something_else(sizes: list[int], reasons: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a model does with its cache that fixed steps do not know shows in the trial."""
-    real = fixed.plain_attention
-    monkeypatch.setattr(fixed, "plain_attention", lambda *args: real(*args) * 1.01)
+    real = fixed.decode_attention
+    monkeypatch.setattr(fixed, "decode_attention", lambda *args: real(*args) * 1.01)
     assert_falls_back(make_model("llama", VOCAB), reasons, "its logits differ", sizes)
 
 
