@@ -36,9 +36,13 @@ def plain_attention(
     return (weights.to(values.dtype) @ values).flatten(1, 2)
 
 
+def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    return backends.choose("auto", device, dtype) == "triton"
+
+
 def decode_attention(query: Tensor, keys: Tensor, values: Tensor, *more: Any) -> Tensor:
     """As `plain_attention`, on a GPU by a kernel that reads only what is there, whatever lies beside it."""
-    if backends.choose("auto", query.device, query.dtype) == "triton":
+    if has_kernels(query.device, query.dtype):
         from ..kernels.triton.decode.attention import launch_attention, takes
 
         if takes(query, keys):

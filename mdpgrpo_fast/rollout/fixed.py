@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from .attention import attention_of, decode_attention
+from .attention import attention_of, decode_attention, has_kernels
+from .fused import Fused
 from .record import Record, Sampling
 
 ROOM = 256  # the cache's length is a multiple: prompts of other lengths often fit without another capture
@@ -26,31 +28,39 @@ class FixedLayer(DynamicLayer):
     keys: Any
     values: Any
 
-    def __init__(self, keys: Tensor, values: Tensor, window: int | None, place: Tensor) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, window: int | None, place: Tensor, has_kernels: bool) -> None:
         super().__init__()
+        self.has_kernels = has_kernels
         self.is_initialized, self.dtype, self.device = True, keys.dtype, keys.device
         self.keys, self.values, self.window, self.place = keys, values, window, place
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.keys.index_copy_(2, self.place, key_states)
-        self.values.index_copy_(2, self.place, value_states)
+        if self.has_kernels:
+            from ..kernels.triton.decode.blocks import append
+
+            append(key_states, value_states, self.keys, self.values, self.place)
+        else:
+            self.keys.index_copy_(2, self.place, key_states)
+            self.values.index_copy_(2, self.place, value_states)
         return self.keys, self.values
 
 
 class FixedSteps:
     """Steps over the first R of B rows, each with room for `length` tokens in the cache.
 
-    like: the cache of the prompts, for sizes and dtypes. The rows of smaller batches begin where those of larger ones
-    do, so that one set of buffers serves all of them.
+    model: looked at for what has kernels; like: the cache of its prompts, for sizes and dtypes. The rows of smaller
+    batches begin where those of larger ones do, so that one set of buffers serves all of them.
 
     Raises: Unfit where the cache is another than of attention.
     """
 
-    def __init__(self, like: Any, num_rows: int, length: int, num_steps: int, sampling: Sampling) -> None:
+    def __init__(self, model: Any, like: Any, num_rows: int, length: int, num_steps: int, sampling: Sampling) -> None:
         kinds = {type(x) for x in like.layers} if type(like) is DynamicCache else {type(like)}
         if kinds - {DynamicLayer, DynamicSlidingWindowLayer}:
             raise Unfit(f"its cache has {', '.join(sorted(k.__name__ for k in kinds))}")
         device = like.layers[0].keys.device
+        self.has_kernels = has_kernels(device, like.layers[0].keys.dtype)
+        self.fused: Any = Fused(model) if self.has_kernels else nullcontext
         self.length = -(-length // ROOM) * ROOM
         self.record = Record(num_rows, num_steps, sampling, device)
         self.rows, self.newest, self.position, self.first = torch.zeros(4, num_rows, dtype=torch.int64, device=device)
@@ -86,8 +96,10 @@ class FixedSteps:
 
     def forward(self, model: Any, num_rows: int) -> Tensor:
         """Logits (R, V) after the newest token of each row, whose key and value are added to the cache."""
-        layers = [FixedLayer(k[:num_rows], v[:num_rows], window, self.place) for k, v, window in self.layers]
-        with attention_of(model, partial(self._attend, layers)):
+        layers = [
+            FixedLayer(k[:num_rows], v[:num_rows], window, self.place, self.has_kernels) for k, v, window in self.layers
+        ]
+        with attention_of(model, partial(self._attend, layers)), self.fused():
             out = model(
                 input_ids=self.newest[:num_rows, None],
                 position_ids=self.position[:num_rows, None],

@@ -31,8 +31,8 @@ class CapturedSteps(FixedSteps):
     capture begins.
     """
 
-    def __init__(self, model: Any, key: Any, *sizes: Any) -> None:
-        super().__init__(*sizes)
+    def __init__(self, key: Any, model: Any, *sizes: Any) -> None:
+        super().__init__(model, *sizes)
         self.key = key  # what the graphs depend on beside the buffers
         # One pool for all: nothing that a graph makes is needed after it.
         self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.place.device)
@@ -100,7 +100,7 @@ def prepare(decoder: Decoder, sampling: Sampling, num_steps: int, capture: bool)
         length = decoder.prompt_mask.shape[1] + num_steps
         sizes = (len(decoder.origin), num_steps, sampling.temperature is None, sampling.truncation)
         if not capture:
-            return FixedSteps(decoder.cache, sizes[0], length, num_steps, sampling)
+            return FixedSteps(decoder.model, decoder.cache, sizes[0], length, num_steps, sampling)
         return _captured(decoder, sampling, length, sizes)
     except Exception as e:  # whatever it is: the model as it is can do without
         reason = str(e) if isinstance(e, Unfit) else f"{type(e).__name__}: {e}"
@@ -118,7 +118,7 @@ def _captured(decoder: Decoder, sampling: Sampling, length: int, sizes: Any) -> 
         return steps
     steps = None
     _kept.pop(model, None)  # before the next takes memory
-    steps = CapturedSteps(model, key, decoder.cache, sizes[0], length, sizes[1], sampling)
+    steps = CapturedSteps(key, model, decoder.cache, sizes[0], length, sizes[1], sampling)
     # An adapter can be turned off without a trace in the weights.
     memory = torch.cuda.get_device_properties(steps.place.device).total_memory
     if not hasattr(model, "peft_config") and steps.nbytes <= KEPT_SHARE * memory:
@@ -157,7 +157,7 @@ def _trial(model: Any, device: torch.device) -> str | None:
     decoder = Decoder(model, ids, ids > 0, torch.tensor([0, 1, 1], device=device))
     decoder.prefill()
     tokens = torch.tensor([[2, 3, 1], [4, 2, 3]], device=device)
-    steps = FixedSteps(decoder.cache, 3, 8, 3, Sampling(None))
+    steps = FixedSteps(model, decoder.cache, 3, 8, 3, Sampling(None))
     steps.start(decoder.cache, decoder.origin, decoder.prompt_mask, tokens[0])
     decoder.share()
     for drawn in tokens:

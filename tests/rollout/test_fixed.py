@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections import Counter
 from typing import Any
 
@@ -11,12 +12,15 @@ import torch
 import transformers as tf
 from helpers.inputs import make_model
 from helpers.losses import DEVICE, gpu
+from transformers.models.llama import modeling_llama as llama_module
 
+from mdpgrpo_fast.kernels.triton.decode import blocks
 from mdpgrpo_fast.kernels.triton.decode.attention import launch_attention
 from mdpgrpo_fast.log import say_once
-from mdpgrpo_fast.rollout import fixed, graphs, loop
+from mdpgrpo_fast.rollout import attention, fixed, graphs, loop
 from mdpgrpo_fast.rollout.attention import plain_attention
 from mdpgrpo_fast.rollout.fixed import FixedSteps
+from mdpgrpo_fast.rollout.fused import Fused
 from mdpgrpo_fast.rollout.generate import Rollout, generate
 
 VOCAB = 290
@@ -202,6 +206,52 @@ def test_rows_of_a_larger_buffer() -> None:
     q, k, v, first, last = (x.to(DEVICE) for x in (q, k, v, first, last))
     got = launch_attention(q[:2], k[:2], v[:2], first[:2], last, 0.5)
     torch.testing.assert_close(got, plain_attention(q, k, v, first, last, 0.5)[:2], rtol=1e-5, atol=1e-5)
+
+
+# ---- the other kernels ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All kernels of a GPU's decode step, on the CPU in Triton's interpreter."""
+    for module in (attention, fixed):
+        monkeypatch.setattr(module, "has_kernels", lambda device, dtype: True)
+
+
+def test_steps_of_kernels(model: Any, sizes: list[int], kernels: None) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 9, "num_generations": 2, "temperature": [0.5, 1.5] * len(PROMPTS)}
+    rotary = getattr(sys.modules[type(model).__module__], "apply_rotary_pos_emb", None)
+    a, b = (drawn(model, steps, **options) for steps in ("eager", "fixed"))
+    assert_same(a, b)
+    assert sizes
+    found = Fused(model)
+    norms = [m for m in model.modules() if type(m).__name__.endswith("RMSNorm")]
+    assert [m for m, _ in found.norms] == norms and len(found.rotaries) == (rotary is not None)
+    assert all("forward" not in vars(m) for m in norms), "only for the time of a step"
+    assert getattr(sys.modules[type(model).__module__], "apply_rotary_pos_emb", None) is rotary
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(64, torch.float32), (100, torch.float32), (2048, torch.float16)])
+@pytest.mark.parametrize("one_plus", [False, True])
+def test_rms_norm(size: int, dtype: torch.dtype, one_plus: bool) -> None:
+    torch.manual_seed(0)
+    x, weight = (3 * torch.randn(3, 2, size)).to(DEVICE, dtype), torch.randn(size).to(DEVICE, dtype)
+    expected = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt() * (weight.double() + one_plus)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(blocks.rms_norm(x, weight, 1e-5, one_plus).double(), expected, rtol=2 * eps, atol=eps)
+
+
+@pytest.mark.parametrize("size", [8, 24, 128])
+def test_rotate_and_append(size: int) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(3, 1, h, size).transpose(1, 2).to(DEVICE) for h in (6, 2, 2))
+    cos, sin = torch.randn(2, 3, 1, size).to(DEVICE)
+    expected = llama_module.apply_rotary_pos_emb(q, k, cos, sin)
+    torch.testing.assert_close(blocks.rotate(q, k, cos, sin), expected, rtol=1e-5, atol=1e-6)
+    keys, values = torch.zeros(2, 5, 2, 40, size).to(DEVICE)
+    blocks.append(k, v, keys[:3], values[:3], torch.tensor([17]).to(DEVICE))
+    assert torch.equal(keys[:3, :, 17:18], k) and torch.equal(values[:3, :, 17:18], v)
+    assert keys.count_nonzero() == k.count_nonzero() and values.count_nonzero() == v.count_nonzero()
 
 
 # ---- what is left to the model as it is -----------------------------------------------------------------------------
