@@ -54,12 +54,17 @@ def _sum_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+_attends: list[Callable[..., Any]] = []
+# Registered once: what stays registered would keep a cache alive.
+AttentionInterface.register(NAME, lambda *args, **kwargs: _attends[-1](*args, **kwargs))
+
+
 @contextmanager
 def attention_of(model: Any, attend: Callable[..., Any]) -> Iterator[None]:
     """Makes `attend` the attention of all parts of the model. transformers makes no masks for it, as it knows none."""
     parts = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
     before = [config._attn_implementation_internal for config in parts]
-    AttentionInterface.register(NAME, attend)
+    _attends.append(attend)
     try:
         for config in parts:
             config._attn_implementation_internal = NAME
@@ -67,3 +72,4 @@ def attention_of(model: Any, attend: Callable[..., Any]) -> Iterator[None]:
     finally:
         for config, name in zip(parts, before, strict=True):
             config._attn_implementation_internal = name
+        _attends.pop()

@@ -99,7 +99,9 @@ class FixedSteps:
         layers = [
             FixedLayer(k[:num_rows], v[:num_rows], window, self.place, self.has_kernels) for k, v, window in self.layers
         ]
-        with attention_of(model, partial(self._attend, layers)), self.fused():
+        # Older versions of transformers leave a soft-cap out where attention is sdpa; newer ones refuse.
+        is_sdpa = model.config.get_text_config()._attn_implementation.startswith("sdpa")
+        with attention_of(model, partial(self._attend, layers, not is_sdpa)), self.fused():
             out = model(
                 input_ids=self.newest[:num_rows, None],
                 position_ids=self.position[:num_rows, None],
@@ -135,8 +137,9 @@ class FixedSteps:
         return size
 
     def _attend(
-        self, layers: list[FixedLayer], module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any,
-        scaling: float | None = None, softcap: float | None = None, sliding_window: int | None = None, **more: Any,
+        self, layers: list[FixedLayer], has_softcap: bool, module: Any, query: Tensor, key: Tensor, value: Tensor,
+        attention_mask: Any, scaling: float | None = None, softcap: float | None = None,
+        sliding_window: int | None = None, **more: Any,
     ) -> tuple[Tensor, None]:  # fmt: skip
         """As transformers' attention functions: query (R, H, 1, D) to (R, 1, H, D)."""
         layer = layers[module.layer_idx]
@@ -146,6 +149,7 @@ class FixedSteps:
             if more.get(name) is not None:
                 raise Unfit(f"its attention has a {name}")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        softcap = softcap if has_softcap else None
         window = sliding_window if layer.window is None else layer.window
         return decode_attention(
             query[:, :, 0], key, value, self.first[: len(query)], self.place, scale, softcap, window

@@ -87,13 +87,17 @@ class CapturedSteps(FixedSteps):
                 self.graphs[num_rows] = None
 
 
+def _has_graphs(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None
+
+
 def prepare(decoder: Decoder, sampling: Sampling, num_steps: int, capture: bool) -> FixedSteps | None:
     """Steps of fixed shapes for the rows of a decoder after its prefill; None, and why once, where they cannot be had.
 
     capture: as CUDA graphs, on a GPU alone; else run as they are.
     """
     device = decoder.origin.device
-    if capture and (device.type != "cuda" or torch.version.hip is not None or num_steps < FEWEST_STEPS):
+    if capture and (not _has_graphs(device) or num_steps < FEWEST_STEPS):
         return None
     try:
         _check(decoder)

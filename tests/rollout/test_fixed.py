@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import logging
 import sys
+import weakref
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +26,7 @@ from mdpgrpo_fast.rollout.attention import plain_attention
 from mdpgrpo_fast.rollout.fixed import FixedSteps
 from mdpgrpo_fast.rollout.fused import Fused
 from mdpgrpo_fast.rollout.generate import Rollout, generate
+from mdpgrpo_fast.rollout.graphs import CapturedSteps
 
 VOCAB = 290
 PROMPTS = [[40, 41, 42, 43, 44, 45, 46], [50, 51], [60, 61, 62, 63], [70]]
@@ -221,6 +226,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_steps_of_kernels(model: Any, sizes: list[int], kernels: None) -> None:
     options: dict[str, Any] = {"max_new_tokens": 9, "num_generations": 2, "temperature": [0.5, 1.5] * len(PROMPTS)}
     rotary = getattr(sys.modules[type(model).__module__], "apply_rotary_pos_emb", None)
+    model = copy.deepcopy(model).to(DEVICE)
     a, b = (drawn(model, steps, **options) for steps in ("eager", "fixed"))
     assert_same(a, b)
     assert sizes
@@ -306,6 +312,106 @@ def test_a_model_that_computes_something_else(sizes: list[int], reasons: Any, mo
 def test_not_by_default_on_the_cpu(llama: Any, sizes: list[int]) -> None:
     drawn(llama, "auto")
     assert not sizes
+
+
+# ---- what is captured when, without a GPU ---------------------------------------------------------------------------
+
+
+class Again:
+    """A graph that runs its step again in place of replaying it."""
+
+    def __init__(self, steps: CapturedSteps, model: Any, num_rows: int) -> None:
+        own, of = weakref.ref(steps), weakref.ref(model)
+        self.replay = lambda: FixedSteps.step(own(), of(), num_rows)
+
+
+@pytest.fixture
+def captures(sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of each capture from here on; everything of CUDA is replaced."""
+    found: list[int] = []
+
+    def capture(self: CapturedSteps, model: Any, num_rows: int) -> Again:
+        found.append(num_rows)
+        return Again(self, model, num_rows)
+
+    monkeypatch.setattr(graphs, "_has_graphs", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=1 << 30))
+    monkeypatch.setattr(CapturedSteps, "_aside", lambda self, work: work())
+    monkeypatch.setattr(CapturedSteps, "_without_waits", FixedSteps.step)
+    monkeypatch.setattr(CapturedSteps, "_capture", capture)
+    graphs._kept.clear()
+    return found
+
+
+def test_a_capture_for_each_size_and_once(captures: list[int]) -> None:
+    model = make_model("llama", VOCAB)
+    expected = drawn(model, "eager")
+    assert_same(drawn(model, "auto"), expected)
+    assert captures[0] == 24 and captures == sorted(set(captures), reverse=True) and len(captures) > 1
+    first = list(captures)
+    assert_same(drawn(model, "auto"), expected)
+    assert captures == first, "kept"
+    with torch.no_grad():
+        model.lm_head.weight *= 1.5
+    assert_same(drawn(model, "auto"), drawn(model, "eager"))
+    assert captures == first, "written in place"
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight / 2)
+    assert_same(drawn(model, "auto"), drawn(model, "eager"))
+    assert captures[len(first)] == 24, "another weight is another graph"
+    count = len(captures)
+    for knobs in ({"temperature": None}, {"top_k": 5}, {"max_new_tokens": 30}):
+        assert_same(drawn(model, "auto", **knobs), drawn(model, "eager", **knobs))
+        assert captures[count] == 24
+        count = len(captures)
+    assert len(graphs._kept) == 1
+    drawn(model, "auto", max_new_tokens=4)
+    assert len(captures) == count, "a few steps are not worth it"
+    del model
+    gc.collect()
+    assert not graphs._kept
+
+
+def test_a_large_cache_is_given_back(captures: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("llama", VOCAB)
+    monkeypatch.setattr(graphs, "KEPT_SHARE", 0.0)
+    assert_same(drawn(model, "auto"), drawn(model, "eager"))
+    assert captures and model not in graphs._kept
+
+
+def test_a_capture_that_fails(captures: list[int], monkeypatch: pytest.MonkeyPatch, reasons: Any) -> None:
+    model = make_model("llama", VOCAB)
+    real = CapturedSteps._capture
+
+    def fails(self: CapturedSteps, model: Any, num_rows: int) -> Any:
+        if num_rows <= fewer:
+            raise RuntimeError("no more")
+        return real(self, model, num_rows)
+
+    monkeypatch.setattr(CapturedSteps, "_capture", fails)
+    fewer = 23
+    assert_same(drawn(model, "auto"), drawn(model, "eager"))
+    assert "of 12 rows are not captured: RuntimeError: no more" in reasons()[0]
+    graphs._kept.clear()
+    fewer = 24
+    assert_same(drawn(model, "auto"), drawn(model, "eager"))
+    assert "decode steps of LlamaForCausalLM are not captured in a CUDA graph: RuntimeError: no more" in reasons()[-1]
+    assert captures == [24] and not graphs._kept
+
+
+def test_adapters_are_captured_anew(captures: list[int], peer: Any) -> None:
+    peft = peer("peft")
+    model = peft.get_peft_model(make_model("llama", VOCAB), peft.LoraConfig(r=4, target_modules=["q_proj"])).eval()
+    for name, x in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(x, std=0.5)
+    with_adapter = drawn(model, "auto")
+    assert captures and model not in graphs._kept
+    assert_same(with_adapter, drawn(model, "eager"))
+    with model.disable_adapter():
+        assert_same(drawn(model, "auto"), drawn(model, "eager"))
+        assert not torch.equal(drawn(model, "auto").tokens[:, :9], with_adapter.tokens[:, :9])
 
 
 # ---- a GPU ----------------------------------------------------------------------------------------------------------
