@@ -180,6 +180,7 @@ def decode_cases(dtype: torch.dtype) -> list[Launch]:
         turns = torch.empty(8, 1, size, dtype=dtype)
         found += record(case, lambda: blocks.rotate(query[:, :, None], key, turns, turns))  # noqa: B023
         found += record(case, lambda: blocks.append(key, key, cache, cache, place[:1]))  # noqa: B023
+        found += record(case, lambda: blocks.gated(torch.empty(8, 1, 16384, dtype=dtype)))
         found += record(case, lambda: blocks.rms_norm(query.flatten(1), query[0].flatten(), 1e-5, True))  # noqa: B023
     return found
 

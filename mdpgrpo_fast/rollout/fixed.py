@@ -60,7 +60,7 @@ class FixedSteps:
             raise Unfit(f"its cache has {', '.join(sorted(k.__name__ for k in kinds))}")
         device = like.layers[0].keys.device
         self.has_kernels = has_kernels(device, like.layers[0].keys.dtype)
-        self.fused: Any = Fused(model) if self.has_kernels else nullcontext
+        self.fused = Fused(model) if self.has_kernels else None
         self.length = -(-length // ROOM) * ROOM
         self.record = Record(num_rows, num_steps, sampling, device)
         self.rows, self.newest, self.position, self.first = torch.zeros(4, num_rows, dtype=torch.int64, device=device)
@@ -77,10 +77,13 @@ class FixedSteps:
 
     @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for layer in self.layers for x in layer[:2])
+        merged = sum(x.weight.nbytes for x in self.fused.merged) if self.fused else 0
+        return merged + sum(x.nbytes for layer in self.layers for x in layer[:2])
 
     def start(self, cache: Any, origin: Tensor, prompt_mask: Tensor, drawn: Tensor) -> None:
         """After the prompts: their cache, the prompt of each row (B,), (P, S) bool, and the first tokens (B,)."""
+        if self.fused:
+            self.fused.refresh()
         width, lengths = prompt_mask.shape[1], prompt_mask.sum(1)[origin]
         for (*buffers, _), layer in zip(self.layers, cache.layers, strict=True):
             for buffer, filled in zip(buffers, (layer.keys, layer.values), strict=True):
@@ -101,7 +104,10 @@ class FixedSteps:
         ]
         # Older versions of transformers leave a soft-cap out where attention is sdpa; newer ones refuse.
         is_sdpa = model.config.get_text_config()._attn_implementation.startswith("sdpa")
-        with attention_of(model, partial(self._attend, layers, not is_sdpa)), self.fused():
+        with (
+            attention_of(model, partial(self._attend, layers, not is_sdpa)),
+            self.fused() if self.fused else nullcontext(),
+        ):
             out = model(
                 input_ids=self.newest[:num_rows, None],
                 position_ids=self.position[:num_rows, None],

@@ -24,7 +24,7 @@ from mdpgrpo_fast.log import say_once
 from mdpgrpo_fast.rollout import attention, fixed, graphs, loop
 from mdpgrpo_fast.rollout.attention import plain_attention
 from mdpgrpo_fast.rollout.fixed import FixedSteps
-from mdpgrpo_fast.rollout.fused import Fused
+from mdpgrpo_fast.rollout.fused import Fused, Merged
 from mdpgrpo_fast.rollout.generate import Rollout, generate
 from mdpgrpo_fast.rollout.graphs import CapturedSteps
 
@@ -231,9 +231,13 @@ def test_steps_of_kernels(model: Any, sizes: list[int], kernels: None) -> None:
     assert_same(a, b)
     assert sizes
     found = Fused(model)
-    norms = [m for m in model.modules() if type(m).__name__.endswith("RMSNorm")]
-    assert [m for m, _ in found.norms] == norms and len(found.rotaries) == (rotary is not None)
-    assert all("forward" not in vars(m) for m in norms), "only for the time of a step"
+    norms, gates, heads = (
+        [m for m in model.modules() if type(m).__name__.endswith(end)] for end in ("RMSNorm", "MLP", "Attention")
+    )
+    gates = [m for m in gates if "silu" in str(getattr(m, "act_fn", "")).lower()]
+    count = len(norms) + len(gates) + 3 * sum(hasattr(m, "q_proj") for m in heads)
+    assert len(found.forwards) == count and len(found.rotaries) == (rotary is not None)
+    assert all("forward" not in vars(m) for m in model.modules()), "only for the time of a step"
     assert getattr(sys.modules[type(model).__module__], "apply_rotary_pos_emb", None) is rotary
 
 
@@ -245,6 +249,47 @@ def test_rms_norm(size: int, dtype: torch.dtype, one_plus: bool) -> None:
     expected = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt() * (weight.double() + one_plus)
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(blocks.rms_norm(x, weight, 1e-5, one_plus).double(), expected, rtol=2 * eps, atol=eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_gated(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = (4 * torch.randn(3, 1, 2 * 1100)).to(DEVICE, dtype)
+    gate, up = x.double().chunk(2, -1)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(
+        blocks.gated(x).double(), torch.nn.functional.silu(gate) * up, rtol=4 * eps, atol=4 * eps
+    )
+
+
+def test_merged_layers_follow_their_weights() -> None:
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(8, n) for n in (6, 4, 2)]
+    merged = Merged(*layers)
+    for _ in range(2):
+        x, other = torch.randn(2, 3, 1, 8)
+        for i, layer in enumerate(layers):
+            torch.testing.assert_close(merged.part(i, x), layer(x))
+        assert merged.x is None and merged.parts is None
+        merged.part(0, x)
+        torch.testing.assert_close(merged.part(1, other), layers[1](other))
+        where = merged.weight.data_ptr(), merged.bias.data_ptr()
+        with torch.no_grad():
+            for p in layers[1].parameters():
+                p += 1
+            merged.refresh()
+        assert where == (merged.weight.data_ptr(), merged.bias.data_ptr())
+
+
+def test_kernels_see_weights_that_change(captures: list[int], kernels: None) -> None:
+    model = make_model("llama", VOCAB).to(DEVICE)
+    options: dict[str, Any] = {"max_new_tokens": 16, "num_generations": 1, "temperature": None}
+    for _ in range(2):
+        assert_same(drawn(model, "auto", **options), drawn(model, "eager", **options))
+        with torch.no_grad():
+            for p in model.parameters():
+                p *= 1.1
+    assert captures.count(4) == 1
 
 
 @pytest.mark.parametrize("size", [8, 24, 128])
