@@ -182,6 +182,10 @@ FAULTS = [
     rollout("self.first.copy_(width - lengths)", "self.first.zero_()", "same_tokens and qwen2"),
     rollout("place > last - window", "place >= last - window", "same_tokens and gemma2 or plain_attention"),
     rollout("x[: len(index), :, :filled] = x[:, :, :filled][index]", "pass", "same_tokens and llama"),
+    rollout("steps.key == key", "True", "a_capture_for_each_size"),
+    rollout("self.fused.refresh()", "pass", "weights_that_change"),
+    Fault("mdpgrpo_fast/kernels/triton/decode/", "begin += part * each", "begin += part * BLOCK",
+          "tests/rollout/test_fixed.py -k kernel_attention"),
     rollout("temperature=temperature, check_values=False", "temperature=temperature", "no_step_waits and llama"),
     # Verifiers.
     verifiers("known is not None and rules in known.rules", "known is not None", "unknown_id"),

@@ -77,7 +77,7 @@ def _fixed(decoder: Decoder, fixed: FixedSteps, eos: Tensor, max_new_tokens: int
         smaller = fixed.size_for(num_alive, size)
         if smaller < size:
             # Those that go on come first; finished ones fill up.
-            index = alive.argsort(descending=True, stable=True)[:smaller]
+            index = (~alive).long().argsort(stable=True)[:smaller]
             fixed.keep(index, prompt_width + t - 1)
             alive, size = alive[index], smaller
     return t
