@@ -30,6 +30,7 @@ from torch import Tensor
 
 from mdpgrpo_fast.config import MDPGRPOConfig
 from mdpgrpo_fast.kernels import onednn
+from mdpgrpo_fast.rollout import graphs
 from mdpgrpo_fast.rollout.generate import generate
 
 GROUP = 8
@@ -138,6 +139,8 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     tried = SHORT if CUDA else length
     verify(model, ids, candidates(model, ids, taus, tried) if CUDA else ways, (rows, tried))
     first = {"ours": {"first_ms": short(1e3 * seconds(ways["ours"]))}} if CUDA else {}
+    if CUDA and model not in graphs._kept:
+        raise Wrong("the decode steps were not captured; the log says why")
     times: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(rounds):
         for way, run in ways.items():
