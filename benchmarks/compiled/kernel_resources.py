@@ -31,6 +31,8 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from mdpgrpo_fast.kernels.schemas import Groups, Rows, Settings
 from mdpgrpo_fast.kernels.triton import advantages, logprobs, objective, sampling, tiles, token_loss
+from mdpgrpo_fast.kernels.triton.decode import blocks
+from mdpgrpo_fast.kernels.triton.decode.attention import launch_attention
 
 ARCHITECTURES = (80, 90, 100, 120)
 # Registers, shared memory (bytes) and threads of one multiprocessor (CUDA programming guide, compute capabilities).
@@ -166,6 +168,23 @@ def cases(vocab: int, dtype: torch.dtype, tile: tiles.Tile) -> list[Launch]:
     return [launch for title, run in runs.items() for launch in record(f"{name}, {title}", run)]
 
 
+def decode_cases(dtype: torch.dtype) -> list[Launch]:
+    """Of decode steps: heads as of Llama 3.2 1B, of an 8B model, and Gemma 2's with all it has."""
+    found = []
+    for heads, kv_heads, size, *more in ((32, 8, 64), (32, 8, 128), (8, 4, 256, 50.0, 4096)):
+        query, cache = torch.empty(8, heads, size, dtype=dtype), torch.empty(8, kv_heads, 512, size, dtype=dtype)
+        place = torch.zeros(8, dtype=torch.long)
+        case = f"{heads} heads, {kv_heads} of keys, D={size} {str(dtype).removeprefix('torch.')}"
+        found += record(case, lambda: launch_attention(query, cache, cache, place, place[:1], 1.0, *more))  # noqa: B023
+        key = torch.empty(8, kv_heads, 1, size, dtype=dtype)
+        turns = torch.empty(8, 1, size, dtype=dtype)
+        found += record(case, lambda: blocks.rotate(query[:, :, None], key, turns, turns))  # noqa: B023
+        found += record(case, lambda: blocks.append(key, key, cache, cache, place[:1]))  # noqa: B023
+        found += record(case, lambda: blocks.gated(torch.empty(8, 1, 16384, dtype=dtype)))
+        found += record(case, lambda: blocks.rms_norm(query.flatten(1), query[0].flatten(), 1e-5, True))  # noqa: B023
+    return found
+
+
 def tool(name: str) -> str:
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     assert path.exists(), f"{path} is missing: this Triton ships without {name}"
@@ -222,6 +241,8 @@ def measure(vocabs: list[int], dtypes: list[torch.dtype], chosen: list[tiles.Til
                     facts = (launch.signature, launch.constants, launch.attributes, launch.options)
                     key = (launch.kernel, *map(str, facts))
                     unique.setdefault(key, launch)
+    for launch in (x for dtype in dtypes for x in decode_cases(dtype)):
+        unique[launch.kernel, launch.case] = launch
     return [compile_for(launch, sm) for launch in unique.values() for sm in sms]
 
 

@@ -1,11 +1,9 @@
-"""The decode loop: each prompt prefilled once, its cache shared out to its rows and from there written in place."""
+"""Forward passes of decoding: each prompt prefilled once, its cache shared out to its rows and written in place."""
 
 from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,14 +13,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from ..log import say_once
 
 BLOCK = 128  # tokens a cache grows by at least
-# Steps between checks for finished rows: on a GPU a check waits for the device, on the CPU it costs nothing.
-CHECK_EVERY = {"cpu": 1}
-CHECK_EVERY_ELSEWHERE = 8
-# Finished rows are dropped when they are this share of the batch: dropping copies the cache of those that stay.
-FINISHED_SHARE = 0.125
 ATTENTION_CACHE, STATE_CACHE = CACHE_NAMES = ("past_key_values", "cache_params")
-
-TokenSampler = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 # ---- cache ----------------------------------------------------------------------------------------------------------
@@ -117,7 +108,7 @@ def _parameters(model: Any) -> set[str] | None:
 
 
 class Decoder:
-    """Forward passes over rows that share prompts: `prefill`, then one token a row with `step`.
+    """Forward passes over rows that share prompts: `prefill`, `share`, then one token a row with `step`.
 
     prompt_ids (P, S) left-padded, prompt_mask (P, S) bool, origin (B,): the prompt of each row. After `keep(index)`
     the rows are those of index. Where the model has no cache, each step runs over all tokens again; where its cache
@@ -138,6 +129,8 @@ class Decoder:
         self.cache: Any = None
         self.cache_name = ATTENTION_CACHE
         self.prompts, self.origin = (prompt_ids, self.mask), origin
+        self.prompt_mask = prompt_mask
+        self.is_shared = False
 
     def _forward(self, ids: Tensor, use_cache: bool) -> Any:
         options: dict[str, Any] = {"use_cache": use_cache, "logits_to_keep": 1}
@@ -159,10 +152,9 @@ class Decoder:
         cache = self._found(out)
         if hasattr(cache, "reorder_cache"):
             self.cache = cache
-            write_in_place(cache)
-            self.keep(self.origin)
             return out.logits[:, -1].index_select(0, self.origin)
         kind = type(self.model).__name__
+        self.is_shared = True
         ids = ids.index_select(0, self.origin)
         self.mask = None if mask is None else mask.index_select(0, self.origin)
         if cache is None:
@@ -173,6 +165,13 @@ class Decoder:
         out = self._forward(ids, True)
         self.cache = self._found(out)
         return out.logits[:, -1]
+
+    def share(self) -> None:
+        """Makes each prompt's cache that of its rows, as `step` needs it."""
+        if not self.is_shared:
+            write_in_place(self.cache)
+            self.keep(self.origin)
+            self.is_shared = True
 
     def _found(self, out: Any) -> Any:
         for name in CACHE_NAMES:
@@ -200,54 +199,3 @@ class Decoder:
             self.cache.reorder_cache(index)
         self.mask = None if self.mask is None else self.mask.index_select(0, index)
         self.ids = None if self.ids is None else self.ids.index_select(0, index)
-
-
-# ---- loop -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Completions:
-    """Of B rows, L the longest: fields as in Rollout."""
-
-    tokens: Tensor
-    lengths: Tensor
-    finished: Tensor
-    sampling_logprobs: Tensor
-    policy_logprobs: Tensor
-
-
-def complete(decoder: Decoder, sampler: TokenSampler, eos: Tensor, max_new_tokens: int) -> Completions:
-    """Draws tokens until every row met one of eos (E,) or has max_new_tokens.
-
-    sampler: logits (R, V) and the rows (R,) they are of, to tokens, sampling and policy log-probs (R,).
-    """
-    device = eos.device
-    rows = torch.arange(len(decoder.origin), device=device)
-    num_completions = len(rows)
-    tokens = eos[:1].repeat(num_completions, max_new_tokens)
-    logprobs = torch.zeros(2, num_completions, max_new_tokens, device=device)
-    lengths, finished = torch.zeros_like(rows), torch.ones_like(rows, dtype=torch.bool)
-    alive = torch.ones_like(finished)  # of the rows in the batch, those that go on
-    check_every = CHECK_EVERY.get(device.type, CHECK_EVERY_ELSEWHERE)
-    logits = decoder.prefill()
-    for t in range(max_new_tokens):
-        drawn, sampling, policy = sampler(logits, rows)
-        drawn = torch.where(alive, drawn, eos[0])
-        tokens[rows, t] = drawn
-        logprobs[0, rows, t], logprobs[1, rows, t] = sampling * alive, policy * alive
-        lengths[rows] += alive
-        alive = alive & ~(drawn[:, None] == eos).any(1)
-        if t == max_new_tokens - 1:
-            break
-        if t % check_every == 0:
-            num_alive = int(alive.sum())
-            if num_alive == 0:
-                break
-            if decoder.can_drop_rows and num_alive <= (1 - FINISHED_SHARE) * len(rows):
-                index = alive.nonzero()[:, 0]
-                decoder.keep(index)
-                rows, alive, drawn = rows[index], alive[index], drawn[index]
-        logits = decoder.step(drawn)
-    finished[rows] = ~alive
-    width = int(lengths.max())
-    return Completions(tokens[:, :width], lengths, finished, logprobs[0, :, :width], logprobs[1, :, :width])

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..config import ConfigError
 from ..kernels import onednn
-from .decoding import Decoder, complete
-from .sampling import sample
+from .decoding import Decoder
+from .loop import Steps, complete
+from .record import Sampling
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,14 @@ def generate(
     top_p: float = 1.0,
     min_p: float = 0.0,
     num_generations: int = 1,
+    steps: Steps = "auto",
 ) -> Rollout:
     """Draw num_generations completions of each of P prompts in one batch: B = P * num_generations rows.
 
     model: a causal language model of transformers, or a PeftModel around one; called as it is, so that hooks of wrapped
         modules run, and without its generation settings.
     prompts: token ids; each different one is prefilled once, also where it is given several times.
+    steps: "auto": on a GPU captured in CUDA graphs, where the model's can be, else as "eager", the model as it is.
     temperature: of each row, the rows of a prompt next to each other; None: all rows greedily.
 
     Raises: ValueError where a prompt is empty, num_generations or max_new_tokens is below 1, temperature is not one
@@ -103,13 +106,10 @@ def generate(
     origin = torch.tensor([place[tuple(p)] for p in rows], device=device)
     ids, mask = left_pad([list(p) for p in place], eos[0], device)
     tau = None if temperature is None else torch.tensor(temperature, dtype=torch.float32, device=device)
-
-    def draw(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return sample(logits, None if tau is None else tau[index], top_k, top_p, min_p)
-
     ends = torch.tensor(eos, device=device)
     with onednn.packed(model):
-        done = complete(Decoder(model, ids, mask, origin), draw, ends, max_new_tokens)
+        sampling = Sampling(tau, (top_k, top_p, min_p))
+        done = complete(Decoder(model, ids, mask, origin), sampling, ends, max_new_tokens, steps)
     if not bool(done.sampling_logprobs.isfinite().all()):
         row = int((~done.sampling_logprobs.isfinite()).any(1).int().argmax())
         raise FloatingPointError(f"the model's logits must be finite; those of row {row} are not")

@@ -15,29 +15,34 @@ BLOCK = 512  # tokens of a partial sum
 CHUNK = 1 << 18
 # Top-p alone sorts this many of a row's tokens before it tries more; a GPU sorts the row and spares itself the look.
 CANDIDATES = 1024
+NOISE = 2**53  # noise is below it: what a double tells apart in [0, 1)
 
 
 def sample(
-    logits: Tensor, temperature: Tensor | None, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
-) -> tuple[Tensor, Tensor, Tensor]:
+    logits: Tensor, temperature: Tensor | None, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0,
+    noise: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """One token a row, int64, and its log-probs under what it was drawn from and under the policy, float32: (R,) each.
 
     logits (R, V); temperature (R,) above 0, or None: the most likely token, whatever the truncation. The temperature
     comes first, then top-k, top-p (a token goes when those before it already hold top_p) and min-p, each on what is
     left and 0, 1 and 0 for none. Of equals at its border top-k takes any, so that k stay. NaN gives NaN log-probs.
+    noise (R,): int64, uniform in [0, NOISE), from which alone the draw follows; None: from the device's generator.
     """
     vocab = logits.shape[1]
     truncated = temperature is not None and (0 < top_k < vocab or top_p < 1 or min_p > 0)
     if not truncated and backends.choose("auto", logits.device, logits.dtype) == "triton":
         from ..kernels.triton.library import sample
 
-        return sample(logits, temperature)
+        return sample(logits, temperature, noise)
     if temperature is None:
         tokens = logits.argmax(1)
         policy = _logprobs(logits, tokens, 1.0)
         return tokens, policy, policy
+    if noise is None:
+        noise = torch.randint(NOISE, (len(logits),), device=logits.device)
     # In double: a float has too few values for the last tokens of a large vocabulary.
-    u = torch.rand(len(logits), dtype=torch.float64, device=logits.device)
+    u = noise.double() / NOISE
     if truncated:
         z, ids = _truncated(logits, temperature, top_k, top_p, min_p)
         p = z.softmax(1)
@@ -53,7 +58,9 @@ def sample(
 
 
 def _logprobs(logits: Tensor, tokens: Tensor, temperature: Tensor | float) -> Tensor:
-    return token_logprobs(logits[:, None], tokens[:, None], temperature=temperature)[0].squeeze(1).float()
+    # Tokens of these very rows are in range; to look would be a wait for the device.
+    found, _ = token_logprobs(logits[:, None], tokens[:, None], temperature=temperature, check_values=False)
+    return found.squeeze(1).float()
 
 
 def draw(p: Tensor, u: Tensor) -> Tensor:

@@ -46,6 +46,7 @@ from mdpgrpo_fast.kernels.triton import (
     token_loss,
     tuning,
 )
+from mdpgrpo_fast.kernels.triton.decode import attention, blocks
 from mdpgrpo_fast.ops import backends, fused
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -384,7 +385,9 @@ def machine_code(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any
 
 
 def test_kernels_compile_without_spills(machine_code: list[dict[str, Any]]) -> None:
-    names = [k.fn.__name__.strip("_").removesuffix("_kernel") for k in KERNELS]
+    kernels = (*KERNELS, attention._attention_kernel, attention._combine_kernel, blocks._rms_norm_kernel,
+               blocks._rotate_kernel, blocks._append_kernel, blocks._gated_kernel)  # fmt: skip
+    names = [k.fn.__name__.strip("_").removesuffix("_kernel") for k in kernels]
     assert {(r["kernel"], r["sm"]) for r in machine_code} == {(n, sm) for n in names for sm in (80, 90, 100, 120)}
     assert [r for r in machine_code if r["spilled"]] == []
 

@@ -17,7 +17,7 @@ from mdpgrpo_fast.config import ConfigError, MDPGRPOConfig
 from mdpgrpo_fast.log import say_once
 from mdpgrpo_fast.models.load import load
 from mdpgrpo_fast.models.policy import completion_logits
-from mdpgrpo_fast.rollout import decoding
+from mdpgrpo_fast.rollout import decoding, loop
 from mdpgrpo_fast.rollout.generate import Rollout, decode, eos_ids, generate, left_pad
 
 FAMILIES = ("llama", "qwen2", "gemma2", "gpt2")
@@ -285,6 +285,7 @@ def test_the_cache_is_written_in_place(zoo: dict[str, Any]) -> None:
     )
     with torch.no_grad():
         decoder.prefill()
+        decoder.share()
         decoder.step(torch.tensor([50, 51]))
         layers = decoder.cache.layers
         assert {type(x) for x in layers} == {decoding.InPlaceLayer, decoding.InPlaceSlidingWindowLayer}
@@ -461,7 +462,7 @@ def test_a_late_look_changes_nothing(scripted: Any, monkeypatch: pytest.MonkeyPa
     """On a GPU finished rows are looked for now and then; what they draw meanwhile does not count."""
     play = [[10, 20], [10, 11, 12, 20], [10, 11, 12, 13, 14]]
     now = scripted(play, [20], limit=7)
-    monkeypatch.setitem(decoding.CHECK_EVERY, "cpu", every)
+    monkeypatch.setitem(loop.CHECK_EVERY, "cpu", every)
     late = scripted(play, [20], limit=7)
     for name in ("tokens", "lengths", "finished", "mask"):
         assert torch.equal(getattr(late, name), getattr(now, name)), name

@@ -21,9 +21,9 @@ def options(logits: Tensor) -> dict[str, Any]:
     return {"tile_of": lambda: tile_for(logits.shape[-1], logits.dtype, logits.device)}
 
 
-def sample(logits: Tensor, temperature: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def sample(logits: Tensor, temperature: Tensor | None, seeds: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """As `sampling.launch_sample`."""
-    return launch_sample(logits, temperature, **options(logits))
+    return launch_sample(logits, temperature, seeds, **options(logits))
 
 
 LAUNCHERS = Launchers(

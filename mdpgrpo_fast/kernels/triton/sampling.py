@@ -12,12 +12,12 @@ from .tiles import TileSource, compiler_options, on_device, row_tile
 
 
 @triton.jit
-def _race(z, columns, best, choice, seed, row, tau, NOISE: tl.constexpr, tile):
+def _race(z, columns, best, choice, seed, tau, NOISE: tl.constexpr, tile):
     """One tile into each thread's best z / τ + Gumbel noise, and the column it is at; the first of equals."""
     key = z / tau
     if NOISE:
         # Half a step up: never log 0. Small values have the resolution, so -log(E) and not -log(-log(u)) of u near 1.
-        u = tl.rand(seed, row * (1 << 32) + columns) + 2.3283064e-10
+        u = tl.rand(seed, columns) + 2.3283064e-10
         # E = -log(1 - u), by its series where 1 - u has no digits left.
         key -= tl.log(tl.where(u < 1e-3, u * (1.0 + u * (0.5 + u * 0.33333334)), -tl.log(1.0 - u)))
     top = tl.max(key, axis=tile.axis)
@@ -27,9 +27,9 @@ def _race(z, columns, best, choice, seed, row, tau, NOISE: tl.constexpr, tile):
     return tl.maximum(best, top), tl.where(top > best, first, choice)
 
 
-@triton.jit(do_not_specialize=["n_rows", "tiles"], do_not_specialize_on_alignment=["temperature_ptr"])
+@triton.jit(do_not_specialize=["n_rows", "tiles"], do_not_specialize_on_alignment=["temperature_ptr", "seeds_ptr"])
 def _sample_kernel(
-    logits_ptr, temperature_ptr, seed_ptr, tokens_ptr, logprobs_ptr, n_rows, tiles, stride_l, NOISE: tl.constexpr,
+    logits_ptr, temperature_ptr, seeds_ptr, tokens_ptr, logprobs_ptr, n_rows, tiles, stride_l, NOISE: tl.constexpr,
     tile,
 ):  # fmt: skip
     """NOISE: a draw at the row's τ; else the most likely token, both log-probs at 1."""
@@ -39,7 +39,7 @@ def _sample_kernel(
     if NOISE:
         tau = tl.load(temperature_ptr + row).to(tl.float32)
         tau = tl.where(tau > 0, tau, float("nan"))
-        seed = tl.load(seed_ptr)
+        seed = tl.load(seeds_ptr + row)
     k = LOG2E / tau
     top = tl.full((tile.block // tile.width,), NEG_INF, tl.float32)
     total = tl.zeros((tile.block // tile.width,), tl.float32)
@@ -51,12 +51,12 @@ def _sample_kernel(
         z, _ = _load_tile(logits, i * tile.block, None, "evict_first", False, tile)
         top, total, moment, total_policy = _accumulate(z, top, total, moment, total_policy, k, LOG2E, NOISE, tile)
         columns = _columns(i * tile.block, tile)
-        best, choice = _race(z, columns, best, choice, seed, row, tau, NOISE, tile)
+        best, choice = _race(z, columns, best, choice, seed, tau, NOISE, tile)
     if tile.vocab % tile.block != 0:
         z, _ = _load_tile(logits, tile.vocab // tile.block * tile.block, None, "evict_first", True, tile)
         top, total, moment, total_policy = _accumulate(z, top, total, moment, total_policy, k, LOG2E, NOISE, tile)
         columns = _columns(tile.vocab // tile.block * tile.block, tile)
-        best, choice = _race(z, columns, best, choice, seed, row, tau, NOISE, tile)
+        best, choice = _race(z, columns, best, choice, seed, tau, NOISE, tile)
     peak = tl.max(top, axis=0)
     gap = _gap(top, peak)
     token = tl.min(tl.where(best == tl.max(best, axis=0), choice, tile.vocab), axis=0)
@@ -72,26 +72,27 @@ def _sample_kernel(
     tl.store(logprobs_ptr + tl.cast(n_rows, tl.int64) + row, d - log_total_policy)
 
 
-def launch_sample(logits: Tensor, temperature: Tensor | None, *, tile_of: TileSource) -> tuple[Tensor, Tensor, Tensor]:
+def launch_sample(
+    logits: Tensor, temperature: Tensor | None, seeds: Tensor | None = None, *, tile_of: TileSource
+) -> tuple[Tensor, Tensor, Tensor]:
     """Token (R,) int64 of each row, its log-prob at the row's temperature and at 1, float32.
 
-    logits (R, V) with unit stride in V; temperature (R,), None: the most likely token. Noise from torch's generator of
-    the device, without a wait for it.
+    logits (R, V) with unit stride in V; temperature (R,), None: the most likely token. seeds (R,): int64, of each row's
+    noise; None: from torch's generator of the device, without a wait for it.
     """
     n, vocab = logits.shape
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     tokens = torch.empty(n, dtype=torch.int64, device=logits.device)
     logprobs = torch.empty(2, n, dtype=torch.float32, device=logits.device)
-    seed = None
     if temperature is not None:
         temperature = temperature.contiguous()
-        seed = torch.randint(2**62, (1,), device=logits.device)
+        seeds = torch.randint(2**62, (n,), device=logits.device) if seeds is None else seeds.contiguous()
     if n:
         tile = tile_of()._replace(programs=0)
         with on_device(logits.device):
             _sample_kernel[(n,)](
-                logits, temperature, seed, tokens, logprobs, n, vocab // tile.block, logits.stride(0),
+                logits, temperature, seeds, tokens, logprobs, n, vocab // tile.block, logits.stride(0),
                 temperature is not None, row_tile(tile, logits), **compiler_options(tile),
             )  # fmt: skip
     return tokens, logprobs[0], logprobs[1]
