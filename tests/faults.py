@@ -91,7 +91,8 @@ FAULTS = [
     # Triton's kernels.
     op(TRITON + "rows.py", "x = tl.where(inside, x, NEG_INF)",
        "x = x", "vocabularies and 4097 and triton"),
-    op(TRITON + "rows.py", "(moment + gap * total) * shrink + tl.sum(", "moment * shrink + tl.sum(", "vocabularies and 32001 and triton"),
+    op(TRITON + "rows.py", "(moment + gap * total) * shrink + tl.sum(", "moment * shrink + tl.sum(",
+       "vocabularies and 32001 and triton"),
     op(TRITON + "rows.py", "g *= slope", "g *= 1.0", "every_option and softcap and triton"),
     op(TRITON + "rows.py", "(token >= 0) & (token < tile.vocab)", "(token >= 0)", "unseen_bad and triton"),
     op(TRITON + "rows.py", "tl.where(tau > 0, tau, float(\"nan\"))", "tau", "unseen_bad and triton"),

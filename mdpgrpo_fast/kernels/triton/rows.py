@@ -97,51 +97,52 @@ def _load_tile(row, start, softcap, EVICT: tl.constexpr, TAIL: tl.constexpr, til
 
 
 @triton.jit
-def _reference(top, k):
-    """What a row's exponents are relative to, in units of exp2: k top, rounded the same way wherever it is used.
+def _offset(top, k):
+    """What makes k u an exponent relative to k top: -k top, rounded the same way wherever it is used.
 
     Finite where nothing was met yet.
     """
-    return tl.maximum(top * k, -1.0e38)
+    return tl.minimum(-k * top, 1.0e38)
 
 
 @triton.jit
 def _accumulate(u, top, total, moment, total_kl, k, k_kl, TWO_TEMPERATURES: tl.constexpr, tile):
     """One tile into the running maximum, Σ exp2(t), Σ t exp2(t) and Σ exp2(t_kl) of each thread.
 
-    t = k u - c, c the reference of the maximum: one rounding, so that logits of ±1e4 lose nothing.
+    t = k u + c, c the offset of the maximum: one rounding, so that logits of ±1e4 lose nothing.
     """
     new = tl.maximum(top, tl.max(u, axis=tile.axis))
-    c = _reference(new, k)
-    gap = _reference(top, k) - c
+    c = _offset(new, k)
+    gap = c - _offset(top, k)
     shrink = tl.exp2(gap)
     # Finite also for a logit of -inf, whose exp is 0 and must not make 0 * inf; NaN stays.
-    t = tl.maximum(
-        tl.fma(u, k, -(c[:, None] if tile.axis == 1 else c[None, :])), -1.0e30, propagate_nan=tl.PropagateNan.ALL
-    )
+    t = tl.fma(u, k, c[:, None] if tile.axis == 1 else c[None, :])
+    t = tl.maximum(t, -1.0e30, propagate_nan=tl.PropagateNan.ALL)
     e = tl.exp2(t)
     moment = (moment + gap * total) * shrink + tl.sum(t * e, axis=tile.axis)
     total = total * shrink + tl.sum(e, axis=tile.axis)
     if TWO_TEMPERATURES:
-        c = _reference(new, k_kl)
-        e = tl.exp2(tl.fma(u, k_kl, -(c[:, None] if tile.axis == 1 else c[None, :])))
-        total_kl = total_kl * tl.exp2(_reference(top, k_kl) - c) + tl.sum(e, axis=tile.axis)
+        c = _offset(new, k_kl)
+        e = tl.exp2(tl.fma(u, k_kl, c[:, None] if tile.axis == 1 else c[None, :]))
+        total_kl = total_kl * tl.exp2(c - _offset(top, k_kl)) + tl.sum(e, axis=tile.axis)
     return new, total, moment, total_kl
 
 
 @triton.jit
-def _log_total(top, peak, total, k):
-    """log Σ exp((z - maximum) / τ) of a row, and Σ exp2(t), from each thread's maximum and sum; NaN of no logit."""
-    c = _reference(peak, k)
-    total = tl.sum(total * tl.exp2(_reference(top, k) - c), axis=0)
-    total = tl.where(total > 0, total, float("nan"))
-    return tl.log(total) - _rounding(peak, k) / LOG2E, total
+def _rounding(peak, k):
+    """k peak plus its offset: what the rounding of the offset left."""
+    return tl.fma(peak, k, _offset(peak, k))
 
 
 @triton.jit
-def _rounding(peak, k):
-    """k peak less the reference, which is rounded."""
-    return tl.fma(peak, k, -_reference(peak, k))
+def _total(top, peak, total, k):
+    """Σ exp((z - maximum) / τ) of a row, from each thread's maximum and sum; NaN of no logit.
+
+    At least 1, and 1 to the bit where all others are 0: the maximum's own part, as it was summed, is taken out.
+    """
+    total = tl.sum(total * tl.exp2(_offset(peak, k) - _offset(top, k)), axis=0)
+    rounding = _rounding(peak, k)
+    return 1.0 + (total - tl.exp2(rounding)) * tl.exp2(-rounding)
 
 
 @triton.jit
@@ -163,14 +164,18 @@ def _read_row(row, tiles, k, k_kl, softcap, EVICT: tl.constexpr, TWO_TEMPERATURE
         u, _ = _load_tile(row, tile.vocab // tile.block * tile.block, softcap, EVICT, True, tile)
         top, total, moment, total_kl = _accumulate(u, top, total, moment, total_kl, k, k_kl, TWO_TEMPERATURES, tile)
     peak = tl.max(top, axis=0)
-    gap = _reference(top, k) - _reference(peak, k)
+    gap = _offset(peak, k) - _offset(top, k)
     moment = tl.sum((moment + gap * total) * tl.exp2(gap), axis=0)
-    log_total, total = _log_total(top, peak, total, k)
+    total = _total(top, peak, total, k)
+    log_total = tl.log(total)
     log_total_kl = log_total
     if TWO_TEMPERATURES:
-        log_total_kl, _ = _log_total(top, peak, total_kl, k_kl)
-    # Entropy = -Σ p log p, with log2 p = t - log2 Σ.
-    return _logit(peak, softcap), log_total, tl.log(total) - moment / total / LOG2E, log_total_kl
+        log_total_kl = tl.log(_total(top, peak, total_kl, k_kl))
+    # Entropy = -Σ p log p, with log2 p = t - rounding - log2 Σ; a sum that rounds is not to make it negative.
+    rounding = _rounding(peak, k)
+    entropy = log_total - (moment * tl.exp2(-rounding) / total - rounding) / LOG2E
+    entropy = tl.maximum(entropy, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return _logit(peak, softcap), log_total, entropy, log_total_kl
 
 
 @triton.jit
@@ -194,14 +199,16 @@ def _target(row, token, softcap):
 
 @triton.jit
 def _write_tile(
-    row, out, start, token, peak, scale, scale_kl, a, k, k_kl, softcap, OWN: tl.constexpr, TAIL: tl.constexpr,
+    row, out, start, token, peak, a, scale, scale_kl, k, k_kl, c, c_kl, softcap, OWN: tl.constexpr, TAIL: tl.constexpr,
     TWO_TEMPERATURES: tl.constexpr, tile,
 ):  # fmt: skip
     u, slope = _load_tile(row, start, softcap, "evict_first", TAIL, tile)
     columns = _columns(start, tile)
-    g = scale * tl.exp2(tl.fma(u, k, -_reference(peak, k)))
+    if OWN:
+        u = _logit(u, softcap) - peak
+    g = scale * tl.exp2(tl.fma(u, k, c))
     if TWO_TEMPERATURES:
-        g = tl.fma(scale_kl, tl.exp2(tl.fma(u, k_kl, -_reference(peak, k_kl))), g)
+        g = tl.fma(scale_kl, tl.exp2(tl.fma(u, k_kl, c_kl)), g)
     if OWN:
         g += tl.where(columns == token, a, 0.0)
     if softcap is not None:
@@ -223,27 +230,28 @@ def _write_gradient(
     Without TWO_TEMPERATURES, a_kl must be 0. `out` may be `row`: each tile is read before it is written.
     """
     if softcap is not None:
-        # In the units of `_softcap`.
+        a, a_kl = 4.0 * a, 4.0 * a_kl  # of a quarter of the slope
+    # The tile with the row's own token compares columns, and takes differences from the maximum, as 1 - p must be 0
+    # where p is 1. The others spend fewer instructions: they are off by some last bits of p.
+    own = tl.maximum(token, 0) // tile.block
+    c, c_kl = -log_total * LOG2E, -log_total_kl * LOG2E
+    if tile.vocab % tile.block != 0:
+        _write_tile(row, out, tile.vocab // tile.block * tile.block, token, peak, a + a_kl, -a, -a_kl, k, k_kl, c, c_kl,
+                    softcap, True, True, TWO_TEMPERATURES, tile)  # fmt: skip
+    if own < tiles:
+        _write_tile(row, out, own * tile.block, token, peak, a + a_kl, -a, -a_kl, k, k_kl, c, c_kl, softcap, True,
+                    False, TWO_TEMPERATURES, tile)  # fmt: skip
+    if softcap is not None:
         k, k_kl = 2.0 * softcap * k, 2.0 * softcap * k_kl
         peak = (peak - softcap) / (2.0 * softcap)
-        a, a_kl = 4.0 * a, 4.0 * a_kl
-    scale = -a * tl.exp2(-log_total * LOG2E - _rounding(peak, k))
-    scale_kl = -a_kl * tl.exp2(-log_total_kl * LOG2E - _rounding(peak, k_kl))
-    a += a_kl
-    # The tile of the row's own token is written apart: no other compares columns.
-    own = tl.maximum(token, 0) // tile.block
-    if tile.vocab % tile.block != 0:
-        _write_tile(row, out, tile.vocab // tile.block * tile.block, token, peak, scale, scale_kl, a, k, k_kl, softcap,
-                    True, True, TWO_TEMPERATURES, tile)  # fmt: skip
+    a *= -tl.exp2(c - _rounding(peak, k))
+    a_kl *= -tl.exp2(c_kl - _rounding(peak, k_kl))
     others = tiles - (own < tiles).to(tl.int32)
     for i in tl.range(0, others, num_stages=tile.stages):
         j = others - 1 - i
         j += (j >= own).to(tl.int32)
-        _write_tile(row, out, j * tile.block, token, peak, scale, scale_kl, a, k, k_kl, softcap, False, False,
-                    TWO_TEMPERATURES, tile)  # fmt: skip
-    if own < tiles:
-        _write_tile(row, out, own * tile.block, token, peak, scale, scale_kl, a, k, k_kl, softcap, True, False,
-                    TWO_TEMPERATURES, tile)  # fmt: skip
+        _write_tile(row, out, j * tile.block, token, peak, 0.0, a, a_kl, k, k_kl, _offset(peak, k), _offset(peak, k_kl),
+                    softcap, False, False, TWO_TEMPERATURES, tile)  # fmt: skip
 
 
 @triton.jit

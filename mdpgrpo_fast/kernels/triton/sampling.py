@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows import LOG2E, NEG_INF, _accumulate, _columns, _load_tile, _log_total
+from .rows import LOG2E, NEG_INF, _accumulate, _columns, _load_tile, _total
 from .tiles import TileSource, compiler_options, on_device, row_tile
 
 
@@ -62,10 +62,10 @@ def _sample_kernel(
     # Rows of NaN have no best: a token in range, and NaN for its log-probs.
     token = tl.where(token < tile.vocab, token, 0)
     d = tl.load(logits + token).to(tl.float32) - peak
-    log_total, _ = _log_total(top, peak, total, k)
+    log_total = tl.log(_total(top, peak, total, k))
     log_total_policy = log_total
     if NOISE:
-        log_total_policy, _ = _log_total(top, peak, total_policy, LOG2E)
+        log_total_policy = tl.log(_total(top, peak, total_policy, LOG2E))
     tl.store(tokens_ptr + row, token.to(tl.int64))
     tl.store(logprobs_ptr + row, d / tau - log_total)
     tl.store(logprobs_ptr + tl.cast(n_rows, tl.int64) + row, d - log_total_policy)
