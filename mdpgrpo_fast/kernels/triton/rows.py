@@ -234,7 +234,8 @@ def _write_gradient(
     # The tile with the row's own token compares columns, and takes differences from the maximum, as 1 - p must be 0
     # where p is 1. The others spend fewer instructions: they are off by some last bits of p.
     own = tl.maximum(token, 0) // tile.block
-    c, c_kl = -log_total * LOG2E, -log_total_kl * LOG2E
+    c = -log_total * LOG2E
+    c_kl = -log_total_kl * LOG2E
     if tile.vocab % tile.block != 0:
         _write_tile(row, out, tile.vocab // tile.block * tile.block, token, peak, a + a_kl, -a, -a_kl, k, k_kl, c, c_kl,
                     softcap, True, True, TWO_TEMPERATURES, tile)  # fmt: skip
