@@ -89,9 +89,10 @@ FAULTS = [
     reference("config.kl_temperature, softcap)[0]", "temperature, softcap)[0]", "kl_estimators"),
     reference("objective = objective * temperature", "objective = objective", "rescale"),
     # Triton's kernels.
-    op(TRITON + "rows.py", "x = tl.where(columns < tile.vocab, x, NEG_INF)",
+    op(TRITON + "rows.py", "x = tl.where(inside, x, NEG_INF)",
        "x = x", "vocabularies and 4097 and triton"),
-    op(TRITON + "rows.py", "(gap * shrink) * total + tl.sum(", "tl.sum(", "vocabularies and 32001 and triton"),
+    op(TRITON + "rows.py", "(moment + gap * total) * shrink + tl.sum(", "moment * shrink + tl.sum(",
+       "vocabularies and 32001 and triton"),
     op(TRITON + "rows.py", "g *= slope", "g *= 1.0", "every_option and softcap and triton"),
     op(TRITON + "rows.py", "(token >= 0) & (token < tile.vocab)", "(token >= 0)", "unseen_bad and triton"),
     op(TRITON + "rows.py", "tl.where(tau > 0, tau, float(\"nan\"))", "tau", "unseen_bad and triton"),

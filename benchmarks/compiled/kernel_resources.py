@@ -1,4 +1,4 @@
-"""What the compiled kernels are made of, without a GPU: registers, spills, shared memory, access width, occupancy.
+"""What the compiled kernels are made of, without a GPU: registers, spills, access width, instructions per logit.
 
     python benchmarks/compiled/kernel_resources.py              # a table, and results/compiled/kernel_resources.json
     python benchmarks/compiled/kernel_resources.py --all-tiles  # every tile that tuning may choose
@@ -42,6 +42,10 @@ MULTIPROCESSOR = {
     100: (65536, 228 << 10, 2048),
     120: (65536, 100 << 10, 1536),
 }
+# What an H200 does in a second, and 8192 rows of this vocabulary: enough to fill it.
+CLOCK, MULTIPROCESSORS, COPY = 1.98e9, 132, 4.3e12
+ROWS, VOCAB = 8192, 128256
+ISSUED, SPECIAL = 128, 16  # lanes in a clock of a multiprocessor: instructions, and those among them that are MUFU
 RESULT = Path(__file__).parents[1] / "results" / "compiled" / "kernel_resources.json"
 
 
@@ -69,6 +73,9 @@ class Resources:
     occupancy: float  # resident threads over the most that a multiprocessor holds
     loads: dict[str, int]  # bits of a global load in the assembly -> how many such instructions
     stores: dict[str, int]
+    sweeps: dict[str, dict[str, float]]  # "read" and "write" -> instructions per logit, and the MUFU among them
+    issue_ms: float  # to issue the sweeps of ROWS rows, or for MUFU alone where that takes longer
+    memory_ms: float  # to read these rows, and to write them where a sweep does
 
 
 def describe(case: str, kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
@@ -140,6 +147,9 @@ def cases(vocab: int, dtype: torch.dtype, tile: tiles.Tile) -> list[Launch]:
     single = Settings(softcap=30.0)
     runs: dict[str, Callable[[], Any]] = {
         "on-policy, rewards": loss(rows._replace(ref_logprobs=row), groups, PLAIN, one),
+        "on-policy, two temperatures": loss(
+            rows._replace(ref_logprobs=row), groups, PLAIN._replace(kl_temperature=1.0, two_temperatures=1), one
+        ),
         "full, token level": loss(
             rows._replace(**everything, **per_completion), all_groups, FULL._replace(rescale=1), one
         ),
@@ -200,6 +210,38 @@ def widths(assembly: str, instruction: str) -> dict[str, int]:
     return found
 
 
+def loops(assembly: str) -> list[list[str]]:
+    """The instructions of each innermost loop: from the target of a branch back to the branch."""
+    labels: dict[str, int] = {}
+    instructions: list[str] = []
+    for line in assembly.splitlines():
+        label = re.match(r"\s*(\.L\w+):", line)
+        instruction = re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?);", line)
+        if label:
+            labels[label[1]] = len(instructions)
+        elif instruction:
+            instructions.append(instruction[1])
+    found = []
+    for end, text in enumerate(instructions):
+        branch = re.search(r"\bBRA\b.*\((\.L\w+)\)", text)
+        if branch and labels.get(branch[1], end + 1) <= end:
+            found.append((labels[branch[1]], end))
+    inner = [(a, b) for a, b in found if not any(a <= c and d <= b for c, d in found if (c, d) != (a, b))]
+    return [instructions[a : b + 1] for a, b in inner]
+
+
+def sweeps(assembly: str, bits: int) -> dict[str, dict[str, float]]:
+    """What a logit of so many bits costs in the loops over whole tiles: those with exponentials and 128-bit loads."""
+    found = {}
+    for loop in loops(assembly):
+        text = "\n".join(loop)
+        logits = (widths(text, "LDG").get("128", 0) + widths(text, "LDGSTS").get("128", 0)) * 128 / bits
+        if logits and "MUFU.EX2" in text:
+            cost = {"instructions": len(loop) / logits, "special": text.count("MUFU") / logits}
+            found["write" if re.search(r"\bSTG\b", text) else "read"] = cost
+    return found
+
+
 def compile_for(launch: Launch, sm: int) -> Resources:
     source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=launch.options)
@@ -218,6 +260,10 @@ def compile_for(launch: Launch, sm: int) -> Resources:
     # Registers are handed out to a warp in units of 256; a block takes 1 KiB of shared memory for itself.
     per_block = -(-numbers["REG"] * 32 // 256) * 256 * warps
     blocks = min(registers // per_block, memory // (shared + 1024), threads // (32 * warps))
+    bits = int(re.sub(r"\D", "", launch.signature.get("logits_ptr", "*fp32")))
+    found = sweeps(sass, bits) if "logits_ptr" in launch.signature else {}
+    clocks = sum(max(x["instructions"] / ISSUED, x["special"] / SPECIAL) for x in found.values())
+    passes = min(len(found), 1) + ("write" in found)
     return Resources(
         launch.case,
         launch.kernel.fn.__name__.strip("_").removesuffix("_kernel"),
@@ -229,6 +275,9 @@ def compile_for(launch: Launch, sm: int) -> Resources:
         blocks * 32 * warps / threads,
         widths(sass, "LDG"),
         widths(sass, "STG"),
+        found,
+        1e3 * ROWS * VOCAB * clocks / (MULTIPROCESSORS * CLOCK),
+        1e3 * ROWS * VOCAB * passes * bits / 8 / COPY,
     )
 
 
@@ -257,10 +306,13 @@ def main() -> int:
     chosen = list(tiles.CANDIDATES if args.all_tiles else tiles.CANDIDATES[:1])
     found = measure(args.vocab, [getattr(torch, d) for d in args.dtype], chosen, args.sm)
     head = f"{'kernel':22}{'sm':>4}{'warps':>6}{'regs':>6}{'spill':>6}{'shared':>8}{'occup.':>8}"
+    head += f"{'per logit':>14}{'issue':>8}{'memory':>8}{'larger':>8}"  # ms of ROWS rows
     print(head + "  loads, stores (bits: count)")
     for r in found:
-        print(f"{r.kernel:22}{r.sm:4}{r.warps:6}{r.registers:6}{r.spilled:6}{r.shared:8}{r.occupancy:8.2f}  "
-              f"{r.loads} {r.stores}  {r.case}")  # fmt: skip
+        cost = " + ".join(f"{sweep['instructions']:.1f}" for sweep in r.sweeps.values())
+        print(f"{r.kernel:22}{r.sm:4}{r.warps:6}{r.registers:6}{r.spilled:6}{r.shared:8}{r.occupancy:8.2f}{cost:>14}"
+              f"{r.issue_ms:8.2f}{r.memory_ms:8.2f}{max(r.issue_ms, r.memory_ms):8.2f}  {r.loads} {r.stores}  {r.case}"
+              )  # fmt: skip
     args.output.parent.mkdir(parents=True, exist_ok=True)
     versions = {"triton": triton.__version__, "torch": torch.__version__}
     args.output.write_text(json.dumps({"versions": versions, "kernels": [asdict(r) for r in found]}, indent=1) + "\n")

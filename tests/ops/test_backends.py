@@ -392,6 +392,18 @@ def test_kernels_compile_without_spills(machine_code: list[dict[str, Any]]) -> N
     assert [r for r in machine_code if r["spilled"]] == []
 
 
+def test_a_logit_costs_few_instructions(machine_code: list[dict[str, Any]]) -> None:
+    """Both sweeps together, on sm_90: at 23 a GPU of this size is bound by its instructions and not by its memory."""
+    rows = [r for r in machine_code if r["sm"] == 90 and "V=32000 " in r["case"] and len(r["sweeps"]) == 2]
+    cost = {
+        r["case"].split(", ", 1)[1]: sum(sweep["instructions"] for sweep in r["sweeps"].values())
+        for r in rows
+    }  # fmt: skip
+    most = {"on-policy, rewards": 17, "on-policy, two temperatures": 29, "unit gradient": 29, "full, token level": 37}
+    assert set(cost) == set(most)
+    assert {case: n for case, n in cost.items() if n > most[case]} == {}
+
+
 @pytest.mark.parametrize("sm", [80, 90, 100, 120])
 def test_rows_are_read_and_written_in_128_bit_pieces(machine_code: list[dict[str, Any]], sm: int) -> None:
     sweeping = {"token_loss", "logprobs", "logprobs_backward", "scale", "sample"}

@@ -17,20 +17,43 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .tiles import interpreted
+
 LOG2E = tl.constexpr(1.4426950408889634)
 NEG_INF = tl.constexpr(float("-inf"))
+INTERPRETED = tl.constexpr(interpreted())
 
 
 # ---- tiles ----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
+def _reciprocal(x):
+    """One instruction, where a division guards against denormal numbers."""
+    if INTERPRETED:
+        return 1.0 / x
+    else:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def _softcap(x, cap):
-    """cap * tanh(x / cap) and its derivative 1 - tanh², the latter without cancellation; one division by element."""
-    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E / cap))
-    r = 1.0 / (1.0 + e)
-    t = cap * (1.0 - e) * r
-    return tl.where(x >= 0, t, -t), 4.0 * e * r * r
+    """u in [-1, 0], growing with x, and u² e: cap * tanh(x / cap) is cap + 2 cap u, its derivative 4 u² e.
+
+    Neither cancels where it matters: a derivative of nearly 0 keeps its digits. The bound avoids inf * 0.
+    """
+    e = tl.exp2(x * (2.0 * LOG2E / cap))
+    u = _reciprocal(-1.0 - e)
+    return u, tl.minimum(e, 1.0e30) * u * u
+
+
+@triton.jit
+def _logit(u, softcap):
+    """z of x, or of what `_softcap` makes of it."""
+    z = u
+    if softcap is not None:
+        z = tl.fma(u, 2.0 * softcap, softcap)
+    return z
 
 
 @triton.jit
@@ -45,18 +68,28 @@ def _columns(start, tile):
 
 
 @triton.jit
-def _load_tile(row, start, softcap, EVICT: tl.constexpr, TAIL: tl.constexpr, tile):
-    """z and dz/dx of one tile, float32; columns past V are -inf after the cap, so that they have probability 0."""
-    columns = _columns(start, tile)
-    if TAIL:
-        x = tl.load(row + columns, mask=columns < tile.vocab, other=NEG_INF, eviction_policy=EVICT).to(tl.float32)
+def _float32(x):
+    """The bits of a bfloat16 are the upper half of a float32: said so, it is one instruction and not two for half."""
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
-        x = tl.load(row + columns, eviction_policy=EVICT).to(tl.float32)
+        return x.to(tl.float32)
+
+
+@triton.jit
+def _load_tile(row, start, softcap, EVICT: tl.constexpr, TAIL: tl.constexpr, tile):
+    """x of one tile, float32, or `_softcap` of it; columns past V are -inf, so that they have probability 0."""
+    # The start is added to the pointer, once for all threads, whose own columns do not change from tile to tile.
+    if TAIL:
+        inside = _columns(start, tile) < tile.vocab
+        x = _float32(tl.load(row + start + _columns(0, tile), mask=inside, other=NEG_INF, eviction_policy=EVICT))
+    else:
+        x = _float32(tl.load(row + start + _columns(0, tile), eviction_policy=EVICT))
     slope = 1.0
     if softcap is not None:
         x, slope = _softcap(x, softcap)
         if TAIL:
-            x = tl.where(columns < tile.vocab, x, NEG_INF)
+            x = tl.where(inside, x, NEG_INF)
     return x, slope
 
 
@@ -64,29 +97,52 @@ def _load_tile(row, start, softcap, EVICT: tl.constexpr, TAIL: tl.constexpr, til
 
 
 @triton.jit
-def _gap(top, base):
-    """top - base, finite: 0 where nothing was met yet, and floored for logits as low as float32 goes."""
-    return tl.where(top == NEG_INF, 0.0, tl.maximum(top - base, -3.0e38))
+def _offset(top, k):
+    """What makes k u an exponent relative to k top: -k top, rounded the same way wherever it is used.
+
+    Finite where nothing was met yet.
+    """
+    return tl.minimum(-k * top, 1.0e38)
 
 
 @triton.jit
-def _accumulate(z, top, total, moment, total_kl, k, k_kl, TWO_TEMPERATURES: tl.constexpr, tile):
-    """One tile into the running maximum, Σ exp(k d), Σ d exp(k d) and Σ exp(k_kl d) of each thread, d = z - maximum.
+def _accumulate(u, top, total, moment, total_kl, k, k_kl, TWO_TEMPERATURES: tl.constexpr, tile):
+    """One tile into the running maximum, Σ exp2(t), Σ t exp2(t) and Σ exp2(t_kl) of each thread.
 
-    Relative to the maximum, so that logits of ±1e4 lose nothing. A maximum of -inf has met nothing yet.
+    t = k u + c, c the offset of the maximum: one rounding, so that logits of ±1e4 lose nothing.
     """
-    new = tl.maximum(top, tl.max(z, axis=tile.axis))
-    base = tl.where(new == NEG_INF, 0.0, new)
-    gap = _gap(top, base)
-    shrink = tl.exp2(gap * k)
-    d = z - (base[:, None] if tile.axis == 1 else base[None, :])
-    e = tl.exp2(d * k)
-    # Where exp is 0 the product is 0, also for d = -inf.
-    moment = moment * shrink + (gap * shrink) * total + tl.sum(tl.where(e > 0, d, 0.0) * e, axis=tile.axis)
+    new = tl.maximum(top, tl.max(u, axis=tile.axis))
+    c = _offset(new, k)
+    gap = c - _offset(top, k)
+    shrink = tl.exp2(gap)
+    # Finite also for a logit of -inf, whose exp is 0 and must not make 0 * inf; NaN stays.
+    t = tl.fma(u, k, c[:, None] if tile.axis == 1 else c[None, :])
+    t = tl.maximum(t, -1.0e30, propagate_nan=tl.PropagateNan.ALL)
+    e = tl.exp2(t)
+    moment = (moment + gap * total) * shrink + tl.sum(t * e, axis=tile.axis)
     total = total * shrink + tl.sum(e, axis=tile.axis)
     if TWO_TEMPERATURES:
-        total_kl = total_kl * tl.exp2(gap * k_kl) + tl.sum(tl.exp2(d * k_kl), axis=tile.axis)
+        c = _offset(new, k_kl)
+        e = tl.exp2(tl.fma(u, k_kl, c[:, None] if tile.axis == 1 else c[None, :]))
+        total_kl = total_kl * tl.exp2(c - _offset(top, k_kl)) + tl.sum(e, axis=tile.axis)
     return new, total, moment, total_kl
+
+
+@triton.jit
+def _rounding(peak, k):
+    """k peak plus its offset: what the rounding of the offset left."""
+    return tl.fma(peak, k, _offset(peak, k))
+
+
+@triton.jit
+def _total(top, peak, total, k):
+    """Σ exp((z - maximum) / τ) of a row, from each thread's maximum and sum; NaN of no logit.
+
+    At least 1, and 1 to the bit where all others are 0: the maximum's own part, as it was summed, is taken out.
+    """
+    total = tl.sum(total * tl.exp2(_offset(peak, k) - _offset(top, k)), axis=0)
+    rounding = _rounding(peak, k)
+    return 1.0 + (total - tl.exp2(rounding)) * tl.exp2(-rounding)
 
 
 @triton.jit
@@ -95,27 +151,31 @@ def _read_row(row, tiles, k, k_kl, softcap, EVICT: tl.constexpr, TWO_TEMPERATURE
 
     log Σ is that of exp((z - maximum) / τ): log p = (z - maximum) / τ - log Σ.
     """
+    if softcap is not None:
+        k, k_kl = 2.0 * softcap * k, 2.0 * softcap * k_kl
     top = tl.full((tile.block // tile.width,), NEG_INF, tl.float32)
     total = tl.zeros((tile.block // tile.width,), tl.float32)
     moment = tl.zeros((tile.block // tile.width,), tl.float32)
     total_kl = tl.zeros((tile.block // tile.width,), tl.float32)
     for i in tl.range(0, tiles, num_stages=tile.stages):
-        z, _ = _load_tile(row, i * tile.block, softcap, EVICT, False, tile)
-        top, total, moment, total_kl = _accumulate(z, top, total, moment, total_kl, k, k_kl, TWO_TEMPERATURES, tile)
+        u, _ = _load_tile(row, i * tile.block, softcap, EVICT, False, tile)
+        top, total, moment, total_kl = _accumulate(u, top, total, moment, total_kl, k, k_kl, TWO_TEMPERATURES, tile)
     if tile.vocab % tile.block != 0:
-        z, _ = _load_tile(row, tile.vocab // tile.block * tile.block, softcap, EVICT, True, tile)
-        top, total, moment, total_kl = _accumulate(z, top, total, moment, total_kl, k, k_kl, TWO_TEMPERATURES, tile)
+        u, _ = _load_tile(row, tile.vocab // tile.block * tile.block, softcap, EVICT, True, tile)
+        top, total, moment, total_kl = _accumulate(u, top, total, moment, total_kl, k, k_kl, TWO_TEMPERATURES, tile)
     peak = tl.max(top, axis=0)
-    gap = _gap(top, peak)
-    shrink = tl.exp2(gap * k)
-    moment = tl.sum(moment * shrink + (gap * shrink) * total, axis=0)
-    total = tl.sum(total * shrink, axis=0)
+    gap = _offset(peak, k) - _offset(top, k)
+    moment = tl.sum((moment + gap * total) * tl.exp2(gap), axis=0)
+    total = _total(top, peak, total, k)
     log_total = tl.log(total)
     log_total_kl = log_total
     if TWO_TEMPERATURES:
-        log_total_kl = tl.log(tl.sum(total_kl * tl.exp2(gap * k_kl), axis=0))
-    # Entropy = -Σ p log p, with log p = k d / log2(e) - log Σ.
-    return peak, log_total, log_total - k / LOG2E * moment / total, log_total_kl
+        log_total_kl = tl.log(_total(top, peak, total_kl, k_kl))
+    # Entropy = -Σ p log p, with log2 p = t - rounding - log2 Σ; a sum that rounds is not to make it negative.
+    rounding = _rounding(peak, k)
+    entropy = log_total - (moment * tl.exp2(-rounding) / total - rounding) / LOG2E
+    entropy = tl.maximum(entropy, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return _logit(peak, softcap), log_total, entropy, log_total_kl
 
 
 @triton.jit
@@ -131,7 +191,7 @@ def _target(row, token, softcap):
     x = tl.load(row + token, mask=token >= 0, other=float("nan")).to(tl.float32)
     if softcap is not None:
         x, _ = _softcap(x, softcap)
-    return x
+    return _logit(x, softcap)
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
@@ -139,22 +199,25 @@ def _target(row, token, softcap):
 
 @triton.jit
 def _write_tile(
-    row, out, start, token, peak, log_total, log_total_kl, a, a_kl, k, k_kl, softcap, TAIL: tl.constexpr,
+    row, out, start, token, peak, a, scale, scale_kl, k, k_kl, c, c_kl, softcap, OWN: tl.constexpr, TAIL: tl.constexpr,
     TWO_TEMPERATURES: tl.constexpr, tile,
 ):  # fmt: skip
-    z, slope = _load_tile(row, start, softcap, "evict_first", TAIL, tile)
+    u, slope = _load_tile(row, start, softcap, "evict_first", TAIL, tile)
     columns = _columns(start, tile)
-    d = z - peak
-    g = tl.where(columns == token, a + a_kl, 0.0) - a * tl.exp2(d * k - log_total * LOG2E)
+    if OWN:
+        u = _logit(u, softcap) - peak
+    g = scale * tl.exp2(tl.fma(u, k, c))
     if TWO_TEMPERATURES:
-        g -= a_kl * tl.exp2(d * k_kl - log_total_kl * LOG2E)
+        g = tl.fma(scale_kl, tl.exp2(tl.fma(u, k_kl, c_kl)), g)
+    if OWN:
+        g += tl.where(columns == token, a, 0.0)
     if softcap is not None:
         g *= slope
     g = g.to(out.dtype.element_ty)
     if TAIL:
-        tl.store(out + columns, g, mask=columns < tile.vocab, cache_modifier=".cs")
+        tl.store(out + start + _columns(0, tile), g, mask=columns < tile.vocab, cache_modifier=".cs")
     else:
-        tl.store(out + columns, g, cache_modifier=".cs")
+        tl.store(out + start + _columns(0, tile), g, cache_modifier=".cs")
 
 
 @triton.jit
@@ -166,12 +229,30 @@ def _write_gradient(
 
     Without TWO_TEMPERATURES, a_kl must be 0. `out` may be `row`: each tile is read before it is written.
     """
+    if softcap is not None:
+        a, a_kl = 4.0 * a, 4.0 * a_kl  # of a quarter of the slope
+    # The tile with the row's own token compares columns, and takes differences from the maximum, as 1 - p must be 0
+    # where p is 1. The others spend fewer instructions: they are off by some last bits of p.
+    own = tl.maximum(token, 0) // tile.block
+    c = -log_total * LOG2E
+    c_kl = -log_total_kl * LOG2E
     if tile.vocab % tile.block != 0:
-        _write_tile(row, out, tile.vocab // tile.block * tile.block, token, peak, log_total, log_total_kl, a, a_kl, k,
-                    k_kl, softcap, True, TWO_TEMPERATURES, tile)  # fmt: skip
-    for i in tl.range(0, tiles, num_stages=tile.stages):
-        _write_tile(row, out, (tiles - 1 - i) * tile.block, token, peak, log_total, log_total_kl, a, a_kl, k, k_kl,
-                    softcap, False, TWO_TEMPERATURES, tile)  # fmt: skip
+        _write_tile(row, out, tile.vocab // tile.block * tile.block, token, peak, a + a_kl, -a, -a_kl, k, k_kl, c, c_kl,
+                    softcap, True, True, TWO_TEMPERATURES, tile)  # fmt: skip
+    if own < tiles:
+        _write_tile(row, out, own * tile.block, token, peak, a + a_kl, -a, -a_kl, k, k_kl, c, c_kl, softcap, True,
+                    False, TWO_TEMPERATURES, tile)  # fmt: skip
+    if softcap is not None:
+        k, k_kl = 2.0 * softcap * k, 2.0 * softcap * k_kl
+        peak = (peak - softcap) / (2.0 * softcap)
+    a *= -tl.exp2(c - _rounding(peak, k))
+    a_kl *= -tl.exp2(c_kl - _rounding(peak, k_kl))
+    others = tiles - (own < tiles).to(tl.int32)
+    for i in tl.range(0, others, num_stages=tile.stages):
+        j = others - 1 - i
+        j += (j >= own).to(tl.int32)
+        _write_tile(row, out, j * tile.block, token, peak, 0.0, a, a_kl, k, k_kl, _offset(peak, k), _offset(peak, k_kl),
+                    softcap, False, False, TWO_TEMPERATURES, tile)  # fmt: skip
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows import LOG2E, NEG_INF, _accumulate, _columns, _gap, _load_tile
+from .rows import LOG2E, NEG_INF, _accumulate, _columns, _load_tile, _total
 from .tiles import TileSource, compiler_options, on_device, row_tile
 
 
@@ -58,15 +58,14 @@ def _sample_kernel(
         columns = _columns(tile.vocab // tile.block * tile.block, tile)
         best, choice = _race(z, columns, best, choice, seed, tau, NOISE, tile)
     peak = tl.max(top, axis=0)
-    gap = _gap(top, peak)
     token = tl.min(tl.where(best == tl.max(best, axis=0), choice, tile.vocab), axis=0)
     # Rows of NaN have no best: a token in range, and NaN for its log-probs.
     token = tl.where(token < tile.vocab, token, 0)
     d = tl.load(logits + token).to(tl.float32) - peak
-    log_total = tl.log(tl.sum(total * tl.exp2(gap * k), axis=0))
+    log_total = tl.log(_total(top, peak, total, k))
     log_total_policy = log_total
     if NOISE:
-        log_total_policy = tl.log(tl.sum(total_policy * tl.exp2(gap * LOG2E), axis=0))
+        log_total_policy = tl.log(_total(top, peak, total_policy, LOG2E))
     tl.store(tokens_ptr + row, token.to(tl.int64))
     tl.store(logprobs_ptr + row, d / tau - log_total)
     tl.store(logprobs_ptr + tl.cast(n_rows, tl.int64) + row, d - log_total_policy)

@@ -73,7 +73,6 @@ def _token_loss_kernel(
             gradient = gradient_ptr + row // row_length * stride_gb + row % row_length * stride_gl
         if _kept(rows, row):
             completion, known = _completion_of(rows, row, row_length, num_completions)
-            advantage, beta = _advantage_of(rows, is_per_row, groups, settings, G, completion, row, True, BLOCK_G)
             tau = _temperature(rows, is_per_row, settings, completion, row, True)
             k, k_kl = LOG2E / tau, LOG2E / settings.kl_temperature
             token = _token(rows.tokens, row, tile)
@@ -90,6 +89,8 @@ def _token_loss_kernel(
                     logits, tiles, k, k_kl, settings.softcap, "evict_first" if gradient_ptr is None else "evict_last",
                     settings.two_temperatures, tile,
                 )  # fmt: skip
+            # After the sweep, so that it has the registers.
+            advantage, beta = _advantage_of(rows, is_per_row, groups, settings, G, completion, row, True, BLOCK_G)
             logprob = (z - peak) / tau - log_total
             kl_logprob = (z - peak) / settings.kl_temperature - log_total_kl if settings.two_temperatures else logprob
             ratio, slope = 1.0, 0.0
