@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..rows import LOG2E, NEG_INF, _softcap
+from ..rows import LOG2E, NEG_INF, _logit, _softcap
 from ..tiles import on_device
 
 PROGRAMS = 512  # that keep a GPU's memory busy: rows times key heads times parts
@@ -61,7 +61,8 @@ def _attention_kernel(
         value = tl.load(values + at, mask=mask, other=0)
         scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
         if softcap is not None:
-            scores, _ = _softcap(scores, softcap)
+            capped, _ = _softcap(scores, softcap)
+            scores = _logit(capped, softcap)
         scores = tl.where(there[None, :], scores * LOG2E, NEG_INF)
         new = tl.maximum(top, tl.max(scores, 1))
         weights = tl.exp2(scores - new[:, None])
