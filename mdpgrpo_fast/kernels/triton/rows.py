@@ -141,6 +141,7 @@ def _total(top, peak, total, k):
     At least 1, and 1 to the bit where all others are 0: the maximum's own part, as it was summed, is taken out.
     """
     total = tl.sum(total * tl.exp2(_offset(peak, k) - _offset(top, k)), axis=0)
+    total = tl.where(total > 0, total, float("nan"))
     rounding = _rounding(peak, k)
     return 1.0 + (total - tl.exp2(rounding)) * tl.exp2(-rounding)
 
@@ -149,7 +150,8 @@ def _total(top, peak, total, k):
 def _read_row(row, tiles, k, k_kl, softcap, EVICT: tl.constexpr, TWO_TEMPERATURES: tl.constexpr, tile):
     """The one sweep for the statistics of a row: its maximum, log Σ exp, entropy, and log Σ exp at the KL temperature.
 
-    log Σ is that of exp((z - maximum) / τ): log p = (z - maximum) / τ - log Σ.
+    log Σ is that of exp((z - maximum) / τ): log p = (z - maximum) / τ - log Σ. A maximum beyond some ±1e9 τ, where the
+    rounding of the offset no longer fits an exponent, may give NaN.
     """
     if softcap is not None:
         k, k_kl = 2.0 * softcap * k, 2.0 * softcap * k_kl
