@@ -79,6 +79,10 @@ __device__ __forceinline__ void send(T* place, int block, const T& value, uint64
                  : "memory");
 }
 
+__device__ __forceinline__ int64_t take(int64_t* counter) {
+  return static_cast<int64_t>(atomicAdd(reinterpret_cast<unsigned long long*>(counter), 1ull));
+}
+
 __device__ __forceinline__ float from_lane(float x, int distance) { return __shfl_xor_sync(0xffffffffu, x, distance); }
 
 __device__ __forceinline__ float exp2(float x) {

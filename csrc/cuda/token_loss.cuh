@@ -34,6 +34,7 @@ struct RowArguments {
   const float *denominator, *lengths, *ratio, *slope, *statistics;
   float* per_row;
   bool* marks;
+  int64_t* taken;  // rows that clusters have taken beyond the first of each, 0 before the launch
 };
 
 // What a row, or a part of it, adds up to: Σ exp2(t), Σ t exp2(t), Σ exp2(t_kl), where t = k (y - top) for logits y.
@@ -44,6 +45,7 @@ struct Sums {
 struct Exchange {
   Sums sums;
   float target;  // y of the row's token, -inf where another block holds it
+  int64_t next;  // of the first block: the row that comes after this one
 };
 
 // What the objective needs of a row but its logits.
@@ -60,9 +62,10 @@ struct alignas(16) BlockMemory {
   uint64_t exchanged[2];
   Sums warps[32];
   float target;
+  int64_t next;
   float weights[2];  // a, a_kl
   RowInputs inputs;
-  // By parity of the row: a block may be one row ahead of another, and two ahead of none.
+  // By parity of the visit: a block may be one row ahead of another, and two ahead of none.
   Exchange from[2][MAX_CLUSTER];
 };
 
@@ -266,7 +269,8 @@ struct Slice {
     columns = static_cast<int32_t>(rest < 0 ? 0 : rest < p.slice ? rest : p.slice);
     from = reinterpret_cast<const unsigned char*>(address - address % 16) + first * sizeof(typename E::Storage);
     vectors = (columns + E::N - 1) / E::N;
-    chunk = (vectors + CHUNKS - 1) / CHUNKS;
+    // The same for every row, so that a chunk of the next takes the place of one of this.
+    chunk = (p.slice / E::N + CHUNKS - 1) / CHUNKS;
     low = rank == 0 && lead > 0 ? 1 : 0;
     high = columns / E::N > low ? columns / E::N : low;
   }
@@ -275,9 +279,13 @@ struct Slice {
   MDPGRPO_DEVICE int32_t edge() const {
     return hw::thread() == 0 && low > 0 ? 0 : hw::thread() == 32 && high < vectors ? high : -1;
   }
+  // Of a chunk, the vectors whose columns are all the row's: a sweep gives them to the threads in turn.
+  MDPGRPO_DEVICE int32_t first_whole(int c) const { return begin(c) > low ? begin(c) : low; }
+  MDPGRPO_DEVICE int32_t last_whole(int c) const { return begin(c + 1) < high ? begin(c + 1) : high; }
   // Which thread works on a vector in a sweep over all of them.
   MDPGRPO_DEVICE bool mine(int32_t vector) const {
-    return vector >= low && vector < high ? (vector - low) % hw::THREADS == hw::thread() : vector == edge();
+    if (vector < low || vector >= high) return vector == edge();
+    return (vector - first_whole(vector / chunk)) % hw::THREADS == hw::thread();
   }
   // The column of element i of a vector; outside [0, V) where it is not the row's.
   MDPGRPO_DEVICE int64_t column(int32_t vector, int i) const {
@@ -286,13 +294,26 @@ struct Slice {
 };
 
 template <class E>
-MDPGRPO_DEVICE void request(const Slice<E>& slice, unsigned char* memory, BlockMemory& block) {
-  for (int c = 0; c < CHUNKS; ++c) {
-    const int32_t begin = slice.begin(c), bytes = (slice.begin(c + 1) - begin) * 16;
-    hw::expect(&block.arrived[c], bytes);
-    if (bytes > 0) hw::copy_in(memory + begin * 16, slice.from + begin * 16, bytes, &block.arrived[c]);
-  }
+MDPGRPO_DEVICE void request(const Slice<E>& slice, int c, unsigned char* memory, BlockMemory& block) {
+  const int32_t begin = slice.begin(c), bytes = (slice.begin(c + 1) - begin) * 16;
+  hw::expect(&block.arrived[c], bytes);
+  if (bytes > 0) hw::copy_in(memory + begin * 16, slice.from + begin * 16, bytes, &block.arrived[c]);
 }
+
+// The logits of the next row, chunk by chunk into what this row no longer needs.
+template <class E>
+struct Ahead {
+  Slice<E> slice;
+  bool wanted;
+  unsigned char* memory;
+  BlockMemory& block;
+
+  MDPGRPO_DEVICE void free(int c) const {
+    if (!wanted) return;
+    hw::sync_block();
+    if (hw::thread() == 0) request(slice, c, memory, block);
+  }
+};
 
 struct RowScalars {
   int64_t completion, token;  // token -1: none
@@ -381,53 +402,62 @@ MDPGRPO_DEVICE void put_each(const RowArguments& p, const Slice<E>& slice, typen
 }
 
 // The gradient of every vector, value(vector, g), to where it belongs: whole where it lies on 16 bytes.
-template <class E, class Out, class Value>
-MDPGRPO_DEVICE void put_all(const RowArguments& p, const Slice<E>& slice, typename Out::Storage* out, Value value) {
+// done(c) follows chunk c.
+template <class E, class Out, class Value, class Done>
+MDPGRPO_DEVICE void put_all(const RowArguments& p, const Slice<E>& slice, typename Out::Storage* out, Value value,
+                            Done done) {
   typename Out::Storage* const to = out + slice.column(0, 0);
+  const bool whole = reinterpret_cast<uintptr_t>(to) % 16 == 0;
   float g[E::N];
-  if (reinterpret_cast<uintptr_t>(to) % 16 == 0) {
-#pragma unroll 1
-    for (int32_t v = slice.low + hw::thread(); v < slice.high; v += hw::THREADS) {
-      value(v, g);
-      put_whole<E, Out>(to + v * E::N, g);
-    }
-  } else {
-#pragma unroll 1
-    for (int32_t v = slice.low + hw::thread(); v < slice.high; v += hw::THREADS) {
-      value(v, g);
-      put_each<E, Out>(p, slice, out, v, g);
-    }
-  }
   if (const int32_t v = slice.edge(); v >= 0) {
     value(v, g);
     put_each<E, Out>(p, slice, out, v, g);
+  }
+#pragma unroll 1
+  for (int c = 0; c < CHUNKS; ++c) {
+    const int32_t begin = slice.first_whole(c), end = slice.last_whole(c);
+    if (whole) {
+#pragma unroll 1
+      for (int32_t v = begin + hw::thread(); v < end; v += hw::THREADS) {
+        value(v, g);
+        put_whole<E, Out>(to + v * E::N, g);
+      }
+    } else {
+#pragma unroll 1
+      for (int32_t v = begin + hw::thread(); v < end; v += hw::THREADS) {
+        value(v, g);
+        put_each<E, Out>(p, slice, out, v, g);
+      }
+    }
+    done(c);
   }
 }
 
 template <class E, class Out>
 MDPGRPO_DEVICE void put_zeros(const RowArguments& p, const Slice<E>& slice, typename Out::Storage* out) {
-  put_all<E, Out>(p, slice, out, [](int32_t, float (&g)[E::N]) {
+  put_all<E, Out>(
+      p, slice, out,
+      [](int32_t, float (&g)[E::N]) {
 #pragma unroll
-    for (int i = 0; i < E::N; ++i) g[i] = 0.0f;
-  });
+        for (int i = 0; i < E::N; ++i) g[i] = 0.0f;
+      },
+      [](int) {});
 }
 
 // Statistics of the whole row, the same in every thread of the cluster: the order of all sums is fixed.
 template <class E, bool TWO, bool CAP>
 MDPGRPO_DEVICE RowStatistics read(const RowArguments& p, const Slice<E>& slice, const unsigned char* memory,
-                                  BlockMemory& block, const RowScalars& r, uint32_t turn) {
-  const uint32_t phase = turn % 2;
-  if (hw::thread() == 0)
-    hw::expect(&block.exchanged[phase], hw::cluster_size() * static_cast<int32_t>(sizeof(Exchange)));
+                                  BlockMemory& block, const RowScalars& r, uint32_t phase, uint32_t visit,
+                                  int64_t taken) {
   const Opening<CAP> open(p.settings.softcap);
   const float k = open.scale * (LOG2E_F / r.tau), k_kl = open.scale * (LOG2E_F / p.settings.kl_temperature);
   const auto* const logits = reinterpret_cast<const typename E::Storage*>(memory);
   Running<TWO, CAP> running(k, k_kl, open.scale);
   for (int c = 0; c < CHUNKS; ++c) {
     hw::wait(&block.arrived[c], phase);
-    const int32_t begin = c == 0 ? slice.low : slice.begin(c), end = slice.begin(c + 1);
+    const int32_t begin = slice.first_whole(c), end = slice.last_whole(c);
 #pragma unroll 1
-    for (int32_t v = begin + hw::thread(); v < (end < slice.high ? end : slice.high); v += hw::THREADS) {
+    for (int32_t v = begin + hw::thread(); v < end; v += hw::THREADS) {
       const Words words = hw::load16<Words>(memory + v * 16);
       float x[E::N];
       E::load(words, x);
@@ -457,19 +487,21 @@ MDPGRPO_DEVICE RowStatistics read(const RowArguments& p, const Slice<E>& slice, 
   if (hw::thread() % 32 == 0) block.warps[hw::thread() / 32] = sums;
   if (hw::thread() == 0) {
     const int64_t at = r.token + slice.lead - slice.first;
+    block.next = taken;
     block.target = NOTHING;
     if (r.token >= 0 && at >= 0 && at < slice.columns) block.target = open.y(E::load(logits[at]));
   }
   hw::sync_block();
+  const uint32_t slot = visit % 2;
   if (hw::thread() < hw::cluster_size()) {
-    Exchange own = {block.warps[0], block.target};
+    Exchange own = {block.warps[0], block.target, block.next};
     for (int w = 1; w < hw::THREADS / 32; ++w) own.sums = merged(own.sums, block.warps[w], k, k_kl, TWO);
-    hw::send(&block.from[phase][hw::rank()], hw::thread(), own, &block.exchanged[phase]);
+    hw::send(&block.from[slot][hw::rank()], hw::thread(), own, &block.exchanged[slot]);
   }
-  hw::wait(&block.exchanged[phase], turn / 2 % 2);
-  Exchange all = block.from[phase][0];
+  hw::wait(&block.exchanged[slot], visit / 2 % 2);
+  Exchange all = block.from[slot][0];
   for (int b = 1; b < hw::cluster_size(); ++b) {
-    const Exchange& other = block.from[phase][b];
+    const Exchange& other = block.from[slot][b];
     all.sums = merged(all.sums, other.sums, k, k_kl, TWO);
     if (!is_nan(all.target) && !(other.target <= all.target)) all.target = other.target;
   }
@@ -484,8 +516,8 @@ MDPGRPO_DEVICE RowStatistics read(const RowArguments& p, const Slice<E>& slice, 
 
 template <class E, class Out, bool TWO, bool CAP>
 MDPGRPO_DEVICE void write(const RowArguments& p, const Slice<E>& slice, const unsigned char* memory,
-                          const RowScalars& r, const RowStatistics& s, float a, float a_kl,
-                          typename Out::Storage* out) {
+                          const RowScalars& r, const RowStatistics& s, float a, float a_kl, typename Out::Storage* out,
+                          const Ahead<E>& ahead) {
   const Opening<CAP> open(p.settings.softcap);
   const float k = open.scale * (LOG2E_F / r.tau), k_kl = open.scale * (LOG2E_F / p.settings.kl_temperature);
   const float log2_total = s.log_total * LOG2E_F, log2_total_kl = s.log_total_kl * LOG2E_F;
@@ -493,28 +525,33 @@ MDPGRPO_DEVICE void write(const RowArguments& p, const Slice<E>& slice, const un
   a *= open.STEEPNESS, a_kl *= open.STEEPNESS;
   const float weight = -a * hw::exp2(-log2_total - line.rest);
   const float weight_kl = -a_kl * hw::exp2(-log2_total_kl - line_kl.rest);
-  put_all<E, Out>(p, slice, out, [&](int32_t v, float (&g)[E::N]) {
-    E::load(hw::load16<Words>(memory + v * 16), g);
-#pragma unroll
-    for (int i = 0; i < E::N; ++i) {
-      float slope;
-      const float y = open.y(g[i], slope);
-      g[i] = weight * hw::exp2(line.at(y));
-      if (TWO) g[i] += weight_kl * hw::exp2(line_kl.at(y));
-      g[i] *= slope;
-    }
-  });
-  // The token's own gradient is a (1 - p): whoever wrote -a p there writes again.
   const int64_t at = r.token + slice.lead - slice.first;
-  if (r.token < 0 || at < 0 || at >= slice.columns || !slice.mine(static_cast<int32_t>(at) / E::N)) return;
+  const bool mine = r.token >= 0 && at >= 0 && at < slice.columns && slice.mine(static_cast<int32_t>(at) / E::N);
+  const float own = mine ? E::load(reinterpret_cast<const typename E::Storage*>(memory)[at]) : 0.0f;
+  put_all<E, Out>(
+      p, slice, out,
+      [&](int32_t v, float (&g)[E::N]) {
+        E::load(hw::load16<Words>(memory + v * 16), g);
+#pragma unroll
+        for (int i = 0; i < E::N; ++i) {
+          float slope;
+          const float y = open.y(g[i], slope);
+          g[i] = weight * hw::exp2(line.at(y));
+          if (TWO) g[i] += weight_kl * hw::exp2(line_kl.at(y));
+          g[i] *= slope;
+        }
+      },
+      [&](int c) { ahead.free(c); });
+  // The token's own gradient is a (1 - p): whoever wrote -a p there writes again.
+  if (!mine) return;
   float slope;
-  const float d = open.y(E::load(reinterpret_cast<const typename E::Storage*>(memory)[at]), slope) - s.peak;
+  const float d = open.y(own, slope) - s.peak;
   float g = a * (1.0f - hw::exp2(d * k - log2_total));
   if (TWO) g += a_kl * (1.0f - hw::exp2(d * k_kl - log2_total_kl));
   out[r.token] = Out::store(g * slope);
 }
 
-// Rows cluster, cluster + clusters, ...
+// The row with the number of the cluster, then whichever no cluster has taken yet: some run faster than others.
 template <class E, class Out, bool TWO, bool CAP>
 MDPGRPO_DEVICE void token_loss_rows(const RowArguments& p, unsigned char* memory, BlockMemory& block) {
   if (hw::thread() == 0) {
@@ -524,52 +561,75 @@ MDPGRPO_DEVICE void token_loss_rows(const RowArguments& p, unsigned char* memory
   // Also: no block writes to another before that one has begun.
   hw::sync_cluster();
   const int64_t n = p.rows.n_rows;
-  uint32_t turn = 0;  // rows read so far
-  bool kept = hw::cluster() < n && p.rows.kept(hw::cluster());
-  for (int64_t row = hw::cluster(); row < n; row += hw::clusters()) {
+  const bool given = p.statistics != nullptr, needed = !given || p.gradient != nullptr;
+  const auto slice_of = [&](int64_t row) {
     const int64_t outer = row / p.rows.row_length, inner = row % p.rows.row_length;
-    const auto* logits = static_cast<const typename E::Storage*>(p.logits) + outer * p.stride_b + inner * p.stride_l;
+    return Slice<E>(p, static_cast<const typename E::Storage*>(p.logits) + outer * p.stride_b + inner * p.stride_l,
+                    hw::rank());
+  };
+  uint32_t turn = 0;       // rows whose logits were read
+  bool under_way = false;  // the logits of this row are
+  int64_t row = hw::cluster();
+  bool kept = row < n && p.rows.kept(row);
+  for (uint32_t visit = 0; row < n; ++visit) {
+    const uint32_t slot = visit % 2;
+    const Slice<E> slice = slice_of(row);
+    const int64_t outer = row / p.rows.row_length, inner = row % p.rows.row_length;
     auto* out =
         static_cast<typename Out::Storage*>(p.gradient) + outer * p.gradient_stride_b + inner * p.gradient_stride_l;
-    const Slice<E> slice(p, logits, hw::rank());
+    if (hw::thread() == 0) {
+      hw::expect(&block.exchanged[slot], hw::cluster_size() * static_cast<int32_t>(sizeof(Exchange)));
+      if (kept && needed && !under_way)
+        for (int c = 0; c < CHUNKS; ++c) request(slice, c, memory, block);
+    }
+    // Not stored yet: a store would wait for it.
+    const int64_t taken = hw::thread() == 0 && hw::rank() == 0 ? hw::clusters() + hw::take(p.taken) : 0;
+    const RowScalars r(p, row);
+    RowStatistics s;
+    if (kept) {
+      // Long before they are needed: while the logits are under way.
+      if (hw::thread() == 0) block.inputs = inputs_of(p, r.completion, row);
+      if (!given) {
+        s = read<E, TWO, CAP>(p, slice, memory, block, r, turn % 2, visit, taken);
+      } else {
+        s = {p.statistics[row], p.statistics[n + row], p.statistics[2 * n + row], p.statistics[3 * n + row],
+             p.statistics[4 * n + row]};
+        const Opening<CAP> open(p.settings.softcap);
+        s.peak = open.y_of_z(s.peak), s.target = open.y_of_z(s.target);
+        if (needed)
+          for (int c = 0; c < CHUNKS; ++c) hw::wait(&block.arrived[c], turn % 2);
+      }
+    }
+    if (!kept || given) {
+      if (hw::thread() == 0)
+        for (int b = 0; b < hw::cluster_size(); ++b)
+          hw::send(&block.from[slot][hw::rank()], b, Exchange{{}, 0.0f, taken}, &block.exchanged[slot]);
+      hw::wait(&block.exchanged[slot], visit / 2 % 2);
+    }
+    const int64_t next = block.from[slot][0].next;
+    const bool next_kept = next < n && p.rows.kept(next);
     const bool first = hw::rank() == 0 && hw::thread() == 0;
-    const bool own = kept;
-    // Looked up a row ahead: the request for its logits waits for it.
-    kept = row + hw::clusters() < n && p.rows.kept(row + hw::clusters());
-    if (!own) {
+    if (kept && hw::thread() == 0) conclude<TWO, CAP>(p, row, r, s, block.inputs, first, block.weights);
+    hw::sync_block();
+    under_way = false;
+    if (!kept) {
       if (first) {
         for (int i = 0; i < 5; ++i) p.per_row[i * n + row] = i == 3 ? 1.0f : 0.0f;
         for (int i = 0; i < 3; ++i) p.marks[i * n + row] = false;
       }
       if (p.gradient != nullptr) put_zeros<E, Out>(p, slice, out);
-      continue;
-    }
-    const bool given = p.statistics != nullptr, needed = !given || p.gradient != nullptr;
-    if (needed && hw::thread() == 0) request(slice, memory, block);
-    const RowScalars r(p, row);
-    // Long before they are needed: while the logits are under way.
-    if (hw::thread() == 0) block.inputs = inputs_of(p, r.completion, row);
-    RowStatistics s;
-    if (given) {
-      s = {p.statistics[row], p.statistics[n + row], p.statistics[2 * n + row], p.statistics[3 * n + row],
-           p.statistics[4 * n + row]};
-      const Opening<CAP> open(p.settings.softcap);
-      s.peak = open.y_of_z(s.peak), s.target = open.y_of_z(s.target);
-      if (needed)
-        for (int c = 0; c < CHUNKS; ++c) hw::wait(&block.arrived[c], turn % 2);
-    } else {
-      s = read<E, TWO, CAP>(p, slice, memory, block, r, turn);
-    }
-    if (hw::thread() == 0) conclude<TWO, CAP>(p, row, r, s, block.inputs, first, block.weights);
-    hw::sync_block();
-    if (p.gradient != nullptr) {
+    } else if (p.gradient != nullptr) {
       const float a = block.weights[0], a_kl = block.weights[1];
-      if (a == 0.0f && a_kl == 0.0f)
+      if (a == 0.0f && a_kl == 0.0f) {
         put_zeros<E, Out>(p, slice, out);
-      else
-        write<E, Out, TWO, CAP>(p, slice, memory, r, s, a, a_kl, out);
+      } else {
+        under_way = next_kept;
+        write<E, Out, TWO, CAP>(p, slice, memory, r, s, a, a_kl, out,
+                                Ahead<E>{next_kept ? slice_of(next) : slice, next_kept, memory, block});
+      }
     }
-    if (needed) ++turn;
+    if (kept && needed) ++turn;
+    row = next, kept = next_kept;
     hw::sync_block();  // the slice and the weights are free again
   }
   // No block leaves while another may still write to it.

@@ -11,7 +11,7 @@ namespace mdpgrpo {
 const std::string TOKEN_LOSS_ROWS =
     std::string("(Tensor logits, Tensor(a!) gradient, ") + INPUTS +
     "Tensor denominator, Tensor lengths, Tensor ratio, Tensor slope, Tensor statistics, int num_completions, "
-    "Tensor(b!) per_row, Tensor(c!) marks) -> ()";
+    "Tensor(b!) per_row, Tensor(c!) marks, Tensor(d!) taken) -> ()";
 
 struct RowCall {
   RowArguments p = {};
@@ -28,7 +28,7 @@ inline RowCall row_call(StableIValue* stack, int32_t device_type) {
   const Tensor denominator = args.tensor("denominator"), lengths = args.tensor("lengths"), ratio = args.tensor("ratio"),
                slope = args.tensor("slope"), statistics = args.tensor("statistics");
   const int64_t b = args.integer();
-  const Tensor per_row = args.tensor("per_row"), marks = args.tensor("marks");
+  const Tensor per_row = args.tensor("per_row"), marks = args.tensor("marks"), taken = args.tensor("taken");
 
   check(logits.dim() == 3 && (logits.size(2) == 1 || logits.stride(2) == 1), "logits must be (B, L, V), V contiguous");
   const int64_t n = logits.size(0) * logits.size(1), length = logits.size(1);
@@ -55,6 +55,7 @@ inline RowCall row_call(StableIValue* stack, int32_t device_type) {
   p.statistics = elements<float>(statistics, 5 * n, true);
   p.per_row = elements<float>(per_row, 5 * n);
   p.marks = elements<bool>(marks, 3 * n);
+  p.taken = elements<int64_t>(taken, 1);
   call.dtype = logits.dtype();
   check(call.dtype == DType::bfloat16 || call.dtype == DType::float16 || call.dtype == DType::float32,
         "logits must be float32, bfloat16 or float16, not ", name_of(call.dtype));

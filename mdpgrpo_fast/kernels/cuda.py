@@ -27,6 +27,7 @@ def _launch_rows(
         logits=logits, gradient=logits.new_empty(0) if gradient is None else gradient,
         **inputs(logits, settings, rows), denominator=denominator, **coupled, statistics=as_raw(statistics, logits),
         num_completions=num_completions, per_row=per_row, marks=marks,
+        taken=torch.zeros(1, dtype=torch.int64, device=logits.device),
     )  # fmt: skip
 
 

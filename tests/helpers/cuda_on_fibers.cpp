@@ -116,6 +116,7 @@ inline void send(T* place, int block, const T& value, uint64_t* barrier) {
   machine.arrivals.at(address_in(block, barrier, sizeof *barrier))
       .copies.push_back({address_in(block, place, sizeof(T)), nullptr, sizeof(T), {bytes, bytes + sizeof(T)}});
 }
+inline int64_t take(int64_t* counter) { return (*counter)++; }
 inline float from_lane(float x, int distance) {
   const size_t own = static_cast<size_t>(rank() * THREADS + thread());
   machine.lanes[own] = x;
