@@ -52,8 +52,10 @@ def test_loss_compiled_from_hidden_states() -> None:
     given = {"advantage": torch.tensor([1.0, -1.0], device="cuda"), "kl_beta": 0.1, "max_completion_length": 8}
     given["ref_logprobs"] = torch.full((2, 8), -6.0, device="cuda")
 
+    config = config_for()
+
     def loss(h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        return mdpgrpo_fast.linear_token_loss(h, w, tokens, None, config_for(), **given).loss
+        return mdpgrpo_fast.linear_token_loss(h, w, tokens, None, config, **given).loss
 
     found = []
     for function in (loss, torch.compile(loss, fullgraph=True)):
@@ -138,9 +140,9 @@ def test_greedy_completions_are_those_of_the_model(family: str) -> None:
 
 
 def test_sampled_completions_record_the_logprobs_of_the_model() -> None:
-    torch.manual_seed(0)
     model = make_model("llama", 300).cuda().eval()
     prompts, taus = [[5, 9, 11, 40], [7, 8]], [0.5, 1.0, 1.5, 2.0] * 2
+    torch.manual_seed(0)
     found = generate(model, prompts, temperature=taus, eos=[299], max_new_tokens=40, num_generations=4)
     ids = torch.cat([found.prompt_ids, found.tokens], 1)
     mask = torch.cat([found.prompt_mask, torch.ones_like(found.tokens, dtype=torch.bool)], 1)

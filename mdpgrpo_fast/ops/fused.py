@@ -32,7 +32,11 @@ def flat(x: Tensor | None) -> Tensor | None:
 
 def as_bytes(x: Tensor | None) -> Tensor | None:
     """Non-zero means yes, as contiguous bytes."""
-    return None if x is None else (x if x.dtype == torch.bool else x != 0).reshape(-1).contiguous().view(torch.uint8)
+    if x is None:
+        return None
+    x = (x if x.dtype == torch.bool else x != 0).reshape(-1).contiguous()
+    # torch 2.11's compiler cannot view a bool as something else.
+    return x.to(torch.uint8) if torch.compiler.is_compiling() else x.view(torch.uint8)
 
 
 def flat_rows(rows: Rows, num_completions: int, device: torch.device, dtype: torch.dtype | None = None) -> Rows:

