@@ -6,9 +6,9 @@ static cache (and its compiled decode on a GPU); `ours`: mdpgrpo_fast.rollout.ge
 besides, with the linear layers that the trainer takes here; `ours_plain`: with PyTorch's. All draw completions
 of the same length; times are of P * G of them.
 
-On a GPU a Llama of 1.2 billion parameters by `one_call`, `ours` (captured decode steps; `first_ms`: the call that
-captures them) and `ours_eager` (without a capture), less than a minute in all. `floor_ms`: what reading the weights
-once for each token takes at the speed of a copy.
+On a GPU a Llama of 1.2 billion parameters by `one_call` and `ours` (captured decode steps; `first_ms`: the call that
+captures them), half a minute in all. `floor_ms`: what reading the weights once for each token takes at the speed of a
+copy.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CASES = {
 }
 LLAMA_1B = {"prompt": 256, "completion": 256, "hidden": 2048, "layers": 16, "vocab": 128256, "kv_heads": 8}
 GPU_CASES = {"rows8": {"prompts": 1, **LLAMA_1B}, "rows64": {"prompts": 8, **LLAMA_1B}}
-GPU_WAYS = ("one_call", "ours", "ours_eager")
+GPU_WAYS = ("one_call", "ours")
 PEER = "one_call" if CUDA else "separate"
 SHORT = 16  # tokens of the calls on a GPU that only verify
 if CUDA:
@@ -98,16 +98,14 @@ def candidates(model: Any, ids: Tensor, taus: list[float], length: int) -> dict[
     loaded = model if CUDA else copy.deepcopy(model)
     onednn.install(loaded)
 
-    def ours(model: Any, steps: str = "auto") -> Tensor:
+    def ours(model: Any) -> Tensor:
         return generate(
-            model, ids.tolist(), temperature=taus * p, eos=[NO_TOKEN], max_new_tokens=length, num_generations=g,
-            steps=steps,
-        ).tokens  # fmt: skip
+            model, ids.tolist(), temperature=taus * p, eos=[NO_TOKEN], max_new_tokens=length, num_generations=g
+        ).tokens
 
     own = {"ours": partial(ours, loaded), "ours_plain": partial(ours, model)}
     ways = {"separate": separate, "one_call": one_call, "static": partial(one_call, "static"), **own}
-    ways["ours_eager"] = partial(ours, model, "eager")
-    return {name: way for name, way in ways.items() if (name in GPU_WAYS if CUDA else name != "ours_eager")}
+    return {name: way for name, way in ways.items() if not CUDA or name in GPU_WAYS}
 
 
 def verify(model: Any, ids: Tensor, ways: dict[str, Callable[[], Tensor]], shape: tuple[int, int]) -> None:

@@ -296,6 +296,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--small", action="store_true", help="a model of nearly no size: that everything runs")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--problem", type=Path, help="directory of the model and prompts, made there if it is missing")
+    parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory of each")
+    parser.add_argument("--make-problem-only", action="store_true", help="make --problem and stop")
     for name in ("--job", "--size", "--folder"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -309,9 +312,15 @@ def main(argv: list[str] | None = None) -> int:
     size = SIZES[name]
     command = "python benchmarks/bench_step.py " + shlex.join(argv if argv is not None else sys.argv[1:])
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        parameters = write_problem(size, PROMPTS, folder, DEVICE)
-        release()
+        folder = args.problem or Path(temporary)
+        count = folder / "parameters.txt"
+        if not count.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            count.write_text(str(write_problem(size, PROMPTS, folder, DEVICE)))
+            release()
+        parameters = int(count.read_text())
+        if args.make_problem_only:
+            return 0
         document: dict[str, Any] = {
             **provenance(command),
             "size": {"name": name, "parameters": parameters, **asdict(size)},
@@ -324,6 +333,8 @@ def main(argv: list[str] | None = None) -> int:
             document["results"].append(compare(case, timed, {}))
             write_json(args.output, document)
             print(table(document["results"][-1]), flush=True)
+            if args.no_memory:
+                continue
             memory = {w: run_alone(f"memory_{w}", name, case, folder, 2)["peak_mb"] for w in ("ours", "trl")}
             document["results"][-1] = compare(case, timed, memory)
             write_json(args.output, document)

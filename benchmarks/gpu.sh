@@ -3,7 +3,7 @@
 #     bash benchmarks/gpu.sh bench [SECONDS]    # ceilings, benchmarks, tables: 320 s
 #     bash benchmarks/gpu.sh tests [SECONDS]    # the tests that run on the device, then the sanitizer: 320 s
 # Python packages it lacks may lie as wheels in .whl/ (`make gpu-bundle`). Results go to benchmarks/results/<device>/;
-# where $OUT is set, those, the logs and the measured tiles go there too, as results.tgz. BENCH_COMMIT names the commit
+# where $OUT is set, those, the logs and the measured tiles go there too, as results-*.tgz. BENCH_COMMIT names the commit
 # where there is no repository. Exit code 1 if a step failed; what the others found is there all the same.
 set -u
 cd "$(dirname "$0")/.." || exit 1
@@ -39,60 +39,69 @@ step() {
     [ "$status" -eq 0 ] || failed+=("$name")
 }
 
-if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    echo "gpu.sh: $python has no torch that sees a GPU" >&2
-    exit 1
-fi
 if compgen -G '.whl/*.whl' >/dev/null; then
     site=${TMPDIR:-/tmp}/mdpgrpo_site
     [ -d "$site" ] || step wheels 60 "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir \
         --upgrade --target "$site" .whl/*.whl
     export PYTHONPATH=$PYTHONPATH:$site
 fi
+# One process says all that is asked first: each import of torch takes seconds.
+look() { "$python" benchmarks/warm.py --look "$scratch/folder" "$scratch/builds"; }
+look || exit 1
+folder=$(cat "$scratch/folder")
 # The compiled parts travel with the checkout; built here only where they do not load.
-loads='import sys; from mdpgrpo_fast.kernels.binaries import why_missing as w; sys.exit(bool(w("cuda") or w("cpu")))'
-if ! "$python" -c "$loads" && command -v nvcc >/dev/null; then
+if [ -s "$scratch/builds" ] && command -v nvcc >/dev/null; then
     MDPGRPO_BUILD=cuda step build 100 "$python" setup.py -q build_ext --inplace
+    look || exit 1
 fi
-"$python" -c 'import mdpgrpo_fast; mdpgrpo_fast.backend_report()'
-folder=$("$python" benchmarks/tables/speed_table.py --folder) || exit 1
+
+# op NAME SECONDS: a benchmark that stops itself and says what it left out; the limit of the step is for a hang.
+op() {
+    BENCH_SECONDS=$2 SHOW=1 step "$1" $(($2 + 30)) "$python" -m pytest "benchmarks/bench_$1.py" --benchmark-only -q \
+        -p no:cacheprovider --benchmark-columns=median,rounds
+}
 
 bench() {
+    # Beside the compilers; the model of the step is 2.5 GB on disk.
+    "$python" benchmarks/bench_step.py --problem "$scratch/problem" --make-problem-only --output "$scratch/none" \
+        >"$scratch/problem.log" 2>&1 &
     SHOW=40 step warm 100 "$python" benchmarks/warm.py --seconds 75
-    SHOW=1 step roofline 30 "$python" benchmarks/roofline.py
-    # Shares of what is left, the most important first. Each stops itself and says what it left out; the limit of a
-    # step is for a hang.
-    local share=$(($(left) - 80)) part op budget
-    for part in token_loss:33 linear_token_loss:37 linear_logprobs:10 logprobs:12 advantages:8; do
-        op=${part%:*} budget=$((share * ${part#*:} / 100))
-        BENCH_SECONDS=$budget SHOW=3 step "$op" $((budget + 30)) "$python" -m pytest "benchmarks/bench_$op.py" \
-            --benchmark-only -q -p no:cacheprovider --benchmark-columns=median,iqr,rounds
-    done
+    wait
+    # A kernel that is wrong or hangs must not take the time of the others.
+    case " ${failed[*]-} " in *" warm "*) rm -f mdpgrpo_fast/kernels/_cuda.abi3.so ;; esac
+    [ -f "$folder/roofline.json" ] || SHOW=1 step roofline 30 "$python" benchmarks/roofline.py
+    # Shares of the time, the most important first.
+    op token_loss $((total * 15 / 100))
+    op linear_token_loss $((total * 15 / 100))
+    step generate $((total * 16 / 100)) "$python" benchmarks/bench_generate.py --output "$folder/generate.json" --rounds 1
+    step step $((total * 30 / 100)) "$python" benchmarks/bench_step.py --output "$folder/step.json" --steps 1 --cases kl \
+        --problem "$scratch/problem" --no-memory
+    op logprobs $((total * 4 / 100))
+    op linear_logprobs $((total * 4 / 100))
+    op advantages $((total * 4 / 100))
+    step packing 30 "$python" benchmarks/bench_packing.py --output "$folder/packing.json" --rounds 3
     if command -v ncu >/dev/null; then
-        SHOW=60 step counters 40 ncu --clock-control none --kernel-name regex:token_loss_kernel --section SpeedOfLight \
+        step counters 40 ncu --clock-control none --kernel-name regex:token_loss_kernel --section SpeedOfLight \
             --section WarpStateStats --section Occupancy --section InstructionStats --section MemoryWorkloadAnalysis \
             env MDPGRPO_AUTOTUNE=0 "$python" benchmarks/compiled/profiled_rows.py
     fi
-    step packing 30 "$python" benchmarks/bench_packing.py --output "$folder/packing.json" --rounds 3
-    step generate 40 "$python" benchmarks/bench_generate.py --output "$folder/generate.json" --rounds 2
-    step step "$(($(left) - 5))" "$python" benchmarks/bench_step.py --output "$folder/step.json" --steps 2 --cases kl
     "$python" benchmarks/compiled/crossovers.py >"$scratch/crossovers.log" || failed+=(crossovers)
-    "$python" benchmarks/tables/speed_table.py >"$scratch/table.txt" || failed+=(table)
+    "$python" benchmarks/tables/speed_table.py "$folder" >"$scratch/table.txt" || failed+=(table)
 }
 
 tests() {
     # Most of their time is the compiler's: one process per core. They need no measured tile, and would measure it
     # while others compute.
     local workers=()
-    "$python" -c 'import xdist' 2>/dev/null && workers=(-n "$(($(nproc) - 2))")
-    SHOW=60 step tests $(($(left) - 30)) env MDPGRPO_AUTOTUNE=0 OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 \
-        "$python" -m pytest "${workers[@]}" tests/test_gpu.py tests/ops tests/kernels/test_cuda.py \
-        tests/models/test_packing.py tests/rollout/test_sampling.py tests/rollout/test_generate.py \
-        --ignore tests/ops/linear/test_sharded.py -m 'not code' -q -p no:cacheprovider -p helpers.instant --timeout 60 \
-        --tb short -rfE --durations 12
+    "$python" -c 'import xdist' 2>/dev/null && workers=(-n "$(($(nproc) - 1))")
+    SHOW=60 step tests $(($(left) - 40)) env MDPGRPO_AUTOTUNE=0 OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 \
+        "$python" -m pytest "${workers[@]}" tests/test_gpu.py tests/rollout/test_fixed.py tests/ops \
+        tests/kernels/test_cuda.py tests/models/test_packing.py tests/rollout/test_sampling.py \
+        tests/rollout/test_generate.py --ignore tests/ops/linear/test_sharded.py -m 'not code' -q -p no:cacheprovider \
+        -p helpers.instant --timeout 60 --tb short -rfE --durations 12
     if command -v compute-sanitizer >/dev/null; then
         for tool in memcheck racecheck; do
-            step "$tool" 30 env MDPGRPO_AUTOTUNE=0 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+            step "$tool" 40 env MDPGRPO_AUTOTUNE=0 compute-sanitizer --tool "$tool" --error-exitcode 9 \
                 --kernel-name kernel_substring=token_loss_kernel "$python" benchmarks/compiled/hopper_smoke.py
         done
     fi

@@ -13,10 +13,13 @@ import importlib
 import logging
 import multiprocessing
 import os
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
 from typing import Any
 
 VOCABULARIES = (128256, 256000, 32000)
@@ -24,12 +27,14 @@ MODULES = ("bench_token_loss", "bench_logprobs", "bench_linear_token_loss", "ben
 FEW = {"tokens": 64, "width": 64}
 # Compiled for the shape itself.
 COMPILED = {("bench_token_loss", "compile"), ("bench_logprobs", "compile"), ("bench_linear_token_loss", "liger")}
-Job = tuple[str, int, str]  # module, case, candidate; or "tile", vocabulary, number
+Job = tuple[str, int, str]  # module, case, candidate; or "tile", vocabulary, number; or what `whole` takes
+WHOLE: list[Job] = [("generate", 0, ""), ("step", 0, "")]
 
 
 def jobs() -> list[Job]:
     """Those that take longest first."""
-    found, seen = [], set()
+    found: list[tuple[bool, Job]] = [(False, job) for job in WHOLE]
+    seen = set()
     for module in map(importlib.import_module, MODULES):
         for i, case in enumerate(module.cases()):
             for name in module.NAMES:
@@ -65,6 +70,8 @@ def run(job: Job) -> str | None:
             from mdpgrpo_fast.kernels.triton.token_loss import scratch_run
 
             scratch_run(index, DTYPE, DEVICE, 1)(fit(CANDIDATES[int(name)], index))
+        elif job in WHOLE:
+            whole(kind)
         else:
             module = importlib.import_module(kind)
             case = few(module, index, name)
@@ -81,6 +88,30 @@ def run(job: Job) -> str | None:
         where = traceback.extract_tb(e.__traceback__)[-1]
         text = (str(e).strip().splitlines() or [""])[0]
         return f"{' '.join(map(str, job))}: {type(e).__name__}: {text[:200]} ({where.filename}:{where.lineno})"
+
+
+def whole(kind: str) -> None:
+    """A rollout, or a step, of a model of one small layer with the heads and the vocabulary of the benchmark's."""
+    import torch
+    from harness import DEVICE
+
+    if kind == "generate":
+        import bench_generate
+
+        case = {**bench_generate.GPU_CASES["rows8"], "layers": 1}
+        model = bench_generate.make_model(case)
+        ids = torch.randint(1, case["vocab"], (1, case["prompt"]), device=DEVICE)
+        bench_generate.candidates(model, ids, [1.0] * bench_generate.GROUP, case["completion"])["ours"]()
+        return
+    import bench_step
+    from problems.step import SIZES, write_problem
+
+    small = {"hidden": 256, "intermediate": 256, "layers": 1, "heads": 4, "kv_heads": 1, "prompts": 2}
+    size = dataclasses.replace(SIZES["gpu"], **small)
+    with tempfile.TemporaryDirectory() as folder:
+        write_problem(size, bench_step.PROMPTS, Path(folder), DEVICE)
+        with bench_step.our_steps(size, bench_step.CASES["kl"], Path(folder), 1) as step:
+            step()
 
 
 def all_of(pool: ProcessPoolExecutor, todo: list[Job], stop: float) -> None:
@@ -112,6 +143,23 @@ def tune() -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
     for vocab in VOCABULARIES:
         print(f"V {vocab}: {tile_for(vocab, DTYPE, DEVICE)}", flush=True)
+
+
+def look(folder: Path, builds: Path) -> int:
+    """What is here, on the terminal; where results go, and which compiled parts do not load, in two files."""
+    import torch
+    from harness import results_folder
+
+    import mdpgrpo_fast
+    from mdpgrpo_fast.kernels.binaries import why_missing
+
+    if not torch.cuda.is_available():
+        print(f"{sys.executable} has no torch that sees a GPU", file=sys.stderr)
+        return 1
+    mdpgrpo_fast.backend_report()
+    folder.write_text(str(results_folder()))
+    builds.write_text("".join(f"{part}: {why}\n" for part in ("cpu", "cuda") if (why := why_missing(part))))
+    return 0
 
 
 def smoke() -> bool:
@@ -150,16 +198,28 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--seconds", type=float, default=90, help="after that what is left is not waited for")
+    parser.add_argument("--look", type=Path, nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--smoke", action="store_true", help="one small loss of each backend, nothing else")
     args = parser.parse_args()
+    if args.look:
+        return look(*args.look)
+    if args.smoke:
+        return 0 if smoke() else 1
     stop = time.monotonic() + args.seconds
+    # By itself, so that a kernel that hangs or faults takes nothing else with it.
+    first = subprocess.Popen([sys.executable, __file__, "--smoke"], env={**os.environ, "MDPGRPO_AUTOTUNE": "0"})
     from mdpgrpo_fast.kernels.triton.tiles import CANDIDATES
 
     os.environ.update(OMP_NUM_THREADS="1", TORCHINDUCTOR_COMPILE_THREADS="1")
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
         # The benchmarks' own kernels follow from the tiles that win, so those come first.
         all_of(pool, [("tile", v, str(i)) for v in VOCABULARIES for i in range(len(CANDIDATES))], stop)
+        try:
+            good = first.wait(timeout=max(1.0, min(30.0, stop - time.monotonic()))) == 0
+        except subprocess.TimeoutExpired:
+            first.kill()
+            good = False
         tune()
-        good = smoke()
         all_of(pool, jobs(), stop)
         for process in list(getattr(pool, "_processes", {}).values()):
             process.kill()

@@ -13,7 +13,7 @@ from mdpgrpo_fast.kernels.triton.tiles import CANDIDATES, fit
 from mdpgrpo_fast.kernels.triton.token_loss import scratch_run
 
 # (vocabulary, rows, tiles by their place among the candidates)
-TRITON = ((128256, 2112, (0, 2, 7)), (32000, 8192, (0, 2, 3)))
+TRITON = ((128256, 2112, (0, 5, 6)), (32000, 8192, (0, 1, 2)))
 HOPPER = ((128256, 2112), (32000, 8192))
 
 

@@ -34,12 +34,12 @@ TRUTH = torch.float32 if CUDA else torch.float64
 # (tokens, vocabulary): the targets' sizes first, then the rest, so that what a time limit cuts off is the sweep.
 GPU_SHAPES = (
     (8192, 128256),
-    (8192, 256000),
+    (8192, 32000),
     (512, 128256),
+    (8192, 256000),
     (65536, 128256),
     (2048, 128256),
     (32768, 128256),
-    (8192, 32000),
 )
 CPU_SHAPES = ((512, 32000),)
 
