@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # What a GPU has to say, in two commands that each end in time whatever fails, in the python3 that has torch for it:
-#     bash benchmarks/gpu.sh bench [SECONDS]    # ceilings, benchmarks, tables: 320 s
-#     bash benchmarks/gpu.sh tests [SECONDS]    # the tests that run on the device, then the sanitizer: 320 s
+#     bash benchmarks/gpu.sh bench [SECONDS]    # ceilings, benchmarks, tables: 440 s
+#     bash benchmarks/gpu.sh tests [SECONDS]    # the tests that run on the device, then the sanitizer: 200 s
 # Python packages it lacks may lie as wheels in .whl/ (`make gpu-bundle`). Results go to benchmarks/results/<device>/;
 # where $OUT is set, those, the logs and the measured tiles go there too, as results-*.tgz. BENCH_COMMIT names the commit
-# where there is no repository. Exit code 1 if a step failed; what the others found is there all the same.
+# where there is no repository. Exit code 1 if a step failed; what the others found is saved after every step, so that
+# a limit from outside takes the running step alone.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 what=${1:-}
-total=${2:-320}
-case "$what" in bench | tests) ;; *) sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2 ;; esac
+total=${2:-$([ "$what" = bench ] && echo 440 || echo 200)}
+case "$what" in bench | tests) ;; *) sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2 ;; esac
 python=${PYTHON:-python3}
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
@@ -20,6 +21,16 @@ unset TRITON_INTERPRET
 failed=()
 
 left() { echo $((total - SECONDS)); }
+
+save() {
+    [ -n "${OUT:-}" ] || return 0
+    rm -rf "$scratch/home" && mkdir -p "$scratch/home/logs"
+    cp "$scratch"/*.log "$scratch/home/logs/"
+    sed -i "s#$PWD/##g" "$scratch"/home/logs/*.log
+    cp -r "$folder" mdpgrpo_fast/kernels/crossovers.json "$MDPGRPO_CACHE_DIR/tiles.json" "$scratch"/table.txt \
+        "$scratch/home/" 2>/dev/null
+    tar -czf "$OUT/results-$what.partial" -C "$scratch/home" . && mv "$OUT/results-$what.partial" "$OUT/results-$what.tgz"
+}
 
 # step NAME SECONDS COMMAND...: its log is kept, its end is shown, its failure is remembered.
 step() {
@@ -37,8 +48,10 @@ step() {
     echo "== $name: exit code $status, $((SECONDS - begin)) s"
     tail -n "${SHOW:-8}" "$scratch/$name.log" | cut -c 1-220
     [ "$status" -eq 0 ] || failed+=("$name")
+    save
 }
 
+folder=$scratch/none
 if compgen -G '.whl/*.whl' >/dev/null; then
     site=${TMPDIR:-/tmp}/mdpgrpo_site
     [ -d "$site" ] || step wheels 60 "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir \
@@ -69,21 +82,23 @@ bench() {
     wait
     # A kernel that is wrong or hangs must not take the time of the others.
     case " ${failed[*]-} " in *" warm "*) rm -f mdpgrpo_fast/kernels/_cuda.abi3.so ;; esac
-    [ -f "$folder/roofline.json" ] || SHOW=1 step roofline 30 "$python" benchmarks/roofline.py
-    # Shares of the time, the most important first.
-    op token_loss $((total * 15 / 100))
-    op linear_token_loss $((total * 15 / 100))
-    step generate $((total * 16 / 100)) "$python" benchmarks/bench_generate.py --output "$folder/generate.json" --rounds 1
-    step step $((total * 30 / 100)) "$python" benchmarks/bench_step.py --output "$folder/step.json" --steps 1 --cases kl \
+    SHOW=1 step roofline 30 "$python" benchmarks/roofline.py
+    SHOW=1 step tiles 10 "$python" benchmarks/tables/gpu_logs.py tiles "$scratch/warm.log" "$folder"
+    # The most important first. A process needs some ten seconds to begin.
+    op token_loss 40
+    op linear_token_loss 40
+    step generate 60 "$python" benchmarks/bench_generate.py --output "$folder/generate.json" --rounds 1
+    step step 100 "$python" benchmarks/bench_step.py --output "$folder/step.json" --steps 1 --cases kl \
         --problem "$scratch/problem" --no-memory
-    op logprobs $((total * 4 / 100))
-    op linear_logprobs $((total * 4 / 100))
-    op advantages $((total * 4 / 100))
-    step packing 30 "$python" benchmarks/bench_packing.py --output "$folder/packing.json" --rounds 3
+    op linear_logprobs 12
+    op logprobs 12
+    op advantages 8
+    step packing 40 "$python" benchmarks/bench_packing.py --output "$folder/packing.json" --rounds 3
     if command -v ncu >/dev/null; then
-        step counters 40 ncu --clock-control none --kernel-name regex:token_loss_kernel --section SpeedOfLight \
+        step counters 40 env MDPGRPO_AUTOTUNE=0 ncu --clock-control none --kernel-name regex:token_loss_kernel --section SpeedOfLight \
             --section WarpStateStats --section Occupancy --section InstructionStats --section MemoryWorkloadAnalysis \
-            env MDPGRPO_AUTOTUNE=0 "$python" benchmarks/compiled/profiled_rows.py
+            --section LaunchStats "$python" benchmarks/compiled/profiled_rows.py
+        SHOW=1 step counted 10 "$python" benchmarks/tables/gpu_logs.py counters "$scratch/counters.log" "$folder"
     fi
     "$python" benchmarks/compiled/crossovers.py >"$scratch/crossovers.log" || failed+=(crossovers)
     "$python" benchmarks/tables/speed_table.py "$folder" >"$scratch/table.txt" || failed+=(table)
@@ -108,13 +123,7 @@ tests() {
 }
 
 "$what"
-if [ -n "${OUT:-}" ]; then
-    mkdir -p "$scratch/home/logs"
-    cp "$scratch"/*.log "$scratch/home/logs/"
-    sed -i "s#$PWD/##g" "$scratch"/home/logs/*.log
-    cp -r "$folder" mdpgrpo_fast/kernels/crossovers.json "$MDPGRPO_CACHE_DIR/tiles.json" "$scratch/home/" 2>/dev/null
-    tar -czf "$OUT/results-$what.tgz" -C "$scratch/home" . || failed+=(archive)
-fi
+save
 [ ! -f "$scratch/table.txt" ] || cut -c 1-240 "$scratch/table.txt" | head -c 9000
 if [ ${#failed[@]} -gt 0 ]; then
     echo "FAILED: ${failed[*]}"

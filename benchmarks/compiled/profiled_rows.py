@@ -23,7 +23,7 @@ def main() -> None:
         run = scratch_run(vocab, torch.bfloat16, device, rows)
         for place in places:
             run(fit(CANDIDATES[place], vocab))
-            print("triton", vocab, CANDIDATES[place], flush=True)
+            print("triton", vocab, CANDIDATES[place], rows, "rows", flush=True)
     config = MDPGRPOConfig(num_generations=8, multi_temperature=False)
     for vocab, rows in HOPPER:
         shape = 8, rows // 8
@@ -32,7 +32,7 @@ def main() -> None:
         given["ref_logprobs"] = torch.full(shape, -12.0, device=device)
         tokens = torch.randint(0, vocab, shape, device=device)
         mdpgrpo_fast.token_loss(logits, tokens, None, config, backend="cuda", **given)
-        print("cuda", vocab, flush=True)
+        print("cuda", vocab, rows, "rows", flush=True)
 
 
 if __name__ == "__main__":

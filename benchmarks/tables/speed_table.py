@@ -138,6 +138,8 @@ def of_device(folder: Path) -> list[str]:
             + ("; target: under 2 %)." if gpu else ").")
         )
     lines += [""] if inside else []
+    if gpu:
+        lines += [*against_prediction(rows["token_loss"]), *profiled(folder)]
     if (folder / "speed.png").exists():
         lines += [f"![Speed on {name}](benchmarks/results/{name}/speed.png)", ""]
     lines += [text for text in (missing({op: documents[op] for op in OPS if op in documents}),) if text]
@@ -150,6 +152,56 @@ def of_device(folder: Path) -> list[str]:
             "of the objective: of a copy into memory that is there, measured in turn. " + origin(first)
         )
     return lines
+
+
+def profiled(folder: Path) -> list[str]:
+    """What the profiler counted in the row kernels, and each tile's time, where `gpu_logs.py` made files of them."""
+    lines: list[str] = []
+    if (folder / "counters.json").exists():
+        document = json.loads((folder / "counters.json").read_text(encoding="utf-8"))
+        lines += [
+            "| one launch, bf16, on-policy | T | V | µs | % of copy | moved / needed, GB | memory, TB/s | L2 hits, % "
+            "| instructions per logit | multiprocessors busy, % |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        for k in document["kernels"]:
+            name = f"Triton, tile {k['tile']}" if k["tile"] else "Hopper kernel"
+            lines.append(
+                f"| {name} | {k['rows']} | {k['vocab']} | {k['us']:.0f} | {k['percent_of_copy']:.0f} "
+                f"| {k['gb_moved']:.2f} / {k['gb_needed']:.2f} | {k['dram_tb_s']:.2f} | {k['l2_hit_percent']:.0f} "
+                f"| {k['instructions_per_logit']:.1f} | {k['sm_percent']:.0f} |"
+            )
+        lines += [
+            "",
+            f"Counted by ncu from cold caches at {commit(document)}; a tile is block/warps/stages/programs.",
+            "",
+        ]
+    if (folder / "tile_times.json").exists():
+        document = json.loads((folder / "tile_times.json").read_text(encoding="utf-8"))
+        for entry in document["vocabularies"]:
+            best = sorted(entry["tiles"].items(), key=lambda x: x[1]["ms"])
+            each = ", ".join(f"{tile} {x['percent_of_copy']:.0f} %" for tile, x in best)
+            lines.append(f"Triton's tiles at V = {entry['vocab']}, T = {entry['rows']}, in % of a copy: {each}.")
+        lines += [f"Caches warm, small launches included, at {commit(document)}.", ""]
+    return lines
+
+
+def against_prediction(rows: list[dict[str, Any]]) -> list[str]:
+    """The prediction of the compiled code beside what was measured at the same size."""
+    measured = [r for r in rows if (r["case"], r["tokens"], r["vocab"]) == ("on-policy", FLOOR_TOKENS, FLOOR_VOCAB)]
+    if not measured or "triton" not in measured[0]["candidates"] or not COMPILED.exists():
+        return []
+    size = FLOOR_TOKENS * FLOOR_VOCAB * 2
+    predicted, third = (n * size / FLOOR_TB_S / 1e9 for n in (2, 3))
+    found = {n: e["ms"] for n, e in measured[0]["candidates"].items() if n in ("triton", "cuda") and "ms" in e}
+    said = " and ".join(f"{ms:.2f} ms ({n})" for n, ms in found.items())
+    return [
+        f"Predicted from the compiled code: {predicted:.2f} ms, one read and one write at {FLOOR_TB_S} TB/s; measured "
+        f"{said}. Triton's programs have more rows in flight than the L2 cache holds, so that the gradient's look at a "
+        f"row is a third pass ({third:.2f} ms); the Hopper kernel reads once, and at that commit was bound by its "
+        "instructions.",
+        "",
+    ]
 
 
 def compiled() -> list[str]:
