@@ -276,10 +276,11 @@ def test_banned_tokens(backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_tokens_banned_by_the_lowest_number(backend: str, dtype: str) -> None:
-    """finfo.min instead of -inf: differences of such logits overflow, and entropy must not be inf * 0."""
+@pytest.mark.parametrize("low", [None, -1e10, -1e20, -1e30])
+def test_tokens_banned_by_the_lowest_number(backend: str, dtype: str, low: float | None) -> None:
+    """finfo.min (None) instead of -inf: differences of such logits overflow, and entropy must not be inf * 0."""
     batch = make_batch(1, vocab=600, dtype=dtype)
-    batch.logits[..., 300:] = torch.finfo(batch.logits.dtype).min
+    batch.logits[..., 300:] = torch.finfo(batch.logits.dtype).min if low is None else low
     batch.tokens %= 300
     assert_matches(backend, batch, config_for())
 

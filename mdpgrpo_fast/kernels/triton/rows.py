@@ -100,9 +100,9 @@ def _load_tile(row, start, softcap, EVICT: tl.constexpr, TAIL: tl.constexpr, til
 def _offset(top, k):
     """What makes k u an exponent relative to k top: -k top, rounded the same way wherever it is used.
 
-    Finite where nothing was met yet.
+    Bounded, so that the rounding of a low maximum fits an exponent; what is lower than that, or nothing, adds 0.
     """
-    return tl.minimum(-k * top, 1.0e38)
+    return tl.minimum(-k * top, 536870912.0)
 
 
 @triton.jit
@@ -150,8 +150,8 @@ def _total(top, peak, total, k):
 def _read_row(row, tiles, k, k_kl, softcap, EVICT: tl.constexpr, TWO_TEMPERATURES: tl.constexpr, tile):
     """The one sweep for the statistics of a row: its maximum, log Σ exp, entropy, and log Σ exp at the KL temperature.
 
-    log Σ is that of exp((z - maximum) / τ): log p = (z - maximum) / τ - log Σ. A maximum beyond some ±1e9 τ, where the
-    rounding of the offset no longer fits an exponent, may give NaN.
+    log Σ is that of exp((z - maximum) / τ): log p = (z - maximum) / τ - log Σ. Of a row whose maximum is beyond some
+    ±3e8 τ all may be NaN.
     """
     if softcap is not None:
         k, k_kl = 2.0 * softcap * k, 2.0 * softcap * k_kl
