@@ -2,7 +2,8 @@
 
 Triton takes seconds for a variant and torch.compile half a minute for a function, one after the other minutes in which
 a GPU waits. Here every candidate of every case runs once, on few rows where that makes the same kernels. What fails is
-named; it fails again, with its reason, in the benchmark. Exit code 1 if a kernel of ours differs from the reference.
+named; it fails again, with its reason, in the benchmark. Exit code 3 if a kernel of ours differs from the reference, or
+hangs.
 """
 
 from __future__ import annotations
@@ -226,7 +227,7 @@ def main() -> int:
         all_of(pool, jobs(), stop)
         for process in list(getattr(pool, "_processes", {}).values()):
             process.kill()
-    return 0 if good else 1
+    return 0 if good else 3
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from speed_table import RESULTS, commit, missing, origin
+from speed_table import RESULTS, missing, origin
 
 OPS = {"linear_token_loss": "objective, forward + gradients", "linear_logprobs": "log-probs"}
 # What a GPU result at 8192 tokens is held against.
@@ -80,24 +80,6 @@ def prediction() -> list[str]:
     ]
 
 
-def workspaces(folder: Path) -> list[str]:
-    """What the size of the workspace is worth, where it was measured apart from the table's cases."""
-    path = folder / "linear_workspace.json"
-    if not path.exists():
-        return []
-    document = json.loads(path.read_text(encoding="utf-8"))
-    lines = []
-    for row in document["results"]:
-        ours = {n: e["x_matmuls"] for n, e in row["candidates"].items() if n.startswith("triton") and "ms" in e}
-        if ours:
-            each = ", ".join(f"{n.removeprefix('triton').strip() or '256 MiB'} {x:.2f}" for n, x in ours.items())
-            lines.append(
-                f"Trained head, {row['case']}, T = {row['tokens']}, V = {row['vocab']}, D = {row['width']}, in bare "
-                f"matmuls by workspace: {each}."
-            )
-    return [*lines, f"`{document['command']}` at {commit(document)}.", ""] if lines else []
-
-
 def section() -> str:
     """Every device that has results, GPUs first."""
     folders = sorted({p.parent for op in OPS for p in RESULTS.glob(f"*/{op}.json")}, key=lambda f: (f.name == "cpu", f))
@@ -109,7 +91,6 @@ def section() -> str:
         lines += [f"**{folder.name if gpu else 'CPU'}.**", ""]
         for op, document in documents.items():
             lines += table(op, document["results"], gpu)
-        lines += workspaces(folder)
         if (folder / "linear.png").exists():
             lines += [f"![Time and memory over T on {folder.name}](benchmarks/results/{folder.name}/linear.png)", ""]
         lines += [text for text in (missing(documents),) if text]

@@ -52,6 +52,18 @@ __device__ __forceinline__ void wait(uint64_t* barrier, uint32_t phase) {
       "r"(phase)
       : "memory");
 }
+// As `wait`, for what other blocks of the cluster have sent.
+__device__ __forceinline__ void wait_for_cluster(uint64_t* barrier, uint32_t phase) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(phase)
+      : "memory");
+}
 // 16 bytes are the unit: both addresses and the size are multiples of it.
 __device__ __forceinline__ void copy_in(void* to, const void* from, int32_t bytes, uint64_t* barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(

@@ -498,7 +498,7 @@ MDPGRPO_DEVICE RowStatistics read(const RowArguments& p, const Slice<E>& slice, 
     for (int w = 1; w < hw::THREADS / 32; ++w) own.sums = merged(own.sums, block.warps[w], k, k_kl, TWO);
     hw::send(&block.from[slot][hw::rank()], hw::thread(), own, &block.exchanged[slot]);
   }
-  hw::wait(&block.exchanged[slot], visit / 2 % 2);
+  hw::wait_for_cluster(&block.exchanged[slot], visit / 2 % 2);
   Exchange all = block.from[slot][0];
   for (int b = 1; b < hw::cluster_size(); ++b) {
     const Exchange& other = block.from[slot][b];
@@ -604,7 +604,7 @@ MDPGRPO_DEVICE void token_loss_rows(const RowArguments& p, unsigned char* memory
       if (hw::thread() == 0)
         for (int b = 0; b < hw::cluster_size(); ++b)
           hw::send(&block.from[slot][hw::rank()], b, Exchange{{}, 0.0f, taken}, &block.exchanged[slot]);
-      hw::wait(&block.exchanged[slot], visit / 2 % 2);
+      hw::wait_for_cluster(&block.exchanged[slot], visit / 2 % 2);
     }
     const int64_t next = block.from[slot][0].next;
     const bool next_kept = next < n && p.rows.kept(next);

@@ -42,9 +42,12 @@ class Needs(NamedTuple):
 
 
 @torch.compiler.assume_constant_result
-def default_workspace(device: torch.device) -> int:
-    """Bytes. On a GPU few, large chunks: with each the float32 sum of d weight is read and written once."""
-    if device.type != "cuda":
+def default_workspace(device: torch.device, split: bool = False) -> int:
+    """Bytes. On a GPU few, large chunks: with each the float32 sum of d weight is read and written once.
+
+    split: the vocabulary is split over ranks, which must cut the same chunks whatever memory each of them has.
+    """
+    if device.type != "cuda" or split:
         return 256 << 20
     return min(1 << 30, torch.cuda.get_device_properties(device).total_memory // 64)
 

@@ -81,8 +81,9 @@ def linear_token_loss(
         skip_idle: leave out rows with A = 0 and no KL term, exact for loss and gradients; they report as masked rows
             do (on a GPU with lengths, those of completions whose length is given as 0). False: their log-probs and
             entropy are computed all the same.
-        workspace_bytes: of the chunk's logits; None: 256 MiB on the CPU, on a GPU 1 GiB, or a 64th of its memory where
-            that is less. Beside it and the gradients, memory does not grow with T by more than a few numbers a row.
+        workspace_bytes: of the chunk's logits; None: 256 MiB on the CPU and with vocab_group, else on a GPU 1 GiB, or a
+            64th of its memory where that is less. Beside it and the gradients, memory does not grow with T by more than
+            a few numbers a row.
         fp32_logits: keep a chunk's logits in float32 although hidden is bfloat16 or float16.
         vocab_group: weight (and bias) are this rank's V / ranks rows of a head that is split over the ranks of this
             process group, in order; hidden and all else is the same on all of them. The gradient of hidden is whole.
@@ -97,7 +98,8 @@ def linear_token_loss(
         tokens, mask, completion, advantage, kl_beta, old_logprobs, ref_logprobs, importance_weight, temperature,
         epsilon_low, epsilon_high, delta,
     )  # fmt: skip
-    workspace_bytes = default_workspace(hidden.device) if workspace_bytes is None else workspace_bytes
+    if workspace_bytes is None:
+        workspace_bytes = default_workspace(hidden.device, vocab_group is not None)
     options = logit_scale, fp32_logits, workspace_bytes, vocab_group
     shape, num_completions = check_head(hidden, weight, bias, rows, num_completions, softcap, *options, check_values)
     check_objective(rows, shape, num_completions, config, max_completion_length, denominator, check_values, "hidden")
@@ -149,7 +151,8 @@ def linear_token_logprobs(
         # Without a map every row is its own completion.
         completion, num_completions = torch.arange(len(hidden), device=hidden.device), len(hidden)
     rows = Rows(tokens, mask, completion, temperature=temperature)
-    workspace_bytes = default_workspace(hidden.device) if workspace_bytes is None else workspace_bytes
+    if workspace_bytes is None:
+        workspace_bytes = default_workspace(hidden.device, vocab_group is not None)
     options = logit_scale, fp32_logits, workspace_bytes, vocab_group
     shape, num_completions = check_head(hidden, weight, bias, rows, num_completions, softcap, *options, check_values)
     host_lengths = check_lengths(lengths, rows, shape, num_completions)

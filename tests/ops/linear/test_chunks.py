@@ -49,6 +49,7 @@ def test_the_workspace_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> No
     for memory, wanted in ((141 << 30, 1 << 30), (24 << 30, 384 << 20)):
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d, m=memory: type("P", (), {"total_memory": m}))
         assert chunks.default_workspace(torch.device("cuda")) == wanted
+        assert chunks.default_workspace(torch.device("cuda"), split=True) == 256 << 20
     assert chunks.default_workspace(torch.device("cpu")) == 256 << 20
 
 
