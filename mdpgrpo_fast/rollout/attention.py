@@ -45,7 +45,7 @@ def decode_attention(query: Tensor, keys: Tensor, values: Tensor, *more: Any) ->
     if has_kernels(query.device, query.dtype):
         from ..kernels.triton.decode.attention import launch_attention, takes
 
-        if takes(query, keys):
+        if takes(query, keys, values):
             return launch_attention(query, keys, values, *more)
     return plain_attention(query, keys, values, *more)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -16,10 +17,19 @@ from .record import Record, Sampling
 
 ROOM = 256  # the cache's length is a multiple: prompts of other lengths often fit without another capture
 SMALLEST = 8  # rows below which a smaller batch saves nothing: a step then takes as long as reading the weights
+FREE_SHARE = 1 / 2  # of the free memory, for the cache; the rest is for what a step computes and for copies of rows
 
 
 class Unfit(Exception):
     """Why a model's steps cannot be of fixed shapes."""
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes of a GPU that nobody uses, those that torch holds for later among them; no limit elsewhere."""
+    if device.type != "cuda":
+        return math.inf
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
 
 
 class FixedLayer(DynamicLayer):
@@ -33,6 +43,7 @@ class FixedLayer(DynamicLayer):
         self.has_kernels = has_kernels
         self.is_initialized, self.dtype, self.device = True, keys.dtype, keys.device
         self.keys, self.values, self.window, self.place = keys, values, window, place
+        self.is_updated = False
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self.has_kernels:
@@ -42,7 +53,12 @@ class FixedLayer(DynamicLayer):
         else:
             self.keys.index_copy_(2, self.place, key_states)
             self.values.index_copy_(2, self.place, value_states)
+        self.is_updated = True
         return self.keys, self.values
+
+    def get_seq_length(self) -> Any:
+        """Places in use, as a tensor (1,): a number would stay that of the step that was captured."""
+        return self.place + self.is_updated
 
 
 class FixedSteps:
@@ -51,13 +67,16 @@ class FixedSteps:
     model: looked at for what has kernels; like: the cache of its prompts, for sizes and dtypes. The rows of smaller
     batches begin where those of larger ones do, so that one set of buffers serves all of them.
 
-    Raises: Unfit where the cache is another than of attention.
+    Raises: Unfit where the cache is another than of attention; torch.OutOfMemoryError where it would leave too little
+    of the free memory.
     """
 
     def __init__(self, model: Any, like: Any, num_rows: int, length: int, num_steps: int, sampling: Sampling) -> None:
         kinds = {type(x) for x in like.layers} if type(like) is DynamicCache else {type(like)}
         if kinds - {DynamicLayer, DynamicSlidingWindowLayer}:
             raise Unfit(f"its cache has {', '.join(sorted(k.__name__ for k in kinds))}")
+        if any(x.keys.shape != x.values.shape for x in like.layers):
+            raise Unfit("its keys and values have different shapes")
         device = like.layers[0].keys.device
         self.has_kernels = has_kernels(device, like.layers[0].keys.dtype)
         self.fused = Fused(model) if self.has_kernels else None
@@ -67,6 +86,10 @@ class FixedSteps:
         self.place, self.step_index = torch.zeros(2, 1, dtype=torch.int64, device=device)
         # Four dimensions: for a finished mask, which our attention does not look at.
         self.mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+        token = sum(x[0, :, 0].nbytes for layer in like.layers for x in (layer.keys, layer.values))
+        self.nbytes = num_rows * self.length * token  # of the cache
+        if self.nbytes > FREE_SHARE * free_memory(device):
+            raise torch.OutOfMemoryError("its cache would take too much of the free memory")
         self.layers: list[tuple[Tensor, Tensor, int | None]] = []
         for layer in like.layers:
             keys, values = (
@@ -74,11 +97,6 @@ class FixedSteps:
                 for x in (layer.keys, layer.values)
             )
             self.layers.append((keys, values, layer.sliding_window if layer.is_sliding else None))
-
-    @property
-    def nbytes(self) -> int:
-        merged = sum(x.weight.nbytes for x in self.fused.merged) if self.fused else 0
-        return merged + sum(x.nbytes for layer in self.layers for x in layer[:2])
 
     def start(self, cache: Any, origin: Tensor, prompt_mask: Tensor, drawn: Tensor) -> None:
         """After the prompts: their cache, the prompt of each row (B,), (P, S) bool, and the first tokens (B,)."""

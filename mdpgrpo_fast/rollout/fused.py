@@ -15,6 +15,7 @@ from torch import Tensor, nn
 ROTARY = "apply_rotary_pos_emb"
 # Of a GPU's memory, for weights copied together. Those of larger models take longer to read than a launch anyway.
 MERGED_SHARE = 1 / 16
+LARGE = 100.0  # beyond what models clamp at
 
 
 class Merged:
@@ -75,6 +76,7 @@ class Fused:
         if weight.ndim != 1 or len(weight) > blocks.LONGEST_NORM or "forward" in vars(module):
             return
         x = _some(weight, 2, len(weight))
+        x[1] *= 1e-3  # small enough that eps shows
         for one_plus in (False, True):
             own = partial(blocks.rms_norm, weight=weight, eps=eps, one_plus=one_plus)
             if _close(own(x), module(x)):
@@ -86,20 +88,18 @@ class Fused:
 
         if heads := self._merge(module, "q_proj", "k_proj", "v_proj"):
             self.forwards += [(x, partial(heads.part, i)) for i, x in enumerate(heads.layers)]
-        act, down = getattr(module, "act_fn", None), getattr(module, "down_proj", None)
-        if callable(act) and type(down) is nn.Linear and "forward" not in vars(module):
-            x = _some(down.weight, 2, 64)
-            if _close(act(x), nn.functional.silu(x)) and (both := self._merge(module, "gate_proj", "up_proj")):
-                self.forwards.append((module, lambda x: down(blocks.gated(both(x)))))
+        if _is_gated_by_silu(module) and (both := self._merge(module, "gate_proj", "up_proj")):
+            self.forwards.append((module, lambda x: module.down_proj(blocks.gated(both(x)))))
 
     def _merge(self, module: Any, *names: str) -> Merged | None:
         layers = [getattr(module, name, None) for name in names]
         if any(type(x) is not nn.Linear or "forward" in vars(x) for x in layers):
             return None
         kinds = {(x.in_features, x.weight.dtype, x.bias is None) for x in layers}  # type: ignore[union-attr]
-        self.room -= sum(x.weight.nbytes for x in layers)  # type: ignore[union-attr]
-        if len(kinds) > 1 or self.room < 0:
+        size = sum(x.weight.nbytes for x in layers)  # type: ignore[union-attr]
+        if len(kinds) > 1 or size > self.room:
             return None
+        self.room -= size
         self.merged.append(Merged(*layers))  # type: ignore[arg-type]
         return self.merged[-1]
 
@@ -140,6 +140,24 @@ class Fused:
 def _some(like: Tensor, *shape: int) -> Tensor:
     """Numbers of both signs; not random, as these come from the generator that sampling has."""
     return (torch.arange(math.prod(shape), device=like.device) * 0.7).sin().view(shape).to(like.dtype)
+
+
+def _is_gated_by_silu(module: Any) -> bool:
+    """Whether a module gives down(silu(gate(x)) * up(x)) to the bit, also of large x: not where it clamps or scales."""
+    names = ("gate_proj", "up_proj", "down_proj")
+    gate, up, down = (getattr(module, name, None) for name in names)
+    act = getattr(module, "act_fn", None)
+    if not callable(act) or any(type(x) is not nn.Linear for x in (gate, up, down)) or "forward" in vars(module):
+        return False
+    x = _some(gate.weight, 2, 1, gate.in_features)  # type: ignore[union-attr]
+    z = _some(gate.weight, 2, 64)  # type: ignore[union-attr]
+    try:
+        x[1] *= LARGE / gate(x[1]).abs().max()  # type: ignore[misc]
+        z[1] *= LARGE
+        same = torch.equal(module(x), down(act(gate(x)) * up(x)))  # type: ignore[misc]
+        return same and _close(act(z), nn.functional.silu(z))
+    except Exception:  # a forward pass of other arguments
+        return False
 
 
 def _rotate(original: Any, own: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -8,6 +8,7 @@ import logging
 import sys
 import weakref
 from collections import Counter
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,9 +18,10 @@ import transformers as tf
 from helpers.inputs import make_model
 from helpers.losses import DEVICE, gpu
 from transformers.models.llama import modeling_llama as llama_module
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from mdpgrpo_fast.kernels.triton.decode import blocks
-from mdpgrpo_fast.kernels.triton.decode.attention import launch_attention
+from mdpgrpo_fast.kernels.triton.decode.attention import launch_attention, takes
 from mdpgrpo_fast.log import say_once
 from mdpgrpo_fast.rollout import attention, fixed, graphs, loop
 from mdpgrpo_fast.rollout.attention import plain_attention
@@ -205,6 +207,27 @@ def test_kernel_attention(
     torch.testing.assert_close(got.cpu().double(), expected, rtol=tolerance, atol=tolerance)
 
 
+def test_no_number_stays_none() -> None:
+    """Also where it is in one part of several."""
+    q, k, v = cache(2, 4, 2, 300, 64, torch.float32)
+    k[0, 0, 100] = torch.nan
+    first, last = torch.zeros(2, dtype=torch.int64), torch.tensor([299])
+    got = launch_attention(*(x.to(DEVICE) for x in (q, k, v, first, last)), 0.3).cpu()
+    expected = plain_attention(q, k, v, first, last, 0.3)
+    assert expected.isnan().sum() == 2 * 64
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_what_the_kernel_takes() -> None:
+    q, k, v = cache(2, 4, 2, 40, 16, torch.float32)
+    assert takes(q, k, v) and takes(q[:1], k[:1], v[:1])
+    assert not takes(q, k, v[..., :8].contiguous()), "narrower values"
+    assert not takes(q, k, v[:, :, :20].contiguous()) and not takes(
+        q, k, v.transpose(1, 2).contiguous().transpose(1, 2)
+    )
+    assert not takes(q, k, v.half()) and not takes(q.double(), k.double(), v.double())
+
+
 def test_rows_of_a_larger_buffer() -> None:
     q, k, v = cache(4, 4, 2, 40, 16, torch.float32)
     first, last = torch.zeros(4, dtype=torch.int64), torch.tensor([17])
@@ -239,6 +262,40 @@ def test_steps_of_kernels(model: Any, sizes: list[int], kernels: None) -> None:
     assert len(found.forwards) == count and len(found.rotaries) == (rotary is not None)
     assert all("forward" not in vars(m) for m in model.modules()), "only for the time of a step"
     assert getattr(sys.modules[type(model).__module__], "apply_rotary_pos_emb", None) is rotary
+
+
+class ClampedMLP(LlamaMLP):
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.down_proj(self.act_fn(self.gate_proj(x).clamp(max=7)) * self.up_proj(x).clamp(-7, 7))
+
+
+class ScaledMLP(LlamaMLP):
+    def forward(self, x: torch.Tensor) -> Any:
+        return super().forward(x) * 1.01
+
+
+class TwoArguments(LlamaMLP):
+    def forward(self, x: torch.Tensor, scale: Any) -> Any:
+        return super().forward(x) * scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", [LlamaMLP, ClampedMLP, ScaledMLP, TwoArguments])
+@pytest.mark.parametrize("act", ["silu", "gelu"])
+def test_what_is_gated_by_silu(kind: Any, act: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(hidden_size=64, intermediate_size=96, hidden_act=act)
+    found = Fused(kind(config).to(DEVICE, dtype))
+    assert len(found.forwards) == len(found.merged) == (kind is LlamaMLP and act == "silu")
+
+
+def test_what_there_is_no_room_for_is_not_merged() -> None:
+    found = Fused(LlamaMLP(tf.LlamaConfig(hidden_size=32, intermediate_size=16)))
+    layers = {"small": torch.nn.Linear(8, 8), "large": torch.nn.Linear(8, 32), "other": torch.nn.Linear(8, 8)}
+    module = torch.nn.ModuleDict(layers)
+    found.room = 1100.0
+    assert found._merge(module, "large", "small") is None
+    assert found._merge(module, "small", "other") is not None and found.room == 1100 - 2 * 4 * 64
 
 
 @pytest.mark.parametrize(("size", "dtype"), [(64, torch.float32), (100, torch.float32), (2048, torch.float16)])
@@ -321,6 +378,15 @@ def assert_falls_back(model: Any, reasons: Any, reason: str, sizes: list[int]) -
     assert not sizes and len(found := reasons()) == 1 and reason in found[0], found
 
 
+def tiny(name: str, config: str, **knobs: Any) -> Any:
+    if not hasattr(tf, config):
+        pytest.skip(f"transformers has no {config}")
+    torch.manual_seed(3)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    more = {"vocab_size": VOCAB, "initializer_range": 0.5, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
+    return getattr(tf, f"{name}ForCausalLM")(getattr(tf, config)(**shape, **more, **knobs)).eval()
+
+
 def test_states_are_not_fixed(sizes: list[int], reasons: Any) -> None:
     torch.manual_seed(3)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -333,6 +399,45 @@ def test_positions_that_come_from_the_mask(sizes: list[int], reasons: Any) -> No
     torch.manual_seed(3)
     config = tf.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_head=4, n_layer=2)
     assert_falls_back(tf.BloomForCausalLM(config).eval(), reasons, "takes no position_ids", sizes)
+
+
+LATENT = {"num_key_value_heads": 4, "q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+          "qk_nope_head_dim": 8, "v_head_dim": 12, "first_k_dense_replace": 2}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["DeepseekV2", "DeepseekV3"])
+def test_keys_and_values_of_different_widths(name: str, sizes: list[int], reasons: Any) -> None:
+    model = tiny(name, f"{name}Config", **LATENT)
+    assert_falls_back(model, reasons, "its keys and values have different shapes", sizes)
+
+
+def llama4(**knobs: Any) -> Any:
+    """Of a layer with rotary positions and one without, whose queries grow with every fourth place."""
+    more = {"intermediate_size_mlp": 64, "interleave_moe_layer_step": 5, "num_local_experts": 2}
+    options = {**more, "num_key_value_heads": 2, "head_dim": 8, "floor_scale": 4, "attn_scale": 1.0, **knobs}
+    return tiny("Llama4", "Llama4TextConfig", no_rope_layers=[1, 0], **options)
+
+
+@pytest.mark.parametrize("layer_types", [None, ["full_attention"] * 2])
+def test_chunked_attention(sizes: list[int], reasons: Any, layer_types: Any) -> None:
+    model = llama4(attention_chunk_size=8, layer_types=layer_types)
+    assert_falls_back(model, reasons, "its attention is over chunks", sizes)
+
+
+def test_a_layer_that_asks_how_much_is_in_its_cache() -> None:
+    with torch.no_grad():
+        graphs._trial(llama4(attention_chunk_size=8, layer_types=["full_attention"] * 2), torch.device("cpu"))
+
+
+def test_too_little_memory(sizes: list[int], reasons: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("llama", VOCAB)
+    drawn(model, "fixed", max_new_tokens=2)  # a trial's cache is small
+    sizes.clear()
+    for share, fits in ((1.99, False), (2.01, True)):
+        monkeypatch.setattr(fixed, "free_memory", lambda device, n=share: n * 24 * 256 * 2 * 2 * 2 * 8 * 4)
+        drawn(model, "fixed")
+        assert bool(sizes) == fits, "not remembered"
+    assert len(found := reasons()) == 1 and "too much of the free memory" in found[0]
 
 
 def test_training_and_hooks_and_autocast(sizes: list[int], reasons: Any) -> None:
@@ -351,7 +456,11 @@ def test_a_model_that_computes_something_else(sizes: list[int], reasons: Any, mo
     """Whatever a model does with its cache that fixed steps do not know shows in the trial."""
     real = fixed.decode_attention
     monkeypatch.setattr(fixed, "decode_attention", lambda *args: real(*args) * 1.01)
-    assert_falls_back(make_model("llama", VOCAB), reasons, "its logits differ", sizes)
+    model = make_model("llama", VOCAB)
+    assert_falls_back(model, reasons, "its logits differ", sizes)
+    monkeypatch.undo()
+    drawn(model, "fixed")
+    assert list(graphs._trials[model].values()) == [reasons()[0].split("graph: ")[1]], "not tried again"
 
 
 def test_not_by_default_on_the_cpu(llama: Any, sizes: list[int]) -> None:
@@ -381,7 +490,7 @@ def captures(sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(graphs, "_has_graphs", lambda device: True)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(graphs, "_stream", lambda device: None)
     real, host = torch.cuda.get_device_properties, SimpleNamespace(total_memory=1 << 30)
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda device: host if device == torch.device("cpu") else real(device)
@@ -405,6 +514,15 @@ def test_a_capture_for_each_size_and_once(captures: list[int]) -> None:
         model.lm_head.weight *= 1.5
     assert_same(drawn(model, "auto"), drawn(model, "eager"))
     assert captures == first, "written in place"
+    with torch.inference_mode():
+        assert_same(drawn(model, "auto"), drawn(model, "eager"))
+    assert captures.count(24) == 2, "its buffers cannot be written outside of it"
+    assert_same(drawn(model, "auto"), drawn(model, "eager"))
+    assert captures.count(24) == 3
+    model.set_attn_implementation("eager")
+    assert_same(drawn(model, "auto"), drawn(model, "eager"))
+    assert captures.count(24) == 4 and set(graphs._trials[model]) == {"sdpa", "eager"}
+    first = list(captures)
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight / 2)
     assert_same(drawn(model, "auto"), drawn(model, "eager"))
     assert captures[len(first)] == 24, "another weight is another graph"
@@ -423,16 +541,35 @@ def test_a_capture_for_each_size_and_once(captures: list[int]) -> None:
 
 def test_a_large_cache_is_given_back(captures: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("llama", VOCAB)
-    monkeypatch.setattr(graphs, "KEPT_SHARE", 0.0)
-    assert_same(drawn(model, "auto"), drawn(model, "eager"))
-    assert captures and model not in graphs._kept
+    drawn(model, "auto")
+    size = graphs._kept[model].nbytes
+    assert size == sum(x.nbytes for layer in graphs._kept[model].layers for x in layer[:2])
+    for share, is_kept in ((size, True), (size - 1, False)):
+        graphs._kept.clear()
+        monkeypatch.setattr(graphs, "KEPT_SHARE", share / (1 << 30))
+        assert_same(drawn(model, "auto"), drawn(model, "eager"))
+        assert (model in graphs._kept) == is_kept
+
+
+def test_a_step_that_fails_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    streams = [SimpleNamespace(wait_stream=lambda x, own=own: done.append(f"{own} waits")) for own in ("it", "we")]
+    steps = SimpleNamespace(stream=streams[0], place=torch.zeros(1))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams[1])
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    with pytest.raises(ZeroDivisionError):
+        CapturedSteps._aside(steps, lambda: 1 // 0)  # type: ignore[arg-type,return-value]
+    assert done == ["it waits", "we waits"]
 
 
 def test_a_capture_that_fails(captures: list[int], monkeypatch: pytest.MonkeyPatch, reasons: Any) -> None:
     model = make_model("llama", VOCAB)
     real = CapturedSteps._capture
 
+    tried = []
+
     def fails(self: CapturedSteps, model: Any, num_rows: int) -> Any:
+        tried.append(num_rows)
         if num_rows <= fewer:
             raise RuntimeError("no more")
         return real(self, model, num_rows)
@@ -446,6 +583,9 @@ def test_a_capture_that_fails(captures: list[int], monkeypatch: pytest.MonkeyPat
     assert_same(drawn(model, "auto"), drawn(model, "eager"))
     assert "decode steps of LlamaForCausalLM are not captured in a CUDA graph: RuntimeError: no more" in reasons()[-1]
     assert captures == [24] and not graphs._kept
+    count = len(tried)
+    assert_same(drawn(model, "auto"), drawn(model, "eager"))
+    assert len(tried) == count, "not at every call"
 
 
 def test_adapters_are_captured_anew(captures: list[int], peer: Any) -> None:

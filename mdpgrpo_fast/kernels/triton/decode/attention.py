@@ -71,7 +71,7 @@ def _attention_kernel(
         out = out * rest[:, None] + tl.dot(weights.to(value.dtype), value, input_precision=PRECISION)
         top = new
     # A part beyond what is filled has read nothing and weighs nothing.
-    out = out / tl.where(total > 0, total, 1.0)[:, None]
+    out = out / tl.where(total == 0, 1.0, total)[:, None]
     place = ((row * kv_heads + head) * GROUP + members) * parts + part
     own = members < GROUP
     tl.store(
@@ -79,7 +79,7 @@ def _attention_kernel(
         mask=own[:, None] & inside[None, :],
     )  # fmt: skip
     if lse_ptr is not None:
-        tl.store(lse_ptr + place, tl.where(total > 0, top + tl.log2(total), NEG_INF), mask=own)
+        tl.store(lse_ptr + place, tl.where(total == 0, NEG_INF, top + tl.log2(total)), mask=own)
 
 
 @triton.jit
@@ -96,11 +96,11 @@ def _combine_kernel(parts_ptr, lse_ptr, out_ptr, SIZE: tl.constexpr, BLOCK_SIZE:
     tl.store(out_ptr + head * SIZE + columns, tl.sum(x * weight[:, None], 0).to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def takes(query: Tensor, keys: Tensor) -> bool:
-    """Whether the kernel takes query (R, H, D) and keys (R, H', C, D)."""
-    known = query.dtype in (torch.bfloat16, torch.float16, torch.float32) and query.dtype == keys.dtype
-    group = query.shape[1] // keys.shape[1]
-    return known and keys.shape[3] <= 256 and group <= 16 and keys[0].is_contiguous()
+def takes(query: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether the kernel takes query (R, H, D), keys and values (R, H', C, D)."""
+    known = query.dtype in (torch.bfloat16, torch.float16, torch.float32) and query.dtype == keys.dtype == values.dtype
+    alike = keys.shape == values.shape and keys.stride() == values.stride() and keys[0].is_contiguous()
+    return known and alike and keys.shape[3] <= 256 and query.shape[1] // keys.shape[1] <= 16
 
 
 def launch_attention(
