@@ -179,9 +179,9 @@ def cases(vocab: int, dtype: torch.dtype, tile: tiles.Tile) -> list[Launch]:
 
 
 def decode_cases(dtype: torch.dtype) -> list[Launch]:
-    """Of decode steps: heads as of Llama 3.2 1B, of an 8B model, and Gemma 2's with all it has."""
+    """Of decode steps: heads as of Llama 3.2 1B, and Gemma 2's, the widest, with all it has."""
     found = []
-    for heads, kv_heads, size, *more in ((32, 8, 64), (32, 8, 128), (8, 4, 256, 50.0, 4096)):
+    for heads, kv_heads, size, *more in ((32, 8, 64), (8, 4, 256, 50.0, 4096)):
         query, cache = torch.empty(8, heads, size, dtype=dtype), torch.empty(8, kv_heads, 512, size, dtype=dtype)
         place = torch.zeros(8, dtype=torch.long)
         case = f"{heads} heads, {kv_heads} of keys, D={size} {str(dtype).removeprefix('torch.')}"
@@ -281,7 +281,9 @@ def compile_for(launch: Launch, sm: int) -> Resources:
     )
 
 
-def measure(vocabs: list[int], dtypes: list[torch.dtype], chosen: list[tiles.Tile], sms: list[int]) -> list[Resources]:
+def measure(
+    vocabs: list[int], dtypes: list[torch.dtype], chosen: list[tiles.Tile], sms: list[int], rows_only: bool
+) -> list[Resources]:  # fmt: skip
     unique = {}
     for vocab in vocabs:
         for dtype in dtypes:
@@ -290,7 +292,7 @@ def measure(vocabs: list[int], dtypes: list[torch.dtype], chosen: list[tiles.Til
                     facts = (launch.signature, launch.constants, launch.attributes, launch.options)
                     key = (launch.kernel, *map(str, facts))
                     unique.setdefault(key, launch)
-    for launch in (x for dtype in dtypes for x in decode_cases(dtype)):
+    for launch in (x for dtype in dtypes if not rows_only for x in decode_cases(dtype)):
         unique[launch.kernel, launch.case] = launch
     return [compile_for(launch, sm) for launch in unique.values() for sm in sms]
 
@@ -301,10 +303,11 @@ def main() -> int:
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"])
     parser.add_argument("--sm", type=int, nargs="+", default=list(ARCHITECTURES))
     parser.add_argument("--all-tiles", action="store_true", help="every candidate of tuning, not its default alone")
+    parser.add_argument("--rows-only", action="store_true", help="without the kernels of decode steps")
     parser.add_argument("--output", type=Path, default=RESULT)
     args = parser.parse_args()
     chosen = list(tiles.CANDIDATES if args.all_tiles else tiles.CANDIDATES[:1])
-    found = measure(args.vocab, [getattr(torch, d) for d in args.dtype], chosen, args.sm)
+    found = measure(args.vocab, [getattr(torch, d) for d in args.dtype], chosen, args.sm, args.rows_only)
     head = f"{'kernel':22}{'sm':>4}{'warps':>6}{'regs':>6}{'spill':>6}{'shared':>8}{'occup.':>8}"
     head += f"{'per logit':>14}{'issue':>8}{'memory':>8}{'larger':>8}"  # ms of ROWS rows
     print(head + "  loads, stores (bits: count)")
