@@ -424,9 +424,13 @@ def test_chunked_attention(sizes: list[int], reasons: Any, layer_types: Any) -> 
     assert_falls_back(model, reasons, "its attention is over chunks", sizes)
 
 
-def test_a_layer_that_asks_how_much_is_in_its_cache() -> None:
+def test_a_layer_that_asks_how_much_is_in_its_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama4(attention_chunk_size=8, layer_types=["full_attention"] * 2)
     with torch.no_grad():
-        graphs._trial(llama4(attention_chunk_size=8, layer_types=["full_attention"] * 2), torch.device("cpu"))
+        graphs._trial(model, torch.device("cpu"))  # raises where the steps are not the model's
+        monkeypatch.setattr(fixed.FixedLayer, "get_seq_length", lambda self, *args: 256)
+        with pytest.raises(graphs.Unfit):
+            graphs._trial(model, torch.device("cpu"))
 
 
 def test_too_little_memory(sizes: list[int], reasons: Any, monkeypatch: pytest.MonkeyPatch) -> None:
