@@ -264,7 +264,7 @@ class TrainConfig:
     )
     attention: Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2"] = knob(
         "auto",
-        "the model's attention; auto: what transformers chooses; flash_attention_2 needs flash-attn, and is not packed",
+        "the model's attention; auto: what transformers chooses; flash_attention_2 needs flash-attn ≥ 2.7",
     )
     gradient_checkpointing: bool = knob(
         False, "keep one state per layer and compute the rest again in the backward pass"

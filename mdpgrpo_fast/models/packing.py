@@ -11,9 +11,10 @@ from torch import Tensor
 
 from . import shared_prompt
 from .heads import causal_lm
-from .shared_prompt import PackedLayout
+from .shared_prompt import PackedLayout, upload
 
 Mode = Literal["blocks", "masks", "flex"]
+FLASH_ATTN = "flash_attention_2"
 
 
 class Unpackable(ValueError):
@@ -76,7 +77,7 @@ def pack(
     # One copy to the device for all of them.
     sizes = [sum(map(len, x)) for x in (index, positions, predictors, completion, source)]
     host = torch.cat([*index, *positions, *predictors, *completion, *source])
-    where, position, predictor, owner, origin = host.to(device, non_blocking=True).split(sizes)
+    where, position, predictor, owner, origin = upload(host, device).split(sizes)
     ids = torch.cat([prompt_ids, tokens], 1).flatten()[where]
     return PackedRow(
         ids[None], position[None], PackedLayout(prompts, completions), predictor, tokens.flatten()[origin], owner,
@@ -114,7 +115,7 @@ def masks(layout: PackedLayout, positions: Tensor, window: int | None = None) ->
         group[a : spans[-1][1] if spans else b] = g
         for j, (c, d) in enumerate(spans, 1):
             member[c:d] = j
-    group, member, position = group.to(device), member.to(device), positions.flatten()
+    group, member, position = upload(group, device), upload(member, device), positions.flatten()
     allowed = (group[:, None] == group) & ((member == 0) | (member[:, None] == member))
     gap = position[:, None] - position
     allowed &= gap >= 0
@@ -142,17 +143,22 @@ class Packing:
             raise Unpackable("its forward pass takes no position_ids")
         self.kinds = kinds
         self.window = getattr(self.config, "sliding_window", None) if self._slides(kinds) else None
-        self.attention = self.config._attn_implementation.removesuffix(shared_prompt.SUFFIX)
-        if self.attention not in ("sdpa", "eager", "flex_attention"):
-            raise Unpackable(f"its attention is {self.attention}; packed groups take sdpa, flex_attention or eager")
+        self.attention = self.config._attn_implementation
+        if self.attention not in ("sdpa", "eager", "flex_attention", FLASH_ATTN):
+            raise Unpackable(
+                f"its attention is {self.attention}; packed groups take sdpa, flex_attention, {FLASH_ATTN} or eager"
+            )
         if self.attention == "eager" and any(n.endswith("bias") and b.ndim == 4 for n, b in self.body.named_buffers()):
             raise Unpackable("its attention makes a mask of its own from where a token lies in the row")
         self.mode: Mode = "flex" if self.attention == "flex_attention" else "masks"
-        if self.attention == "sdpa" and shared_prompt.runs_on(device, dtype, self._head_size()):
-            shared_prompt.install(lm)
+        if self.attention in ("sdpa", FLASH_ATTN) and shared_prompt.runs_on(device, dtype, self._head_size()):
+            shared_prompt.install(self.attention)
             self.mode = "blocks"
-        for longest in {1, (self.window or 0) + 1}:
-            self._try(self.mode_for(longest))
+        elif self.attention == FLASH_ATTN:
+            raise Unpackable(f"{FLASH_ATTN} has no kernels for {dtype} of {self._head_size()} on {device.type}")
+        for mode in {self.mode_for(1), self.mode_for((self.window or 0) + 1)}:
+            if mode is not None:
+                self._try(mode)
 
     def _slides(self, kinds: set[str]) -> bool:
         if kinds:
@@ -163,14 +169,28 @@ class Packing:
         size = getattr(self.config, "head_dim", None)
         return size or self.config.hidden_size // self.config.num_attention_heads
 
-    def mode_for(self, longest: int) -> Mode:
-        """What groups take whose longest prompt and completion together have so many positions."""
-        reached = self.window is not None and longest > self.window
-        return "masks" if self.mode == "blocks" and reached else self.mode
+    def mode_for(self, longest: int) -> Mode | None:
+        """What groups take whose longest prompt and completion together have so many positions; None: they cannot."""
+        if self.mode == "blocks" and self.window is not None and longest > self.window:
+            return None if self.attention == FLASH_ATTN else "masks"
+        return self.mode
+
+    @property
+    def too_long(self) -> str:
+        """Why `mode_for` gives None."""
+        return (
+            f"a prompt with its completion may be longer than the sliding window of {self.window} positions, and "
+            f"{FLASH_ATTN} takes no mask"
+        )
 
     def arguments(self, packed: PackedRow, mode: Mode | None = None) -> dict[str, Any]:
-        """What the forward pass of the model or its body is called with."""
+        """What the forward pass of the model or its body is called with.
+
+        Raises: Unpackable for groups longer than a sliding window under an attention that takes no mask.
+        """
         mode = mode or self.mode_for(packed.layout.longest)
+        if mode is None:
+            raise Unpackable(self.too_long)
         given = {"input_ids": packed.ids, "position_ids": packed.positions, "use_cache": False}
         if mode == "blocks":
             # A mask of four dimensions is taken for a finished one; our attention does not look at it.

@@ -1,8 +1,8 @@
 """Attention over groups whose prompt is stored once: completions see the prompt and themselves, nothing else.
 
 What a completion attends to are two blocks without holes: all of the prompt, and its own tokens causally. Each block is
-one call of PyTorch's flash attention; the softmax over both follows from their log-sum-exps, and so do the gradients:
-flash attention's backward pass takes the output and the log-sum-exp of the whole row.
+one call of flash attention (PyTorch's, or flash-attn's); the softmax over both follows from their log-sum-exps, and so
+do the gradients: flash attention's backward pass takes the output and the log-sum-exp of the whole row.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ import torch
 from torch import Tensor
 
 Span = tuple[int, int]
-SUFFIX = "_shared_prompt"
+
+
+def upload(host: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device that nobody waits for: to a GPU from pinned memory, from any other the host waits."""
+    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class PackedLayout:
                 keys += [start, end, last]
             rows = torch.cat([torch.arange(*t) for t in self.tails])
             host = (*(torch.tensor(x, dtype=torch.int32) for x in (own, queries, keys)), rows)
-            self._bounds[device] = tuple(x.to(device, non_blocking=True) for x in host)
+            self._bounds[device] = tuple(upload(x, device) for x in host)
         return self._bounds[device]
 
 
@@ -65,29 +69,30 @@ class _SharedPromptAttention(torch.autograd.Function):
     """query (H, T, d), key, value (H', T, d) to (T, H, d); H is a multiple of H'."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float) -> Tensor:
-        part = _cuda if query.is_cuda else _cpu
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float, kernels: Any
+    ) -> Tensor:  # fmt: skip
         inputs = (query.detach(), key.detach(), value.detach())
-        out, lse, seeds = part.forward(*inputs, layout, scale, own=True)
-        more, lse_more, seeds_more = part.forward(*inputs, layout, scale, own=False)
-        for rows in part.rows(layout, query.device):
+        out, lse, seeds = kernels.forward(*inputs, layout, scale, own=True)
+        more, lse_more, seeds_more = kernels.forward(*inputs, layout, scale, own=False)
+        for rows in kernels.rows(layout, query.device):
             both = torch.logaddexp(lse[:, rows], lse_more[:, rows])
             weight, weight_more = ((x[:, rows] - both).exp().T[..., None] for x in (lse, lse_more))
             out[rows] = (out[rows] * weight + more[rows] * weight_more).to(out.dtype)
             lse[:, rows] = both
         ctx.save_for_backward(*inputs, out, lse, *seeds, *seeds_more)
-        ctx.layout, ctx.scale = layout, scale
+        ctx.layout, ctx.scale, ctx.kernels = layout, scale, kernels
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse, *seeds = ctx.saved_tensors
-        part, half = _cuda if grad.is_cuda else _cpu, len(seeds) // 2
+        half = len(seeds) // 2
         args = (grad, query, key, value, out, lse)
-        found = part.backward(*args, seeds[:half], ctx.layout, ctx.scale, own=True)
-        more = part.backward(*args, seeds[half:], ctx.layout, ctx.scale, own=False)
-        return *(a.add_(b) for a, b in zip(found, more, strict=True)), None, None
+        found = ctx.kernels.backward(*args, seeds[:half], ctx.layout, ctx.scale, own=True)
+        more = ctx.kernels.backward(*args, seeds[half:], ctx.layout, ctx.scale, own=False)
+        return *(a.add_(b) for a, b in zip(found, more, strict=True)), None, None, None
 
 
 def runs_on(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
@@ -106,17 +111,21 @@ def runs_on(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
     )
 
 
-def shared_prompt_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float) -> Tensor:
+def shared_prompt_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float, kernels: Any = None
+) -> Tensor:
     """query (1, H, T, d), key and value (1, H', T, d) to (1, T, H, d), as transformers' attention functions have it.
 
     float32, bfloat16 and float64 on the CPU; bfloat16 and float16 on a GPU. H must be a multiple of H'.
+    kernels: `FlashAttn`; None: PyTorch's of the device.
     """
     kind = query.device.type
     # As PyTorch's own attention: rotary embeddings may have made queries and keys float32 again.
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     assert len(query) == 1 and query.shape[2] == layout.own[-1][1], "one packed row, of the layout's length"
-    return _SharedPromptAttention.apply(query[0], key[0], value[0], layout, scale)[None]
+    kernels = kernels or (_cuda if query.is_cuda else _cpu)
+    return _SharedPromptAttention.apply(query[0], key[0], value[0], layout, scale, kernels)[None]
 
 
 # ---- the CPU: a call for each block ---------------------------------------------------------------------------------
@@ -187,18 +196,22 @@ class _cuda:
         return [layout.bounds(device)[3]]
 
     @staticmethod
-    def _lengths(layout: PackedLayout, own: bool, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
+    def lengths(layout: PackedLayout, own: bool, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
+        """Cumulative lengths of queries and keys, and the longest of both: as all variable-length functions take them.
+
+        The longest is at least 2: for single queries they have another path, which takes none without a query.
+        """
         bounds, queries, keys, _ = layout.bounds(device)
         if own:
-            longest = max(b - a for a, b in layout.own)
+            longest = max(2, *(b - a for a, b in layout.own))
             return bounds, bounds, longest, longest
-        longest = max(b - a for a, b in itertools.chain(layout.tails, layout.prompts))
+        longest = max(2, *(b - a for a, b in itertools.chain(layout.tails, layout.prompts)))
         return queries, keys, longest, longest
 
     @staticmethod
     def forward(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float, own: bool) -> Any:
         inputs = [x.transpose(0, 1) for x in (query, key, value)]
-        lengths = _cuda._lengths(layout, own, query.device)
+        lengths = _cuda.lengths(layout, own, query.device)
         out, lse, *seeds, _ = torch.ops.aten._flash_attention_forward(*inputs, *lengths, 0.0, own, False, scale=scale)
         return out, lse, tuple(seeds)
 
@@ -208,10 +221,40 @@ class _cuda:
         layout: PackedLayout, scale: float, own: bool,
     ) -> list[Tensor]:  # fmt: skip
         inputs = [x.transpose(0, 1) for x in (query, key, value)]
-        lengths = _cuda._lengths(layout, own, query.device)
+        lengths = _cuda.lengths(layout, own, query.device)
         found = torch.ops.aten._flash_attention_backward(
             grad.contiguous(), *inputs, out, lse, *lengths, 0.0, own, *seeds, scale=scale
         )
+        return [x.transpose(0, 1) for x in found]
+
+
+@dataclass(frozen=True)
+class FlashAttn:
+    """The package's: flash_attn.flash_attn_interface, of 2.7 or newer."""
+
+    package: Any
+    softcap: float = 0.0
+
+    rows = staticmethod(_cuda.rows)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float, own: bool) -> Any:
+        inputs = [x.transpose(0, 1) for x in (query, key, value)]
+        out, lse, _, _ = self.package._flash_attn_varlen_forward(
+            *inputs, *_cuda.lengths(layout, own, query.device), 0.0, scale, own, softcap=self.softcap
+        )
+        return out, lse, ()
+
+    def backward(
+        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, seeds: Any,
+        layout: PackedLayout, scale: float, own: bool,
+    ) -> list[Tensor]:  # fmt: skip
+        inputs = [x.transpose(0, 1) for x in (query, key, value)]
+        make = torch.empty_like if own else torch.zeros_like  # where no query has looked, or none is
+        found = [make(x, memory_format=torch.contiguous_format) for x in inputs]
+        self.package._flash_attn_varlen_backward(
+            grad.contiguous(), *inputs, out, lse, *found, *_cuda.lengths(layout, own, query.device), 0.0, scale, own,
+            -1, -1, self.softcap, None, torch.are_deterministic_algorithms_enabled(),
+        )  # fmt: skip
         return [x.transpose(0, 1) for x in found]
 
 
@@ -225,39 +268,36 @@ def stay_outside() -> None:
     _attention = torch.compiler.disable(shared_prompt_attention)
 
 
-# ---- in a model of transformers -------------------------------------------------------------------------------------
+# ---- in models of transformers --------------------------------------------------------------------------------------
+
+_installed: set[str] = set()
 
 
-def install(model: Any) -> None:
-    """Make this the model's attention where a forward pass is given `shared_prompt=PackedLayout`; else it is as before.
+def install(name: str) -> None:
+    """Lets models whose attention is `name` take `shared_prompt=PackedLayout`; a call without it is as before.
 
-    Raises: ValueError for a model whose attention is not sdpa (eager may have a soft-cap).
+    name: "sdpa" or "flash_attention_2".
     """
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-    name = model.config._attn_implementation
-    if name.endswith(SUFFIX):
+    if name in _installed:
         return
-    if name != "sdpa":
-        raise ValueError(f"its attention is {name}, not sdpa")
     original = ALL_ATTENTION_FUNCTIONS[name]
 
     def attend(
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any,
-        shared_prompt: Any = None,
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, shared_prompt: Any = None,
         **more: Any,
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         if shared_prompt is None:
             return original(module, query, key, value, attention_mask, **more)
         scale = more.get("scaling")
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        return _attention(query, key, value, shared_prompt, float(scale)), None
+        kernels = None
+        if name == "flash_attention_2":
+            from flash_attn import flash_attn_interface
 
-    AttentionInterface.register(name + SUFFIX, attend)
-    AttentionMaskInterface.register(name + SUFFIX, ALL_MASK_ATTENTION_FUNCTIONS[name])
-    model.set_attn_implementation(name + SUFFIX)
+            kernels = FlashAttn(flash_attn_interface, float(more.get("softcap") or 0.0))
+        return _attention(query, key, value, shared_prompt, float(scale), kernels), None
+
+    AttentionInterface.register(name, attend)
+    _installed.add(name)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..config import ConfigError, MDPGRPOConfig, TrainConfig
 from ..data import Example
 from ..models.packing import PackedRow, Packing, bins, pack
+from ..models.shared_prompt import upload
 from ..reference import Advantages
 from ..rewards import Score
 from ..rollout.generate import Rollout
@@ -102,6 +103,11 @@ def micro_batch_budget(
     longest, mean = max(prompt_lengths), sum(prompt_lengths) / len(prompt_lengths)
     largest_group = longest + g * completion
     mode = packing.mode_for(longest + completion)
+    if mode is None:
+        reason = f"prompts cannot be shared inside a group: {packing.too_long}"
+        if run.packing == "on":
+            raise ConfigError(reason)
+        return 0, reason
     pair_ratio = (mean + g * completion) ** 2 / (g * (mean + completion) ** 2)
     if mode == "masks" and pair_ratio > MAX_PAIR_RATIO and run.packing == "auto":
         return 0, (
@@ -144,7 +150,7 @@ def packed_micro_batches(
                 prompts=[end - start for start, end in packed.layout.prompts],
                 completions=[[end - start for start, end in spans] for spans in packed.layout.completions],
                 counted=sum(packed.lengths),
-                objective=_objective(batch, method, torch.tensor(packed.rows, device=r.tokens.device), weight),
+                objective=_objective(batch, method, upload(torch.tensor(packed.rows), r.tokens.device), weight),
             )
         )
     while len(micro_batches) < num_passes:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 import transformers as tf
+from helpers import flash_attn
 from helpers.losses import config_for
 
-from mdpgrpo_fast.config import ConfigError
+from mdpgrpo_fast.config import ConfigError, TrainConfig, preset
 from mdpgrpo_fast.models import shared_prompt
 from mdpgrpo_fast.models.packing import PackedRow, Packing, Unpackable, bins, masks, pack
 from mdpgrpo_fast.models.policy import Policy
 from mdpgrpo_fast.models.shared_prompt import PackedLayout, shared_prompt_attention
 from mdpgrpo_fast.ops import backends
+from mdpgrpo_fast.training.batch import micro_batch_budget
 
 VOCAB = 97
 SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+FLASH = {"attn_implementation": "flash_attention_2"}
 WINDOW = {"head_dim": 8, "sliding_window": 5}
 MODELS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "llama": (tf.LlamaConfig, {}, "blocks"),
@@ -30,6 +34,9 @@ MODELS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "gemma2": (tf.Gemma2Config, {**WINDOW, "attn_implementation": "eager"}, "masks"),
     "gemma3": (tf.Gemma3TextConfig, WINDOW, "blocks"),  # sliding window under sdpa: blocks where it does not reach
     "mistral": (tf.MistralConfig, {"sliding_window": 5}, "blocks"),
+    "llama flash": (tf.LlamaConfig, FLASH, "blocks"),
+    # Its soft-cap too, and the window where it does not reach.
+    "gemma2 flash": (tf.Gemma2Config, {**FLASH, "head_dim": 8, "sliding_window": 16}, "blocks"),
     "gpt2": (tf.GPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 4}, "blocks"),
 }
 PROMPTS = [6, 1, 3]
@@ -88,7 +95,9 @@ def gradients(
 
 @pytest.mark.parametrize("lm_head", ["fused", "logits"])
 @pytest.mark.parametrize("name", [n for n in MODELS if "flex" not in n])
-def test_packed_equals_padded(name: str, lm_head: str) -> None:
+def test_packed_equals_padded(name: str, lm_head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "flash" in name:
+        flash_attn.stand_in(monkeypatch)
     policy = Policy(build(name), lm_head, packing="on")
     assert policy.packing is not None and policy.packing.mode == MODELS[name][2]
     ids, prompt_mask, tokens, mask, _, lengths, _ = batch()
@@ -141,6 +150,24 @@ def test_a_sliding_window_takes_masks_only_where_it_reaches() -> None:
     packing = packing_of(build("mistral"))
     assert "shared_prompt" not in packing.arguments(packed())
     assert "shared_prompt" in packing.arguments(packed([[3]])), "1 + 2 positions fit into the window"
+
+
+def test_flash_attn_takes_no_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond a sliding window there is no way to pack for it, and that is said before a run begins."""
+    flash_attn.stand_in(monkeypatch)
+    model = build("gemma2 flash")
+    model.config.sliding_window = 12
+    packing = packing_of(model)
+    assert packing.mode_for(12) == "blocks" and packing.mode_for(13) is None
+    with pytest.raises(Unpackable, match="longer than the sliding window of 12 positions, and flash_attention_2 takes"):
+        packing.arguments(packed())
+    run, method = TrainConfig(max_completion_length=7), preset("paper")
+    budget, said = micro_batch_budget(packing, [6], run, method)
+    assert budget == 0 and said is not None and "sliding window of 12" in said
+    with pytest.raises(ConfigError, match=r"prompts cannot be shared inside a group: .* sliding window of 12"):
+        micro_batch_budget(packing, [6], dataclasses.replace(run, packing="on"), method)
+    with pytest.raises(Unpackable, match=r"flash_attention_2 has no kernels for torch.float32 of 8 on cuda"):
+        Packing(model, torch.device("cuda"), torch.float32)
 
 
 # ---- layout ---------------------------------------------------------------------------------------------------------
@@ -200,9 +227,13 @@ def qkv(layout: PackedLayout, dtype: torch.dtype = torch.float64) -> list[torch.
     return [torch.randn(1, h, length, 8, generator=generator, dtype=dtype).requires_grad_() for h in (6, 2, 2)]
 
 
-def expected_attention(inputs: list[torch.Tensor], one: PackedRow, scale: float) -> torch.Tensor:
+def expected_attention(inputs: list[torch.Tensor], one: PackedRow, scale: float, softcap: float = 0.0) -> torch.Tensor:
     q, k, v = inputs
     allowed = masks(one.layout, one.positions)
+    if softcap:
+        scores = softcap * (q @ k.repeat_interleave(3, 1).transpose(2, 3) * scale / softcap).tanh()
+        weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
+        return (weights @ v.repeat_interleave(3, 1)).transpose(1, 2)
     out = torch.nn.functional.scaled_dot_product_attention(
         q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1), attn_mask=allowed, scale=scale
     )
@@ -221,61 +252,38 @@ def test_attention_over_blocks_is_that_under_a_mask(peaked: float) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
 
 
-def varlen(
-    q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int, p: float, causal: bool, *_: Any, scale: float
-) -> Any:
-    """Variable-length flash attention by its definition, on (T, H, d); rows without keys are 0 and inf."""
-    assert cu_q.dtype == cu_k.dtype == torch.int32 and len(cu_q) == len(cu_k) and p == 0
-    assert cu_q[-1] == len(q) and cu_k[-1] == len(k), "the segments tile all rows"
-    out, lse = torch.zeros_like(q), torch.full((q.shape[1], len(q)), torch.inf, dtype=q.dtype)
-    for i in range(len(cu_q) - 1):
-        a, b, c, d = int(cu_q[i]), int(cu_q[i + 1]), int(cu_k[i]), int(cu_k[i + 1])
-        assert b - a <= max_q and d - c <= max_k
-        if a == b or c == d:
-            continue
-        keys, values = (x[c:d].repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(0, 1) for x in (k, v))
-        scores = q[a:b].transpose(0, 1) @ keys.transpose(1, 2) * scale
-        if causal:
-            scores = scores.masked_fill(torch.ones(b - a, d - c).triu(1).bool(), -torch.inf)
-        lse[:, a:b] = scores.logsumexp(-1)
-        out[a:b] = ((scores - lse[:, a:b, None]).exp() @ values).transpose(0, 1)
-    return out, lse, torch.zeros(2), torch.zeros(0), torch.zeros(0)
+def emulated(monkeypatch: pytest.MonkeyPatch, kernels: str, softcap: float) -> Any:
+    """What a GPU calls, by what it is documented to do."""
+    if kernels == "flash_attn":
+        return shared_prompt.FlashAttn(flash_attn, softcap)
 
+    def forward(*args: Any, scale: float) -> Any:
+        *rows, dropout, causal, debug = args
+        assert dropout == 0 and debug is False
+        return *flash_attn.varlen_forward(*rows, scale, causal), torch.zeros(2), torch.zeros(0), torch.zeros(0)
 
-def varlen_backward(
-    grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, cu_q: Any, cu_k: Any, *rest: Any, scale: float
-) -> Any:
-    """Its backward pass as the algorithm has it: from the output and the log-sum-exp that it is given."""
-    causal, group = rest[3], q.shape[1] // k.shape[1]
-    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for i in range(len(cu_q) - 1):
-        a, b, c, d = int(cu_q[i]), int(cu_q[i + 1]), int(cu_k[i]), int(cu_k[i + 1])
-        if a == b or c == d:
-            continue
-        keys, values = (x[c:d].repeat_interleave(group, 1).transpose(0, 1) for x in (k, v))
-        q1, g1, o1 = (x[a:b].transpose(0, 1) for x in (q, grad, out))
-        p = (q1 @ keys.transpose(1, 2) * scale - lse[:, a:b, None]).exp()
-        if causal:
-            p = p.masked_fill(torch.ones(b - a, d - c).triu(1).bool(), 0)
-        ds = p * (g1 @ values.transpose(1, 2) - (g1 * o1).sum(-1, keepdim=True)) * scale
-        dq[a:b] += (ds @ keys).transpose(0, 1)
-        for whole, one in ((dk, ds.transpose(1, 2) @ q1), (dv, p.transpose(1, 2) @ g1)):
-            whole[c:d] += one.unflatten(0, (-1, group)).sum(1).transpose(0, 1)
-    return dq, dk, dv
+    def backward(*args: Any, scale: float) -> Any:
+        *rows, _, _, _, causal, _, _ = args
+        return flash_attn.varlen_backward(*rows, scale, causal)
 
-
-def test_the_gpus_calls_by_what_they_are_documented_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Segments, layouts and merging of the GPU path, on an emulation of the two ops of PyTorch that it calls."""
-    for name, fake in (("_flash_attention_forward", varlen), ("_flash_attention_backward", varlen_backward)):
+    for name, fake in (("_flash_attention_forward", forward), ("_flash_attention_backward", backward)):
         real = getattr(torch.ops.aten, name).default._schema
         assert [a.name for a in real.arguments[:4]] in (
             ["query", "key", "value", "cum_seq_q"], ["grad_out", "query", "key", "value"]
         )  # fmt: skip
         monkeypatch.setattr(torch.ops.aten, name, fake)
-    monkeypatch.setattr(shared_prompt, "_cpu", shared_prompt._cuda)
-    one = packed()
+    return shared_prompt._cuda
+
+
+@pytest.mark.parametrize("groups", [None, [[0]]], ids=["all", "one token"])
+@pytest.mark.parametrize(("kernels", "softcap"), [("torch", 0.0), ("flash_attn", 0.0), ("flash_attn", 1.5)])
+def test_the_gpus_calls(monkeypatch: pytest.MonkeyPatch, kernels: str, softcap: float, groups: Any) -> None:
+    """Segments, layouts and merging of the GPU's paths. A prompt and a completion of one token: no single queries."""
+    called = emulated(monkeypatch, kernels, softcap)
+    one = packed() if groups is None else pack(torch.tensor([[4]]), [1], torch.tensor([[5]]), [1], [[0]])
     inputs = qkv(one.layout)
-    out, expected = shared_prompt_attention(*inputs, one.layout, 0.3), expected_attention(inputs, one, 0.3)
+    out = shared_prompt_attention(*inputs, one.layout, 0.3, called)
+    expected = expected_attention(inputs, one, 0.3, softcap)
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(4), dtype=out.dtype)
     pairs = zip(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True)
