@@ -231,11 +231,11 @@ def loops(assembly: str) -> list[list[str]]:
 
 
 def sweeps(assembly: str, bits: int) -> dict[str, dict[str, float]]:
-    """What a logit of so many bits costs in the loops over whole tiles: those with exponentials and 128-bit loads."""
+    """What a logit of so many bits costs in the loops over whole tiles: those with exponentials and loads."""
     found = {}
     for loop in loops(assembly):
         text = "\n".join(loop)
-        logits = (widths(text, "LDG").get("128", 0) + widths(text, "LDGSTS").get("128", 0)) * 128 / bits
+        logits = sum(int(w) * n for name in ("LDG", "LDGSTS") for w, n in widths(text, name).items()) / bits
         if logits and "MUFU.EX2" in text:
             cost = {"instructions": len(loop) / logits, "special": text.count("MUFU") / logits}
             found["write" if re.search(r"\bSTG\b", text) else "read"] = cost

@@ -208,10 +208,11 @@ def test_kernel_greedy() -> None:
     torch.testing.assert_close(policy, logits.log_softmax(1).amax(1), rtol=1e-5, atol=1e-5)
 
 
-def test_kernel_frequencies() -> None:
+@pytest.mark.parametrize("vocab", [131, 136], ids=["off 16 bytes", "on 16 bytes"])
+def test_kernel_frequencies(vocab: int) -> None:
     torch.manual_seed(0)
     n = 250
-    logits, taus = on_device(peaked(1, 131), torch.tensor([0.6, 2.0]))
+    logits, taus = on_device(peaked(1, vocab), torch.tensor([0.6, 2.0]))
     tokens, _, _ = sample_in_kernel(logits.expand(2 * n, -1), taus.repeat(n))
     for slot, tau in enumerate(taus.cpu()):
         assert_drawn_from(tokens[slot::2], exact(logits.cpu(), tau[None])[0].exp())

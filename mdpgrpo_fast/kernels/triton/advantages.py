@@ -10,7 +10,7 @@ from torch import Tensor
 from ..schemas import Groups, Settings
 from .completions import ADVANTAGES
 from .method import _group_advantages
-from .tiles import kernel_groups, kernel_settings, on_device
+from .tiles import FP_FUSION, kernel_groups, kernel_settings, on_device
 
 
 @triton.jit(do_not_specialize=["n_prompts", "G"])
@@ -37,6 +37,6 @@ def launch_advantages(groups: Groups, settings: Settings) -> tuple[Tensor, Tenso
         with on_device(device):
             _advantages_kernel[(p,)](
                 kernel_groups(groups._replace(slots=None)), kernel_settings(settings, ADVANTAGES), per_group,
-                per_completion, p, g, BLOCK_G=triton.next_power_of_2(g), num_warps=1,
+                per_completion, p, g, BLOCK_G=triton.next_power_of_2(g), num_warps=1, **FP_FUSION,
             )  # fmt: skip
     return per_group, per_completion

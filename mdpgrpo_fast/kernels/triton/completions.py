@@ -15,7 +15,7 @@ from torch import Tensor
 from ..schemas import Groups, Rows, Settings, new_totals
 from .method import _advantage_of, _clipped_objective, _importance_ratio
 from .rows import _knob
-from .tiles import BLOCK_ROWS, all_but, kernel_groups, kernel_rows, kernel_settings, on_device
+from .tiles import BLOCK_ROWS, FP_FUSION, all_but, kernel_groups, kernel_rows, kernel_settings, on_device
 
 # What kernels read of settings and rows. G is an argument of its own, which they are not compiled for.
 ADVANTAGES = tuple(
@@ -166,6 +166,7 @@ def launch_coupling(
             logprobs, given if logprobs is not None else given._replace(old_logprobs=None), is_per_row,
             kernel_groups(groups), kernel_settings(settings, READS_SETTINGS), lengths, ratio, slope, n, row_length,
             settings.group_size, BLOCK_G=triton.next_power_of_2(settings.group_size), BLOCK=BLOCK_ROWS,
+            **FP_FUSION,
         )  # fmt: skip
     return Coupling(lengths, ratio, slope)
 
@@ -185,6 +186,6 @@ def launch_totals(
     with on_device(device):
         _totals_kernel[(num_completions + 1,)](
             per_row, marks, given, completion_kl, totals, loss, n, row_length or n, num_completions, BLOCK=BLOCK_ROWS,
-            num_warps=8,
+            num_warps=8, **FP_FUSION,
         )  # fmt: skip
     return loss, completion_kl, totals

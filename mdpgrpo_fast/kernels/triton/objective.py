@@ -15,7 +15,7 @@ from ..schemas import Groups, Rows, Settings, new_outputs
 from .completions import ADVANTAGES, Coupling, launch_coupling
 from .method import _token_objective, _token_share
 from .rows import _knob
-from .tiles import all_but, kernel_rows, kernel_settings, on_device
+from .tiles import FP_FUSION, all_but, kernel_rows, kernel_settings, on_device
 
 BLOCK = 128  # one row a thread
 # What the objective of a row is made of, beside its logits.
@@ -101,5 +101,6 @@ def launch_objective(
         _objective_kernel[(triton.cdiv(n, BLOCK),)](
             statistics, given, is_per_row, kernel_settings(settings, READS_SETTINGS), denominator, lengths,
             coupling.ratio, coupling.slope, per_row, marks, weights, n, BLOCK=BLOCK, num_warps=4,
+            **FP_FUSION,
         )  # fmt: skip
     return per_row, marks, weights

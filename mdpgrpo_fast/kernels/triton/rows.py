@@ -37,6 +37,15 @@ def _reciprocal(x):
 
 
 @triton.jit
+def _log2(x):
+    """One instruction, where the library's guards against denormal numbers."""
+    if INTERPRETED:
+        return tl.log2(x)
+    else:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def _softcap(x, cap):
     """u in [-1, 0], growing with x, and u² e: cap * tanh(x / cap) is cap + 2 cap u, its derivative 4 u² e.
 

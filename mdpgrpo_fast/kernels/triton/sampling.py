@@ -7,23 +7,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows import LOG2E, NEG_INF, _accumulate, _columns, _load_tile, _total
+from .rows import LOG2E, NEG_INF, _accumulate, _columns, _load_tile, _log2, _total
 from .tiles import TileSource, compiler_options, on_device, row_tile
 
 
 @triton.jit
-def _race(z, columns, best, choice, seed, tau, NOISE: tl.constexpr, tile):
-    """One tile into each thread's best z / τ + Gumbel noise, and the column it is at; the first of equals."""
-    key = z / tau
+def _random_bits(seed, start, tile):
+    """32 bits for each column of a tile: a thread calls Philox for four of its columns at a time."""
+    threads, calls = tl.arange(0, tile.block // tile.width), tl.arange(0, tile.width // 4)
+    if tile.axis == 1:
+        a, b, c, d = tl.randint4x(seed, (threads[:, None] * tile.width + start) // 4 + calls[None, :])
+        return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (tile.block // tile.width, tile.width))
+    else:
+        a, b, c, d = tl.randint4x(seed, calls[:, None] * (tile.block // tile.width) + threads[None, :] + start // 4)
+        bits = tl.permute(tl.join(tl.join(a, c), tl.join(b, d)), (0, 2, 3, 1))
+        return tl.reshape(bits, (tile.width, tile.block // tile.width))
+
+
+@triton.jit
+def _race(z, start, best, choice, seed, k, NOISE: tl.constexpr, tile):
+    """One tile into each thread's best k z + Gumbel noise / log 2, and the column it is at; the first of equals."""
+    key, columns = z, _columns(start, tile)
     if NOISE:
-        # Half a step up: never log 0. Small values have the resolution, so -log(E) and not -log(-log(u)) of u near 1.
-        u = tl.rand(seed, columns) + 2.3283064e-10
-        # E = -log(1 - u), by its series where 1 - u has no digits left.
-        key -= tl.log(tl.where(u < 1e-3, u * (1.0 + u * (0.5 + u * 0.33333334)), -tl.log(1.0 - u)))
+        # Half a step up, so never 0. Small values have the resolution: the noise is -log E of E = -log(1 - u), and not
+        # -log(-log u) of u near 1.
+        u = tl.fma(_random_bits(seed, start, tile).to(tl.float32), 2.3283064e-10, 1.1641532e-10)
+        # E / log 2, by its series where 1 - u has lost digits: less than 1e-5 of it is wrong. 1 - u may round to 0.
+        series = u * tl.fma(u, tl.fma(u, 0.48089835, 0.7213475), 1.442695)
+        key = tl.fma(z, k, -_log2(tl.where(u < 0.03125, series, -_log2(tl.maximum(1.0 - u, 2.9802322e-8)))))
     top = tl.max(key, axis=tile.axis)
-    first = tl.min(
-        tl.where(key == (top[:, None] if tile.axis == 1 else top[None, :]), columns, 2147483647), axis=tile.axis
-    )
+    is_top = key == (top[:, None] if tile.axis == 1 else top[None, :])
+    first = tl.min(tl.where(is_top, columns, 2147483647), axis=tile.axis)
     return tl.maximum(best, top), tl.where(top > best, first, choice)
 
 
@@ -50,13 +64,11 @@ def _sample_kernel(
     for i in tl.range(0, tiles, num_stages=tile.stages):
         z, _ = _load_tile(logits, i * tile.block, None, "evict_first", False, tile)
         top, total, moment, total_policy = _accumulate(z, top, total, moment, total_policy, k, LOG2E, NOISE, tile)
-        columns = _columns(i * tile.block, tile)
-        best, choice = _race(z, columns, best, choice, seed, tau, NOISE, tile)
+        best, choice = _race(z, i * tile.block, best, choice, seed, k, NOISE, tile)
     if tile.vocab % tile.block != 0:
         z, _ = _load_tile(logits, tile.vocab // tile.block * tile.block, None, "evict_first", True, tile)
         top, total, moment, total_policy = _accumulate(z, top, total, moment, total_policy, k, LOG2E, NOISE, tile)
-        columns = _columns(tile.vocab // tile.block * tile.block, tile)
-        best, choice = _race(z, columns, best, choice, seed, tau, NOISE, tile)
+        best, choice = _race(z, tile.vocab // tile.block * tile.block, best, choice, seed, k, NOISE, tile)
     peak = tl.max(top, axis=0)
     token = tl.min(tl.where(best == tl.max(best, axis=0), choice, tile.vocab), axis=0)
     # Rows of NaN have no best: a token in range, and NaN for its log-probs.

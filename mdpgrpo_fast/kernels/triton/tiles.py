@@ -54,6 +54,8 @@ CANDIDATES = (
     Tile(8192, 32, 1, 1),
     Tile(16384, 32, 1, 1),
 )
+# Of every launch: Triton's default changes with its version, and with it the last bit.
+FP_FUSION = {"enable_fp_fusion": True}
 BLOCK_ROWS = 1024  # rows of (N,) vectors that one program of the small kernels takes at a time
 
 
@@ -97,8 +99,7 @@ def compiler_options(tile: Tile) -> dict[str, Any]:
     # As many registers as the programs of a multiprocessor leave each other: left alone, the assembler may spill to
     # make room for more programs than will ever come.
     registers = {"maxnreg": min(255, 65536 // (32 * tile.warps * tile.programs) // 8 * 8)} if tile.programs else {}
-    # Triton's default of fp_fusion changes with its version, and with it the last bit.
-    return {**registers, "num_warps": tile.warps, "enable_fp_fusion": True}
+    return {**registers, "num_warps": tile.warps, **FP_FUSION}
 
 
 def grid_for(tile: Tile, n_rows: int, device: torch.device) -> tuple[int]:

@@ -45,6 +45,9 @@ from .tiles import (
 )
 
 READS_SETTINGS = all_but(Settings, "group_size")
+# Of `_scale_kernel` on a multiprocessor. With a program per row, 10^5 would start for the rows of a head's weight, only
+# to see a scale of 1.
+SCALE_WARPS = 32
 
 
 @triton.jit(
@@ -145,13 +148,10 @@ def _token_loss_kernel(
 
 @triton.jit(do_not_specialize=["n_rows", "row_length", "tiles"], do_not_specialize_on_alignment=["scale_ptr"])
 def _scale_kernel(gradient_ptr, scale_ptr, n_rows, row_length, tiles, stride_gb, stride_gl, tile):
-    """gradient *= scale; a scale of 1 costs the launch and no traffic, and the host never looks."""
+    """gradient *= scale; a scale of 1 costs a launch of few programs and no traffic, and the host never looks."""
     scale = tl.load(scale_ptr).to(tl.float32)
     if scale != 1.0:
-        first = tl.program_id(0)
-        for index in range(
-            first, n_rows if tile.persistent else first + 1, tl.num_programs(0) if tile.persistent else 1
-        ):
+        for index in range(tl.program_id(0), n_rows, tl.num_programs(0)):
             row = tl.cast(index, tl.int64)
             gradient = gradient_ptr + row // row_length * stride_gb + row % row_length * stride_gl
             for i in tl.range(0, tiles, num_stages=tile.stages):
@@ -222,6 +222,7 @@ def launch_scale(gradient: Tensor, scale: Tensor, *, tile_of: TileSource) -> Non
     if b * length == 0:
         return
     tile = tile_of()
+    tile = tile._replace(programs=max(1, SCALE_WARPS // tile.warps))
     with on_device(gradient.device):
         _scale_kernel[grid_for(tile, b * length, gradient.device)](
             gradient, scale, b * length, length, vocab // tile.block, *gradient.stride()[:2], row_tile(tile, gradient),

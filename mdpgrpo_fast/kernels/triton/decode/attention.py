@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..rows import LOG2E, NEG_INF, _logit, _softcap
-from ..tiles import on_device
+from ..tiles import FP_FUSION, on_device
 
 PROGRAMS = 512  # that keep a GPU's memory busy: rows times key heads times parts
 MOST_PARTS = 32
@@ -130,10 +130,17 @@ def launch_attention(
             query, keys, values, first, last, partial, lse, query.stride(0), query.stride(1), keys.stride(0),
             keys.stride(1), scale, softcap, window, heads // kv_heads, size, block_size, block,
             "ieee" if query.dtype == torch.float32 else "tf32", num_warps=4,
-            num_stages=3 if block_size * query.element_size() <= 256 else 2,
+            num_stages=3 if block_size * query.element_size() <= 256 else 2, **FP_FUSION,
         )  # fmt: skip
         if lse is not None:
             _combine_kernel[(rows * heads,)](
-                partial, lse, out, size, block_size, parts, num_warps=max(1, parts * block_size // 1024)
+                partial,
+                lse,
+                out,
+                size,
+                block_size,
+                parts,
+                num_warps=max(1, parts * block_size // 1024),
+                **FP_FUSION,
             )
     return out

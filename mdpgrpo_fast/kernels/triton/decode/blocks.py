@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tiles import on_device
+from ..tiles import FP_FUSION, on_device
 
 LONGEST_NORM = 16384
 
@@ -31,7 +31,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, one_plus: bool) -> Tensor:
     out, block = torch.empty_like(x), triton.next_power_of_2(size)
     with on_device(x.device):
         _rms_norm_kernel[(x.numel() // size,)](
-            x, weight, out, eps, size, block, one_plus, num_warps=max(1, min(8, block // 256))
+            x, weight, out, eps, size, block, one_plus, num_warps=max(1, min(8, block // 256)), **FP_FUSION
         )
     return out
 
@@ -70,7 +70,7 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
     with on_device(query.device):
         _rotate_kernel[(rows, heads + key.shape[1])](
             query, key, cos.contiguous(), sin.contiguous(), *out, query.stride(0), query.stride(1), key.stride(0),
-            key.stride(1), heads, size // 2, triton.next_power_of_2(size // 2), num_warps=1,
+            key.stride(1), heads, size // 2, triton.next_power_of_2(size // 2), num_warps=1, **FP_FUSION,
         )  # fmt: skip
     return out[0], out[1]
 
@@ -96,7 +96,7 @@ def append(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, place: Tens
     with on_device(key.device):
         _append_kernel[(rows, heads)](
             key, value, keys, values, place, key.stride(0), key.stride(1), value.stride(0), value.stride(1), length,
-            size, triton.next_power_of_2(size), num_warps=1,
+            size, triton.next_power_of_2(size), num_warps=1, **FP_FUSION,
         )  # fmt: skip
 
 
@@ -116,5 +116,5 @@ def gated(x: Tensor) -> Tensor:
     size = x.shape[-1] // 2
     out = x.new_empty(*x.shape[:-1], size)
     with on_device(x.device):
-        _gated_kernel[(out.numel() // size, triton.cdiv(size, 1024))](x, out, size, 1024, num_warps=4)
+        _gated_kernel[(out.numel() // size, triton.cdiv(size, 1024))](x, out, size, 1024, num_warps=4, **FP_FUSION)
     return out
