@@ -399,7 +399,7 @@ def test_a_logit_costs_few_instructions(machine_code: list[dict[str, Any]]) -> N
             "on-policy, rewards": 17, "on-policy, two temperatures": 29, "unit gradient": 29, "full, token level": 37,
             "sampling": 46, "sampling, greedy": 12,
         },
-        "V=32001": {"on-policy, rewards": 21, "sampling": 46, "sampling, greedy": 14},
+        "V=32001": {"on-policy, rewards": 18, "sampling": 46, "sampling, greedy": 14},
     }  # fmt: skip
     for vocab, limits in most.items():
         rows = {r["case"].split(", ", 1)[1]: r for r in machine_code if r["sm"] == 90 and f"{vocab} " in r["case"]
@@ -417,6 +417,72 @@ def test_rows_are_read_and_written_in_128_bit_pieces(machine_code: list[dict[str
         assert r["loads"].get("128", 0) > 0, r["case"]
         writes = r["kernel"] not in ("logprobs", "sample") or "unit gradient" in r["case"]
         assert (r["stores"].get("128", 0) > 0) == writes, r["case"]
+
+
+def test_rows_of_an_odd_vocabulary_are_written_in_128_bit_pieces(machine_code: list[dict[str, Any]]) -> None:
+    """From a row's first whole 16 bytes on."""
+    rows = [r for r in machine_code if "V=32001 " in r["case"] and "write" in r["sweeps"]]
+    assert {r["kernel"] for r in rows} == {"token_loss", "logprobs", "logprobs_backward"}
+    for r in rows:
+        assert r["loads"].get("128", 0) > 0 and r["stores"].get("128", 0) > 0, r["case"]
+
+
+# ---- rows off 16 bytes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_rows_off_16_bytes_are_written_as_any(
+    dtype: str, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From where a row is aligned, around its end: rows that begin anywhere, targets at every border, several tiles."""
+    from mdpgrpo_fast.kernels.triton import library
+
+    monkeypatch.setattr(library, "tile_for", lambda vocab, dtype, device: tiles.Tile(128, 1, 1, 0))
+    vocab, taken, real = 3 * 128 + 21, [], tiles.row_tile
+    batch = make_batch(4, lengths=(9, 9, 9, 9), vocab=vocab, dtype=dtype)
+    borders = [0, 1, 6, 7, 8, 127, 128, 135, 255, 256, 382, 383, 384, vocab - 8, vocab - 7, vocab - 1]
+    batch.tokens.flatten()[: len(borders)] = torch.tensor(borders)
+    batch.mask[3, 2:] = 0  # rows of zeros
+    config = config_for()
+    found = []
+    for write_axis in (1, 0):
+
+        def chosen(*args: Any) -> Any:
+            taken.append(real(*args))
+            return taken[-1]._replace(write_axis=taken[-1].axis) if write_axis == 0 else taken[-1]  # noqa: B023
+
+        for module in (token_loss, logprobs):
+            monkeypatch.setattr(module, "row_tile", chosen)
+        got = run("triton", batch, config, softcap=softcap)
+        logits = batch.logits.detach().to(DEVICE).requires_grad_()
+        scores, _ = mdpgrpo_fast.token_logprobs(logits, batch.tokens.to(DEVICE), backend="triton", softcap=softcap)
+        found.append((got.out.logprobs, got.grad, torch.autograd.grad(scores.sum(), logits)[0]))
+    assert {(x.axis.value, x.write_axis.value) for x in taken if x.vocab.value == vocab} == {(0, 1)}
+    assert torch.equal(found[0][0], found[1][0]), "log-probs do not know"
+    assert not found[0][1][3, 2:].any(), "masked rows"
+    for ours, plain in zip(found[0][1:], found[1][1:], strict=True):
+        assert plain.abs().max() > 1e-3
+        torch.testing.assert_close(ours, plain, rtol=2e-2 if dtype == "bfloat16" else 1e-5, atol=1e-7)
+
+
+def test_which_rows_are_written_from_where_they_are_aligned() -> None:
+    """Where the gradient's rows begin as the logits' do, and the end of a row has room for its beginning."""
+
+    def axes(x: torch.Tensor, gradient: torch.Tensor | None = None, block: int = 128) -> tuple[int, int]:
+        found = tiles.row_tile(tiles.Tile(block, 1, 1, 0), x, gradient)
+        return found.axis.value, found.write_axis.value
+
+    x = torch.empty(2, 5, 405, dtype=torch.bfloat16)
+    assert axes(x, torch.empty_like(x)) == (0, 1) and axes(x, torch.empty(x.shape)) == (0, 1), "float32 for float16"
+    assert axes(x[:, :-1], torch.empty(2, 4, 405)) == (0, 0), "the second completion begins elsewhere"
+    assert axes(x[:, 1:], torch.empty(2, 4, 405)) == (0, 0)
+    assert axes(x[:, :-1]) == (0, 1), "over the logits"
+    assert axes(torch.empty(4, 3, 387, dtype=torch.bfloat16)) == (0, 0), "3 columns after the last whole tile"
+    assert axes(torch.empty(4, 3, 387)) == (0, 0) and axes(torch.empty(4, 3, 389)) == (0, 1)
+    assert axes(x[..., :400]) == (0, 1) and axes(torch.empty(2, 5, 408)) == (1, 1)
+    assert axes(torch.empty(2, 5, 408)[..., :405]) == (1, 1), "an odd vocabulary in a wider buffer"
+    assert axes(torch.empty(2, 5, 408)[..., :405], torch.empty(2, 5, 405)) == (0, 0)
 
 
 # ---- on a GPU -------------------------------------------------------------------------------------------------------

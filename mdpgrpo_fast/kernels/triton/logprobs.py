@@ -128,7 +128,7 @@ def launch_logprobs(
             logits, gradient, *kernel_rows(rows, num_completions, READS_ROWS),
             kernel_settings(settings, READS_SETTINGS), logprobs, statistics, n, length, vocab // tile.block,
             num_completions, *logits.stride()[:2], *((0, 0) if gradient is None else gradient.stride()[:2]),
-            row_tile(tile, logits), **compiler_options(tile),
+            row_tile(tile, logits, gradient), **compiler_options(tile),
         )  # fmt: skip
     return logprobs, statistics
 
@@ -151,7 +151,7 @@ def launch_logprobs_backward(
         _logprobs_backward_kernel[grid_for(tile, b * length, logits.device)](
             grad_logprobs, grad_kl, logits, *kernel_rows(rows, num_completions, READS_ROWS),
             kernel_settings(settings, BACKWARD_READS_SETTINGS), statistics, gradient, b * length, length,
-            vocab // tile.block, num_completions, *logits.stride()[:2], *gradient.stride()[:2], row_tile(tile, logits),
-            **compiler_options(tile),
+            vocab // tile.block, num_completions, *logits.stride()[:2], *gradient.stride()[:2],
+            row_tile(tile, logits, gradient), **compiler_options(tile),
         )  # fmt: skip
     return gradient

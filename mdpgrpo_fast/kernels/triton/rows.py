@@ -2,9 +2,10 @@
 
 A row of V logits is read in tiles of `tile.block` columns, shaped (block / width, width) so that one thread holds
 `width` neighbours: they are one 16-byte access, and the running maximum and sums are kept per thread, with no exchange
-between threads until the row ends. Rows that are not aligned to 16 bytes (axis 0) are read element by element by
-neighbouring threads, the rest is the same. The order of every sum depends on V, the tile and the alignment alone, never
-on what else is in the batch.
+between threads until the row ends. Rows that do not all begin on 16 bytes (axis 0), as of an odd V, are read for their
+sums element by element by neighbouring threads, so that the order of a sum depends on V and the tile, never on what
+else is in the batch or on where in it a row is. The sweep that writes has no sums: it begins at a row's first whole 16
+bytes and ends with what lies before them.
 
 `tiles`, the whole tiles of a row, is V // block given at run time: known at compile time, the loops would be unrolled
 and their addresses fill the registers.
@@ -66,14 +67,14 @@ def _logit(u, softcap):
 
 
 @triton.jit
-def _columns(start, tile):
-    """Columns of a tile. axis 1: (block / width, width), a thread has neighbours; 0: (width, block / width)."""
+def _columns(start, tile, AXIS: tl.constexpr):
+    """Columns of a tile. AXIS 1: (block / width, width), a thread has neighbours; 0: (width, block / width)."""
     threads = tl.arange(0, tile.block // tile.width)
     own = tl.arange(0, tile.width)
-    if tile.axis == 1:
-        return start + threads[:, None] * tile.width + own[None, :]
+    if AXIS == 1:
+        return threads[:, None] * tile.width + own[None, :] + start
     else:
-        return start + own[:, None] * (tile.block // tile.width) + threads[None, :]
+        return own[:, None] * (tile.block // tile.width) + threads[None, :] + start
 
 
 @triton.jit
@@ -88,16 +89,23 @@ def _float32(x):
 @triton.jit
 def _load_tile(row, start, softcap, EVICT: tl.constexpr, TAIL: tl.constexpr, tile):
     """x of one tile, float32, or `_softcap` of it; columns past V are -inf, so that they have probability 0."""
-    # The start is added to the pointer, once for all threads, whose own columns do not change from tile to tile.
+    inside = None
     if TAIL:
-        inside = _columns(start, tile) < tile.vocab
-        x = _float32(tl.load(row + start + _columns(0, tile), mask=inside, other=NEG_INF, eviction_policy=EVICT))
+        inside = _columns(start, tile, tile.axis) < tile.vocab
+    # The start is added to the pointer, once for all threads, whose own columns do not change from tile to tile.
+    return _load(row + start + _columns(0, tile, tile.axis), inside, softcap, EVICT)
+
+
+@triton.jit
+def _load(pointers, inside, softcap, EVICT: tl.constexpr):
+    if inside is not None:
+        x = _float32(tl.load(pointers, mask=inside, other=NEG_INF, eviction_policy=EVICT))
     else:
-        x = _float32(tl.load(row + start + _columns(0, tile), eviction_policy=EVICT))
+        x = _float32(tl.load(pointers, eviction_policy=EVICT))
     slope = 1.0
     if softcap is not None:
         x, slope = _softcap(x, softcap)
-        if TAIL:
+        if inside is not None:
             x = tl.where(inside, x, NEG_INF)
     return x, slope
 
@@ -209,26 +217,51 @@ def _target(row, token, softcap):
 
 
 @triton.jit
+def _first_whole(row, out, tile):
+    """row and out from the row's first 16 aligned bytes on, and how many elements lie before: none if it is aligned.
+
+    They become the row's last places. `tiles.row_tile` has looked that out is aligned as the row is, and that what is
+    left after the whole tiles has room for them.
+    """
+    before = 0
+    if tile.write_axis != tile.axis:
+        before = ((-row.to(tl.int64)) & 15).to(tl.int32) // (16 // tile.width)
+        row, out = tl.multiple_of(row + before, 16), tl.multiple_of(out + before, 16)
+    return row, out, before
+
+
+@triton.jit
+def _offsets(start, before, TAIL: tl.constexpr, tile):
+    """Where the places of a tile lie from `start` on."""
+    offsets = _columns(0, tile, tile.write_axis)
+    if TAIL and tile.write_axis != tile.axis:
+        offsets = tl.where(offsets + start < tile.vocab - before, offsets, offsets - tile.vocab)
+    return offsets
+
+
+@triton.jit
 def _write_tile(
-    row, out, start, token, peak, a, scale, scale_kl, k, k_kl, c, c_kl, softcap, OWN: tl.constexpr, TAIL: tl.constexpr,
-    TWO_TEMPERATURES: tl.constexpr, tile,
+    row, out, start, before, token, peak, a, scale, scale_kl, k, k_kl, c, c_kl, softcap, OWN: tl.constexpr,
+    TAIL: tl.constexpr, TWO_TEMPERATURES: tl.constexpr, tile,
 ):  # fmt: skip
-    u, slope = _load_tile(row, start, softcap, "evict_first", TAIL, tile)
-    columns = _columns(start, tile)
+    places, offsets, inside = _columns(start, tile, tile.write_axis), _offsets(start, before, TAIL, tile), None
+    if TAIL:
+        inside = places < tile.vocab
+    u, slope = _load(row + start + offsets, inside, softcap, "evict_first")
     if OWN:
         u = _logit(u, softcap) - peak
     g = scale * tl.exp2(tl.fma(u, k, c))
     if TWO_TEMPERATURES:
         g = tl.fma(scale_kl, tl.exp2(tl.fma(u, k_kl, c_kl)), g)
     if OWN:
-        g += tl.where(columns == token, a, 0.0)
+        g += tl.where(places == token, a, 0.0)
     if softcap is not None:
         g *= slope
     g = g.to(out.dtype.element_ty)
     if TAIL:
-        tl.store(out + start + _columns(0, tile), g, mask=columns < tile.vocab, cache_modifier=".cs")
+        tl.store(out + start + offsets, g, mask=inside, cache_modifier=".cs")
     else:
-        tl.store(out + start + _columns(0, tile), g, cache_modifier=".cs")
+        tl.store(out + start + offsets, g, cache_modifier=".cs")
 
 
 @triton.jit
@@ -244,15 +277,19 @@ def _write_gradient(
         a, a_kl = 4.0 * a, 4.0 * a_kl  # of a quarter of the slope
     # The tile with the row's own token compares columns, and takes differences from the maximum, as 1 - p must be 0
     # where p is 1. The others spend fewer instructions: they are off by some last bits of p.
+    row, out, before = _first_whole(row, out, tile)
+    if tile.write_axis != tile.axis:
+        place = tl.where(token >= before, token - before, token - before + tile.vocab)
+        token = tl.where(token >= 0, place, token)
     own = tl.maximum(token, 0) // tile.block
     c = -log_total * LOG2E
     c_kl = -log_total_kl * LOG2E
     if tile.vocab % tile.block != 0:
-        _write_tile(row, out, tile.vocab // tile.block * tile.block, token, peak, a + a_kl, -a, -a_kl, k, k_kl, c, c_kl,
-                    softcap, True, True, TWO_TEMPERATURES, tile)  # fmt: skip
+        _write_tile(row, out, tile.vocab // tile.block * tile.block, before, token, peak, a + a_kl, -a, -a_kl, k, k_kl,
+                    c, c_kl, softcap, True, True, TWO_TEMPERATURES, tile)  # fmt: skip
     if own < tiles:
-        _write_tile(row, out, own * tile.block, token, peak, a + a_kl, -a, -a_kl, k, k_kl, c, c_kl, softcap, True,
-                    False, TWO_TEMPERATURES, tile)  # fmt: skip
+        _write_tile(row, out, own * tile.block, before, token, peak, a + a_kl, -a, -a_kl, k, k_kl, c, c_kl, softcap,
+                    True, False, TWO_TEMPERATURES, tile)  # fmt: skip
     if softcap is not None:
         k, k_kl = 2.0 * softcap * k, 2.0 * softcap * k_kl
         peak = (peak - softcap) / (2.0 * softcap)
@@ -262,21 +299,23 @@ def _write_gradient(
     for i in tl.range(0, others, num_stages=tile.stages):
         j = others - 1 - i
         j += (j >= own).to(tl.int32)
-        _write_tile(row, out, j * tile.block, token, peak, 0.0, a, a_kl, k, k_kl, _offset(peak, k), _offset(peak, k_kl),
-                    softcap, False, False, TWO_TEMPERATURES, tile)  # fmt: skip
+        _write_tile(row, out, j * tile.block, before, token, peak, 0.0, a, a_kl, k, k_kl, _offset(peak, k),
+                    _offset(peak, k_kl), softcap, False, False, TWO_TEMPERATURES, tile)  # fmt: skip
 
 
 @triton.jit
 def _write_zeros(out, tiles, tile):
-    if tile.axis == 1:
+    _, out, before = _first_whole(out, out, tile)
+    if tile.write_axis == 1:
         zero = tl.zeros((tile.block // tile.width, tile.width), out.dtype.element_ty)
     else:
         zero = tl.zeros((tile.width, tile.block // tile.width), out.dtype.element_ty)
     for i in range(0, tiles):
-        tl.store(out + _columns(i * tile.block, tile), zero, cache_modifier=".cs")
+        tl.store(out + _columns(i * tile.block, tile, tile.write_axis), zero, cache_modifier=".cs")
     if tile.vocab % tile.block != 0:
-        columns = _columns(tile.vocab // tile.block * tile.block, tile)
-        tl.store(out + columns, zero, mask=columns < tile.vocab, cache_modifier=".cs")
+        start = tile.vocab // tile.block * tile.block
+        inside = _columns(start, tile, tile.write_axis) < tile.vocab
+        tl.store(out + start + _offsets(start, before, True, tile), zero, mask=inside, cache_modifier=".cs")
 
 
 # ---- which completion, which number ---------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ def _random_bits(seed, start, tile):
 @triton.jit
 def _race(z, start, best, choice, seed, k, NOISE: tl.constexpr, tile):
     """One tile into each thread's best k z + Gumbel noise / log 2, and the column it is at; the first of equals."""
-    key, columns = z, _columns(start, tile)
+    key, columns = z, _columns(start, tile, tile.axis)
     if NOISE:
         # Half a step up, so never 0. Small values have the resolution: the noise is -log E of E = -log(1 - u), and not
         # -log(-log u) of u near 1.

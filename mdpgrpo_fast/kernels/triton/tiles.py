@@ -38,6 +38,7 @@ class RowTile(NamedTuple):
     block: Any
     width: Any  # neighbours that a thread holds, 16 bytes
     axis: Any  # 1: a thread has neighbours; 0: neighbouring threads have, for rows that are not aligned
+    write_axis: Any  # of the sweep that writes, which may begin at a row's first aligned bytes
     stages: Any
     persistent: Any
 
@@ -68,10 +69,9 @@ def width_of(dtype: torch.dtype) -> int:
     return 16 // dtype.itemsize
 
 
-def aligned(logits: Tensor) -> bool:
-    """Whether every row starts at a multiple of 16 bytes and ends at one."""
-    size = logits.element_size()
-    return all(n * size % 16 == 0 for n in (logits.shape[-1], *logits.stride()[:-1])) and logits.data_ptr() % 16 == 0
+def aligned(rows: Tensor) -> bool:
+    """Whether every row starts at a multiple of 16 bytes."""
+    return rows.data_ptr() % 16 == 0 and all(n * rows.element_size() % 16 == 0 for n in rows.stride()[:-1])
 
 
 def fit(tile: Tile, vocab: int) -> Tile:
@@ -80,12 +80,17 @@ def fit(tile: Tile, vocab: int) -> Tile:
     return tile._replace(block=block, warps=max(1, min(tile.warps, block // 256)))
 
 
-def row_tile(tile: Tile, logits: Tensor) -> RowTile:
-    """The tile of these rows, as kernels take it."""
-    is_aligned = aligned(logits)
+def row_tile(tile: Tile, logits: Tensor, gradient: Tensor | None = None) -> RowTile:
+    """The tile of these rows and of those that are written, as kernels take it."""
+    gradient = logits if gradient is None else gradient
+    vocab, width = logits.shape[-1], width_of(logits.dtype)
+    axis = write_axis = int(aligned(logits) and aligned(gradient))
+    if not axis and logits.data_ptr() % 16 == gradient.data_ptr() % 16 == 0:
+        gaps = (a - b for a, b in zip(logits.stride()[:-1], gradient.stride()[:-1], strict=True))
+        write_axis = int(all(gap % width == 0 for gap in gaps) and vocab % tile.block >= width)
     # Element by element there is nothing to gain from loading ahead, and registers to lose.
-    stages = tile.stages if is_aligned else 1
-    return _row_tile(logits.shape[-1], tile.block, width_of(logits.dtype), int(is_aligned), stages, tile.programs > 0)
+    stages = tile.stages if axis else 1
+    return _row_tile(vocab, tile.block, width, axis, write_axis, stages, tile.programs > 0)
 
 
 # The same constexpr objects in each call: comparing new ones takes Triton longer than all else of a launch.

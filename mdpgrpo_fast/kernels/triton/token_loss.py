@@ -155,11 +155,11 @@ def _scale_kernel(gradient_ptr, scale_ptr, n_rows, row_length, tiles, stride_gb,
             row = tl.cast(index, tl.int64)
             gradient = gradient_ptr + row // row_length * stride_gb + row % row_length * stride_gl
             for i in tl.range(0, tiles, num_stages=tile.stages):
-                columns = _columns(i * tile.block, tile)
+                columns = _columns(i * tile.block, tile, tile.axis)
                 g = tl.load(gradient + columns).to(tl.float32) * scale
                 tl.store(gradient + columns, g.to(gradient.dtype.element_ty))
             if tile.vocab % tile.block != 0:
-                columns = _columns(tile.vocab // tile.block * tile.block, tile)
+                columns = _columns(tile.vocab // tile.block * tile.block, tile, tile.axis)
                 g = tl.load(gradient + columns, mask=columns < tile.vocab, other=0.0).to(tl.float32) * scale
                 tl.store(gradient + columns, g.to(gradient.dtype.element_ty), mask=columns < tile.vocab)
 
@@ -204,7 +204,8 @@ def launch_token_loss(
                     kernel_settings(settings, READS_SETTINGS), denominator, *coupling, statistics, per_row, marks, n,
                     length, vocab // tile.block, num_completions, *logits.stride()[:2],
                     *((0, 0) if gradient is None else gradient.stride()[:2]), settings.group_size,
-                    triton.next_power_of_2(settings.group_size), row_tile(tile, logits), **compiler_options(tile),
+                    triton.next_power_of_2(settings.group_size), row_tile(tile, logits, gradient),
+                    **compiler_options(tile),
                 )  # fmt: skip
     loss, completion_kl, totals = launch_totals(per_row, marks, rows, num_completions, length)
     return loss, per_row, marks, completion_kl, totals

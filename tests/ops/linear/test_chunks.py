@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.inputs import ROOT
-from helpers.linear import BACKENDS, budget, call, make_linear, run
+from helpers.linear import BACKENDS, budget, call, make_linear, relative, run
 from helpers.losses import DEVICE, EACH, config_for, gpu, to
 
 from mdpgrpo_fast import linear_token_logprobs, linear_token_loss
@@ -43,6 +43,29 @@ def test_chunks_on_a_gpu_fill_it(
     """132 multiprocessors, bf16, 256 MiB: thousands of rows, not Liger's hundreds, and calls of one size."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: type("P", (), {"multi_processor_count": 132}))
     assert chunks.chunking(width, 2 * vocab, 256 << 20, torch.device("cuda")) == (rows, call)
+
+
+@pytest.mark.parametrize("fp32_logits", [False, True])
+def test_rows_of_a_chunk_begin_on_16_bytes_on_a_gpu(fp32_logits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An odd vocabulary as an even one: in a wider buffer, with the same numbers."""
+    made, real = [], chunks.new_rows
+
+    def wider(n: int, vocab: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        with monkeypatch.context() as m:
+            m.setattr(chunks.torch, "empty", lambda *size, dtype, device: torch.zeros(size, dtype=dtype))
+            made.append(real(n, vocab, dtype, torch.device("cuda")))
+        return made[-1]
+
+    batch, head = make_linear(5, (5, 3, 7, 4), vocab=405, dtype="bfloat16")
+    more = {"workspace_bytes": budget(head, 16, fp32_logits), "fp32_logits": fp32_logits, "temperature": EACH}
+    plain = run("triton", batch, head, config_for(), **more)
+    monkeypatch.setattr(chunks, "new_rows", wider)
+    got = run("triton", batch, head, config_for(), **more)
+    assert len(made) == 1 + fp32_logits and all(x.shape[1] == 405 and x.stride(0) == 408 for x in made)
+    torch.testing.assert_close(got.out.logprobs, plain.out.logprobs, rtol=1e-5, atol=1e-5)
+    assert set(got.grads) >= {"hidden", "weight"}
+    for name, theirs in plain.grads.items():
+        assert relative(got.grads[name], theirs.double().cpu()) < 5e-3, name
 
 
 def test_the_workspace_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

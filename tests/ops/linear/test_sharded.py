@@ -289,7 +289,8 @@ def test_zero3_parameters_are_gathered_around_the_call(monkeypatch: pytest.Monke
     fake.zero = types.SimpleNamespace(GatheredParameters=gather)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "deepspeed", fake)
     with torch.no_grad():
-        out = linear_token_loss(batch.logits, weight, batch.tokens, batch.mask, config_for(), **batch.given())
+        out = linear_token_loss(batch.logits, weight, batch.tokens, batch.mask, config_for(), backend="torch",
+                                **batch.given())  # fmt: skip
         expected = call("torch", batch.logits, head, batch, config_for())
     assert torch.equal(out.loss, expected.loss) and gathered == [[weight]] and weight.numel() == 0
     with pytest.raises(ValueError, match="this rank's plain tensor where vocab_group is given"):
