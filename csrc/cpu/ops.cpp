@@ -238,7 +238,7 @@ class Sweep {
     const void* const x = logits_.row(row);
     Row r;
     r.token = tokens_[row] >= 0 && tokens_[row] < logits_.vocab ? tokens_[row] : -1;
-    r.own = r.token >= 0 ? kernels_.at[logits_.element](x, r.token, options_.softcap) : Logit{NOT_A_NUMBER, 1};
+    r.own = r.token >= 0 ? at(row, r.token) : Logit{NOT_A_NUMBER, 1};
     if (!known) r.own.z = NOT_A_NUMBER;
     r.k = LOG2E / tau, r.k_kl = k_kl_;
     RowStatistics& s = r.statistics;
@@ -259,7 +259,57 @@ class Sweep {
                             streaming, next);
   }
 
+  // Of the row that was read last and kept, without a soft-cap: the first column where the running sum of exp(z / τ)
+  // exceeds u of the whole; one of probability 0 never does.
+  int64_t draw(const Row& r, double u) const {
+    std::vector<double> sums(static_cast<size_t>(blocks()));
+    double total = 0, running = 0;
+    for (int64_t b = 0; b < blocks(); ++b) {
+      const double weight = std::exp2(r.k * (peaks()[b] - r.statistics.peak));
+      double parts[8] = {};
+      for (int64_t i = 0; i < width(b); ++i) parts[i % 8] += scratch_start_[b * BLOCK + i];
+      for (const double part : parts) sums[static_cast<size_t>(b)] += part * weight;
+      total += sums[static_cast<size_t>(b)];
+    }
+    const double target = std::min(u, 1 - 0x1p-53) * total;
+    int64_t own = -1;
+    for (int64_t b = 0; b < blocks() && running <= target; ++b) {
+      const double sum = sums[static_cast<size_t>(b)];
+      if (sum > 0) own = b;
+      running += sum;
+    }
+    if (own < 0) return 0;  // no number among them
+    const double weight = std::exp2(r.k * (peaks()[own] - r.statistics.peak));
+    running -= sums[static_cast<size_t>(own)];
+    int64_t found = 0;
+    for (int64_t i = 0; i < width(own) && running <= target; ++i) {
+      const double e = scratch_start_[own * BLOCK + i] * weight;
+      if (e > 0) found = own * BLOCK + i;
+      running += e;
+    }
+    return found;
+  }
+  // The first column of the largest logit; 0 of a row without a number.
+  int64_t first_of_peak(int64_t row, const Row& r) const {
+    for (int64_t b = 0; b < blocks(); ++b) {
+      if (peaks()[b] != r.statistics.peak) continue;
+      for (int64_t i = 0; i < width(b); ++i)
+        if (scratch_start_[b * BLOCK + i] == 1.0f && at(row, b * BLOCK + i).z == r.statistics.peak)
+          return b * BLOCK + i;
+    }
+    return 0;
+  }
+  Logit at(int64_t row, int64_t column) const {
+    return kernels_.at[logits_.element](logits_.row(row), column, options_.softcap);
+  }
+
  private:
+  int64_t blocks() const { return (options_.vocab + BLOCK - 1) / BLOCK; }
+  int64_t width(int64_t block) const { return std::min(BLOCK, options_.vocab - block * BLOCK); }
+  const float* peaks() const {
+    return scratch_start_ + (1 + options_.two_temperatures + (options_.softcap > 0)) * blocks() * BLOCK;
+  }
+
   const RowKernels& kernels_ = row_kernels();
   const Logits& logits_;
   const int64_t* tokens_;
@@ -572,6 +622,38 @@ void scale(StableIValue* stack, uint64_t, uint64_t) {
   });
 }
 
+const char* const SAMPLE =
+    "(Tensor logits, Tensor temperature, Tensor noise, Tensor(a!) tokens, Tensor(b!) logprobs) -> ()";
+
+// One token a row and its log-probs at the row's temperature and at 1; without temperatures the most likely one. noise:
+// uniform in [0, 2⁵³).
+void sample(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments args(stack, aoti_torch_device_type_cpu());
+  const Tensor logits_ = args.tensor("logits"), temperature_ = args.tensor("temperature"),
+               noise_ = args.tensor("noise"), tokens_ = args.tensor("tokens"), logprobs_ = args.tensor("logprobs");
+  const Logits logits(logits_);
+  const int64_t n = logits.rows();
+  const float* const temperature = elements<float>(temperature_, n, true);
+  const int64_t* const noise = elements<int64_t>(noise_, n, temperature == nullptr);
+  int64_t* const tokens = elements<int64_t>(tokens_, n);
+  float* const out = elements<float>(logprobs_, 2 * n);
+  const RowOptions options{logits.vocab, 0, temperature != nullptr, true};
+  parallel(n, GRAIN / std::max<int64_t>(logits.vocab, 1), [&](int64_t begin, int64_t end) {
+    const Sweep sweep(logits, tokens, options, 1);
+    for (int64_t row = begin; row < end; ++row) {
+      tokens[row] = 0;
+      const double tau = temperature == nullptr ? 1 : temperature[row] > 0 ? temperature[row] : NOT_A_NUMBER;
+      const Row r = sweep.read(row, tau, true);
+      const RowStatistics& s = r.statistics;
+      tokens[row] = temperature == nullptr ? sweep.first_of_peak(row, r)
+                                           : sweep.draw(r, static_cast<double>(noise[row]) * 0x1p-53);
+      const double gap = sweep.at(row, tokens[row]).z - s.peak;
+      out[row] = static_cast<float>(gap / tau - s.log_total);
+      out[n + row] = temperature == nullptr ? out[row] : static_cast<float>(gap - s.log_total_kl);
+    }
+  });
+}
+
 // Empty, or why the ops are not there. An exception while a library is being loaded would end the process.
 std::string load_error;
 
@@ -585,6 +667,7 @@ const bool registered = [] {
     library.add("_cpu_objective", OBJECTIVE, objective);
     library.add("_cpu_totals", TOTALS, totals);
     library.add("_cpu_advantages", ADVANTAGES, advantages);
+    library.add("_cpu_sample", SAMPLE, sample);
     library.add("_cpu_scale", "(Tensor(a!) gradient, Tensor scale) -> ()", scale);
   } catch (const std::exception& e) {
     load_error = e.what();

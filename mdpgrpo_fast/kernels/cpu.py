@@ -106,6 +106,20 @@ def launch_advantages(groups: Groups, settings: Settings) -> tuple[Tensor, Tenso
     return per_group, per_completion
 
 
+def sample(logits: Tensor, temperature: Tensor | None, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """As `rollout.sampling.sample` without truncation; noise (R,): wanted where there is a temperature (R,)."""
+    n = len(logits)
+    tokens = torch.zeros(n, dtype=torch.int64, device=CPU)
+    logprobs = torch.empty(2, n, dtype=torch.float32, device=CPU)
+    if n:
+        _raw._cpu_sample(
+            logits=logits[None] if logits.stride(1) == 1 else logits[None].contiguous(),
+            temperature=as_raw(temperature, logits), noise=as_raw(noise, logits, torch.int64), tokens=tokens,
+            logprobs=logprobs,
+        )  # fmt: skip
+    return tokens, logprobs[0], logprobs[1]
+
+
 def launch_scale(gradient: Tensor, scale: Tensor) -> None:
     if gradient.numel():
         _raw._cpu_scale(gradient=gradient, scale=as_raw(scale, gradient))

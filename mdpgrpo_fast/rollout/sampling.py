@@ -31,16 +31,22 @@ def sample(
     """
     vocab = logits.shape[1]
     truncated = temperature is not None and (0 < top_k < vocab or top_p < 1 or min_p > 0)
-    if not truncated and backends.choose("auto", logits.device, logits.dtype) == "triton":
-        from ..kernels.triton.library import sample
+    backend = "torch" if truncated else backends.choose("auto", logits.device, logits.dtype)
+    if backend == "triton":
+        from ..kernels.triton import library
 
-        return sample(logits, temperature, noise)
+        return library.sample(logits, temperature, noise)
+    if temperature is not None and noise is None:
+        noise = torch.randint(NOISE, (len(logits),), device=logits.device)
+    if backend == "cpu":
+        from ..kernels import cpu
+
+        return cpu.sample(logits, temperature, noise)
     if temperature is None:
         tokens = logits.argmax(1)
         policy = _logprobs(logits, tokens, 1.0)
         return tokens, policy, policy
-    if noise is None:
-        noise = torch.randint(NOISE, (len(logits),), device=logits.device)
+    assert noise is not None
     # In double: a float has too few values for the last tokens of a large vocabulary.
     u = noise.double() / NOISE
     if truncated:

@@ -15,6 +15,18 @@ from mdpgrpo_fast.rollout import sampling
 from mdpgrpo_fast.rollout.sampling import draw, sample
 
 
+@pytest.fixture(params=["cpu", "torch"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The compiled kernel, and what runs where it is not there."""
+    choose = sampling.backends.choose
+
+    def chosen(wish: str, device: torch.device, dtype: torch.dtype) -> str:
+        return "torch" if request.param == "torch" else choose(wish, device, dtype)
+
+    monkeypatch.setattr(sampling.backends, "choose", chosen)
+    return request.param
+
+
 def peaked(rows: int, vocab: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     return (3 * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed))).to(dtype)
 
@@ -79,8 +91,8 @@ def test_draw_never_takes_what_has_probability_0() -> None:
 DRAWS = 6000
 
 
-@pytest.mark.parametrize("vocab", [5, 1300])
-def test_frequencies(vocab: int) -> None:
+@pytest.mark.parametrize("vocab", [5, 1300, 4500])
+def test_frequencies(vocab: int, backend: str) -> None:
     torch.manual_seed(0)
     logits = peaked(1, vocab)
     taus = torch.tensor([0.4, 1.0, 2.5])
@@ -104,7 +116,7 @@ def test_truncated_frequencies(knobs: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "knobs", [{}, {"top_k": 20}, {"top_p": 0.7}, {"min_p": 0.1}, {"top_k": 50, "min_p": 0.02}], ids=str
 )
-def test_logprobs(dtype: torch.dtype, knobs: dict[str, Any]) -> None:
+def test_logprobs(dtype: torch.dtype, knobs: dict[str, Any], backend: str) -> None:
     torch.manual_seed(0)
     logits, tau = peaked(64, 3001, dtype), torch.linspace(0.2, 2, 64)
     # bfloat16 has equals at the borders: which of them stay is not defined.
@@ -145,14 +157,46 @@ def test_top_k_keeps_k_of_equals() -> None:
     torch.testing.assert_close(got, torch.full((500,), -math.log(4)))
 
 
-def test_greedy() -> None:
-    logits = peaked(9, 700)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_greedy(backend: str, dtype: torch.dtype) -> None:
+    logits = peaked(9, 5000, dtype)
+    logits[3] = logits[4] = 0.01
+    logits[3, 4000] += 0.001
+    logits[4, 4999] = torch.nextafter(logits[4, 0].float(), torch.tensor(1.0))  # the same number but in float32
+    logits[5, 2047] = logits[5, 2048] = logits[5, 4096] = 60.0
     tokens, got, policy = sample(logits, None, top_k=3, top_p=0.1)
     assert torch.equal(tokens, logits.argmax(1)) and torch.equal(got, policy)
-    torch.testing.assert_close(policy, logits.log_softmax(1).amax(1))
+    assert tokens[3:6].tolist() == [4000, 4999 if dtype == torch.float32 else 0, 2047], "the first of equals"
+    torch.testing.assert_close(policy, logits.float().log_softmax(1).amax(1))
 
 
-def test_masked_tokens_are_never_drawn() -> None:
+@pytest.mark.parametrize("vocab", [1, 7, 2047, 2049, 6000])
+def test_the_compiled_kernel_draws_by_the_cumulative_sum(vocab: int) -> None:
+    n, tau = 4001, 0.7
+    logits = peaked(1, vocab)
+    logits[:, 1::5] = -math.inf
+    noise = (torch.linspace(0, 1, n, dtype=torch.float64) * (sampling.NOISE - 1)).long()
+    tokens, _, _ = sample(logits.expand(n, -1), torch.full((n,), tau), noise=noise)
+    running = exact(logits, torch.tensor([tau]))[0].exp().cumsum(0)
+    expected = (running[None] <= (noise.double() / sampling.NOISE * running[-1])[:, None]).sum(1)
+    # Exponentials are rounded: noise that lies on a border may fall on its other side, past tokens of probability 0.
+    assert (tokens == expected).double().mean() > 0.995 and (tokens - expected).abs().max() <= 2
+    assert tokens.diff().min() >= 0 and logits[0, tokens].isfinite().all()
+    assert tokens[0] == 0 and tokens[-1] >= vocab - 2
+
+
+def test_rows_that_hold_no_number(backend: str) -> None:
+    logits = peaked(4, 3000)
+    logits[0, 7], logits[1], logits[2] = math.nan, math.nan, -math.inf
+    for tau in (torch.ones(4), None):
+        tokens, got, policy = sample(logits, tau)
+        assert got[:3].isnan().all() and policy[:3].isnan().all() and got[3].isfinite() and policy[3].isfinite()
+        assert tokens.min() >= 0 and tokens.max() < 3000
+    tokens, got, _ = sample(logits, torch.tensor([1.0, 1.0, 1.0, -1.0]))
+    assert got[3].isnan() and 0 <= tokens[3] < 3000
+
+
+def test_masked_tokens_are_never_drawn(backend: str) -> None:
     torch.manual_seed(0)
     logits = peaked(2000, 900)
     logits[:, 10:] = -math.inf
@@ -161,7 +205,7 @@ def test_masked_tokens_are_never_drawn() -> None:
         assert tokens.max() < 10 and got.isfinite().all() and policy.isfinite().all(), knobs
 
 
-def test_the_generator_decides() -> None:
+def test_the_generator_decides(backend: str) -> None:
     logits, tau = peaked(50, 400), torch.ones(50)
     drawn = []
     for seed in (5, 5, 6):
