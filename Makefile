@@ -77,7 +77,7 @@ sanitize: $(VENV)/.setup-test
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	    MDPGRPO_LIBRARIES=$(abspath build/sanitize/mdpgrpo_fast/kernels) TRITON_INTERPRET=1 \
 	    $(BIN)/python -m pytest -n $(JOBS) -k "cpu and not (opcheck or instruction_set or exported)" \
-	    tests/kernels/test_cpu.py $(addprefix tests/ops/test_,token_loss.py autograd.py logprobs.py advantages.py checks.py) $(ARGS)
+	    tests/kernels/test_cpu.py tests/rollout/test_sampling.py $(addprefix tests/ops/test_,token_loss.py autograd.py logprobs.py advantages.py checks.py) $(ARGS)
 
 # What a GPU machine without a registry lacks: wheels for its Python, and csrc/ built here. `bash benchmarks/gpu.sh` there.
 GPU_PYTHON ?= 3.12

@@ -197,14 +197,12 @@ class _cuda:
 
     @staticmethod
     def lengths(layout: PackedLayout, own: bool, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
-        """Cumulative lengths of queries and keys, and the longest of both: as all variable-length functions take them.
-
-        The longest is at least 2: for single queries they have another path, which takes none without a query.
-        """
+        """Cumulative lengths of queries and keys, and the longest of both: as all variable-length functions take them."""
         bounds, queries, keys, _ = layout.bounds(device)
         if own:
-            longest = max(2, *(b - a for a, b in layout.own))
+            longest = max(b - a for a, b in layout.own)
             return bounds, bounds, longest, longest
+        # At least 2: for single queries the functions have another path, which takes no segment without one.
         longest = max(2, *(b - a for a, b in itertools.chain(layout.tails, layout.prompts)))
         return queries, keys, longest, longest
 

@@ -171,7 +171,7 @@ def test_greedy(backend: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("vocab", [1, 7, 2047, 2049, 6000])
-def test_the_compiled_kernel_draws_by_the_cumulative_sum(vocab: int) -> None:
+def test_the_cpu_kernel_draws_by_the_cumulative_sum(vocab: int) -> None:
     n, tau = 4001, 0.7
     logits = peaked(1, vocab)
     logits[:, 1::5] = -math.inf
