@@ -197,7 +197,7 @@ class _cuda:
 
     @staticmethod
     def lengths(layout: PackedLayout, own: bool, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
-        """Cumulative lengths of queries and keys, and the longest of both: as all variable-length functions take them."""
+        """Cumulative lengths of queries and keys, and the longest of both, as variable-length functions take them."""
         bounds, queries, keys, _ = layout.bounds(device)
         if own:
             longest = max(b - a for a, b in layout.own)
