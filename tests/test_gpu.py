@@ -32,11 +32,11 @@ pytestmark = GPU
 @pytest.mark.parametrize("tile", tiles.CANDIDATES, ids=lambda t: "-".join(map(str, t)))
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_every_tile_computes_the_same(tile: tiles.Tile, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows on 16 bytes, several tiles long, more of them than programs: loads ahead of their use, and its tail."""
+    """Several tiles long, more rows than programs: loads ahead of their use, its tail, and rows off 16 bytes."""
     from mdpgrpo_fast.kernels.triton import library
 
     monkeypatch.setattr(library, "tile_for", lambda vocab, dtype, device: tiles.fit(tile, vocab))
-    for vocab in (32768, 32776):
+    for vocab in (32768, 32776, 32789):
         batch = make_batch(3, lengths=(300, 257, 300, 9), vocab=vocab, dtype=dtype)
         (got, grad), (want, expected) = (run(name, batch, config_for()) for name in ("triton", "torch"))
         assert error(got.logprobs, want.logprobs.double().cpu(), 1.0) < 1e-3
@@ -158,6 +158,21 @@ def test_sampled_completions_record_the_logprobs_of_the_model() -> None:
     torch.manual_seed(0)
     again = generate(model, prompts, temperature=taus, eos=[299], max_new_tokens=40, num_generations=4)
     assert torch.equal(again.tokens, found.tokens), "the same seed draws the same"
+
+
+# ---- packing --------------------------------------------------------------------------------------------------------
+
+
+def test_packing_waits_for_nothing() -> None:
+    ids, tokens = torch.full((4, 6), 5, device="cuda"), torch.full((4, 3), 7, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        packed = pack(ids, [6, 6, 4, 4], tokens, [3, 1, 2, 3], [[0, 1], [2, 3]])
+        bounds = packed.layout.bounds(ids.device)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert packed.ids.tolist()[0] == [5] * 6 + [7] * 4 + [5] * 4 + [7] * 5
+    assert bounds[0].tolist() == [0, 6, 9, 10, 14, 16, 19]
 
 
 # ---- training -------------------------------------------------------------------------------------------------------

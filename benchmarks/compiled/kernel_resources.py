@@ -119,12 +119,15 @@ PLAIN = Settings(
 FULL = PLAIN._replace(delta=2.0, softcap=30.0, two_temperatures=1)
 
 
-def cases(vocab: int, dtype: torch.dtype, tile: tiles.Tile) -> list[Launch]:
-    """The leanest and the fullest objective, log-probs and their gradient, scaling, advantages."""
+def cases(vocab: int, dtype: torch.dtype, tile: tiles.Tile, stride: int | None = None) -> list[Launch]:
+    """The leanest and the fullest objective, log-probs and their gradient, scaling, advantages.
+
+    stride: elements from a row to the next; None: vocab.
+    """
     b, length = 2, 4
     n = b * length
-    logits = torch.empty(b, length, vocab, dtype=dtype)
-    gradient, statistics = torch.empty_like(logits), torch.zeros(5, n)
+    logits, gradient = (torch.empty(b, length, stride or vocab, dtype=dtype)[..., :vocab] for _ in range(2))
+    statistics = torch.zeros(5, n)
     row, each, one = torch.zeros(n), torch.zeros(b), torch.ones(1)
     name = f"V={vocab} {str(dtype).removeprefix('torch.')}"
     alone = Rows(torch.zeros(n, dtype=torch.long), temperature=row)
@@ -137,7 +140,7 @@ def cases(vocab: int, dtype: torch.dtype, tile: tiles.Tile) -> list[Launch]:
     all_groups = groups._replace(valid=torch.ones(b, dtype=torch.uint8), slots=torch.arange(b))
 
     def loss(rows: Rows, groups: Groups, settings: Settings, denominator: torch.Tensor | None) -> Callable[[], Any]:
-        x, out = (t if rows.completion is None else t.view(1, n, vocab) for t in (logits, gradient))
+        x, out = (t if rows.completion is None else t.flatten(0, 1)[None] for t in (logits, gradient))
         return lambda: token_loss.launch_token_loss(
             x, out, rows, groups, settings, denominator, b, length, tile_of=lambda: tile
         )
@@ -162,8 +165,8 @@ def cases(vocab: int, dtype: torch.dtype, tile: tiles.Tile) -> list[Launch]:
         "objective, sequence": lambda: objective.launch_objective(
             statistics, row, chunk, FULL._replace(sequence=1, rescale=1), each, one, b
         ),
-        "sampling": lambda: sampling.launch_sample(logits.view(-1, vocab), row, tile_of=lambda: tile),
-        "sampling, greedy": lambda: sampling.launch_sample(logits.view(-1, vocab), None, tile_of=lambda: tile),
+        "sampling": lambda: sampling.launch_sample(logits.flatten(0, 1), row, tile_of=lambda: tile),
+        "sampling, greedy": lambda: sampling.launch_sample(logits.flatten(0, 1), None, tile_of=lambda: tile),
         "log-probs": lambda: logprobs.launch_logprobs(
             logits, rows._replace(temperature=each), Settings(), b, tile_of=lambda: tile
         ),
@@ -282,13 +285,14 @@ def compile_for(launch: Launch, sm: int) -> Resources:
 
 
 def measure(
-    vocabs: list[int], dtypes: list[torch.dtype], chosen: list[tiles.Tile], sms: list[int], rows_only: bool
+    vocabs: list[int], dtypes: list[torch.dtype], chosen: list[tiles.Tile], sms: list[int], rows_only: bool,
+    stride: int | None = None,
 ) -> list[Resources]:  # fmt: skip
     unique = {}
     for vocab in vocabs:
         for dtype in dtypes:
             for tile in dict.fromkeys(tiles.fit(t, vocab) for t in chosen):
-                for launch in cases(vocab, dtype, tile):
+                for launch in cases(vocab, dtype, tile, stride):
                     facts = (launch.signature, launch.constants, launch.attributes, launch.options)
                     key = (launch.kernel, *map(str, facts))
                     unique.setdefault(key, launch)
@@ -300,6 +304,7 @@ def measure(
 def main() -> int:
     parser = argparse.ArgumentParser(description=inspect.cleandoc(__doc__ or ""))
     parser.add_argument("--vocab", type=int, nargs="+", default=[128256])
+    parser.add_argument("--stride", type=int, help="elements from a row to the next; unset: the vocabulary")
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"])
     parser.add_argument("--sm", type=int, nargs="+", default=list(ARCHITECTURES))
     parser.add_argument("--all-tiles", action="store_true", help="every candidate of tuning, not its default alone")
@@ -307,7 +312,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=RESULT)
     args = parser.parse_args()
     chosen = list(tiles.CANDIDATES if args.all_tiles else tiles.CANDIDATES[:1])
-    found = measure(args.vocab, [getattr(torch, d) for d in args.dtype], chosen, args.sm, args.rows_only)
+    found = measure(args.vocab, [getattr(torch, d) for d in args.dtype], chosen, args.sm, args.rows_only, args.stride)
     head = f"{'kernel':22}{'sm':>4}{'warps':>6}{'regs':>6}{'spill':>6}{'shared':>8}{'occup.':>8}"
     head += f"{'per logit':>14}{'issue':>8}{'memory':>8}{'larger':>8}"  # ms of ROWS rows
     print(head + "  loads, stores (bits: count)")

@@ -263,7 +263,7 @@ class Sweep {
   // exceeds u of the whole; one of probability 0 never does.
   int64_t draw(const Row& r, double u) const {
     std::vector<double> sums(static_cast<size_t>(blocks()));
-    double total = 0, running = 0;
+    double total = 0, running = 0, before = 0;
     for (int64_t b = 0; b < blocks(); ++b) {
       const double weight = std::exp2(r.k * (peaks()[b] - r.statistics.peak));
       double parts[8] = {};
@@ -275,12 +275,12 @@ class Sweep {
     int64_t own = -1;
     for (int64_t b = 0; b < blocks() && running <= target; ++b) {
       const double sum = sums[static_cast<size_t>(b)];
-      if (sum > 0) own = b;
+      if (sum > 0) own = b, before = running;
       running += sum;
     }
     if (own < 0) return 0;  // no number among them
     const double weight = std::exp2(r.k * (peaks()[own] - r.statistics.peak));
-    running -= sums[static_cast<size_t>(own)];
+    running = before;
     int64_t found = 0;
     for (int64_t i = 0; i < width(own) && running <= target; ++i) {
       const double e = scratch_start_[own * BLOCK + i] * weight;

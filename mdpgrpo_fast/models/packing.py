@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from . import shared_prompt
 from .heads import causal_lm
@@ -122,11 +125,26 @@ def masks(layout: PackedLayout, positions: Tensor, window: int | None = None) ->
     return allowed if window is None else allowed & (gap < window)
 
 
+@contextmanager
+def _eager(model: Any) -> Iterator[None]:
+    """The attention that transformers writes out, which runs anywhere and takes masks."""
+    parts = list({id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values())
+    before = [config._attn_implementation_internal for config in parts]
+    try:
+        for config in parts:
+            config._attn_implementation_internal = "eager"
+        yield
+    finally:
+        for config, name in zip(parts, before, strict=True):
+            config._attn_implementation_internal = name
+
+
 class Packing:
     """How a model runs over packed groups.
 
-    blocks: attention by `shared_prompt`, without masks or padding; masks: a (T, T) mask given to the model's own
-    attention, for soft-caps and sliding windows; flex: the same as a block mask, where the model's attention is flex.
+    blocks: attention by `shared_prompt`, without masks or padding, with a soft-cap under flash-attn alone; masks: a
+    (T, T) mask given to the model's own attention, for soft-caps and sliding windows; flex: the same as a block mask,
+    where the model's attention is flex.
 
     device, dtype: where and in what the passes will run, autocast considered.
 
@@ -135,7 +153,7 @@ class Packing:
 
     def __init__(self, model: Any, device: torch.device, dtype: torch.dtype) -> None:
         lm = causal_lm(model)
-        self.config, self.body = lm.config.get_text_config(), getattr(lm, lm.base_model_prefix)
+        self.config, self.body, self.dtype = lm.config.get_text_config(), getattr(lm, lm.base_model_prefix), dtype
         kinds = set(getattr(self.config, "layer_types", None) or ())
         if kinds - {"full_attention", "sliding_attention"}:
             raise Unpackable(f"it has layers of other kinds than attention ({', '.join(sorted(kinds))})")
@@ -156,6 +174,11 @@ class Packing:
             self.mode = "blocks"
         elif self.attention == FLASH_ATTN:
             raise Unpackable(f"{FLASH_ATTN} has no kernels for {dtype} of {self._head_size()} on {device.type}")
+        if self.attention == FLASH_ATTN and next(lm.parameters()).device.type == "cpu":
+            # A run moves the model later, and may shard it first: what its layers do besides attention shows here too.
+            with _eager(lm):
+                self._try("masks")
+            return
         for mode in {self.mode_for(1), self.mode_for((self.window or 0) + 1)}:
             if mode is not None:
                 self._try(mode)
@@ -221,21 +244,24 @@ class Packing:
     @torch.no_grad()
     def _try(self, mode: Mode) -> None:
         """Two small groups, packed and padded: whatever a model does besides attention shows."""
-        device = next(self.body.parameters()).device
+        weights = next(self.body.parameters())
+        device, autocast = weights.device, weights.is_cuda and weights.dtype != self.dtype
         vocab, lengths, prompt_lengths = self.config.vocab_size, [3, 1, 4, 2], [3, 3, 2, 2]
         prompt_ids = (torch.tensor([[5, 6, 7]] * 2 + [[0, 8, 9]] * 2) % vocab).to(device)
         tokens = (torch.arange(16).view(4, 4) * 3 % vocab).to(device)
         packed = pack(prompt_ids, prompt_lengths, tokens, lengths, [[0, 1], [2, 3]])
         rows = [torch.cat([prompt_ids[i, 3 - prompt_lengths[i] :], tokens[i, :n]])[None] for i, n in enumerate(lengths)]
         try:
-            states = self.body(**self.arguments(packed, mode)).last_hidden_state[0, packed.predictors]
-            parts = [self.body(input_ids=r, use_cache=False).last_hidden_state[0] for r in rows]
+            with torch.autocast(device.type, self.dtype, enabled=autocast):
+                states = self.body(**self.arguments(packed, mode)).last_hidden_state[0, packed.predictors]
+                parts = [self.body(input_ids=r, use_cache=False).last_hidden_state[0] for r in rows]
         except Exception as e:
             raise Unpackable(f"its forward pass does not take packed groups: {type(e).__name__}: {e}") from None
         alone = torch.cat([x[-n - 1 : -1] for x, n in zip(parts, lengths, strict=True)]).float()
         gap, size = (states.float() - alone).abs().amax(), alone.abs().amax()
         # Rounding differs from one order of sums to another, and grows over the layers. In bfloat16 that leaves only
         # gross differences to be seen.
-        ulps = 200 if states.dtype in (torch.float32, torch.float64) else 8
-        if not bool(gap <= size * torch.finfo(states.dtype).eps * ulps):
+        dtype = self.dtype if autocast else states.dtype
+        ulps = 200 if dtype in (torch.float32, torch.float64) else 8
+        if not bool(gap <= size * torch.finfo(dtype).eps * ulps):
             raise Unpackable(f"its hidden states differ when groups are packed, by {gap:.1e} of {size:.1e}")

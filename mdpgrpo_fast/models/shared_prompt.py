@@ -19,7 +19,8 @@ Span = tuple[int, int]
 
 def upload(host: Tensor, device: torch.device) -> Tensor:
     """A copy on the device that nobody waits for: to a GPU from pinned memory, from any other the host waits."""
-    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
+    pinned = device.type == "cuda" and host.device.type == "cpu"  # which torch's default device may not be
+    return (host.pin_memory() if pinned else host).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -197,12 +198,14 @@ class _cuda:
 
     @staticmethod
     def lengths(layout: PackedLayout, own: bool, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
-        """Cumulative lengths of queries and keys, and the longest of both, as variable-length functions take them."""
+        """Cumulative lengths of queries and keys, and the longest of both, as variable-length functions take them.
+
+        The longest is at least 2: for single queries they have another path, which takes no segment without one.
+        """
         bounds, queries, keys, _ = layout.bounds(device)
         if own:
-            longest = max(b - a for a, b in layout.own)
+            longest = max(2, *(b - a for a, b in layout.own))
             return bounds, bounds, longest, longest
-        # At least 2: for single queries the functions have another path, which takes no segment without one.
         longest = max(2, *(b - a for a, b in itertools.chain(layout.tails, layout.prompts)))
         return queries, keys, longest, longest
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sys
 from typing import Any
 
 import pytest
 import torch
 import transformers as tf
-from helpers import flash_attn
+from helpers import flash_stand_in
 from helpers.losses import config_for
 
 from mdpgrpo_fast.config import ConfigError, TrainConfig, preset
@@ -97,7 +98,7 @@ def gradients(
 @pytest.mark.parametrize("name", [n for n in MODELS if "flex" not in n])
 def test_packed_equals_padded(name: str, lm_head: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if "flash" in name:
-        flash_attn.stand_in(monkeypatch)
+        flash_stand_in.stand_in(monkeypatch)
     policy = Policy(build(name), lm_head, packing="on")
     assert policy.packing is not None and policy.packing.mode == MODELS[name][2]
     ids, prompt_mask, tokens, mask, _, lengths, _ = batch()
@@ -152,9 +153,33 @@ def test_a_sliding_window_takes_masks_only_where_it_reaches() -> None:
     assert "shared_prompt" in packing.arguments(packed([[3]])), "1 + 2 positions fit into the window"
 
 
+def test_flash_attn_is_tried_where_the_model_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU before a run moves it, where flash-attn has no kernels; what is wrong with a model shows there too."""
+    flash_stand_in.stand_in(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+    def on_the_cpu(*args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("no kernels on the CPU")
+
+    for name in ("flash_attn_func", "flash_attn_varlen_func"):
+        monkeypatch.setattr(sys.modules["flash_attn"], name, on_the_cpu)
+    for name in ("_flash_attn_varlen_forward", "_flash_attn_varlen_backward"):
+        monkeypatch.setattr(sys.modules["flash_attn.flash_attn_interface"], name, on_the_cpu)
+    model = build("gemma2 flash")
+    packing = Packing(model, torch.device("cuda"), torch.bfloat16)
+    assert packing.mode == "blocks" and model.config._attn_implementation == "flash_attention_2"
+    with pytest.raises(NotImplementedError, match="no kernels on the CPU"):
+        model.model(**packing.arguments(packed()))
+    forward = model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda *args, position_ids=None, **more: forward(*args, **more))
+    with pytest.raises(Unpackable, match="its hidden states differ when groups are packed, by"):
+        Packing(model, torch.device("cuda"), torch.bfloat16)
+    assert model.config._attn_implementation == "flash_attention_2"
+
+
 def test_flash_attn_takes_no_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond a sliding window there is no way to pack for it, and that is said before a run begins."""
-    flash_attn.stand_in(monkeypatch)
+    flash_stand_in.stand_in(monkeypatch)
     model = build("gemma2 flash")
     model.config.sliding_window = 12
     packing = packing_of(model)
@@ -255,16 +280,16 @@ def test_attention_over_blocks_is_that_under_a_mask(peaked: float) -> None:
 def emulated(monkeypatch: pytest.MonkeyPatch, kernels: str, softcap: float) -> Any:
     """What a GPU calls, by what it is documented to do."""
     if kernels == "flash_attn":
-        return shared_prompt.FlashAttn(flash_attn, softcap)
+        return shared_prompt.FlashAttn(flash_stand_in, softcap)
 
     def forward(*args: Any, scale: float) -> Any:
         *rows, dropout, causal, debug = args
         assert dropout == 0 and debug is False
-        return *flash_attn.varlen_forward(*rows, scale, causal), torch.zeros(2), torch.zeros(0), torch.zeros(0)
+        return *flash_stand_in.varlen_forward(*rows, scale, causal), torch.zeros(2), torch.zeros(0), torch.zeros(0)
 
     def backward(*args: Any, scale: float) -> Any:
         *rows, _, _, _, causal, _, _ = args
-        return flash_attn.varlen_backward(*rows, scale, causal)
+        return flash_stand_in.varlen_backward(*rows, scale, causal)
 
     for name, fake in (("_flash_attention_forward", forward), ("_flash_attention_backward", backward)):
         real = getattr(torch.ops.aten, name).default._schema

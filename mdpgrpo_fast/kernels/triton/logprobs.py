@@ -39,8 +39,16 @@ def _logprobs_kernel(
     first = tl.program_id(0)
     for index in range(first, n_rows if tile.persistent else first + 1, tl.num_programs(0) if tile.persistent else 1):
         row = tl.cast(index, tl.int64)
+        logits = logits_ptr + row // row_length * stride_lb + row % row_length * stride_ll
+        gradient = logits
+        if gradient_ptr is not None:
+            gradient = gradient_ptr + row // row_length * stride_gb + row % row_length * stride_gl
+        # As in `_token_loss_kernel`.
+        if tile.axis == 1:
+            logits = tl.multiple_of(logits, 16)
+        if tile.write_axis == 1 and not tile.wraps:
+            gradient = tl.multiple_of(gradient, 16)
         if _kept(rows, row):
-            logits = logits_ptr + row // row_length * stride_lb + row % row_length * stride_ll
             completion, known = _completion_of(rows, row, row_length, num_completions)
             tau = _temperature(rows, is_per_row, settings, completion, row, True)
             token = _token(rows.tokens, row, tile)
@@ -56,7 +64,6 @@ def _logprobs_kernel(
             tl.store(statistics_ptr + 3 * n + row, log_total_kl)
             tl.store(statistics_ptr + 4 * n + row, z)
             if gradient_ptr is not None:
-                gradient = gradient_ptr + row // row_length * stride_gb + row % row_length * stride_gl
                 _write_gradient(logits, gradient, tiles, token, peak, log_total, 0.0, 1.0 / tau, 0.0, LOG2E / tau, 0.0,
                                 settings.softcap, False, tile)  # fmt: skip
         else:
@@ -64,8 +71,7 @@ def _logprobs_kernel(
             for i in tl.static_range(5):
                 tl.store(statistics_ptr + i * n + row, 0.0)
             if gradient_ptr is not None:
-                gradient = gradient_ptr + row // row_length * stride_gb + row % row_length * stride_gl
-                _write_zeros(gradient, tiles, tile)
+                _write_zeros(logits, gradient, tiles, tile)
 
 
 @triton.jit(
@@ -83,7 +89,12 @@ def _logprobs_backward_kernel(
     first = tl.program_id(0)
     for index in range(first, n_rows if tile.persistent else first + 1, tl.num_programs(0) if tile.persistent else 1):
         row = tl.cast(index, tl.int64)
+        logits = logits_ptr + row // row_length * stride_lb + row % row_length * stride_ll
         gradient = gradient_ptr + row // row_length * stride_gb + row % row_length * stride_gl
+        if tile.axis == 1:
+            logits = tl.multiple_of(logits, 16)
+        if tile.write_axis == 1 and not tile.wraps:
+            gradient = tl.multiple_of(gradient, 16)
         c = tl.load(grad_logprobs_ptr + row).to(tl.float32)
         if rows.mask is not None:
             c = tl.where(_kept(rows, row), c, 0.0)
@@ -93,9 +104,8 @@ def _logprobs_backward_kernel(
             if rows.mask is not None:
                 c_kl = tl.where(_kept(rows, row), c_kl, 0.0)
         if (c == 0.0) & (c_kl == 0.0):
-            _write_zeros(gradient, tiles, tile)
+            _write_zeros(logits, gradient, tiles, tile)
         else:
-            logits = logits_ptr + row // row_length * stride_lb + row % row_length * stride_ll
             completion, _ = _completion_of(rows, row, row_length, num_completions)
             tau = _temperature(rows, is_per_row, settings, completion, row, True)
             peak = tl.load(statistics_ptr + row)

@@ -3,9 +3,10 @@
 A row of V logits is read in tiles of `tile.block` columns, shaped (block / width, width) so that one thread holds
 `width` neighbours: they are one 16-byte access, and the running maximum and sums are kept per thread, with no exchange
 between threads until the row ends. Rows that do not all begin on 16 bytes (axis 0), as of an odd V, are read for their
-sums element by element by neighbouring threads, so that the order of a sum depends on V and the tile, never on what
-else is in the batch or on where in it a row is. The sweep that writes has no sums: it begins at a row's first whole 16
-bytes and ends with what lies before them.
+sums element by element by neighbouring threads. So the order of a sum depends on V, the tile and whether all rows are
+aligned, never on what else is in the batch or on where in it a row is. The sweep that writes has no sums: of such rows
+it begins at the first whole 16 bytes and ends with what lies before them. Which elements are in the tile of the token,
+and with it the last bits of a float32 gradient, then depends on where a row begins.
 
 `tiles`, the whole tiles of a row, is V // block given at run time: known at compile time, the loops would be unrolled
 and their addresses fill the registers.
@@ -218,13 +219,13 @@ def _target(row, token, softcap):
 
 @triton.jit
 def _first_whole(row, out, tile):
-    """row and out from the row's first 16 aligned bytes on, and how many elements lie before: none if it is aligned.
+    """row and out from the row's first 16 aligned bytes on, and how many elements lie before: none where all begin so.
 
     They become the row's last places. `tiles.row_tile` has looked that out is aligned as the row is, and that what is
     left after the whole tiles has room for them.
     """
     before = 0
-    if tile.write_axis != tile.axis:
+    if tile.wraps:
         before = ((-row.to(tl.int64)) & 15).to(tl.int32) // (16 // tile.width)
         row, out = tl.multiple_of(row + before, 16), tl.multiple_of(out + before, 16)
     return row, out, before
@@ -234,7 +235,7 @@ def _first_whole(row, out, tile):
 def _offsets(start, before, TAIL: tl.constexpr, tile):
     """Where the places of a tile lie from `start` on."""
     offsets = _columns(0, tile, tile.write_axis)
-    if TAIL and tile.write_axis != tile.axis:
+    if TAIL and tile.wraps:
         offsets = tl.where(offsets + start < tile.vocab - before, offsets, offsets - tile.vocab)
     return offsets
 
@@ -278,7 +279,7 @@ def _write_gradient(
     # The tile with the row's own token compares columns, and takes differences from the maximum, as 1 - p must be 0
     # where p is 1. The others spend fewer instructions: they are off by some last bits of p.
     row, out, before = _first_whole(row, out, tile)
-    if tile.write_axis != tile.axis:
+    if tile.wraps:
         place = tl.where(token >= before, token - before, token - before + tile.vocab)
         token = tl.where(token >= 0, place, token)
     own = tl.maximum(token, 0) // tile.block
@@ -304,8 +305,9 @@ def _write_gradient(
 
 
 @triton.jit
-def _write_zeros(out, tiles, tile):
-    _, out, before = _first_whole(out, out, tile)
+def _write_zeros(row, out, tiles, tile):
+    """Zeros in place of the gradient of a row."""
+    _, out, before = _first_whole(row, out, tile)
     if tile.write_axis == 1:
         zero = tl.zeros((tile.block // tile.width, tile.width), out.dtype.element_ty)
     else:

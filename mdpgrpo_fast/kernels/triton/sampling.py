@@ -49,6 +49,8 @@ def _sample_kernel(
     """NOISE: a draw at the row's τ; else the most likely token, both log-probs at 1."""
     row = tl.program_id(0).to(tl.int64)
     logits = logits_ptr + row * stride_l
+    if tile.axis == 1:
+        logits = tl.multiple_of(logits, 16)  # of the stride the compiler knows it where that is 16 elements
     tau, seed = 1.0, 0
     if NOISE:
         tau = tl.load(temperature_ptr + row).to(tl.float32)

@@ -38,7 +38,8 @@ class RowTile(NamedTuple):
     block: Any
     width: Any  # neighbours that a thread holds, 16 bytes
     axis: Any  # 1: a thread has neighbours; 0: neighbouring threads have, for rows that are not aligned
-    write_axis: Any  # of the sweep that writes, which may begin at a row's first aligned bytes
+    write_axis: Any  # of the sweep that writes
+    wraps: Any  # whether that begins at each row's first whole 16 bytes
     stages: Any
     persistent: Any
 
@@ -83,14 +84,16 @@ def fit(tile: Tile, vocab: int) -> Tile:
 def row_tile(tile: Tile, logits: Tensor, gradient: Tensor | None = None) -> RowTile:
     """The tile of these rows and of those that are written, as kernels take it."""
     gradient = logits if gradient is None else gradient
-    vocab, width = logits.shape[-1], width_of(logits.dtype)
-    axis = write_axis = int(aligned(logits) and aligned(gradient))
+    vocab, width, axis = logits.shape[-1], width_of(logits.dtype), aligned(logits)
+    wraps = False
     if not axis and logits.data_ptr() % 16 == gradient.data_ptr() % 16 == 0:
         gaps = (a - b for a, b in zip(logits.stride()[:-1], gradient.stride()[:-1], strict=True))
-        write_axis = int(all(gap % width == 0 for gap in gaps) and vocab % tile.block >= width)
+        wraps = all(gap % width == 0 for gap in gaps) and vocab % tile.block >= width
+        wraps = wraps and gradient.element_size() >= logits.element_size()
+    write_axis = wraps or (axis and aligned(gradient))
     # Element by element there is nothing to gain from loading ahead, and registers to lose.
     stages = tile.stages if axis else 1
-    return _row_tile(vocab, tile.block, width, axis, write_axis, stages, tile.programs > 0)
+    return _row_tile(vocab, tile.block, width, int(axis), int(write_axis), wraps, stages, tile.programs > 0)
 
 
 # The same constexpr objects in each call: comparing new ones takes Triton longer than all else of a launch.

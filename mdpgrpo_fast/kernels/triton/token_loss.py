@@ -74,6 +74,11 @@ def _token_loss_kernel(
         gradient = logits
         if gradient_ptr is not None:
             gradient = gradient_ptr + row // row_length * stride_gb + row % row_length * stride_gl
+        # The compiler knows of strides whether they are multiples of 16 elements. Inside of a function this is lost.
+        if tile.axis == 1:
+            logits = tl.multiple_of(logits, 16)
+        if tile.write_axis == 1 and not tile.wraps:
+            gradient = tl.multiple_of(gradient, 16)
         if _kept(rows, row):
             completion, known = _completion_of(rows, row, row_length, num_completions)
             tau = _temperature(rows, is_per_row, settings, completion, row, True)
@@ -133,7 +138,7 @@ def _token_loss_kernel(
                 else:
                     a += share * c_kl / tau
                 if (a == 0.0) & (a_kl == 0.0):
-                    _write_zeros(gradient, tiles, tile)
+                    _write_zeros(logits, gradient, tiles, tile)
                 else:
                     _write_gradient(logits, gradient, tiles, token, peak, log_total, log_total_kl, a, a_kl, k, k_kl,
                                     settings.softcap, settings.two_temperatures, tile)  # fmt: skip
@@ -143,7 +148,7 @@ def _token_loss_kernel(
             for i in tl.static_range(3):
                 tl.store(marks_ptr + i * n + row, False)
             if gradient_ptr is not None:
-                _write_zeros(gradient, tiles, tile)
+                _write_zeros(logits, gradient, tiles, tile)
 
 
 @triton.jit(do_not_specialize=["n_rows", "row_length", "tiles"], do_not_specialize_on_alignment=["scale_ptr"])
@@ -154,6 +159,8 @@ def _scale_kernel(gradient_ptr, scale_ptr, n_rows, row_length, tiles, stride_gb,
         for index in range(tl.program_id(0), n_rows, tl.num_programs(0)):
             row = tl.cast(index, tl.int64)
             gradient = gradient_ptr + row // row_length * stride_gb + row % row_length * stride_gl
+            if tile.axis == 1:
+                gradient = tl.multiple_of(gradient, 16)
             for i in tl.range(0, tiles, num_stages=tile.stages):
                 columns = _columns(i * tile.block, tile, tile.axis)
                 g = tl.load(gradient + columns).to(tl.float32) * scale

@@ -135,8 +135,11 @@ def accumulate(out: Tensor, gradient: Tensor, hidden: Tensor, first: bool) -> No
 
 
 def new_rows(n: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(n, V), uninitialised; on a GPU every row begins on 16 bytes, without which kernels and matmuls are slow."""
-    width = 16 // dtype.itemsize if device.type == "cuda" else 1
+    """(n, V), uninitialised; on a GPU every row begins on 16 bytes, without which kernels and matmuls are slow.
+
+    On 16 elements even: kernels are compiled for strides of that kind.
+    """
+    width = 16 if device.type == "cuda" else 1
     return torch.empty(n, -(-vocab // width) * width, dtype=dtype, device=device)[:, :vocab]
 
 
