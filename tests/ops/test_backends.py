@@ -486,8 +486,9 @@ def test_rows_off_16_bytes_are_written_as_any(
             return x
 
     hints: list[Any] = []
-    watched = DEVICE == "cpu" and dtype != "bfloat16"  # whose conversion makes the interpreter look for the real one
-    if watched:
+    if DEVICE == "cpu":
+        # Once with the real one, which the interpreter looks for when it first sees a function.
+        run("triton", batch, config, softcap=softcap)
         monkeypatch.setattr(row_kernels, "tl", Language())
     for write_axis in (1, 0):
 
@@ -504,7 +505,7 @@ def test_rows_off_16_bytes_are_written_as_any(
         found.append((got.out.logprobs, got.grad, torch.autograd.grad(scores.sum(), logits)[0]))
     assert {(x.axis.value, x.write_axis.value) for x in taken if x.vocab.value == vocab} == {(0, 1)}
     assert torch.equal(found[0][0], found[1][0]), "log-probs do not know"
-    assert hints or not watched
+    assert hints or DEVICE != "cpu"
     assert not found[0][1][3, 2:].any(), "masked rows"
     for ours, plain in zip(found[0][1:], found[1][1:], strict=True):
         assert plain.abs().max() > 1e-3
