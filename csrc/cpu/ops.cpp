@@ -226,6 +226,13 @@ struct Row {
   float logprob;
 };
 
+// What is left of a distribution, in this order: 0, 1 and 0 for all of it.
+struct Truncation {
+  int64_t top_k;
+  double top_p, min_p;
+  bool any() const { return top_k > 0 || top_p < 1 || min_p > 0; }
+};
+
 class Sweep {
  public:
   Sweep(const Logits& logits, const int64_t* tokens, const RowOptions& options, double kl_temperature)
@@ -286,6 +293,60 @@ class Sweep {
       const double e = scratch_start_[own * BLOCK + i] * weight;
       if (e > 0) found = own * BLOCK + i;
       running += e;
+    }
+    return found;
+  }
+  // As `draw`, of the columns that truncation leaves, the most likely first. total: their sum of exp((z - peak) / τ).
+  int64_t draw_truncated(const Row& r, double u, const Truncation& truncation, double& total) const {
+    const int64_t vocab = options_.vocab;
+    std::vector<double> weights(static_cast<size_t>(vocab));
+    std::vector<int64_t> ids(static_cast<size_t>(vocab));
+    double all = 0;
+    for (int64_t b = 0; b < blocks(); ++b) {
+      const double factor = std::exp2(r.k * (peaks()[b] - r.statistics.peak));
+      for (int64_t i = b * BLOCK; i < b * BLOCK + width(b); ++i) {
+        const double weight = scratch_start_[i] * factor;
+        weights[static_cast<size_t>(i)] = weight;
+        ids[static_cast<size_t>(i)] = i;
+        all += weight;
+      }
+    }
+    total = NOT_A_NUMBER;
+    if (!(all > 0)) return 0;  // no number among them
+    const auto likelier = [&](int64_t a, int64_t b) {
+      const double x = weights[static_cast<size_t>(a)], y = weights[static_cast<size_t>(b)];
+      return x > y || (x == y && a < b);
+    };
+    const auto first = ids.begin();
+    int64_t size = vocab, sorted = 0;  // columns that are left, and how many at the beginning are in order
+    const auto sort_to = [&](int64_t end) {
+      end = std::min(end, size);
+      if (end <= sorted) return;
+      if (end < size) std::nth_element(first + sorted, first + end, first + size, likelier);
+      std::sort(first + sorted, first + end, likelier);
+      sorted = end;
+    };
+    if (truncation.top_k > 0 && truncation.top_k < vocab) {
+      sort_to(truncation.top_k);
+      size = truncation.top_k;
+      all = 0;
+      for (int64_t i = 0; i < size; ++i) all += weights[static_cast<size_t>(ids[static_cast<size_t>(i)])];
+    }
+    sort_to(64);
+    const double least = truncation.min_p * weights[static_cast<size_t>(ids[0])];
+    // One goes, with all after it, where those before it hold top_p, or it is less likely than min_p of the first.
+    int64_t kept = 0;
+    for (total = 0; kept < size; ++kept) {
+      if (kept == sorted) sort_to(4 * sorted);
+      const double weight = weights[static_cast<size_t>(ids[static_cast<size_t>(kept)])];
+      if (kept > 0 && (total >= truncation.top_p * all || weight < least || weight == 0)) break;
+      total += weight;
+    }
+    double running = 0;
+    int64_t found = ids[0];
+    for (int64_t i = 0; i < kept && running <= std::min(u, 1 - 0x1p-53) * total; ++i) {
+      found = ids[static_cast<size_t>(i)];
+      running += weights[static_cast<size_t>(found)];
     }
     return found;
   }
@@ -623,17 +684,21 @@ void scale(StableIValue* stack, uint64_t, uint64_t) {
 }
 
 const char* const SAMPLE =
-    "(Tensor logits, Tensor temperature, Tensor noise, Tensor(a!) tokens, Tensor(b!) logprobs) -> ()";
+    "(Tensor logits, Tensor temperature, Tensor noise, Tensor truncation, Tensor(a!) tokens, Tensor(b!) logprobs) -> "
+    "()";
 
-// One token a row and its log-probs at the row's temperature and at 1; without temperatures the most likely one. noise:
-// uniform in [0, 2⁵³).
+// One token a row and its log-probs under what it was drawn from and at temperature 1; without temperatures the most
+// likely one. truncation: top_k, top_p, min_p; noise: uniform in [0, 2⁵³).
 void sample(StableIValue* stack, uint64_t, uint64_t) {
   Arguments args(stack, aoti_torch_device_type_cpu());
   const Tensor logits_ = args.tensor("logits"), temperature_ = args.tensor("temperature"),
-               noise_ = args.tensor("noise"), tokens_ = args.tensor("tokens"), logprobs_ = args.tensor("logprobs");
+               noise_ = args.tensor("noise"), truncation_ = args.tensor("truncation"), tokens_ = args.tensor("tokens"),
+               logprobs_ = args.tensor("logprobs");
   const Logits logits(logits_);
   const int64_t n = logits.rows();
   const float* const temperature = elements<float>(temperature_, n, true);
+  const double* const given = elements<double>(truncation_, 3);
+  const Truncation truncation{static_cast<int64_t>(given[0]), given[1], given[2]};
   const int64_t* const noise = elements<int64_t>(noise_, n, temperature == nullptr);
   int64_t* const tokens = elements<int64_t>(tokens_, n);
   float* const out = elements<float>(logprobs_, 2 * n);
@@ -645,10 +710,19 @@ void sample(StableIValue* stack, uint64_t, uint64_t) {
       const double tau = temperature == nullptr ? 1 : temperature[row] > 0 ? temperature[row] : NOT_A_NUMBER;
       const Row r = sweep.read(row, tau, true);
       const RowStatistics& s = r.statistics;
-      tokens[row] = temperature == nullptr ? sweep.first_of_peak(row, r)
-                                           : sweep.draw(r, static_cast<double>(noise[row]) * 0x1p-53);
+      const double u = temperature == nullptr ? 0 : static_cast<double>(noise[row]) * 0x1p-53;
+      double log_total = s.log_total;
+      if (temperature == nullptr) {
+        tokens[row] = sweep.first_of_peak(row, r);
+      } else if (truncation.any()) {
+        double total;
+        tokens[row] = sweep.draw_truncated(r, u, truncation, total);
+        log_total = std::log(total);
+      } else {
+        tokens[row] = sweep.draw(r, u);
+      }
       const double gap = sweep.at(row, tokens[row]).z - s.peak;
-      out[row] = static_cast<float>(gap / tau - s.log_total);
+      out[row] = static_cast<float>(gap / tau - log_total);
       out[n + row] = temperature == nullptr ? out[row] : static_cast<float>(gap - s.log_total_kl);
     }
   });

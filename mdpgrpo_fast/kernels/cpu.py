@@ -106,8 +106,10 @@ def launch_advantages(groups: Groups, settings: Settings) -> tuple[Tensor, Tenso
     return per_group, per_completion
 
 
-def sample(logits: Tensor, temperature: Tensor | None, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """As `rollout.sampling.sample` without truncation; noise (R,): wanted where there is a temperature (R,)."""
+def sample(
+    logits: Tensor, temperature: Tensor | None, truncation: tuple[int, float, float], noise: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `rollout.sampling.sample`; truncation: top_k, top_p, min_p; noise (R,): wanted beside a temperature (R,)."""
     n = len(logits)
     tokens = torch.zeros(n, dtype=torch.int64, device=CPU)
     logprobs = torch.empty(2, n, dtype=torch.float32, device=CPU)
@@ -115,7 +117,7 @@ def sample(logits: Tensor, temperature: Tensor | None, noise: Tensor | None) -> 
         _raw._cpu_sample(
             logits=logits[None] if logits.stride(1) == 1 else logits[None].contiguous(),
             temperature=as_raw(temperature, logits), noise=as_raw(noise, logits, torch.int64), tokens=tokens,
-            logprobs=logprobs,
+            truncation=torch.tensor(truncation, dtype=torch.float64, device=CPU), logprobs=logprobs,
         )  # fmt: skip
     return tokens, logprobs[0], logprobs[1]
 

@@ -31,8 +31,8 @@ def sample(
     """
     vocab = logits.shape[1]
     truncated = temperature is not None and (0 < top_k < vocab or top_p < 1 or min_p > 0)
-    backend = "torch" if truncated else backends.choose("auto", logits.device, logits.dtype)
-    if backend == "triton":
+    backend = backends.choose("auto", logits.device, logits.dtype)
+    if backend == "triton" and not truncated:
         from ..kernels.triton import library
 
         return library.sample(logits, temperature, noise)
@@ -41,7 +41,7 @@ def sample(
     if backend == "cpu":
         from ..kernels import cpu
 
-        return cpu.sample(logits, temperature, noise)
+        return cpu.sample(logits, temperature, (top_k, top_p, min_p), noise)
     if temperature is None:
         tokens = logits.argmax(1)
         policy = _logprobs(logits, tokens, 1.0)
