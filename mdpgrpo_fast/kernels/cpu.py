@@ -111,7 +111,7 @@ def sample(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `rollout.sampling.sample`; truncation: top_k, top_p, min_p; noise (R,): wanted beside a temperature (R,)."""
     n = len(logits)
-    tokens = torch.zeros(n, dtype=torch.int64, device=CPU)
+    tokens = torch.empty(n, dtype=torch.int64, device=CPU)
     logprobs = torch.empty(2, n, dtype=torch.float32, device=CPU)
     if n:
         _raw._cpu_sample(

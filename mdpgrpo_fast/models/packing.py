@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from . import shared_prompt
 from .heads import causal_lm
@@ -125,20 +122,6 @@ def masks(layout: PackedLayout, positions: Tensor, window: int | None = None) ->
     return allowed if window is None else allowed & (gap < window)
 
 
-@contextmanager
-def _eager(model: Any) -> Iterator[None]:
-    """The attention that transformers writes out, which runs anywhere and takes masks."""
-    parts = list({id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values())
-    before = [config._attn_implementation_internal for config in parts]
-    try:
-        for config in parts:
-            config._attn_implementation_internal = "eager"
-        yield
-    finally:
-        for config, name in zip(parts, before, strict=True):
-            config._attn_implementation_internal = name
-
-
 class Packing:
     """How a model runs over packed groups.
 
@@ -175,8 +158,9 @@ class Packing:
         elif self.attention == FLASH_ATTN:
             raise Unpackable(f"{FLASH_ATTN} has no kernels for {dtype} of {self._head_size()} on {device.type}")
         if self.attention == FLASH_ATTN and next(lm.parameters()).device.type == "cpu":
-            # A run moves the model later, and may shard it first: what its layers do besides attention shows here too.
-            with _eager(lm):
+            # A run moves the model later, and may shard it first. What its layers do besides attention shows here too,
+            # under the attention that runs anywhere and takes masks.
+            with shared_prompt.attention_named(lm, "eager"):
                 self._try("masks")
             return
         for mode in {self.mode_for(1), self.mode_for((self.window or 0) + 1)}:

@@ -8,6 +8,8 @@ do the gradients: flash attention's backward pass takes the output and the log-s
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -231,9 +233,9 @@ class _cuda:
 
 @dataclass(frozen=True)
 class FlashAttn:
-    """The package's: flash_attn.flash_attn_interface, of 2.7 or newer."""
+    """flash-attn's, of 2.7 or newer: those below its public functions, as a backward pass has to take a log-sum-exp."""
 
-    package: Any
+    package: Any  # flash_attn.flash_attn_interface
     softcap: float = 0.0
 
     rows = staticmethod(_cuda.rows)
@@ -270,6 +272,23 @@ def stay_outside() -> None:
 
 
 # ---- in models of transformers --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def attention_named(model: Any, name: str) -> Iterator[None]:
+    """Makes this the attention of all parts of the model, without a look at whether it can be."""
+    from transformers import PreTrainedModel
+
+    parts = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
+    before = [config._attn_implementation_internal for config in parts]
+    try:
+        for config in parts:
+            config._attn_implementation_internal = name
+        yield
+    finally:
+        for config, one in zip(parts, before, strict=True):
+            config._attn_implementation_internal = one
+
 
 _installed: set[str] = set()
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
 
+from ..models.shared_prompt import attention_named
 from ..ops import backends
 
 NAME = "mdpgrpo_decode"
@@ -62,14 +62,9 @@ AttentionInterface.register(NAME, lambda *args, **kwargs: _attends[-1](*args, **
 @contextmanager
 def attention_of(model: Any, attend: Callable[..., Any]) -> Iterator[None]:
     """Makes `attend` the attention of all parts of the model. transformers makes no masks for it, as it knows none."""
-    parts = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
-    before = [config._attn_implementation_internal for config in parts]
     _attends.append(attend)
     try:
-        for config in parts:
-            config._attn_implementation_internal = NAME
-        yield
+        with attention_named(model, NAME):
+            yield
     finally:
-        for config, name in zip(parts, before, strict=True):
-            config._attn_implementation_internal = name
         _attends.pop()

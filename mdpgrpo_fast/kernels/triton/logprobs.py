@@ -16,6 +16,7 @@ from .rows import (
     _completion_of,
     _kept,
     _read_row,
+    _row_at,
     _target,
     _temperature,
     _token,
@@ -39,15 +40,12 @@ def _logprobs_kernel(
     first = tl.program_id(0)
     for index in range(first, n_rows if tile.persistent else first + 1, tl.num_programs(0) if tile.persistent else 1):
         row = tl.cast(index, tl.int64)
-        logits = logits_ptr + row // row_length * stride_lb + row % row_length * stride_ll
+        logits = _row_at(logits_ptr, row, row_length, stride_lb, stride_ll, tile.axis == 1)
         gradient = logits
         if gradient_ptr is not None:
-            gradient = gradient_ptr + row // row_length * stride_gb + row % row_length * stride_gl
-        # As in `_token_loss_kernel`.
-        if tile.axis == 1:
-            logits = tl.multiple_of(logits, 16)
-        if tile.write_axis == 1 and not tile.wraps:
-            gradient = tl.multiple_of(gradient, 16)
+            gradient = _row_at(
+                gradient_ptr, row, row_length, stride_gb, stride_gl, tile.write_axis == 1 and not tile.wraps
+            )
         if _kept(rows, row):
             completion, known = _completion_of(rows, row, row_length, num_completions)
             tau = _temperature(rows, is_per_row, settings, completion, row, True)
@@ -89,12 +87,8 @@ def _logprobs_backward_kernel(
     first = tl.program_id(0)
     for index in range(first, n_rows if tile.persistent else first + 1, tl.num_programs(0) if tile.persistent else 1):
         row = tl.cast(index, tl.int64)
-        logits = logits_ptr + row // row_length * stride_lb + row % row_length * stride_ll
-        gradient = gradient_ptr + row // row_length * stride_gb + row % row_length * stride_gl
-        if tile.axis == 1:
-            logits = tl.multiple_of(logits, 16)
-        if tile.write_axis == 1 and not tile.wraps:
-            gradient = tl.multiple_of(gradient, 16)
+        logits = _row_at(logits_ptr, row, row_length, stride_lb, stride_ll, tile.axis == 1)
+        gradient = _row_at(gradient_ptr, row, row_length, stride_gb, stride_gl, tile.write_axis == 1 and not tile.wraps)
         c = tl.load(grad_logprobs_ptr + row).to(tl.float32)
         if rows.mask is not None:
             c = tl.where(_kept(rows, row), c, 0.0)

@@ -68,6 +68,18 @@ def _logit(u, softcap):
 
 
 @triton.jit
+def _row_at(base, row, row_length, stride_b, stride_l, ALIGNED: tl.constexpr):
+    """Where a row of (B, L, V) begins. row: int64, as offsets exceed 2³¹ elements long before memory is full.
+
+    ALIGNED: on 16 bytes, which the compiler knows by itself where the strides are multiples of 16 elements.
+    """
+    pointer = base + row // row_length * stride_b + row % row_length * stride_l
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
 def _columns(start, tile, AXIS: tl.constexpr):
     """Columns of a tile. AXIS 1: (block / width, width), a thread has neighbours; 0: (width, block / width)."""
     threads = tl.arange(0, tile.block // tile.width)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows import LOG2E, NEG_INF, _accumulate, _columns, _load_tile, _log2, _total
+from .rows import LOG2E, NEG_INF, _accumulate, _columns, _load_tile, _log2, _row_at, _total
 from .tiles import TileSource, compiler_options, on_device, row_tile
 
 
@@ -48,9 +48,7 @@ def _sample_kernel(
 ):  # fmt: skip
     """NOISE: a draw at the row's τ; else the most likely token, both log-probs at 1."""
     row = tl.program_id(0).to(tl.int64)
-    logits = logits_ptr + row * stride_l
-    if tile.axis == 1:
-        logits = tl.multiple_of(logits, 16)  # of the stride the compiler knows it where that is 16 elements
+    logits = _row_at(logits_ptr, row, n_rows, 0, stride_l, tile.axis == 1)
     tau, seed = 1.0, 0
     if NOISE:
         tau = tl.load(temperature_ptr + row).to(tl.float32)

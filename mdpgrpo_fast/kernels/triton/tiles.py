@@ -38,8 +38,8 @@ class RowTile(NamedTuple):
     block: Any
     width: Any  # neighbours that a thread holds, 16 bytes
     axis: Any  # 1: a thread has neighbours; 0: neighbouring threads have, for rows that are not aligned
-    write_axis: Any  # of the sweep that writes
-    wraps: Any  # whether that begins at each row's first whole 16 bytes
+    write_axis: Any  # the same for the sweep that writes
+    wraps: Any  # whether that begins at each row's first whole 16 bytes and ends with what lies before them
     stages: Any
     persistent: Any
 

@@ -25,6 +25,7 @@ from .rows import (
     _completion_of,
     _kept,
     _read_row,
+    _row_at,
     _target,
     _temperature,
     _token,
@@ -68,17 +69,13 @@ def _token_loss_kernel(
     first = tl.program_id(0)
     n = tl.cast(n_rows, tl.int64)
     for index in range(first, n_rows if tile.persistent else first + 1, tl.num_programs(0) if tile.persistent else 1):
-        # Offsets of rows exceed 2³¹ elements long before memory is full.
         row = tl.cast(index, tl.int64)
-        logits = logits_ptr + row // row_length * stride_lb + row % row_length * stride_ll
+        logits = _row_at(logits_ptr, row, row_length, stride_lb, stride_ll, tile.axis == 1)
         gradient = logits
         if gradient_ptr is not None:
-            gradient = gradient_ptr + row // row_length * stride_gb + row % row_length * stride_gl
-        # The compiler knows of strides whether they are multiples of 16 elements. Inside of a function this is lost.
-        if tile.axis == 1:
-            logits = tl.multiple_of(logits, 16)
-        if tile.write_axis == 1 and not tile.wraps:
-            gradient = tl.multiple_of(gradient, 16)
+            gradient = _row_at(
+                gradient_ptr, row, row_length, stride_gb, stride_gl, tile.write_axis == 1 and not tile.wraps
+            )
         if _kept(rows, row):
             completion, known = _completion_of(rows, row, row_length, num_completions)
             tau = _temperature(rows, is_per_row, settings, completion, row, True)
@@ -158,9 +155,7 @@ def _scale_kernel(gradient_ptr, scale_ptr, n_rows, row_length, tiles, stride_gb,
     if scale != 1.0:
         for index in range(tl.program_id(0), n_rows, tl.num_programs(0)):
             row = tl.cast(index, tl.int64)
-            gradient = gradient_ptr + row // row_length * stride_gb + row % row_length * stride_gl
-            if tile.axis == 1:
-                gradient = tl.multiple_of(gradient, 16)
+            gradient = _row_at(gradient_ptr, row, row_length, stride_gb, stride_gl, tile.axis == 1)
             for i in tl.range(0, tiles, num_stages=tile.stages):
                 columns = _columns(i * tile.block, tile, tile.axis)
                 g = tl.load(gradient + columns).to(tl.float32) * scale

@@ -134,13 +134,6 @@ def launch_attention(
         )  # fmt: skip
         if lse is not None:
             _combine_kernel[(rows * heads,)](
-                partial,
-                lse,
-                out,
-                size,
-                block_size,
-                parts,
-                num_warps=max(1, parts * block_size // 1024),
-                **FP_FUSION,
-            )
+                partial, lse, out, size, block_size, parts, num_warps=max(1, parts * block_size // 1024), **FP_FUSION,
+            )  # fmt: skip
     return out
