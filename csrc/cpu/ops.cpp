@@ -2,8 +2,6 @@
 // prepares the arguments.
 #include <algorithm>
 #include <cmath>
-#include <limits>
-#include <memory>
 #include <vector>
 
 #ifdef __linux__
@@ -11,47 +9,16 @@
 #endif
 
 #include "../inputs.h"
-#include "rows.h"
+#include "sample.h"
+#include "sweep.h"
 
 namespace mdpgrpo {
 namespace {
 
-constexpr double LOG2E = 1.4426950408889634074;
-constexpr double NOT_A_NUMBER = std::numeric_limits<double>::quiet_NaN();
 // Gradients beyond this size are written past the caches: who reads them next finds little of them there anyway.
 constexpr int64_t STREAMING_BYTES = int64_t{8} << 20;
-constexpr int64_t GRAIN = 1 << 15;  // logits that are worth a thread
-
-template <class F>
-void parallel(int64_t n, int64_t grain, const F& body) {
-  const auto call = [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); };
-  check(torch_parallel_for(0, n, std::max<int64_t>(grain, 1), call, const_cast<F*>(&body)) == 0, "a thread has failed");
-}
 
 // ---- arguments ------------------------------------------------------------------------------------------------------
-
-// (B, L, V), unit stride in V, as rows.
-struct Logits {
-  char* data;
-  int64_t batch, length, vocab, stride_b, stride_l, item;
-  Element element;
-
-  Logits(const Tensor& t) {
-    check(t.dim() == 3, t.name(), " must have 3 dimensions, not ", std::to_string(t.dim()));
-    check(t.size(2) == 1 || t.stride(2) == 1, t.name(), " must have unit stride in the vocabulary");
-    check(t.dtype() == DType::float32 || t.dtype() == DType::bfloat16 || t.dtype() == DType::float16, t.name(),
-          " must be float32, bfloat16 or float16, not ", name_of(t.dtype()));
-    element = t.dtype() == DType::float32 ? F32 : t.dtype() == DType::bfloat16 ? BF16 : F16;
-    item = element == F32 ? 4 : 2;
-    data = static_cast<char*>(t.data());
-    batch = t.size(0), length = t.size(1), vocab = t.size(2);
-    stride_b = t.stride(0), stride_l = t.stride(1);
-    check(vocab > 0 || rows() == 0, t.name(), " has an empty vocabulary");
-  }
-  int64_t rows() const { return batch * length; }
-  const void* after(int64_t i) const { return row(i + 1 < rows() ? i + 1 : i); }
-  void* row(int64_t i) const { return data + (i / length * stride_b + i % length * stride_l) * item; }
-};
 
 // Where the gradient goes, if anywhere.
 struct Gradient {
@@ -214,171 +181,6 @@ void sum_up(const Rows<float>& rows, const Record& record, float* loss, float* c
   for (int i = 0; i < 8; ++i) totals[i] = static_cast<float>(out[i]);
   *loss = static_cast<float>(total);
 }
-
-// ---- one row --------------------------------------------------------------------------------------------------------
-
-// A row of the logits: read, and, if asked, kept for being written.
-struct Row {
-  RowStatistics statistics;
-  Logit own;
-  int64_t token;  // -1: none in this row
-  double k, k_kl;
-  float logprob;
-};
-
-// What is left of a distribution, in this order: 0, 1 and 0 for all of it.
-struct Truncation {
-  int64_t top_k;
-  double top_p, min_p;
-  bool any() const { return top_k > 0 || top_p < 1 || min_p > 0; }
-};
-
-class Sweep {
- public:
-  Sweep(const Logits& logits, const int64_t* tokens, const RowOptions& options, double kl_temperature)
-      : logits_(logits), tokens_(tokens), options_(options), k_kl_(LOG2E / kl_temperature),
-        scratch_(new float[static_cast<size_t>(scratch_floats(options)) + 16]) {
-    scratch_start_ = scratch_.get();
-    while (reinterpret_cast<uintptr_t>(scratch_start_) % 64 != 0) ++scratch_start_;
-  }
-  Row read(int64_t row, double tau, bool known) const {
-    const void* const x = logits_.row(row);
-    Row r;
-    r.token = tokens_[row] >= 0 && tokens_[row] < logits_.vocab ? tokens_[row] : -1;
-    r.own = r.token >= 0 ? at(row, r.token) : Logit{NOT_A_NUMBER, 1};
-    if (!known) r.own.z = NOT_A_NUMBER;
-    r.k = LOG2E / tau, r.k_kl = k_kl_;
-    RowStatistics& s = r.statistics;
-    s = kernels_.read[logits_.element](x, options_, r.k, k_kl_, scratch_start_);
-    // As they are returned: whoever computes ℓ from them comes to the same bits.
-    s.log_total = static_cast<float>(s.log_total), s.log_total_kl = static_cast<float>(s.log_total_kl);
-    // As it is returned: with it as the old one, the ratio is exactly 1.
-    r.logprob = static_cast<float>((r.own.z - s.peak) / tau - s.log_total);
-    return r;
-  }
-  // a (onehot - p) + a_kl (onehot - p_kl) of the row that was read last.
-  void write(void* out, Element element, const Row& r, double a, double a_kl, bool streaming, const void* next) const {
-    const RowStatistics& s = r.statistics;
-    const double d = r.own.z - s.peak;
-    double own = -a * std::expm1(d * r.k / LOG2E - s.log_total);
-    if (options_.two_temperatures) own -= a_kl * std::expm1(d * r.k_kl / LOG2E - s.log_total_kl);
-    kernels_.write[element](out, options_, r.k, r.k_kl, s, {a, a_kl, own * r.own.slope, r.token}, scratch_start_,
-                            streaming, next);
-  }
-
-  // Of the row that was read last and kept, without a soft-cap: the first column where the running sum of exp(z / τ)
-  // exceeds u of the whole; one of probability 0 never does.
-  int64_t draw(const Row& r, double u) const {
-    std::vector<double> sums(static_cast<size_t>(blocks()));
-    double total = 0, running = 0, before = 0;
-    for (int64_t b = 0; b < blocks(); ++b) {
-      const double weight = std::exp2(r.k * (peaks()[b] - r.statistics.peak));
-      double parts[8] = {};
-      for (int64_t i = 0; i < width(b); ++i) parts[i % 8] += scratch_start_[b * BLOCK + i];
-      for (const double part : parts) sums[static_cast<size_t>(b)] += part * weight;
-      total += sums[static_cast<size_t>(b)];
-    }
-    const double target = std::min(u, 1 - 0x1p-53) * total;
-    int64_t own = -1;
-    for (int64_t b = 0; b < blocks() && running <= target; ++b) {
-      const double sum = sums[static_cast<size_t>(b)];
-      if (sum > 0) own = b, before = running;
-      running += sum;
-    }
-    if (own < 0) return 0;  // no number among them
-    const double weight = std::exp2(r.k * (peaks()[own] - r.statistics.peak));
-    running = before;
-    int64_t found = 0;
-    for (int64_t i = 0; i < width(own) && running <= target; ++i) {
-      const double e = scratch_start_[own * BLOCK + i] * weight;
-      if (e > 0) found = own * BLOCK + i;
-      running += e;
-    }
-    return found;
-  }
-  // As `draw`, of the columns that truncation leaves, the most likely first. total: their sum of exp((z - peak) / τ).
-  int64_t draw_truncated(const Row& r, double u, const Truncation& truncation, double& total) const {
-    const int64_t vocab = options_.vocab;
-    std::vector<double> weights(static_cast<size_t>(vocab));
-    std::vector<int64_t> ids(static_cast<size_t>(vocab));
-    double all = 0;
-    for (int64_t b = 0; b < blocks(); ++b) {
-      const double factor = std::exp2(r.k * (peaks()[b] - r.statistics.peak));
-      for (int64_t i = b * BLOCK; i < b * BLOCK + width(b); ++i) {
-        const double weight = scratch_start_[i] * factor;
-        weights[static_cast<size_t>(i)] = weight;
-        ids[static_cast<size_t>(i)] = i;
-        all += weight;
-      }
-    }
-    total = NOT_A_NUMBER;
-    if (!(all > 0)) return 0;  // no number among them
-    const auto likelier = [&](int64_t a, int64_t b) {
-      const double x = weights[static_cast<size_t>(a)], y = weights[static_cast<size_t>(b)];
-      return x > y || (x == y && a < b);
-    };
-    const auto first = ids.begin();
-    int64_t size = vocab, sorted = 0;  // columns that are left, and how many at the beginning are in order
-    const auto sort_to = [&](int64_t end) {
-      end = std::min(end, size);
-      if (end <= sorted) return;
-      if (end < size) std::nth_element(first + sorted, first + end, first + size, likelier);
-      std::sort(first + sorted, first + end, likelier);
-      sorted = end;
-    };
-    if (truncation.top_k > 0 && truncation.top_k < vocab) {
-      sort_to(truncation.top_k);
-      size = truncation.top_k;
-      all = 0;
-      for (int64_t i = 0; i < size; ++i) all += weights[static_cast<size_t>(ids[static_cast<size_t>(i)])];
-    }
-    sort_to(64);
-    const double least = truncation.min_p * weights[static_cast<size_t>(ids[0])];
-    // One goes, with all after it, where those before it hold top_p, or it is less likely than min_p of the first.
-    int64_t kept = 0;
-    for (total = 0; kept < size; ++kept) {
-      if (kept == sorted) sort_to(4 * sorted);
-      const double weight = weights[static_cast<size_t>(ids[static_cast<size_t>(kept)])];
-      if (kept > 0 && (total >= truncation.top_p * all || weight < least || weight == 0)) break;
-      total += weight;
-    }
-    double running = 0;
-    int64_t found = ids[0];
-    for (int64_t i = 0; i < kept && running <= std::min(u, 1 - 0x1p-53) * total; ++i) {
-      found = ids[static_cast<size_t>(i)];
-      running += weights[static_cast<size_t>(found)];
-    }
-    return found;
-  }
-  // The first column of the largest logit; 0 of a row without a number.
-  int64_t first_of_peak(int64_t row, const Row& r) const {
-    for (int64_t b = 0; b < blocks(); ++b) {
-      if (peaks()[b] != r.statistics.peak) continue;
-      for (int64_t i = 0; i < width(b); ++i)
-        if (scratch_start_[b * BLOCK + i] == 1.0f && at(row, b * BLOCK + i).z == r.statistics.peak)
-          return b * BLOCK + i;
-    }
-    return 0;
-  }
-  Logit at(int64_t row, int64_t column) const {
-    return kernels_.at[logits_.element](logits_.row(row), column, options_.softcap);
-  }
-
- private:
-  int64_t blocks() const { return (options_.vocab + BLOCK - 1) / BLOCK; }
-  int64_t width(int64_t block) const { return std::min(BLOCK, options_.vocab - block * BLOCK); }
-  const float* peaks() const {
-    return scratch_start_ + (1 + options_.two_temperatures + (options_.softcap > 0)) * blocks() * BLOCK;
-  }
-
-  const RowKernels& kernels_ = row_kernels();
-  const Logits& logits_;
-  const int64_t* tokens_;
-  RowOptions options_;
-  double k_kl_;
-  std::unique_ptr<float[]> scratch_;
-  float* scratch_start_;
-};
 
 // ---- ops ------------------------------------------------------------------------------------------------------------
 
@@ -680,51 +482,6 @@ void scale(StableIValue* stack, uint64_t, uint64_t) {
   parallel(gradient.rows(), GRAIN / std::max<int64_t>(gradient.vocab, 1), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
       kernels.scale[gradient.element](gradient.row(row), gradient.vocab, factor);
-  });
-}
-
-const char* const SAMPLE =
-    "(Tensor logits, Tensor temperature, Tensor noise, Tensor truncation, Tensor(a!) tokens, Tensor(b!) logprobs) -> "
-    "()";
-
-// One token a row and its log-probs under what it was drawn from and at temperature 1; without temperatures the most
-// likely one. truncation: top_k, top_p, min_p; noise: uniform in [0, 2⁵³).
-void sample(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments args(stack, aoti_torch_device_type_cpu());
-  const Tensor logits_ = args.tensor("logits"), temperature_ = args.tensor("temperature"),
-               noise_ = args.tensor("noise"), truncation_ = args.tensor("truncation"), tokens_ = args.tensor("tokens"),
-               logprobs_ = args.tensor("logprobs");
-  const Logits logits(logits_);
-  const int64_t n = logits.rows();
-  const float* const temperature = elements<float>(temperature_, n, true);
-  const double* const given = elements<double>(truncation_, 3);
-  const Truncation truncation{static_cast<int64_t>(given[0]), given[1], given[2]};
-  const int64_t* const noise = elements<int64_t>(noise_, n, temperature == nullptr);
-  int64_t* const tokens = elements<int64_t>(tokens_, n);
-  float* const out = elements<float>(logprobs_, 2 * n);
-  const RowOptions options{logits.vocab, 0, temperature != nullptr, true};
-  parallel(n, GRAIN / std::max<int64_t>(logits.vocab, 1), [&](int64_t begin, int64_t end) {
-    const Sweep sweep(logits, tokens, options, 1);
-    for (int64_t row = begin; row < end; ++row) {
-      tokens[row] = 0;
-      const double tau = temperature == nullptr ? 1 : temperature[row] > 0 ? temperature[row] : NOT_A_NUMBER;
-      const Row r = sweep.read(row, tau, true);
-      const RowStatistics& s = r.statistics;
-      const double u = temperature == nullptr ? 0 : static_cast<double>(noise[row]) * 0x1p-53;
-      double log_total = s.log_total;
-      if (temperature == nullptr) {
-        tokens[row] = sweep.first_of_peak(row, r);
-      } else if (truncation.any()) {
-        double total;
-        tokens[row] = sweep.draw_truncated(r, u, truncation, total);
-        log_total = std::log(total);
-      } else {
-        tokens[row] = sweep.draw(r, u);
-      }
-      const double gap = sweep.at(row, tokens[row]).z - s.peak;
-      out[row] = static_cast<float>(gap / tau - log_total);
-      out[n + row] = temperature == nullptr ? out[row] : static_cast<float>(gap - s.log_total_kl);
-    }
   });
 }
 

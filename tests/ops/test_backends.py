@@ -370,20 +370,21 @@ def test_a_new_batch_compiles_no_new_kernel() -> None:
     assert set(done.stdout.split()) == {k.fn.__name__ for k in KERNELS}
 
 
+def compiled(folder: Path, *arguments: str) -> list[dict[str, Any]]:
+    """The kernels compiled for real GPUs, which needs none; the interpreter must not be chosen there."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    output, script = folder / "resources.json", ROOT / "benchmarks" / "compiled" / "kernel_resources.py"
+    command = [sys.executable, str(script), *arguments, "--dtype", "bfloat16", "--output", str(output)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return json.loads(output.read_text())["kernels"]
+
+
 @pytest.fixture(scope="module")
 def machine_code(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The kernels compiled for every architecture, which needs no GPU; the interpreter must not be chosen there."""
-    output = tmp_path_factory.mktemp("resources") / "resources.json"
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    found = []
-    # An odd vocabulary has rows that are not aligned, and code of its own.
-    for what in (["--vocab", "32000"], ["--vocab", "32001", "--sm", "90", "--rows-only"]):
-        script = str(ROOT / "benchmarks" / "compiled" / "kernel_resources.py")
-        command = [sys.executable, script, *what, "--dtype", "bfloat16", "--output", str(output)]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-        found += json.loads(output.read_text())["kernels"]
-    return found
+    """Of every architecture; an odd vocabulary has rows that are not aligned, and code of its own."""
+    folder = tmp_path_factory.mktemp("resources")
+    return compiled(folder, "--vocab", "32000") + compiled(folder, "--vocab", "32001", "--sm", "90", "--rows-only")
 
 
 def test_kernels_compile_without_spills(machine_code: list[dict[str, Any]]) -> None:
@@ -423,20 +424,9 @@ def test_rows_are_read_and_written_in_128_bit_pieces(machine_code: list[dict[str
 
 def test_rows_of_wider_buffers_are_read_and_written_in_128_bit_pieces(tmp_path: Path) -> None:
     """As of a chunk of an odd vocabulary; and of strides that are multiples of 8 elements, but not of 16."""
-    script = [
-        sys.executable,
-        str(ROOT / "benchmarks" / "compiled" / "kernel_resources.py"),
-        "--rows-only",
-        "--sm",
-        "90",
-    ]
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     for vocab, stride in ((32001, 32016), (32008, 32008)):
-        output = tmp_path / f"{vocab}.json"
-        command = [*script, "--vocab", str(vocab), "--stride", str(stride), "--output", str(output)]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-        rows = [r for r in json.loads(output.read_text())["kernels"] if r["sweeps"]]
+        found = compiled(tmp_path, "--vocab", str(vocab), "--stride", str(stride), "--sm", "90", "--rows-only")
+        rows = [r for r in found if r["sweeps"]]
         assert {r["kernel"] for r in rows} == {"token_loss", "logprobs", "logprobs_backward", "sample"}
         for r in rows:
             into_new_rows = "log-probs backward" in r["case"] and stride != vocab
