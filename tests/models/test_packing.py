@@ -300,12 +300,12 @@ def emulated(monkeypatch: pytest.MonkeyPatch, kernels: str, softcap: float) -> A
     return shared_prompt._cuda
 
 
-@pytest.mark.parametrize("groups", [None, [[0]]], ids=["all", "one token"])
+@pytest.mark.parametrize("one_token", [False, True])
 @pytest.mark.parametrize(("kernels", "softcap"), [("torch", 0.0), ("flash_attn", 0.0), ("flash_attn", 1.5)])
-def test_the_gpus_calls(monkeypatch: pytest.MonkeyPatch, kernels: str, softcap: float, groups: Any) -> None:
+def test_the_gpus_calls(monkeypatch: pytest.MonkeyPatch, kernels: str, softcap: float, one_token: bool) -> None:
     """Segments, layouts and merging of the GPU's paths. A prompt and a completion of one token: no single queries."""
     called = emulated(monkeypatch, kernels, softcap)
-    one = packed() if groups is None else pack(torch.tensor([[4]]), [1], torch.tensor([[5]]), [1], [[0]])
+    one = pack(torch.tensor([[4]]), [1], torch.tensor([[5]]), [1], [[0]]) if one_token else packed()
     inputs = qkv(one.layout)
     out = shared_prompt_attention(*inputs, one.layout, 0.3, called)
     expected = expected_attention(inputs, one, 0.3, softcap)
