@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .config import ConfigError, check_choices, knob, require
+from .config import ConfigError, PromptConfig, knob, require
 
 if TYPE_CHECKING:
     from .data import Example
@@ -18,25 +18,20 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(PromptConfig):
     """What to evaluate."""
 
-    model: str | None = knob(None, "model directory or hub id; unset: the embedded seed policy")
-    file: str | None = knob(None, "JSON lines of prompts with constraints; unset: the embedded held-out prompts")
+    file: str | None = knob(None, "prompts with constraints, as for training; unset: the embedded held-out prompts")
     output: str | None = knob(None, "write the result as JSON here")
     completions: str | None = knob(None, "write prompts, responses and verdicts as JSON lines here")
-    rules: Literal["ifeval", "mdpgrpo"] = knob("ifeval", "verifier rules: Google's IFEval or the MDP-GRPO authors'")
     samples: int = knob(0, "prompts to use, from the first; 0: all")
     batch_size: int = knob(64, "prompts answered at once")
-    max_prompt_length: int = knob(1024, "longest prompt in tokens; a longer one is an error")
-    max_completion_length: int = knob(256, "most new tokens of a completion")
     workers: int = knob(2, "processes that check responses")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "dtype the weights are loaded in")
-    cpu: bool = knob(False, "stay on the CPU even where a GPU is present")
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        for name in ("batch_size", "max_prompt_length", "max_completion_length", "workers"):
+        super().__post_init__()
+        for name in ("batch_size", "workers"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.samples >= 0, "samples", self.samples, "0 (all) or positive")
 

@@ -109,14 +109,14 @@ class Scorer:
         weights: list[float] | None = None,
         *,
         rules: str = TrainConfig.rules,
-        timeout: float = TrainConfig.reward_timeout,
+        timeout: float | None = TrainConfig.reward_timeout,
         workers: int = TrainConfig.reward_workers,
         on_bad_reward: str = TrainConfig.on_bad_reward,
     ) -> None:
         _load_rewards(specs)
         self.specs, self.rules = list(specs), rules
         self.weights = list(weights) if weights is not None else [1.0] * len(specs)
-        self.timeout, self.drop_bad = timeout, on_bad_reward == "drop"
+        self.timeout, self.drop_bad = timeout or 10.0, on_bad_reward == "drop"
         self.dropped = 0
         # Spawned workers import the verifiers alone: no torch, no threads copied in the middle of a lock.
         self._pool = ProcessPool(

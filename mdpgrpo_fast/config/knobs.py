@@ -1,0 +1,43 @@
+"""What a knob is: one default, one check, one sentence of help; and the error of all settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from dataclasses import field
+from typing import Any, get_args, get_type_hints
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message names the knob, what came and what is expected."""
+
+
+def knob(default: Any, help: str) -> Any:
+    """A dataclass field with the help text of its command-line flag."""
+    if isinstance(default, (list, tuple)):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+def unknown_name(kind: str, name: str, known: list[str]) -> ConfigError:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
+    return ConfigError(f"unknown {kind} {name!r}{hint}")
+
+
+def check_choices(config: Any) -> None:
+    """Raises ConfigError for a choice that is none and for a number that is not finite."""
+    hints = get_type_hints(type(config))
+    for f in dataclasses.fields(config):
+        choices = get_args(hints[f.name])
+        value = getattr(config, f.name)
+        if choices and all(isinstance(c, str) for c in choices) and value not in choices:
+            raise ConfigError(f"{f.name} must be one of {', '.join(choices)}; got {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{f.name} must be finite; got {value!r}")
+
+
+def require(ok: bool, name: str, value: Any, expected: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name} must be {expected}; got {value!r}")
