@@ -50,7 +50,7 @@ test: $(VENV)/.setup-test
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 # Without Triton's interpreter, compilers, other processes and measurements of memory.
-FAST := $(addprefix tests/,test_reference.py test_reference_advantages.py test_config.py test_data.py test_cli.py test_layers.py verifiers ops)
+FAST := $(addprefix tests/,test_reference.py test_reference_advantages.py test_config.py test_cli.py test_layers.py prompts verifiers ops)
 SLOW := triton or compile or spills or 128_bit or memory_is or opcheck
 test-fast: $(VENV)/.setup-test
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --ignore tests/ops/linear/test_sharded.py -m "not code and not gpu" \

@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any, Literal
 
 from .config import ConfigError, PromptConfig, knob, require
+
+MUCH_TRUNCATED = 0.2  # share of completions cut at the length limit that is worth a line
 
 if TYPE_CHECKING:
     from .data import Example
@@ -36,20 +39,42 @@ class EvaluateConfig(PromptConfig):
         require(self.samples >= 0, "samples", self.samples, "0 (all) or positive")
 
 
-def answer(
-    model: Any, tokenizer: Any, prompts: list[list[int]], eos: list[int], max_new_tokens: int, batch_size: int
-) -> tuple[list[str], list[bool]]:
-    """Greedy responses to tokenised prompts, and whether each ended by itself; in the order of the prompts."""
-    from .rollout.generate import decode, generate
+@dataclass(frozen=True)
+class Answer:
+    """A greedy response, as it is shown, as reward functions see it (`seen`) and as constraints do (`scored`)."""
 
-    texts, finished = [""] * len(prompts), [False] * len(prompts)
+    response: str
+    seen: str
+    scored: str
+    token_ids: list[int]
+    finished: bool  # it ended by itself
+
+
+def answer(
+    model: Any, tokenizer: Any, prompts: list[list[int]], eos: list[int], max_new_tokens: int, batch_size: int,
+    strip_thinking: str = "off", keep_special_tokens: bool = False,
+) -> list[Answer]:  # fmt: skip
+    """Greedy responses to tokenised prompts, in the order of the prompts; strip_thinking: as of PromptConfig."""
+    from .rollout.generate import generate
+    from .rollout.thinking import Thinking, scored_texts
+
+    answers: dict[int, Answer] = {}
+    thinking = Thinking(tokenizer, strip_thinking)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together: less padding
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         out = generate(model, [prompts[i] for i in rows], temperature=None, eos=eos, max_new_tokens=max_new_tokens)
-        for i, text, done in zip(rows, decode(out, tokenizer), out.finished.tolist(), strict=True):
-            texts[i], finished[i] = text, done
-    return texts, finished
+        texts = scored_texts(out, tokenizer, thinking, keep_special_tokens)
+        for i, *row in zip(rows, *texts, out.rows(), out.finished.tolist(), strict=True):
+            answers[i] = Answer(*row)
+    return [answers[i] for i in range(len(prompts))]
+
+
+def truncation_note(share: float, max_completion_length: int) -> str:
+    return (
+        f"{share:.0%} of the completions were cut at {max_completion_length} tokens and score as they stand: "
+        "--max-completion-length gives them room"
+    )
 
 
 def accuracy(examples: list[Example], flags: list[list[bool]]) -> dict[str, Any]:
@@ -75,10 +100,23 @@ def accuracy(examples: list[Example], flags: list[list[bool]]) -> dict[str, Any]
 
 
 def from_scores(examples: list[Example], scores: list[Score]) -> dict[str, Any]:
-    """`accuracy` of scored responses, with their mean reward; a dropped sample counts as nothing satisfied."""
+    """`accuracy` of scored responses, with mean and spread of their rewards, each and summed; a dropped sample counts
+    as nothing satisfied."""
     flags = [s.satisfied or [False] * len(e.instruction_ids) for e, s in zip(examples, scores, strict=True)]
-    totals = [s.total for s in scores if s.total is not None]
-    return {**accuracy(examples, flags), "reward": sum(totals) / len(totals) if totals else None}
+    total = _mean_and_std([s.total for s in scores])
+    names = scores[0].parts if scores else ()
+    return {
+        **accuracy(examples, flags),
+        "reward": total["mean"],
+        "reward_std": total["std"],
+        "rewards": {name: _mean_and_std([s.parts[name] for s in scores]) for name in names},
+    }
+
+
+def _mean_and_std(values: list[float | None]) -> dict[str, float | None]:
+    """Over those that are not None; None where there are none."""
+    found = [v for v in values if v is not None]
+    return {"mean": fmean(found) if found else None, "std": pstdev(found) if found else None}
 
 
 def strict_and_loose(
@@ -118,6 +156,10 @@ def table(result: dict[str, Any]) -> str:
         f"{'share per prompt (SSR)':42}{result['ssr']:8.3f}",
     ]
     lines += [f"  {t:34}{row['count']:5} {row['strict']:8.3f}{row['loose']:8.3f}" for t, row in result["types"].items()]
+    if "truncated" in result:
+        lines.append(f"{'cut at the length limit':42}{result['truncated']:8.3f}")
+        if result["truncated"] > MUCH_TRUNCATED:
+            lines.append(truncation_note(result["truncated"], result["max_completion_length"]))
     if result["unchecked"]:
         lines.append(f"{result['unchecked']} checks ended without an answer and count as not satisfied")
     return "\n".join(lines)
@@ -132,35 +174,41 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     from .data import read_prompts, tokenize
     from .demo import DEMO_DIR
     from .kernels import onednn
-    from .models.load import load, prompt_limit
+    from .models.load import context_length, load
     from .rewards import Scorer
     from .rollout.generate import eos_ids
 
     for path in (config.output, config.completions):
         if path is not None and not Path(path).parent.is_dir():
             raise ConfigError(f"the folder of {path!r} does not exist")
-    examples = read_prompts(config.file or DEMO_DIR / "heldout.jsonl", config.rules)
-    examples = examples[: config.samples or None]
-    if not any(e.instruction_ids for e in examples):
+    read = read_prompts(config.file or DEMO_DIR / "heldout.jsonl", config)
+    read = replace(read, examples=read.examples[: config.samples or None])
+    if not any(e.instruction_ids for e in read.examples):
         raise ConfigError(f"no prompt of {config.file!r} has an instruction_id_list: there is nothing to check")
-    model, tokenizer = load(config.model, config.dtype)
+    model, tokenizer = load(
+        config.model, config.dtype, tokenizer=config.tokenizer, trust_remote_code=config.trust_remote_code,
+        text_only=config.text_only or None,
+    )  # fmt: skip
     device = PartialState(cpu=config.cpu).device
     model.to(device).eval()
     if device.type == "cpu":
         onednn.install(model)
-    limit = prompt_limit(model, config.max_prompt_length, config.max_completion_length)
-    prompts = tokenize(examples, tokenizer, limit)
     eos = eos_ids(model, tokenizer)
-    responses, finished = answer(model, tokenizer, prompts, eos, config.max_completion_length, config.batch_size)
+    read, prompts = tokenize(read, tokenizer, config, context=context_length(model), eos=eos)
+    examples = read.examples
+    longest = config.max_completion_length
+    answers = answer(model, tokenizer, prompts, eos, longest, config.batch_size, config.strip_thinking)
     with Scorer(["constraints"], rules=config.rules, workers=config.workers) as scorer:
-        result, flags = strict_and_loose(scorer, examples, responses)
-    result = {**result, "finished": sum(finished) / len(finished), "model": config.model, "file": config.file}
+        result, flags = strict_and_loose(scorer, examples, [a.scored for a in answers])
+    result |= {"truncated": fmean(not a.finished for a in answers), "max_completion_length": longest}
+    result |= {"model": config.model, "file": config.file}
+    result |= {"notes": read.notes, "left_out": [asdict(row) for row in read.dropped]}
     if config.output:
         Path(config.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     if config.completions:
         with open(config.completions, "w", encoding="utf-8") as f:
-            for e, response, row in zip(examples, responses, flags, strict=True):
-                line = {"prompt": e.prompt, "response": response, "instruction_ids": e.instruction_ids, "strict": row}
+            for e, a, row in zip(examples, answers, flags, strict=True):
+                line = {"prompt": e.prompt, "response": a.response, "instruction_ids": e.instruction_ids, "strict": row}
                 f.write(json.dumps(line) + "\n")
     return result
 
@@ -171,6 +219,8 @@ def main(argv: list[str] | None = None) -> int:
     with report_errors():
         (config,) = parse(argv, EvaluateConfig, prog="python -m mdpgrpo_fast.evaluate")
         result = run(config)
+        for note in result["notes"]:
+            print(f"note: {note}", file=sys.stderr)
         print(table(result))
     return 0
 

@@ -259,7 +259,10 @@ def _resolve(argv: list[str] | None) -> tuple[list[float], int, MDPGRPOConfig]:
     # Temperatures play no part here, and their list need not divide this G.
     start = preset(group.preset, num_generations=len(rewards), multi_temperature=False)
     _, flags = read(layers=[(f"preset {group.preset}", {f.name: getattr(start, f.name) for f in known})])
-    return rewards, group.constraints, replace(start, **vars(flags))
+    config = replace(start, **vars(flags))
+    if config.running_goal:
+        raise ConfigError("goal_mean and goal_std running are of a whole run: one group does not tell them")
+    return rewards, group.constraints, config
 
 
 def _rewards(words: list[str]) -> list[float]:

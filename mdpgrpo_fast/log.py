@@ -1,9 +1,10 @@
-"""The library's logger, and messages that are said once."""
+"""The library's logger, messages that are said once, and errors of other libraries in one line."""
 
 from __future__ import annotations
 
 import functools
 import logging
+import re
 
 log = logging.getLogger("mdpgrpo_fast")
 
@@ -11,3 +12,19 @@ log = logging.getLogger("mdpgrpo_fast")
 @functools.cache
 def say_once(level: int, message: str) -> None:
     log.log(level, message)
+
+
+def reason_of(error: BaseException, limit: int = 300) -> str:
+    """What an error says, in one line of at most `limit` characters that keeps why."""
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    # transformers lists all models that it knows.
+    text = re.sub(r"(\w+, ){8,}\w+", "(a long list)", " ".join(lines))
+    if len(text) > limit and not lines[0].endswith(":"):
+        text = lines[0]
+    if len(text) > limit:
+        # How it begins and how it ends, from the start of a word to the end of one.
+        begin, end = text[: limit * 2 // 3].rsplit(" ", 1)[0], text[-(limit // 3 - 3) :].partition(" ")[2]
+        text = f"{begin} … {end}" if end else f"{text[: limit - 2]} …"
+    return f"{type(error).__name__}: {text}" if isinstance(error, (KeyError, AttributeError, TypeError)) else text

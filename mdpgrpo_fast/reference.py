@@ -114,13 +114,17 @@ def relative_anchor(rewards: Tensor, mean: Tensor, std: Tensor, constant: Tensor
     return torch.where(constant[:, None], 0, (rewards - mean[:, None]) / scale[:, None])
 
 
-def goal_anchor(rewards: Tensor, mean: Tensor, num_constraints: Tensor, goal_mean: str, goal_std: str) -> Tensor:
-    """δ = (r - m) / s (paper Eq. 4; s = sqrt(G/(4K)) as released, or the binomial sqrt(1/(4K))). (P, G)"""
-    half = torch.full_like(mean, 0.5)
-    m = {"half": half, "max_half_mean": torch.maximum(half, mean), "mean": mean}[goal_mean]
-    factor = rewards.shape[1] if goal_std == "released" else 1
-    s = (factor / (4 * num_constraints.to(rewards.dtype))).sqrt()
-    return (rewards - m[:, None]) / s[:, None]
+def goal_anchor(
+    rewards: Tensor, mean: Tensor, num_constraints: Tensor, goal_mean: str, goal_std: str,
+    running: tuple[float, float] | None = None,
+) -> Tensor:  # fmt: skip
+    """δ = (r - m) / s (paper Eq. 4; s = sqrt(G/(4K)) as released, or the binomial sqrt(1/(4K))); running: m and s for
+    the choices of that name, the median and the standard deviation of rewards seen before. (P, G)"""
+    half, median, deviation = (torch.full_like(mean, x) for x in (0.5, *(running or (torch.nan, torch.nan))))
+    m = {"half": half, "max_half_mean": torch.maximum(half, mean), "mean": mean, "running": median}[goal_mean]
+    size = rewards.shape[1] if goal_std == "released" else 1
+    s = deviation if goal_std == "running" else (size / (4 * num_constraints.to(rewards.dtype))).sqrt()
+    return (rewards - m[:, None]) / s[:, None].clamp(min=1e-8)
 
 
 def prospect_shape(v: Tensor, beta: float, gain: float, loss: float) -> Tensor:
@@ -135,12 +139,13 @@ def kl_coefficient(advantage: Tensor, beta_pos: float, beta_neg: float) -> Tenso
 
 
 def advantages(
-    rewards: Tensor, num_constraints: Tensor, config: MDPGRPOConfig, valid: Tensor | None = None
-) -> Advantages:
+    rewards: Tensor, num_constraints: Tensor, config: MDPGRPOConfig, valid: Tensor | None = None,
+    running: tuple[float, float] | None = None,
+) -> Advantages:  # fmt: skip
     """A = (1 - α) ψ(z) + α ψ(δ) and the KL coefficient of every completion.
 
     rewards (P, G) float; num_constraints (P,); valid (P, G) bool: completions whose reward counts (default all). The
-    others get z = δ = A = 0 and take no part in the group's statistics.
+    others get z = δ = A = 0 and take no part in the group's statistics. running: as of `goal_anchor`.
     """
     rewards = _float(rewards)
     valid = torch.ones_like(rewards, dtype=torch.bool) if valid is None else valid
@@ -148,7 +153,8 @@ def advantages(
     # Else the rounding between equal rewards would decide the sign of A, and with it the KL coefficient.
     rewards = torch.where(constant[:, None], mean[:, None], rewards)
     z = relative_anchor(rewards, mean, std, constant, config.group_std).masked_fill(~valid, 0)
-    delta = goal_anchor(rewards, mean, num_constraints, config.goal_mean, config.goal_std).masked_fill(~valid, 0)
+    delta = goal_anchor(rewards, mean, num_constraints, config.goal_mean, config.goal_std, running)
+    delta = delta.masked_fill(~valid, 0)
 
     def shape(v: Tensor, on: bool) -> Tensor:
         return prospect_shape(v, config.prospect_beta, config.prospect_gain, config.prospect_loss) if on else v

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 from .config import PRESETS, ConfigError, MDPGRPOConfig, TrainConfig
@@ -46,33 +46,43 @@ def resolve(argv: list[str]) -> tuple[TrainConfig, MDPGRPOConfig]:
     return run, method
 
 
+def refuse_child_processes() -> None:
+    """Raises ConfigError in a process that imports its parent's script to begin with: its run would be a second one,
+    and would move the first one's directory."""
+    import multiprocessing
+
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise ConfigError(
+            "this script starts a run when a child process imports it: its call belongs under "
+            "`if __name__ == '__main__':`"
+        )
+
+
 def main(argv: list[str] | None = None) -> int:
     from .cli import report_errors
 
     with report_errors():
+        refuse_child_processes()
         run, method = resolve(sys.argv[1:] if argv is None else argv)
 
         # Heavy imports only now: `--help` and a wrong flag answer at once.
+        from .models.adapters import resolve_adapter
         from .rewards import RewardError, Scorer
         from .rollout.vllm.sampler import RolloutError
         from .training.checkpoint import check_resume
-        from .training.run_dir import RunDir
+        from .training.run_dir import RunDir, last_line
         from .training.task import prepare
         from .training.trainer import Trainer
 
-        task = prepare(run)
-        scorer = Scorer(
-            run.reward,
-            run.reward_weights,
-            rules=run.rules,
-            timeout=run.reward_timeout,
-            workers=run.reward_workers,
-            on_bad_reward=run.on_bad_reward,
-        )
-        scorer.check(task.train)
-        scorer.check(task.held_out)
+        run = resolve_adapter(run)
         if run.resume:
             check_resume(run, method)
+        scorer = Scorer.of(run)
+        try:
+            task = prepare(run, scorer)
+        except RewardError as e:
+            print(e.trace, file=sys.stderr)
+            raise ConfigError(str(e)) from None
         out = RunDir(run.output_dir, create=False)
         try:
             trainer = Trainer(task, run, method, out, scorer)
@@ -81,6 +91,9 @@ def main(argv: list[str] | None = None) -> int:
         if trainer.accelerator.is_main_process and not run.resume:
             out.make()
             out.write_config(run, method)
+            out.append("dropped_rows.jsonl", *map(asdict, task.dropped))
+    for note in task.notes if trainer.accelerator.is_main_process else ():
+        print(note, file=sys.stderr)
     if out.moved:
         print(f"an earlier {out.path} is now {out.moved}", file=sys.stderr)
     if method.temperature_objective == "paper" and any(t != 1 for t in method.slot_temperatures):
@@ -100,12 +113,7 @@ def main(argv: list[str] | None = None) -> int:
 
         report = write_report(out.path)
         print(f"run directory: {out.path}   report: {report}")
-        if summary["hsr_after"] is not None:
-            print(
-                f"held-out HSR {summary['hsr_before']:.3f} -> {summary['hsr_after']:.3f}, "
-                f"SSR {summary['ssr_before']:.3f} -> {summary['ssr_after']:.3f} "
-                f"in {summary['steps']} steps, {summary['train_seconds']:.0f} s"
-            )
+        print(last_line(summary))
     return 130 if summary["interrupted"] else 0
 
 

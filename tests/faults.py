@@ -58,6 +58,14 @@ def rollout(old: str, new: str, tests: str) -> Fault:
     return Fault("mdpgrpo_fast/rollout/", old, new, f"tests/rollout -k '{tests}'")
 
 
+def rewards(old: str, new: str, tests: str) -> Fault:
+    return Fault("mdpgrpo_fast/rewards/", old, new, f"tests/rewards -k '{tests}'")
+
+
+def prompts(old: str, new: str, tests: str) -> Fault:
+    return Fault("mdpgrpo_fast/data/", old, new, f"tests/prompts -k '{tests}'")
+
+
 def verifiers(old: str, new: str, tests: str) -> Fault:
     return Fault("mdpgrpo_fast/verifiers/", old, new, f"tests/verifiers -k '{tests}'")
 
@@ -197,6 +205,36 @@ FAULTS = [
           "tests/models/test_packing.py -k gpus_calls"),
     Fault("mdpgrpo_fast/models/", 'return None if self.attention == FLASH_ATTN else "masks"', 'return "masks"',
           "tests/models/test_packing.py -k takes_no_masks"),
+    Fault("mdpgrpo_fast/models/adapters.py", "            module.reshard()", "            pass",
+          "tests/models/test_lora.py -k two_ranks"),
+    Fault("mdpgrpo_fast/models/adapters.py", "            p.copy_(values[name])", "            p.mul_(1)",
+          "tests/models/test_adapters.py -k began_with"),
+    Fault("mdpgrpo_fast/models/adapters.py", "        _set(model, own)\n", "        pass\n",
+          "tests/models/test_adapters.py -k began_with"),
+    Fault("mdpgrpo_fast/models/adapters.py", "    fits = 2 * len(layers) == len(stored) and not", "    fits = not",
+          "tests/models/test_adapters.py -k another_kind"),
+    Fault("mdpgrpo_fast/models/adapters.py", "            config.tie_word_embeddings = False", "            pass",
+          "tests/models/test_adapters.py -k merged_or_trained"),
+    Fault("mdpgrpo_fast/models/load.py", "(source, trust_remote_code=trust_remote_code)", "(source)",
+          "tests/models/test_load.py -k says_why"),
+    Fault("mdpgrpo_fast/models/load.py", "        model.get_submodule(name).requires_grad_(False)", "        pass",
+          "tests/models/test_load.py -k loaded_whole"),
+    Fault("mdpgrpo_fast/models/load.py", "    _check_weights(model, info, where)\n", "",
+          "tests/models/test_load.py -k says_why"),
+    Fault("mdpgrpo_fast/models/load.py", "model.name_or_path = _absolute(adapter)", "pass",
+          "tests/models/test_adapters.py -k over_an_adapter"),
+    Fault("mdpgrpo_fast/models/lora.py", "type(m).forward in plain and", "isinstance(m, (nn.Linear, Conv1D)) and",
+          "tests/models/test_load.py -k llama4"),
+    Fault("mdpgrpo_fast/models/lora.py", 'exclude_modules=rf"({outside})\\..*" if outside else None,', "",
+          "tests/models/test_load.py -k survive"),
+    Fault("mdpgrpo_fast/training/checkpoint.py", "        weights.clear()  #", "        pass  #",
+          "tests/training/test_checkpoint.py -k to_the_bit"),
+    Fault("mdpgrpo_fast/training/checkpoint.py", 'score <= self.found["score"]', 'score < self.found["score"]',
+          "tests/training/test_checkpoint.py -k best_model"),
+    Fault("mdpgrpo_fast/training/checkpoint.py", "elif first is not None and", "elif False and",
+          "tests/training/test_checkpoint.py -k goes_on_comparing"),
+    Fault("mdpgrpo_fast/rollout/engine.py", "base_model(run.model)", "run.model",
+          "tests/rollout/test_engine.py"),
     rollout("p.cumsum(1) - p >= top_p", "p.cumsum(1) >= top_p", "truncated or logprobs"),
     rollout("self.temperature[rows]", "self.temperature[: len(rows)]", "rows_share and llama"),
     rollout("self.noise[step, rows]", "self.noise[step, : len(rows)]", "who_is_beside_it"),
@@ -220,6 +258,47 @@ FAULTS = [
     verifiers("(lines[1:], lines[:-1], lines[1:-1])", "(lines[1:], lines[:-1])", "eight"),
     verifiers("stop=num_sentences + 1", "stop=num_sentences", "relations"),
     verifiers('rf"\\b{word}\\b"', 'rf"{word}"', "golden"),
+    # Rewards: what a function sees, what it may return, what is lost, and what ends a run.
+    rewards("if len(values) != count:", "if False:", "returns or one_value or fails_loses"),
+    rewards("if not isinstance(value, (str, bytes)):", "if True:", "fails_loses"),
+    rewards("isinstance(returned, (str, bytes, dict, set)) or", "", "fails_loses"),
+    rewards('if isinstance(e.prompt, str) else [{"role"', 'if True else [{"role"', "chat_completions"),
+    rewards("    function.per_completion = True", "    pass", "decorated"),
+    rewards('isolation == "process" or', "", "isolated_scorer"),
+    rewards("zip(self.weights, parts.values(), strict=True) if v is not None)",
+            "zip([1.0] * len(parts), parts.values(), strict=True) if v is not None)", "several_rewards"),
+    rewards("if all(v is None for v in parts.values()):", "if False:", "not_mine"),
+    rewards("satisfied, isolated = verdict.satisfied, iter", "satisfied, isolated = None, iter", "keeps_its_verdicts"),
+    rewards("if not self.drop_bad:", "if False:", "nan_is"),
+    rewards("if expired.is_set() and not done.is_set():", "if False:", "fails_loses"),
+    rewards("        _loop.cache_clear()\n", "", "blocks_its_loop"),
+    rewards('sys.modules["__main__"] = types.ModuleType("__main__")', "pass", "main_guard"),
+    rewards("return scores[0] if scores and all(s.failed for s in scores) else None", "return None", "fails_loses"),
+    rewards("if first is not None and all(failed):", "if first is not None:", "all_ranks"),
+    rewards("len(self._steps) == WINDOW and lost", "lost", "many_lost"),
+    rewards("        if all(s.failed for s in scores):", "        if False:", "trial"),
+    rewards("if head:", "if False:", "reward_model"),
+    rewards("answers or responses, ids", "responses, ids", "look_at_answers"),
+    rewards("float(all(held)) if", "float(any(held)) if", "kinds_of"),
+    training("return total if bounds is None else", "return total if True else", "range_is_mapped"),
+    training("seen = self._seen or rewards", "seen = rewards", "running_goal"),
+    training("if low is None or high is None or not fixed or", "if", "off_the_scale"),
+    training("            self.accelerator.register_for_checkpointing(self.collector.goal)", "            pass",
+             "running_goal_trains"),
+    training('return 1 if self.run.constraint_reward == "all" else', "return", "one_level"),
+    training("                self.lost.check(number,", "                print(number,", "never_apply"),
+    training("        if run.reward_check:", "        if False:", "tried_before"),
+    Fault("mdpgrpo_fast/train.py", 'if getattr(multiprocessing.current_process(), "_inheriting", False):', "if False:",
+          "tests/test_train.py -k child"),
+    Fault("mdpgrpo_fast/verifiers/verify.py", 'return "" if opened or', 'return "" if', "tests/rollout -k thinking"),
+    rollout("if last is None:", "if True:", "answers_of_a_rollout"),
+    rollout("thinking.for_all else responses", "True else responses", "answers_of_a_rollout"),
+    # Prompts.
+    prompts("return context - completion, f", "return config.max_prompt_length, f", "limit or context or long"),
+    prompts("goes_on = messages[-1]", "goes_on = False and messages[-1]", "trl or continued"),
+    prompts("if ends and not self.eos & ends.keys():", "if False:", "base or chat"),
+    prompts('if self.system is not None and not any', 'if False and not any', "system"),
+    prompts('n + 1  # the same', 'n  # the same', "rlvr or function or forms"),
 ]  # fmt: skip
 
 

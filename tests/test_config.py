@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from mdpgrpo_fast.config import PRESETS, ConfigError, MDPGRPOConfig, TrainConfig, preset
+from mdpgrpo_fast.config import PRESETS, ConfigError, MDPGRPOConfig, PromptConfig, TrainConfig, preset
+from mdpgrpo_fast.evaluate import EvaluateConfig
 
 METHOD_REFUSALS: list[tuple[str, Any]] = [
     ("num_generations", 1),
@@ -70,6 +71,15 @@ TRAIN_REFUSALS: list[tuple[str, Any]] = [
     ("reward_weights", [1.0, 2.0]),
     ("reward_weights", [math.nan]),
     ("on_bad_reward", "ignore"),
+    ("reward_range", [1.0, 0.0]),
+    ("reward_range", [0.0]),
+    ("reward_range", [0.0, math.inf]),
+    ("max_dropped", -0.1),
+    ("max_dropped", 1.5),
+    ("constraint_reward", "some"),
+    ("reward_isolation", "thread"),
+    ("strip_thinking", "yes"),
+    ("on_bad_row", "skip"),
     ("rules", "google"),
     ("lr_schedule", "step"),
     ("mixed_precision", "fp8"),
@@ -92,8 +102,20 @@ def test_run_refuses_by_name(name: str, value: Any) -> None:
     assert repr(value).strip("[]") in str(error.value)
 
 
+@pytest.mark.parametrize(("name", "value"), [("columns", ["answer"]), ("template_args", ["=x"])])
+def test_pairs_have_a_name_and_a_value(name: str, value: list[str]) -> None:
+    with pytest.raises(ConfigError, match=rf"^{name} must be name=value; got {value[0]!r}"):
+        TrainConfig(**{name: value})  # type: ignore[arg-type]
+
+
+def test_training_and_evaluation_share_their_defaults() -> None:
+    shared = {f.name for f in dataclasses.fields(PromptConfig)}
+    for config in (TrainConfig(), EvaluateConfig()):
+        assert {n: getattr(config, n) for n in shared} == dataclasses.asdict(PromptConfig())
+
+
 def test_every_knob_has_help_and_a_default() -> None:
-    for config in (MDPGRPOConfig, TrainConfig):
+    for config in (MDPGRPOConfig, TrainConfig, EvaluateConfig):
         config()
         for field in dataclasses.fields(config):
             assert field.metadata.get("help"), f"{config.__name__}.{field.name}"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mdpgrpo_fast import evaluate
+from mdpgrpo_fast.config import PromptConfig
 from mdpgrpo_fast.data import Example
 from mdpgrpo_fast.rewards import Score, Scorer
 
@@ -24,7 +25,7 @@ def test_accuracy_counts_by_prompt_constraint_and_type() -> None:
 
 
 def test_a_dropped_sample_counts_as_nothing_satisfied() -> None:
-    scores = [Score(1.0, [1.0], [True, True]), Score(None, [None], None, "hung")]
+    scores = [Score(1.0, {"constraints": 1.0}, [True, True]), Score(None, {"constraints": None}, None, "hung")]
     result = evaluate.from_scores(EXAMPLES[:2], scores)
     assert result["hsr"] == 0.5 and result["ssr"] == 0.5 and result["reward"] == 1.0
 
@@ -60,7 +61,7 @@ def test_batches_do_not_change_greedy_answers() -> None:
     from mdpgrpo_fast.rollout.generate import eos_ids
 
     model, tokenizer = load(None)
-    examples = read_prompts(DEMO_DIR / "heldout.jsonl")[:6]
-    ids, eos = tokenize(examples, tokenizer, 256), eos_ids(model, tokenizer)
-    one, together = (evaluate.answer(model, tokenizer, ids, eos, 64, size) for size in (1, 6))
+    _, ids = tokenize(read_prompts(DEMO_DIR / "heldout.jsonl"), tokenizer, PromptConfig())
+    eos = eos_ids(model, tokenizer)
+    one, together = (evaluate.answer(model, tokenizer, ids[:6], eos, 64, size) for size in (1, 6))
     assert one == together

@@ -125,6 +125,7 @@ def test_every_advantage_knob_is_a_flag_and_no_other_of_the_method(capsys):
         (["--rewards", "0,1", "--constraints", "9" * 30], "--constraints must be from 1"),
         (["--rewards", "0,1", "--constraints", "2", "--preset", "papr"], "did you mean 'paper'"),
         (["--reward", "0,1", "--constraints", "2"], "did you mean '--rewards'"),
+        (["--rewards", "0,1", "--constraints", "2", "--goal-std", "running"], "running are of a whole run"),
         (["--rewards", "0,1", "--constraints", "2", "--prospect-beta", "0"], "prospect_beta must be above 0"),
     ],
 )

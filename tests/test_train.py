@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,24 @@ def test_real_prompts_train_and_evaluate(
     assert evaluate.main([*argv, "--output", str(tmp_path / "scores.json")]) == 0
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["count"] == 6 and scores["unchecked"] == 0
+
+
+def test_a_child_that_imports_the_script_does_not_train(tmp_path: Path) -> None:
+    """A script without a main guard, and a process spawned by anything: one line there, and one run, one directory."""
+    out = tmp_path / "run"
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import multiprocessing\nfrom mdpgrpo_fast import train\n"
+        f"argv = ['--output-dir', {str(out)!r}, '--steps', '1', '--max-completion-length', '8', '--eval-samples', '2',"
+        " '--prompts-per-step', '1', '--save-model', 'false']\n"
+        "print('status', train.main(argv))\n"
+        "child = multiprocessing.get_context('spawn').Process(target=print)\nchild.start()\nchild.join()\n"
+        "print('child', child.exitcode)\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-2:] == ["status 0", "child 2"], done.stderr
+    assert "error: this script starts a run when a child process imports it" in done.stderr.splitlines()[-1]
+    assert (out / "summary.json").exists() and not (tmp_path / "run.1").exists()
 
 
 def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, *flags: str) -> str:

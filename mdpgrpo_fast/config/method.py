@@ -115,6 +115,11 @@ class MDPGRPOConfig:
         return list(taus) * (self.num_generations // len(taus))
 
     @property
+    def running_goal(self) -> bool:
+        """Whether the goal anchor takes its mean or deviation from the rewards seen so far."""
+        return "running" in (self.goal_mean, self.goal_std)
+
+    @property
     def alpha(self) -> float:
         return self.dual_anchor_alpha if self.dual_anchor else 0.0
 

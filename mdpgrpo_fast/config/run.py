@@ -19,7 +19,9 @@ class PromptConfig:
     tokenizer: str | None = knob(None, "tokenizer: directory or hub id; unset: the model's")
     trust_remote_code: bool = knob(False, "run the Python code that a model or a data set brings along")
     text_only: bool = knob(
-        False, "of a model with vision or audio, take and save the text part alone; otherwise it is refused"
+        False,
+        "of a model with vision or audio take and save the text part alone; without it one is refused whose other "
+        "parts a save would lose",
     )
 
     split: str | None = knob(None, "split of a data set; unset: the one named train, or the only one there is")
@@ -64,6 +66,7 @@ class TrainConfig(PromptConfig):
         None, "prompts: JSON lines, a JSON array, parquet or CSV, plain or .gz, or a data set; unset: the embedded ones"
     )
     eval_file: str | None = knob(None, "held-out prompts, answered greedily before and after; unset: none")
+    eval_split: str | None = knob(None, "split of eval_file, where it is a data set; unset: as --split")
     output_dir: str = knob("runs/train", "run directory; an earlier one of that name is moved aside")
     merge_adapter: bool = knob(
         False, "model is a LoRA adapter: add it to the weights first; otherwise its training goes on"

@@ -138,7 +138,7 @@ class Settings(NamedTuple):
             two_temperatures=int(rows.ref_logprobs is not None and two_temperatures),
             group_size=c.num_generations,
             sample_std=int(c.group_std == "sample"),
-            goal_mean=GOAL_MEAN.index(c.goal_mean),
+            goal_mean=GOAL_MEAN.index(c.goal_mean) if c.goal_mean in GOAL_MEAN else 0,  # "running" stays above
             binomial=int(c.goal_std == "binomial"),
             prospect=int(c.prospect),
             prospect_on_goal=int(c.prospect_on_goal),

@@ -88,6 +88,29 @@ def causal_lm(model: nn.Module) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
+def body_of(lm: Any) -> nn.Module | None:
+    """What computes the hidden states under a head; None where it is no module of its own."""
+    # Llama 4 alone has the prefix of the composite model around it, whose text part is under "model" too.
+    found = (getattr(lm, name, None) for name in (getattr(lm, "base_model_prefix", ""), "model") if name)
+    return next((body for body in found if isinstance(body, nn.Module)), None)
+
+
+def other_parts(model: nn.Module) -> list[str]:
+    """Names of the modules of a model that are for images or sound: all but its text part; mostly there is none."""
+    lm = causal_lm(model)
+    if lm.config.get_text_config() is lm.config or not hasattr(lm, "get_decoder"):
+        return []
+    text = [m for m in (lm.get_decoder(), lm.get_output_embeddings(), lm.get_input_embeddings()) if m is not None]
+    inside = {m for part in text for m in part.modules()}
+    holds = {m for m in lm.modules() if any(child in inside for child in m.modules())}
+    # The outermost ones.
+    return [n for n, m in lm.named_modules() if m not in holds and _parent(lm, n) in holds]
+
+
+def _parent(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])
+
+
 def find_head(model: nn.Module) -> LinearHead:
     """The head of a causal language model of transformers, checked in one forward pass over three tokens.
 
@@ -95,8 +118,8 @@ def find_head(model: nn.Module) -> LinearHead:
     """
     lm = causal_lm(model)
     module = lm.get_output_embeddings() if hasattr(lm, "get_output_embeddings") else None
-    body = getattr(lm, getattr(lm, "base_model_prefix", "") or "", None)
-    if module is None or not isinstance(body, nn.Module):
+    body = body_of(lm)
+    if module is None or body is None:
         raise UnsupportedHead("it has no head apart from its body")
     config = lm.config.get_text_config()
     scale = getattr(config, "logit_scale", None)

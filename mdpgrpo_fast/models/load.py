@@ -1,48 +1,165 @@
-"""Loading of a causal language model with its tokenizer, and the longest prompt that it takes."""
+"""Loading of a causal language model with its tokenizer."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..config import ConfigError
 from ..demo import SEED_POLICY
+from ..log import reason_of
+from .adapters import adapter_chain, attach_adapter, merge_adapter
+from .heads import body_of, other_parts
 
 
-def load(path: str | None, dtype: str = "auto", attention: str = "auto") -> tuple[Any, Any]:
+def load(
+    path: str | None, dtype: str = "auto", attention: str = "auto", *, tokenizer: str | None = None,
+    trust_remote_code: bool = False, text_only: bool | None = False, keep_adapter: bool = False,
+) -> tuple[Any, Any]:  # fmt: skip
     """Model and tokenizer of a directory or hub id; None: the embedded seed policy.
 
-    attention: an attn_implementation of transformers, or "auto".
+    A LoRA adapter comes with its base, added to its weights, or to be trained on (keep_adapter). Parts for images or
+    sound are frozen.
+
+    attention: an attn_implementation of transformers, or "auto". tokenizer: directory or hub id; None: the adapter's,
+    else the model's. text_only: take the text part of a model with others; False refuses a model whose other parts
+    would be lost in a save, None lets them go.
 
     Raises: ConfigError in one line where the path is none or is no causal language model, or the attention cannot run.
     """
     source = str(SEED_POLICY) if path is None else path
+    base, adapters = adapter_chain(source)
+    where = f"model {source!r} cannot be loaded"
+    if adapters:
+        where += f": base_model_name_or_path {base!r} of its adapter_config.json"
+    model = _load_model(base, dtype, attention, where, trust_remote_code, text_only)
+    for i, adapter in enumerate(adapters):
+        model = attach_adapter(model, adapter)
+        if i == len(adapters) - 1 and keep_adapter:
+            break
+        model = merge_adapter(model)
+        # What a new adapter is saved as being one of.
+        model.name_or_path = _absolute(adapter)
+    for name in other_parts(model):
+        # Text alone gives them no gradient, for which DDP would wait.
+        model.get_submodule(name).requires_grad_(False)
+    return model, _load_tokenizer(source, [*reversed(adapters), base], tokenizer, trust_remote_code)
+
+
+def base_model(path: str | None) -> str:
+    """The full model's directory or hub id: of an adapter its base."""
+    return adapter_chain(str(SEED_POLICY) if path is None else path)[0]
+
+
+def _absolute(source: str) -> str:
+    return str(Path(source).absolute()) if Path(source).is_dir() else source
+
+
+def _reason(e: Exception, source: str) -> str:
+    if "trust_remote_code" in str(e):
+        return "it brings Python code along, which trust_remote_code (--trust-remote-code) lets run"
+    if not Path(source).exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+        return "there is no such directory"
+    return reason_of(e)
+
+
+def _load_model(
+    source: str, dtype: str, attention: str, where: str, trust_remote_code: bool, text_only: bool | None
+) -> Any:
+    how = "" if attention == "auto" else f" with attention = {attention}"
+    options: dict[str, Any] = {
+        "dtype": dtype, "attn_implementation": None if attention == "auto" else attention,
+        "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, attn_implementation=None if attention == "auto" else attention
+        # Said explicitly, so that nothing is asked on stdin.
+        config: Any = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        parts = _parts(config)
+        if parts and text_only is False and getattr(kind, "config_class", type(config)) is not type(config):
+            raise _lost(source, parts)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as e:
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        how = "" if attention == "auto" else f" with attention = {attention}"
-        raise ConfigError(f"model {source!r} cannot be loaded{how}: {reason}") from None
-    return model, tokenizer
+    except ConfigError:
+        raise
+    except Exception as e:  # of any kind: what a checkpoint or its code may have in it nobody knows
+        raise ConfigError(f"{where}{how}: {_reason(e, source)}") from None
+    model, info = loaded
+    _check_weights(model, info, where)
+    if parts and type(model.config) is type(config):
+        if info["unexpected_keys"] and text_only is False:
+            raise _lost(source, sorted({key.partition(".")[0] for key in info["unexpected_keys"]}))
+        if text_only:
+            model = _text_part(model, source)
+    model.name_or_path = _absolute(source)
+    return model
+
+
+def _parts(config: Any) -> list[str]:
+    """Names of what a model has beside its text part."""
+    if config.get_text_config() is config:
+        return []
+    text = config.get_text_config()
+    names = [n for n in config.sub_configs if getattr(config, n, None) not in (None, text)]
+    return [n.removesuffix("_config") for n in names]
+
+
+def _lost(source: str, parts: list[str]) -> ConfigError:
+    return ConfigError(
+        f"model {source!r} has other parts than text ({', '.join(parts)}), which would be missing where it is saved; "
+        "text_only (--text-only) trains and saves its text part alone"
+    )
+
+
+def _check_weights(model: Any, info: dict[str, Any], where: str) -> None:
+    """transformers draws at random what a checkpoint does not have. Raises: ConfigError instead."""
+    missing = sorted(set(info["missing_keys"]) & {n for n, _ in model.named_parameters(remove_duplicate=False)})
+    if missing:
+        raise ConfigError(
+            f"{where}: as a {type(model).__name__} it needs {len(missing)} more weights than the checkpoint has, the "
+            f"first of them {missing[0]}"
+        )
+    for name, found, wanted in sorted(info["mismatched_keys"])[:1]:
+        raise ConfigError(f"{where}: its {name} must have shape {tuple(wanted)} by its config.json; got {tuple(found)}")
+
+
+def _text_part(model: Any, source: str) -> Any:
+    """The causal language model of a composite one's text part, around the same weights. Raises: ConfigError."""
+    config = model.config.get_text_config()
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    decoder = model.get_decoder()
+    with torch.device("meta"):
+        text = None if kind is None else kind._from_config(config, dtype=model.dtype)
+    if text is None or type(body_of(text)) is not type(decoder):
+        raise ConfigError(f"text_only cannot be had for model {source!r}: transformers has no class for its text part")
+    name = next(n for n, m in text.named_children() if m is body_of(text))
+    setattr(text, name, decoder)
+    text.set_output_embeddings(model.get_output_embeddings())
+    text.config._attn_implementation_internal = config._attn_implementation_internal
+    text.generation_config = model.generation_config
+    return text.eval()
+
+
+def _load_tokenizer(source: str, places: list[str], tokenizer: str | None, trust_remote_code: bool) -> Any:
+    """From a place of its own, or the first of those that a model came from that has one."""
+    from transformers.utils import cached_file
+
+    quiet: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
+    place = tokenizer or places[-1]
+    try:
+        if tokenizer is None:
+            place = next((p for p in places if cached_file(p, "tokenizer_config.json", **quiet)), place)
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+    except Exception as e:
+        said = f"tokenizer {place!r}" if tokenizer else f"the tokenizer of model {source!r}"
+        more = "" if tokenizer else " (tokenizer names another)"
+        raise ConfigError(f"{said} cannot be loaded{more}: {_reason(e, place)}") from None
 
 
 def context_length(model: Any) -> int | None:
     """Positions the model was built for, where its configuration says so."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
-def prompt_limit(model: Any, max_prompt_length: int, max_completion_length: int) -> int:
-    """Longest prompt in tokens that leaves room for a completion. Raises ConfigError where there is none."""
-    room = context_length(model)
-    if room is None:
-        return max_prompt_length
-    if max_completion_length >= room:
-        raise ConfigError(
-            f"max_completion_length must be below the model's {room} positions; got {max_completion_length}"
-        )
-    return min(max_prompt_length, room - max_completion_length)

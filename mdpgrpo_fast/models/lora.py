@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,21 +15,22 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..config import ConfigError
-from .heads import causal_lm
+from ..log import reason_of
+from .heads import causal_lm, other_parts
 
 AUTO = "auto"
 # Of a key in the state dict of a PeftModel.
 PREFIX = "base_model.model."
 
 
-def _import_peft() -> Any:
+def import_peft() -> Any:
+    """The package peft. Raises: ConfigError where there is none that fits."""
     try:
         import peft
     except (ImportError, RuntimeError) as e:
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise ConfigError(
             f"lora needs the package peft in a version that fits transformers {transformers.__version__} "
-            f"(pip install -U peft); importing it says: {reason}"
+            f"(pip install -U peft); importing it says: {reason_of(e)}"
         ) from None
     return peft
 
@@ -38,7 +40,14 @@ def _import_peft() -> Any:
 
 def _find_targets(model: Any, wanted: Sequence[str]) -> tuple[list[str], bool]:
     """Names for peft's target_modules, and whether their weights are stored transposed (GPT-2's Conv1D)."""
-    linear = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+    # By what it computes: a router may be a linear layer by its class, and give more than a product.
+    plain = (nn.Linear.forward, Conv1D.forward)
+    outside = other_parts(model)
+    linear = {
+        name: m
+        for name, m in model.named_modules()
+        if type(m).forward in plain and not any(name.startswith(f"{part}.") for part in outside)
+    }
     if list(wanted) == [AUTO]:
         # In a block, which has a number in its name: neither the head nor projections of the embeddings.
         names = {name.rpartition(".")[2] for name in linear if any(part.isdigit() for part in name.split("."))}
@@ -72,12 +81,15 @@ def add_adapters(model: Any, *, r: int, alpha: float, dropout: float, target_mod
     Raises: ConfigError without a peft that fits, for a module that the model does not have, and where adapters are
     there already.
     """
-    peft = _import_peft()
+    peft = import_peft()
     if getattr(model, "peft_config", None):
         raise ConfigError("lora needs a model without adapters; this one has some already: merge them first")
     names, transposed = _find_targets(model, target_modules)
+    outside = "|".join(map(re.escape, other_parts(model)))
     settings = peft.LoraConfig(
         task_type="CAUSAL_LM",
+        # peft goes by the last parts of names, which a vision tower may have too.
+        exclude_modules=rf"({outside})\..*" if outside else None,
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
@@ -122,6 +134,19 @@ def save_adapters(model: Any, path: str | Path, state_dict: dict[str, Tensor] | 
     model.save_pretrained(str(path), save_embedding_layers=False, state_dict=state_dict)
 
 
+def load_adapters(model: Any, path: str | Path) -> None:
+    """The adapters of `save_adapters` into the model that they are of, to the bit."""
+    from safetensors.torch import load_file
+
+    (name,) = model.peft_config
+    stored = load_file(Path(path) / "adapter_model.safetensors")
+    own = {n: p for n, p in model.named_parameters() if ".lora_" in n}
+    assert {n.replace(f".{name}.weight", ".weight") for n in own} == stored.keys(), "the adapters of another model"
+    with torch.no_grad():
+        for n, p in own.items():
+            p.copy_(stored[n.replace(f".{name}.weight", ".weight")])
+
+
 def save_merged(model: Any, tokenizer: Any, path: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
     """The model with its adapters added to its weights, in from_pretrained form: to be loaded without peft.
 
@@ -156,16 +181,16 @@ def merged(model: Any, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tenso
     state: the PeftModel's parameters by name, a tied head's under both of its names. Raises: ConfigError for adapters
     other than one plain LoRA.
     """
-    name, layers = _plain_lora(model)
+    name, layers = plain_lora(model)
     for key, x in state.items():
         layer, _, rest = key.removeprefix(PREFIX).rpartition(".base_layer.")
         if rest == "weight" and layer in layers:
-            x = _merged_weight(x, state, f"{PREFIX}{layer}", layers[layer], name)
+            x = merged_weight(x, state, f"{PREFIX}{layer}", layers[layer], name)
         if ".lora_" not in key:
             yield f"{layer}.{rest}" if layer else rest, x
 
 
-def _plain_lora(model: Any) -> tuple[str, dict[str, Any]]:
+def plain_lora(model: Any) -> tuple[str, dict[str, Any]]:
     """Name of the one adapter, and the layers that have it by their names. Raises ConfigError."""
     names = list(model.active_adapters)
     layers = {n: m for n, m in causal_lm(model).named_modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")}
@@ -186,7 +211,7 @@ def _plain_lora(model: Any) -> tuple[str, dict[str, Any]]:
 
 
 @torch.no_grad()
-def _merged_weight(weight: Tensor, state: Mapping[str, Tensor], prefix: str, layer: Any, name: str) -> Tensor:
+def merged_weight(weight: Tensor, state: Mapping[str, Tensor], prefix: str, layer: Any, name: str) -> Tensor:
     """W + scaling · B A, of the shape, dtype and device of W."""
     a, b = (state[f"{prefix}.lora_{x}.{name}.weight"] for x in "AB")
     dtype = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import shared_prompt
-from .heads import causal_lm
+from .heads import body_of, causal_lm
 from .shared_prompt import PackedLayout, upload
 
 Mode = Literal["blocks", "masks", "flex"]
@@ -136,7 +136,10 @@ class Packing:
 
     def __init__(self, model: Any, device: torch.device, dtype: torch.dtype) -> None:
         lm = causal_lm(model)
-        self.config, self.body, self.dtype = lm.config.get_text_config(), getattr(lm, lm.base_model_prefix), dtype
+        body = body_of(lm)
+        if body is None:
+            raise Unpackable("it has no body apart from its head")
+        self.config, self.body, self.dtype = lm.config.get_text_config(), body, dtype
         kinds = set(getattr(self.config, "layer_types", None) or ())
         if kinds - {"full_attention", "sliding_attention"}:
             raise Unpackable(f"it has layers of other kinds than attention ({', '.join(sorted(kinds))})")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..config import MDPGRPOConfig
+from ..config import ConfigError, MDPGRPOConfig
 from ..kernels.schemas import Groups, Rows
 from ..reference import Advantages
 from . import fused
@@ -23,6 +23,7 @@ def advantages(
     *,
     valid: Tensor | None = None,
     groups: Tensor | None = None,
+    running: tuple[float, float] | None = None,
     check_values: bool | None = None,
     backend: str = "auto",
 ) -> Advantages:
@@ -33,6 +34,8 @@ def advantages(
         num_constraints: (P,) K, the number of constraints of each prompt, at least 1.
         valid: bool, of the rewards' shape: completions whose reward counts; the others get A = 0. Default: all.
         groups: (B,) group 0 .. P-1 of each completion, where completions of a group are not neighbours.
+        running: median and standard deviation of the rewards seen before, for goal_mean and goal_std "running", which
+            are computed in PyTorch on every backend.
         check_values: look for non-finite rewards and K < 1; default: where looking is free, on the CPU.
         backend: "auto", "torch", "triton", "cpu" or "cuda"; all but torch give float32.
 
@@ -42,10 +45,13 @@ def advantages(
     """
     if num_constraints is None:
         refuse("num_constraints", None, "of shape (P,)")
-    by_group = grouped(rewards, num_constraints, valid, groups, config, check_values)
+    if config.running_goal and running is None:
+        refuse("running", None, "(median, deviation) where goal_mean or goal_std is running")
+    by_group = grouped(rewards, num_constraints, valid, groups, config, check_values, running)
     # Rewards of any float dtype are computed in float32 by a kernel, but float64 asks for float64.
     dtype = rewards.dtype if rewards.dtype == torch.float64 else torch.float32
-    out = _advantages(choose(backend, rewards.device, dtype), by_group, config)
+    backend = choose(backend, rewards.device, dtype)
+    out = _advantages("torch" if config.running_goal else backend, by_group, config, running)
     if by_group.slots is None:
         return out
     names = ("z", "delta", "advantage", "kl_beta")
@@ -55,11 +61,16 @@ def advantages(
 
 def grouped(
     rewards: Tensor | None, num_constraints: Tensor | None, valid: Tensor | None, groups: Tensor | None,
-    config: MDPGRPOConfig, check_values: bool | None,
+    config: MDPGRPOConfig, check_values: bool | None, running: tuple[float, float] | None = None,
 ) -> Groups:  # fmt: skip
     """Checked: rewards and valid (P, G), num_constraints (P,), and the place of each completion where it has a map."""
     if rewards is None or num_constraints is None:
         return Groups()
+    if config.running_goal and running is None:
+        raise ConfigError(
+            f"goal_mean = {config.goal_mean}, goal_std = {config.goal_std} need the rewards seen before: make "
+            "advantages with `advantages(..., running=)` and give those in place of rewards"
+        )
     slots, size = None, config.num_generations
     check_device(rewards, "rewards", num_constraints=num_constraints, valid=valid, groups=groups)
     if groups is not None:
@@ -82,9 +93,11 @@ def with_advantages(rows: Rows, backend: str, groups: Groups, config: MDPGRPOCon
     return rows._replace(advantage=found.advantage.flatten()[place], kl_beta=found.kl_beta.flatten()[place])
 
 
-def _advantages(backend: str, groups: Groups, config: MDPGRPOConfig) -> Advantages:
+def _advantages(
+    backend: str, groups: Groups, config: MDPGRPOConfig, running: tuple[float, float] | None = None
+) -> Advantages:
     if backend != "torch":
         return fused.advantages(backend, groups, config)
     # A reward that does not count may be anything.
     counted = groups.rewards if groups.valid is None else groups.rewards.masked_fill(~groups.valid, 0)
-    return reference.advantages(counted, groups.num_constraints, config, groups.valid)
+    return reference.advantages(counted, groups.num_constraints, config, groups.valid, running)

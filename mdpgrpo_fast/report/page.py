@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from ..cli import report_errors
 from ..config import ConfigError, MDPGRPOConfig, TrainConfig
 from .figures import draw_figures
-from .run import Row, Run, as_list, as_number, before_after, last_step, lookup, read_run, type_rates
+from .run import Row, Run, as_list, as_mapping, as_number, before_after, last_step, lookup, read_run, type_rates
 
 PAIRS_SHOWN, CHARACTERS_SHOWN = 12, 1600
 
@@ -26,6 +26,8 @@ def _scores(run: Run) -> list[tuple[str, float, float, float]]:
     scores = {name: before_after(run, name.lower()) for name in ("HSR", "SSR")}
     if run.evals and all(map(math.isnan, chain(*scores.values()))):
         scores = {"reward": before_after(run, "reward")}
+    elif list(as_mapping(run.summary.get("rewards"))) not in ([], ["constraints"]):
+        scores["reward"] = before_after(run, "reward")
     # The gain of the rounded shares, so that the three numbers agree.
     return [(name, b, a, round(a * 100, 1) - round(b * 100, 1)) for name, (b, a) in scores.items()]
 
@@ -54,6 +56,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "Held-out prompts": f"{prompts} ({count})" if prompts and count else prompts or count,
         "Peak memory": None if math.isnan(memory) else f"{memory:,.0f} MB",
         "Dropped samples": summary.get("dropped_samples"),
+        "Rows left out": summary.get("dropped_rows") or None,
         "Seed": recorded("seed"),
         "Versions": ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else versions,
     }
@@ -71,8 +74,15 @@ def _completion(row: Row | None) -> dict[str, Any] | None:
         "response": response,
         "constraints": list(constraints),
         "reward": as_number(row.get("reward")),
+        "rewards": _each_reward(row),
         "finished": row.get("finished", True),
     }
+
+
+def _each_reward(row: Row) -> list[tuple[str, float]]:
+    """The rewards of a completion by name, where there are several."""
+    rewards = as_mapping(row.get("rewards"))
+    return [(name, as_number(value)) for name, value in rewards.items()] if len(rewards) > 1 else []
 
 
 def _prompt(value: Any) -> str:

@@ -53,6 +53,8 @@ def read_run(path: Path) -> Run:
         note(
             f"The run has no summary: it is still going, or was stopped after step {so_far}. Numbers are those so far."
         )
+    elif run.summary.get("failure"):
+        note(f"The run stopped after step {step}: {run.summary['failure']}.")
     elif run.summary.get("interrupted"):
         note(f"The run was interrupted after step {step}; its summary covers the part that was run.")
     if not run.train:
@@ -115,6 +117,10 @@ def lookup(row: Any, *keys: str) -> Any:
 
 def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
+
+
+def as_mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def as_number(value: Any) -> float:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
 from ..config import MDPGRPOConfig, TrainConfig, require
-from ..demo import SEED_POLICY
+from ..models.load import base_model
 from .vllm.local import VLLMEngine
 from .vllm.sampler import MIN_TEMPERATURE, RolloutEngine, RolloutError
 from .vllm.server import VLLMServer
@@ -35,14 +36,18 @@ def make_engine(
             retries=run.vllm_retries,
             sync_dir=run.vllm_sync_dir,
         )
+    more: dict[str, Any] = {"trust_remote_code": True} if run.trust_remote_code else {}
+    if run.tokenizer is not None:
+        more["tokenizer"] = run.tokenizer
     return VLLMEngine(
-        run.model or str(SEED_POLICY),
+        base_model(run.model),  # an adapter is in the weights that it is given
         device=accelerator.device,
         sleep_mode=run.vllm_sleep,
         gpu_memory_utilization=run.vllm_memory,
         # Not the model's whole context, for which the memory may not do.
         max_model_len=min(run.max_prompt_length + run.max_completion_length, context or sys.maxsize),
         seed=run.seed + accelerator.process_index,
+        **more,
     )
 
 

@@ -33,6 +33,10 @@ class Rollout:
         """(B, L) bool, true on the completion's own tokens; from lengths, never from comparing with pad."""
         return torch.arange(self.tokens.shape[1], device=self.lengths.device) < self.lengths[:, None]
 
+    def rows(self) -> list[list[int]]:
+        """Token ids of each completion, up to and including eos."""
+        return [t[:n] for t, n in zip(self.tokens.tolist(), self.lengths.tolist(), strict=True)]
+
 
 def eos_ids(model: Any, tokenizer: Any) -> list[int]:
     """All end-of-sequence ids: the tokenizer's, and those of the model's settings that are its special tokens.
@@ -121,7 +125,6 @@ def generate(
     )
 
 
-def decode(rollout: Rollout, tokenizer: Any) -> list[str]:
-    """The completions as text, without special tokens."""
-    rows = [t[:n] for t, n in zip(rollout.tokens.tolist(), rollout.lengths.tolist(), strict=True)]
-    return tokenizer.batch_decode(rows, skip_special_tokens=True)
+def decode(rollout: Rollout, tokenizer: Any, skip_special_tokens: bool = True) -> list[str]:
+    """The completions as text."""
+    return tokenizer.batch_decode(rollout.rows(), skip_special_tokens=skip_special_tokens)

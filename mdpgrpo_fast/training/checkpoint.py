@@ -1,7 +1,8 @@
 """Checkpoints of a run: everything that the next step depends on, used only where written whole, and read back.
 
 accelerate writes, names (checkpoints/checkpoint_N after N steps) and prunes them; `progress.json`, which comes last,
-marks a whole one.
+marks a whole one. The weights in it are in from_pretrained form, under LoRA an adapter folder; but under FSDP and
+DeepSpeed they are in accelerate's own, sharded form, which only a resumed run reads.
 """
 
 from __future__ import annotations
@@ -9,28 +10,65 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from safetensors.torch import load_model
 
 from ..config import ConfigError, MDPGRPOConfig, TrainConfig
+from ..models.lora import load_adapters, save_adapters
 
 # accelerate deletes the oldest before it writes a new one. With two the newest whole one stays until that is whole too;
 # with one a killed save would leave none.
 TOTAL_LIMIT = 2
+WEIGHTS = "model.safetensors"
 # Knobs that a resumed run may be given anew: they change what is written, not what is learned.
 FREE_KNOBS = (
     "output_dir", "resume", "save_every", "eval_every", "log_completions", "report_to", "profile", "save_model",
+    "keep_best",
 )  # fmt: skip
 
 
 def configuration(path: Path) -> ProjectConfiguration:
     """What accelerate has to know of the run directory to name and prune checkpoints in it."""
     return ProjectConfiguration(project_dir=str(path), automatic_checkpoint_naming=True, total_limit=TOTAL_LIMIT)
+
+
+def keep_loadable(accelerator: Accelerator, model: Any, tokenizer: Any) -> None:
+    """From now on checkpoints hold the weights of the language model as `from_pretrained` takes them, and only so.
+
+    Sharded weights go accelerate's own way.
+    """
+
+    def write(models: list[Any], weights: list[Any], folder: str) -> None:
+        if not weights:
+            return
+        weights.clear()  # or accelerate would write them too
+        if not accelerator.is_main_process:
+            return
+        if hasattr(model, "peft_config"):
+            save_adapters(model, folder)
+        else:
+            # In one file and under the names of the model, so that reading it back is exact and needs no second model.
+            model.save_pretrained(folder, max_shard_size="1000TB", save_original_format=False)
+        tokenizer.save_pretrained(folder)
+
+    def read(models: list[Any], folder: str) -> None:
+        if not models:
+            return
+        models.clear()
+        if hasattr(model, "peft_config"):
+            load_adapters(model, folder)
+        else:
+            load_model(model, Path(folder) / WEIGHTS)
+
+    accelerator.register_save_state_pre_hook(write)
+    accelerator.register_load_state_pre_hook(read)
 
 
 def save(accelerator: Accelerator, path: Path, step: int) -> None:
@@ -62,7 +100,8 @@ def _is_whole(folder: Path) -> bool:
 def check_resume(run: TrainConfig, method: MDPGRPOConfig) -> None:
     """Raises ConfigError where output_dir holds no checkpoint that can be read, or one of a run with other settings."""
     path = Path(run.output_dir)
-    if newest(path) is None:
+    folder = newest(path)
+    if folder is None:
         where = str(path / "checkpoints")
         if any((path / "checkpoints").glob("step-*")):
             raise ConfigError(
@@ -70,6 +109,10 @@ def check_resume(run: TrainConfig, method: MDPGRPOConfig) -> None:
                 "library (step-N), which can resume them"
             )
         raise ConfigError(f"resume needs a checkpoint in {where!r}, and there is none (save_every)")
+    if (folder / WEIGHTS).exists() and not (folder / "config.json").exists():
+        raise ConfigError(
+            f"resume needs a checkpoint of this version of the library; {str(folder)!r} is of an earlier one"
+        )
     before = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     now = {"run": asdict(run), "method": asdict(method)}
     for part, values in now.items():
@@ -121,3 +164,40 @@ def first_evaluation(path: Path) -> dict[str, Any] | None:
     """The held-out result of step 0, from metrics.jsonl."""
     lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return next((r["eval"] for r in map(json.loads, lines) if r["step"] == 0 and "eval" in r), None)
+
+
+class Best:
+    """The best held-out score of a run, resumed or not, and the step that it came after; on all ranks."""
+
+    def __init__(self, accelerator: Accelerator, path: Path, resume: bool) -> None:
+        self.accelerator, self.file = accelerator, path / "best.json"
+        self.found: dict[str, Any] | None = None
+        if not resume:
+            return
+        found: list[dict[str, Any] | None] = [None]
+        if accelerator.is_main_process:
+            first = first_evaluation(path)
+            if self.file.exists():
+                found = [json.loads(self.file.read_text(encoding="utf-8"))]
+            elif first is not None and self.score(first) is not None:
+                found = [{"step": 0, "score": self.score(first)}]
+        broadcast_object_list(found)
+        self.found = found[0]
+
+    @staticmethod
+    def score(result: dict[str, Any]) -> float | None:
+        """HSR, or the reward where no prompt has constraints."""
+        score: float | None = result["reward"] if result["hsr"] is None else result["hsr"]
+        return score
+
+    def keep(self, step: int, result: dict[str, Any], save: Callable[[], None]) -> None:
+        """Calls save() where the score is above all before; of the untrained model (step 0) only the score counts."""
+        score = self.score(result)
+        if score is None or (self.found is not None and score <= self.found["score"]):
+            return
+        self.found = {"step": step, "score": score}
+        if step:
+            save()
+            # Only now: a run that is resumed would not save it again.
+            if self.accelerator.is_main_process:
+                self.file.write_text(json.dumps(self.found) + "\n", encoding="utf-8")

@@ -11,15 +11,18 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..config import MDPGRPOConfig, TrainConfig
+from ..data import Example
 from ..models.lora import merged
 from ..models.policy import Policy
 from ..ops.advantages import advantages
 from ..reference import Advantages
 from ..rewards import Score, Scorer
 from ..rollout.engine import sync_weights
-from ..rollout.generate import Rollout, decode, generate
+from ..rollout.generate import Rollout, generate
+from ..rollout.thinking import Thinking, scored_texts
 from ..rollout.vllm.sampler import RolloutEngine, with_policy_logprobs
 from .batch import Batch, replace_groups
+from .scale import RunningGoal, mapped
 from .task import Task
 from .timing import StageClock
 
@@ -33,6 +36,8 @@ class Collector:
     ) -> None:  # fmt: skip
         self.task, self.run, self.method, self.accelerator, self.scorer = task, run, method, accelerator, scorer
         self.policy, self.engine = policy, engine
+        self.thinking = Thinking(task.tokenizer, run.strip_thinking)
+        self.goal = RunningGoal()
         self.problem = ""  # the last reason for a sample that was dropped
 
     @property
@@ -82,9 +87,10 @@ class Collector:
                         rollout, self.policy, micro_batch_size=self.run.micro_batch_size, backend=self.run.backend
                     )
         with clock.stage("score"):
-            responses = decode(rollout, self.task.tokenizer)
+            keep = self.run.keep_special_tokens
+            responses, seen, answers = scored_texts(rollout, self.task.tokenizer, self.thinking, keep)
             examples = [self.task.train[i] for i in rows for _ in range(self.method.num_generations)]
-            return rollout, responses, self.scorer(examples, responses)
+            return rollout, responses, self.scorer(examples, seen, answers=answers, completion_ids=rollout.rows())
 
     def sample(self, rows: list[int]) -> Rollout:
         """G completions of each prompt, slot g at its own temperature."""
@@ -105,10 +111,12 @@ class Collector:
         """Advantages, and the tokens that count."""
         g, device, method = self.method.num_generations, self.accelerator.device, self.method
         examples = [self.task.train[i] for i in rows for _ in range(g)]
-        totals = torch.tensor([0.0 if s.total is None else s.total for s in scores], device=device).view(-1, g)
+        on_scale = [None if s.total is None else mapped(s.total, self.run.reward_range) for s in scores]
+        totals = torch.tensor([r or 0.0 for r in on_scale], device=device).view(-1, g)
         valid = torch.tensor([s.total is not None for s in scores], device=device).view(-1, g)
-        k = torch.tensor([self.task.train[i].num_constraints(self.run.num_constraints) for i in rows], device=device)
-        adv = advantages(totals, k, method, valid=valid, backend=self.run.backend)
+        k = torch.tensor([self.num_constraints(self.task.train[i]) for i in rows], device=device)
+        running = self.goal.of([r for r in on_scale if r is not None]) if method.running_goal else None
+        adv = advantages(totals, k, method, valid=valid, running=running, backend=self.run.backend)
         mask = rollout.mask & (valid.flatten() & (rollout.finished | (not method.mask_truncated)))[:, None]
         weight = None
         if method.temperature_objective == "corrected":
@@ -119,6 +127,10 @@ class Collector:
         # One wait for the device.
         counts = torch.stack([tokens, contributing, rollout.prompt_mask.sum(1), rollout.lengths]).tolist()
         return Batch(rollout, examples, responses, scores, totals, valid, adv, mask, weight, *counts)
+
+    def num_constraints(self, example: Example) -> int:
+        """K: 1 where all constraints of a prompt make one reward of 0 or 1."""
+        return 1 if self.run.constraint_reward == "all" else example.num_constraints(self.run.num_constraints)
 
     def idle(self, adv: Advantages) -> Tensor:
         """(P, G) bool: completions whose loss is 0 whatever the policy."""

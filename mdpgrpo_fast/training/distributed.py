@@ -95,6 +95,15 @@ def _check_deepspeed(config: dict[str, Any], run: TrainConfig) -> None:
     config.setdefault("zero_optimization", {})["stage3_gather_16bit_weights_on_model_save"] = True
 
 
+def check_adapted_start(accelerator: Accelerator, starts_adapted: bool) -> None:
+    """Raises ConfigError where the adapters that a run came with cannot be put back for the reference."""
+    if starts_adapted and is_sharded(accelerator) and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ConfigError(
+            "the training of a LoRA adapter cannot go on under ZeRO-3 with a KL term, whose reference is that adapter: "
+            "take ZeRO-2, DDP or FSDP, or merge_adapter"
+        )
+
+
 def prepare(
     accelerator: Accelerator, policy: nn.Module, optimizer: Any, reference: nn.Module | None
 ) -> tuple[Any, Any]:

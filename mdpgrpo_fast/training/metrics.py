@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 from .. import evaluate
-from ..config import MDPGRPOConfig
+from ..config import MDPGRPOConfig, TrainConfig
+from ..evaluate import MUCH_TRUNCATED, truncation_note
 from ..reference import TOTALS, Advantages, TokenLoss
 from .batch import Batch
+from .scale import scale_note
 
 GOAL = 0.5  # the share of constraints under which a response counts as a failure, the paper's goal mean
 SUMS = ("dropped", "kl_clamped", "tokens_per_second")
-MAXIMA = ("ratio_max", "memory_mb")
+MAXIMA = ("ratio_max", "memory_mb", "reward_max")
+MINIMA = ("reward_min",)
 
 
 def step_metrics(batch: Batch, updated: dict[str, Any], method: MDPGRPOConfig, memory_mb: float) -> dict[str, Any]:
@@ -25,25 +28,45 @@ def step_metrics(batch: Batch, updated: dict[str, Any], method: MDPGRPOConfig, m
     return {
         **updated,
         **group_health(batch.rewards, batch.valid, batch.adv, has_kl),
+        **{name: quality[name] for name in ("reward", "reward_std", "rewards")},
         "hsr": quality["hsr"],
         "ssr": quality["ssr"],
         "completion_length": rollout.lengths.float().mean().item(),
         "truncated": 1 - rollout.finished.float().mean().item(),
         "dropped": sum(s.total is None for s in batch.scores),
+        **range_of(batch.rewards[batch.valid]),
         "slots": slot_statistics(batch.rewards, batch.valid, method, batch.weight, batch.mask),
         "memory_mb": memory_mb,
         "note": why_zero(updated["loss"], updated["grad_norm"], int(batch.mask.sum()), batch.adv, method, has_kl),
     }
 
 
+def step_notes(row: dict[str, Any], problem: str, run: TrainConfig, method: MDPGRPOConfig) -> list[tuple[str, str]]:
+    """(what a line is said once for, the line) of all that a user should know of a step. row: its metrics."""
+    notes = [(row["note"], row["note"])] if row["note"] else []
+    if row["dropped"]:
+        notes.append(("dropped", f"{row['dropped']} samples dropped, the last because {problem}"))
+    off_scale = scale_note(row["reward_min"], row["reward_max"], row["advantage_mean"], run, method)
+    if off_scale:
+        notes.append(("scale", off_scale))
+    if row["truncated"] > MUCH_TRUNCATED:
+        notes.append(("truncated", truncation_note(row["truncated"], run.max_completion_length)))
+    return notes
+
+
+def range_of(rewards: Tensor) -> dict[str, float | None]:
+    """The lowest and highest of a step's rewards on the scale of the goal anchor; None where there is none."""
+    if not rewards.numel():
+        return {"reward_min": None, "reward_max": None}
+    return {"reward_min": rewards.min().item(), "reward_max": rewards.max().item()}
+
+
 def group_health(rewards: Tensor, valid: Tensor, adv: Advantages, has_kl: bool) -> dict[str, float]:
-    """Shares of the P groups with a known weakness of z-score GRPO, and reward statistics. rewards, valid: (P, G)."""
+    """Shares of the P groups with a known weakness of z-score GRPO, and the mean advantage. rewards, valid: (P, G)."""
     best = rewards.masked_fill(~valid, -torch.inf).amax(1)
     no_advantage = (adv.advantage == 0).all(1)
     kept = rewards[valid]
     return {
-        "reward": kept.mean().item() if kept.numel() else 0.0,
-        "reward_std": kept.std(correction=0).item() if kept.numel() else 0.0,
         "advantage_mean": adv.advantage[valid].mean().item() if kept.numel() else 0.0,
         "zero_variance_groups": (adv.std == 0).float().mean().item(),
         "large_z_groups": (adv.z.abs().amax(1) > 2).float().mean().item(),
@@ -116,7 +139,7 @@ def why_zero(
 
 
 def over_ranks(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """One metrics row of those of all ranks: means, but sums of SUMS and MAXIMA; nested ones by name.
+    """One metrics row of those of all ranks: means, but sums of SUMS, MAXIMA and MINIMA; nested ones by name.
 
     None counts for nothing; text is the first there is. Rows have the same keys, and lists the same length.
     """
@@ -130,6 +153,7 @@ def over_ranks(rows: list[dict[str, Any]]) -> dict[str, Any]:
         elif isinstance(values[0], list):
             out[name] = [over_ranks(list(parts)) for parts in zip(*values, strict=True)]
         else:
-            join = sum if name in SUMS else max if name in MAXIMA else statistics.fmean
+            joins = [(SUMS, sum), (MAXIMA, max), (MINIMA, min)]
+            join: Any = next((j for names, j in joins if name in names), statistics.fmean)
             out[name] = join(values)
     return out

@@ -69,19 +69,27 @@ class RunDir:
     def append(self, name: str, *rows: dict[str, Any]) -> None:
         with (self.path / name).open("a", encoding="utf-8") as f:
             for row in rows:
-                f.write(json.dumps(row) + "\n")
+                f.write(json.dumps(row, default=str) + "\n")
 
-    def write_model(self, model: Any, tokenizer: Any, state: dict[str, Tensor] | None, lora: bool) -> None:
-        """The model in from_pretrained form; with lora merged, and its adapters beside it.
+    def write_model(
+        self, model: Any, tokenizer: Any, state: dict[str, Tensor] | None, lora: bool, best: bool = False
+    ) -> None:
+        """The model in from_pretrained form, as model/ or best/; with lora merged, its last adapters beside it.
 
         state: of the model, gathered, where its own is sharded.
         """
+        whole = self.path / ("best" if best else "model")
+        # Under another name until it is whole: an earlier best one stays until then.
+        folder = whole.with_name(f"{whole.name}.new")
         if lora:
-            save_merged(model, tokenizer, self.path / "model", state)
-            save_adapters(model, self.path / "adapters", state)
+            save_merged(model, tokenizer, folder, state)
         else:
-            model.save_pretrained(self.path / "model", state_dict=state)
-            tokenizer.save_pretrained(self.path / "model")
+            model.save_pretrained(folder, state_dict=state)
+            tokenizer.save_pretrained(folder)
+        shutil.rmtree(whole, ignore_errors=True)
+        folder.rename(whole)
+        if lora and not best:
+            save_adapters(model, self.path / "adapters", state)
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         (self.path / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
@@ -103,7 +111,9 @@ def tracker_values(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
     """A metrics row flattened to numbers with slash-separated names."""
     flat: dict[str, float] = {}
     for key, value in row.items():
-        if isinstance(value, dict):
+        if key == "logged":  # names that a reward function chose
+            flat.update(tracker_values(value, prefix))
+        elif isinstance(value, dict):
             flat.update(tracker_values(value, f"{prefix}{key}/"))
         elif key == "slots":
             for slot in value:
@@ -114,13 +124,21 @@ def tracker_values(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
     return flat
 
 
-def progress_values(row: dict[str, Any], hsr: float | None, ssr: float | None) -> str:
+def progress_values(row: dict[str, Any]) -> str:
     """The numbers of the progress bar."""
-    shares = "" if hsr is None or ssr is None else f"HSR {hsr:.2f} SSR {ssr:.2f} "
+    shares = "" if row["hsr"] is None else f"HSR {row['hsr']:.2f} SSR {row['ssr']:.2f} "
+    rewards = f"r {mean_and_spread(row['reward'], row['reward_std'])} "
+    # The one reward that there is, under its own name, would be said twice.
+    if len(row["rewards"]) > 1:
+        rewards += "".join(f"{name} {mean_and_spread(x['mean'], x['std'])} " for name, x in row["rewards"].items())
     return (
-        f"{shares}r {row['reward']:.2f} KL {row['kl']:.4f} clip {row['clip_low'] + row['clip_high']:.3f} "
-        f"H {row['entropy']:.2f} {row['tokens_per_second']:.0f} tok/s"
+        f"{shares}{rewards}KL {row['kl']:.4f} clip {row['clip_low'] + row['clip_high']:.3f} "
+        f"H {row['entropy']:.2f} cut {row['truncated']:.0%} {row['tokens_per_second']:.0f} tok/s"
     )
+
+
+def mean_and_spread(mean: float | None, std: float | None) -> str:
+    return "–" if mean is None else f"{mean:.2f}±{std or 0.0:.2f}"
 
 
 def evenly_spaced(total: int, limit: int) -> list[int]:
@@ -136,7 +154,8 @@ def sample_table(rows: list[dict[str, Any]], limit: int = 4) -> str:
     for row in rows[:limit]:
         marks = "".join("+" if ok else "-" for ok in row["satisfied"] or [])
         reward = "dropped" if row["reward"] is None else f"{row['reward']:.2f}"
-        head = f"  τ {row['temperature']:<4g} r {reward:<5} {marks:<6} "
+        cut = "" if row["finished"] else "cut "
+        head = f"  τ {row['temperature']:<4g} r {reward:<5} {marks:<6} {cut}"
         text = " ".join(row["response"].split())
         room = width - len(head) - 1
         lines.append(head + (text if len(text) <= room else text[: room - 1] + "…"))
@@ -161,11 +180,13 @@ def completion_row(
         "response": response,
         "temperature": round(temperature, 6),
         "reward": score.total,
+        "rewards": score.parts,
         "advantage": advantage,
         "instruction_ids": example.instruction_ids,
         "satisfied": score.satisfied,
         "finished": finished,
         **({"problem": score.problem} if score.problem else {}),
+        **({"extra": score.extra} if score.extra else {}),
     }
 
 
@@ -205,8 +226,9 @@ def shares(result: dict[str, Any] | None) -> str:
     if result is None:
         return "no held-out prompts"
     if result["hsr"] is None:
-        return f"reward {result['reward']:.3f}" if result["reward"] is not None else "no reward"
-    return f"HSR {result['hsr']:.3f}, SSR {result['ssr']:.3f} over {result['count']} prompts"
+        return f"reward {mean_and_spread(result['reward'], result['reward_std'])}"
+    cut = f", {result['truncated']:.0%} cut" if result["truncated"] else ""
+    return f"HSR {result['hsr']:.3f}, SSR {result['ssr']:.3f} over {result['count']} prompts{cut}"
 
 
 def summarize(
@@ -219,7 +241,9 @@ def summarize(
     train_seconds: float,
     total_seconds: float,
     dropped_samples: int,
+    dropped_rows: int,
     interrupted: bool,
+    failure: str | None,
 ) -> dict[str, Any]:
     """summary.json: settings, held-out results before and after (None: there is none), and how the run went."""
     device = accelerator.device
@@ -233,6 +257,12 @@ def summarize(
         "hsr_after": last.get("hsr"),
         "ssr_before": first.get("ssr"),
         "ssr_after": last.get("ssr"),
+        "reward_before": first.get("reward"),
+        "reward_after": last.get("reward"),
+        "rewards": {
+            name: {"before": x["mean"], "after": last["rewards"][name]["mean"] if last else None}
+            for name, x in first.get("rewards", {}).items()
+        },
         "method": run.preset,
         "seed": run.seed,
         "model": run.model or "embedded seed policy",
@@ -252,8 +282,22 @@ def summarize(
         "processes": accelerator.num_processes,
         "peak_memory_mb": peak_memory_mb(),
         "dropped_samples": dropped_samples,
+        "dropped_rows": dropped_rows,
         "interrupted": interrupted,
+        **({"failure": failure} if failure else {}),
     }
+
+
+def last_line(summary: dict[str, Any]) -> str:
+    """What a run ends with: its held-out scores before and after, steps and time."""
+    names = {"HSR": "hsr", "SSR": "ssr", "reward": "reward"}
+    pairs = [(label, summary[f"{n}_before"], summary[f"{n}_after"]) for label, n in names.items()]
+    scores = [f"{label} {before:.3f} -> {after:.3f}" for label, before, after in pairs if None not in (before, after)]
+    # The share of constraints is the reward, and would be said twice.
+    if list(summary["rewards"]) == ["constraints"] and len(scores) > 1:
+        del scores[2:]
+    held_out = f"held-out {', '.join(scores)} " if scores else ""
+    return f"{held_out}in {summary['steps']} steps, {summary['train_seconds']:.0f} s"
 
 
 def keep_partial(out: RunDir, accelerator: Accelerator, error: RolloutError, step: int, tokenizer: Any) -> int:

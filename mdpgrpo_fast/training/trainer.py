@@ -16,22 +16,23 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .. import evaluate
 from ..config import MDPGRPOConfig, TrainConfig
 from ..data import batches
 from ..kernels import onednn
+from ..models.adapters import adapter_values, adds_something, as_reference
 from ..models.blocks import compile_blocks, enable_checkpointing
 from ..models.load import context_length
-from ..models.lora import without_adapters
 from ..models.policy import Policy
 from ..reference import TokenLoss, default_denominator
-from ..rewards import RewardError, Scorer
+from ..rewards import RewardError, Scorer, TrainerState
+from ..rewards.lost import LostSamples, raise_where_all_failed, why_all_failed
 from ..rollout.engine import make_engine, raise_on_all_ranks
 from ..rollout.vllm.sampler import RolloutError
 from . import checkpoint, distributed
 from .batch import Batch, MicroBatch, bin_groups, micro_batch_budget, packed_micro_batches, padded_micro_batches
 from .collect import Collector
-from .metrics import TokenStatistics, over_ranks, step_metrics
+from .held_out import answer_and_score
+from .metrics import TokenStatistics, over_ranks, step_metrics, step_notes
 from .run_dir import (
     RunDir,
     completion_row,
@@ -59,9 +60,10 @@ class Trainer:
         torch.manual_seed(run.seed + self.accelerator.process_index)
         policy = self._make_policy()
         self.budget = self._micro_batch_budget(policy)
-        # Under LoRA the reference is the model without its adapters.
-        separate = method.needs_reference and not run.lora
-        self.reference = copy.deepcopy(policy).requires_grad_(False) if separate else None
+        # Under LoRA the reference is the model without its adapters, or with those that it came with.
+        starts_adapted = method.needs_reference and run.lora and adds_something(task.model)
+        distributed.check_adapted_start(self.accelerator, starts_adapted)
+        self.reference = None if run.lora or not method.needs_reference else copy.deepcopy(policy).requires_grad_(False)
         for copied in (policy, self.reference) if run.compile else ():
             if copied is not None:
                 compile_blocks(copied.model)
@@ -69,16 +71,24 @@ class Trainer:
             [p for p in task.model.parameters() if p.requires_grad], lr=run.learning_rate,
             betas=(0.9, run.adam_beta2), weight_decay=run.weight_decay, fused=run.fused_adamw,
         )  # fmt: skip
-        per_step = run.prompts_per_step * self.accelerator.num_processes
+        per_step = self.prompts_per_step = run.prompts_per_step * self.accelerator.num_processes
         self.steps = run.steps or max(1, round(run.epochs * len(task.train) / per_step))
         self.model, self.optimizer = distributed.prepare(self.accelerator, policy, optimizer, self.reference)
+        self.first_adapters = adapter_values(self.model) if starts_adapted else None
         engine = make_engine(run, method, context_length(task.model), self.accelerator)
+        scorer.to(self.accelerator.device)
         self.collector = Collector(task, run, method, self.accelerator, scorer, policy, engine)
+        if method.running_goal:
+            self.accelerator.register_for_checkpointing(self.collector.goal)
+        self.lost = LostSamples(run.max_dropped)
+        self.history: list[dict[str, Any]] = []  # what reward functions see as trainer_state.log_history
         schedule = "constant_with_warmup" if run.lr_schedule == "constant" else run.lr_schedule
         updates = self.steps * run.updates_per_rollout
         self.scheduler = transformers.get_scheduler(schedule, optimizer, run.warmup_steps, updates)
         self.accelerator.register_for_checkpointing(self.scheduler)
+        checkpoint.keep_loadable(self.accelerator, task.model, task.tokenizer)
         self.done = checkpoint.load(self.accelerator, out.path) if run.resume else 0
+        self.best = checkpoint.Best(self.accelerator, out.path, run.resume)
         self.last_rows: list[dict[str, Any]] = []
         self.order = itertools.islice(batches(len(task.train), per_step, self.steps, run.seed), self.done, None)
         self.peak = peak_flops(self.accelerator.device, run.mixed_precision != "no" or run.dtype == "bfloat16")
@@ -155,6 +165,8 @@ class Trainer:
             self.say(f"interrupted after {self.done} steps")
         except (RewardError, RolloutError) as e:
             interrupted, failure = True, e
+            if isinstance(e, RewardError) and e.trace:
+                self.say(e.trace)
             if isinstance(e, RolloutError):
                 kept = keep_partial(self.out, acc, e, self.done + 1, self.task.tokenizer)
                 where = self.out.path / "partial_rollout.jsonl"
@@ -162,7 +174,10 @@ class Trainer:
         summary = summarize(
             run, acc, before, after, steps=self.done, train_seconds=train_seconds, interrupted=interrupted,
             total_seconds=time.perf_counter() - started, dropped_samples=self.scorer.dropped,
+            dropped_rows=len(self.task.dropped),
+            failure=None if failure is None else str(failure),
         )  # fmt: skip
+        summary["best"] = self.best.found
         if acc.is_main_process:
             self.out.write_json("summary.json", summary)
         if run.report_to:
@@ -182,18 +197,17 @@ class Trainer:
                 row = self.step(number, rows)
                 self.log(row)
                 self.done = number
+                self.history.append(row)
+                samples = self.prompts_per_step * self.method.num_generations
+                self.lost.check(number, row["dropped"], samples, self.collector.problem)
                 bar.update()
                 if profiler is not None:
                     profiler.step()
-                bar.set_postfix_str(progress_values(row, row["hsr"], row["ssr"]), refresh=False)
-                if row["note"] and row["note"] not in notes:
-                    notes.add(row["note"])
-                    self.say(f"step {number}: {row['note']}")
-                if row["dropped"] and "dropped" not in notes:
-                    notes.add("dropped")
-                    self.say(
-                        f"step {number}: {row['dropped']} samples dropped, the first because {self.collector.problem}"
-                    )
+                bar.set_postfix_str(progress_values(row), refresh=False)
+                for kind, text in step_notes(row, self.collector.problem, run, self.method):
+                    if kind not in notes:
+                        notes.add(kind)
+                        self.say(f"step {number}: {text}")
                 if number % max(1, self.steps // 4) == 0 and run.log_completions:
                     self.say(f"step {number}, some completions:\n{sample_table(self.last_rows)}")
                 if run.eval_every and number % run.eval_every == 0 and number < self.steps:
@@ -207,20 +221,26 @@ class Trainer:
         """Sample, score, update; the step's metrics. rows: the prompts of all ranks, by their indices."""
         acc, run = self.accelerator, self.run
         clock = StageClock(acc.device)
+        self.scorer.state = self.state(number - 1)
         rows = rows[acc.process_index * run.prompts_per_step :][: run.prompts_per_step]
         # Prompts of like length next to each other: padded micro-batches are cut to their own longest.
         rows = sorted(rows, key=lambda i: len(self.task.train_ids[i]))
         problem = None
         try:
             batch = distributed.call_whole(acc, self.model, lambda: self.collector.collect(rows, number, clock))
+            failed = why_all_failed(batch.scores)
         except (RewardError, RolloutError, FloatingPointError) as e:
             problem = e
         with clock.stage("generate"):  # the others' wait for the slowest
             raise_on_all_ranks(acc, problem)
+            raise_where_all_failed(gather_object([failed]), f"step {number}", len(batch.scores) * acc.num_processes)
         with clock.stage("forward"):
             micro_batches = self.micro_batches(batch)
         row = self.update(batch, micro_batches, clock)
         row = step_metrics(batch, row, self.method, peak_memory_mb())
+        row["logged"] = self.scorer.take_metrics()
+        if self.method.running_goal:
+            self.collector.goal.add(list(itertools.chain(*gather_object([batch.rewards[batch.valid].tolist()]))))
         if acc.is_main_process:
             self.last_rows = training_rows(number, batch, run.log_completions)
             self.out.append("completions.jsonl", *self.last_rows)
@@ -228,6 +248,13 @@ class Trainer:
         if acc.num_processes > 1:
             row = over_ranks(gather_object([row]))
         return {"step": number, **row}
+
+    def state(self, done: int) -> TrainerState:
+        """What reward functions see of the run after `done` steps."""
+        epoch = self.prompts_per_step / len(self.task.train)
+        return TrainerState(
+            done, self.steps, done * epoch, self.steps * epoch, self.accelerator.is_main_process, self.history
+        )
 
     def micro_batches(self, batch: Batch) -> list[MicroBatch]:
         """The micro-batches of this rank, as many as on every other."""
@@ -280,7 +307,8 @@ class Trainer:
             return [None] * len(micro_batches)
         reference = self.policy if self.reference is None else self.reference
         # In the policy's own precision, or the KL of two equal models would not be 0.
-        with self.accelerator.autocast(), without_adapters(self.lm) if self.run.lora else nullcontext():
+        own = as_reference(self.lm, self.model, self.first_adapters) if self.run.lora else nullcontext()
+        with self.accelerator.autocast(), own:
             return [
                 reference.logprobs(m.inputs, m.mask, m.lengths, self.method.kl_temperature, self.run.backend)
                 for m in micro_batches
@@ -312,26 +340,20 @@ class Trainer:
         task, acc = self.task, self.accelerator
         if not task.held_out:
             return None
-        mine = list(range(acc.process_index, len(task.held_out), acc.num_processes))
-        prompts = [task.held_out_ids[i] for i in mine]
-        limit, size = self.run.max_completion_length, self.run.eval_batch_size
-        answer = partial(evaluate.answer, self.lm, task.tokenizer, prompts, task.eos, limit, size)
-        responses, finished = distributed.call_whole(acc, self.model, answer)
-        problem, scores = None, []
-        try:
-            scores = self.scorer([task.held_out[i] for i in mine], responses)
-        except RewardError as e:
-            problem = e
-        raise_on_all_ranks(acc, problem)
-        gathered = sorted(gather_object(list(zip(mine, responses, finished, scores, strict=True))), key=lambda x: x[0])
-        result = evaluate.from_scores([task.held_out[i] for i, *_ in gathered], [s for *_, s in gathered])
-        problems = [s.problem for *_, s in gathered if s.problem]
+        self.scorer.state = self.state(step)
+        result, found = answer_and_score(task, self.run, acc, self.scorer, self.model, self.lm)
+        problems = [s.problem for *_, s in found if s.problem]
         if problems:
             self.say(f"{len(problems)} held-out samples count as unsatisfied, the first because {problems[0]}")
         self.log({"step": step, "eval": result, "phase": phase or "between"})
         if phase and acc.is_main_process:
-            rows = [completion_row(step, phase, task.held_out[i], r, 0.0, s, None, done) for i, r, done, s in gathered]
+            rows = [
+                completion_row(step, phase, task.held_out[i], a.response, 0.0, s, None, a.finished)
+                for i, a, s in found
+            ]  # fmt: skip
             self.out.append("completions.jsonl", *rows)
+        if self.run.keep_best:
+            self.best.keep(step, result, partial(self.save, best=True))
         return result
 
     def log(self, row: dict[str, Any]) -> None:
@@ -340,12 +362,12 @@ class Trainer:
         if self.run.report_to:
             self.accelerator.log(tracker_values(row), step=row["step"])
 
-    def save(self) -> None:
+    def save(self, best: bool = False) -> None:
         """The model as it stands, in from_pretrained form."""
-        if self.run.save_model:
+        if self.run.save_model or best:
             state = distributed.whole_state(self.accelerator, self.model)
             if self.accelerator.is_main_process:
-                self.out.write_model(self.lm, self.task.tokenizer, state, self.run.lora)
+                self.out.write_model(self.lm, self.task.tokenizer, state, self.run.lora, best)
 
     def say(self, text: str) -> None:
         """A line on stderr above the progress bar, from the first rank."""

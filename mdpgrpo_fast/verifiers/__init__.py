@@ -2,14 +2,16 @@
 
 from .registry import INSTRUCTIONS, ArgumentError, Instruction, InstructionError, UnknownInstructionError
 from .sentences import punkt_source
-from .verify import validate, verify, verify_all
+from .verify import THINK_TAGS, answer_of, validate, verify, verify_all
 
 __all__ = [
     "INSTRUCTIONS",
+    "THINK_TAGS",
     "ArgumentError",
     "Instruction",
     "InstructionError",
     "UnknownInstructionError",
+    "answer_of",
     "punkt_source",
     "validate",
     "verify",

@@ -10,6 +10,15 @@ from .registry import clean, lookup
 
 MODES = ("strict", "loose")
 Kwargs = Mapping[str, Any] | None
+# What opens and what closes a think block: Qwen, DeepSeek; Mistral; Seed; Cohere; gpt-oss.
+THINK_TAGS = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("[THINK]", "[/THINK]"),
+    ("<seed:think>", "</seed:think>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),
+)
 
 
 def validate(instruction_id: str, kwargs: Kwargs, rules: str = "ifeval") -> None:
@@ -21,11 +30,9 @@ def validate(instruction_id: str, kwargs: Kwargs, rules: str = "ifeval") -> None
     clean(lookup(instruction_id, rules), kwargs, rules)
 
 
-def verify(
-    instruction_id: str, response: str, kwargs: Kwargs, *, prompt: str = "", mode: str = "strict", rules: str = "ifeval"
-) -> bool:
-    """Whether `response` follows one instruction; see `verify_all`."""
-    return verify_all([instruction_id], response, [kwargs], prompt=prompt, mode=mode, rules=rules)[0]
+def verify(instruction_id: str, response: str, kwargs: Kwargs, **options: Any) -> bool:
+    """Whether `response` follows one instruction; options: those of `verify_all`."""
+    return verify_all([instruction_id], response, [kwargs], **options)[0]
 
 
 def verify_all(
@@ -36,13 +43,14 @@ def verify_all(
     prompt: str = "",
     mode: str = "strict",
     rules: str = "ifeval",
+    strip_thinking: bool = False,
 ) -> list[bool]:
     """Whether `response` follows each instruction, by position: an id that comes twice is answered twice.
 
     `mode` "loose" accepts if any of IFEval's eight variants of the response does (first line, last line, stars
     removed, in all combinations). A blank text follows nothing. `rules` are those of google-research
     `instruction_following_eval` ("ifeval") or of m-salmani78/MDP-GRPO ("mdpgrpo"). `prompt` is IFEval's
-    interface; no instruction here reads it.
+    interface; no instruction here reads it. `strip_thinking` looks at what follows the last closing think tag alone.
 
     Raises InstructionError, a ValueError, as `validate` does, ValueError for an unknown mode or rule set or lists
     of unequal length, TypeError for a response that is no str. Nothing in a response raises.
@@ -53,6 +61,7 @@ def verify_all(
         raise TypeError(f"response: expected str, got {type(response).__name__}")
     if len(instruction_ids) != len(kwargs_list):
         raise ValueError(f"kwargs_list: expected {len(instruction_ids)} items, one per id, got {len(kwargs_list)}")
+    response = answer_of(response) if strip_thinking else response
     texts = _loose_variants(response) if mode == "loose" else [response]
     texts = [text for text in texts if text.strip()]
     return [_follows(id, texts, kwargs, rules) for id, kwargs in zip(instruction_ids, kwargs_list, strict=True)]
@@ -67,6 +76,17 @@ def _follows(instruction_id: str, texts: list[str], kwargs: Kwargs, rules: str) 
         # JSON nested too deep, XML with half a surrogate pair: MDP-GRPO counts an error as not followed, whatever
         # the variants left to try; IFEval stops there, and a trainer must not.
         return False
+
+
+def answer_of(response: str, opened: bool = False) -> str:
+    """What follows the last closing think tag, without the white space between; "" where a block is not closed.
+
+    opened: the prompt itself opened one, as templates of models that always think do.
+    """
+    ends = [at + len(close) for _, close in THINK_TAGS if (at := response.rfind(close)) >= 0]
+    if ends:
+        return response[max(ends) :].lstrip()
+    return "" if opened or any(tag in response for tag, _ in THINK_TAGS) else response
 
 
 def _loose_variants(response: str) -> list[str]:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import functools
 import os
+import sys
 import time
+
+from mdpgrpo_fast.rewards import per_completion
 
 
 def length(prompts, completions, **columns):
@@ -18,34 +24,137 @@ def chat(prompts, completions, **columns):
     return [float(len(c[0]["content"])) for c in completions]
 
 
-def hang(prompts, completions, **columns):
-    if completions[0] == "hang":
-        time.sleep(60)
-    return [1.0]
+def vowels(prompts, completions, **columns):
+    return [sum(ch in "aeiou" for ch in c) / max(1, len(c)) for c in completions]
 
 
-def die(prompts, completions, **columns):
-    if completions[0] == "die":
-        os._exit(7)
-    return [1.0]
+def rank(prompts, completions, **columns):
+    """Known of the whole batch alone: the place of a completion by its length."""
+    order = sorted(range(len(completions)), key=lambda i: len(completions[i]))
+    return [order.index(i) / max(1, len(completions) - 1) for i in range(len(completions))]
 
 
-def boom(prompts, completions, **columns):
-    if completions[0] == "boom":
-        raise KeyError("no such thing")
-    return [1.0]
+async def slow_length(completions, **columns):
+    await asyncio.sleep(0.01)
+    return [len(c) for c in completions]
+
+
+class Counter:
+    """A callable with state."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, completions, **columns):
+        self.calls += 1
+        return [self.calls] * len(completions)
+
+
+class AsyncVowels:
+    async def __call__(self, completions, **columns):
+        return vowels(None, completions)
+
+
+counter = Counter()
+scaled = functools.partial(lambda factor, completions, **columns: [factor * len(c) for c in completions], 0.5)
+
+
+def logs(completions, trainer_state, log_metric, log_extra, completion_ids, **columns):
+    log_metric("mean_length", sum(map(len, completions)) / len(completions))
+    log_extra("first", [c[:1] for c in completions])
+    return [trainer_state.global_step + len(ids) / 10 for ids in completion_ids]
+
+
+def only_short(completions, **columns):
+    return [None if len(c) > 3 else 1.0 for c in completions]
+
+
+def only_long(completions, **columns):
+    return [0.25 if len(c) > 3 else None for c in completions]
 
 
 def none(prompts, completions, **columns):
-    return [None if completions[0] == "bad" else 0.5]
+    return [None if c == "bad" else 0.5 for c in completions]
+
+
+def half(prompts, completions, **columns):
+    return [0.5] * len(completions)
+
+
+def minus_length(completions, **columns):
+    """The reward of TRL's quickstart."""
+    return [-abs(20.0 - len(c)) for c in completions]
+
+
+# ---- what goes wrong ------------------------------------------------------------------------------------------------
+
+
+def hang(prompts, completions, **columns):
+    if "hang" in completions:
+        time.sleep(60)
+    return [1.0] * len(completions)
+
+
+def hang_and_swallow(completions, **columns):
+    while True:
+        with contextlib.suppress(Exception):
+            time.sleep(60)
+
+
+async def hang_async(completions, **columns):
+    await asyncio.sleep(60)
+
+
+async def block_async(completions, **columns):
+    time.sleep(8)
+
+
+def die(prompts, completions, **columns):
+    if "die" in completions:
+        os._exit(7)
+    return [1.0] * len(completions)
+
+
+def boom(prompts, completions, **columns):
+    if "boom" in completions:
+        raise KeyError("no such thing")
+    return [1.0] * len(completions)
+
+
+@per_completion
+def boom_alone(completions, **columns):
+    return boom(None, completions)
+
+
+def always_boom(prompts, completions, **columns):
+    raise KeyError("always")
+
+
+def boom_later(completions, trainer_state, **columns):
+    if trainer_state.global_step:
+        raise KeyError("later")
+    return [len(c) / 100 for c in completions]
+
+
+def leaves(completions, **columns):
+    sys.exit("out of the loop")
+
+
+class Unpicklable(Exception):
+    def __init__(self, a, b):
+        super().__init__(a)
+
+
+def unpicklable(completions, **columns):
+    raise Unpicklable("cannot be rebuilt", lambda: 0)
 
 
 def nan(prompts, completions, **columns):
-    return [float("nan") if completions[0] == "bad" else 0.5]
+    return [float("nan") if c == "bad" else 0.5 for c in completions]
 
 
-def vowels(prompts, completions, **columns):
-    return [sum(ch in "aeiou" for ch in c) / max(1, len(c)) for c in completions]
+def sometimes_nan(prompts, completions, **columns):
+    return [float("nan") if sum(map(ord, c)) % 50 == 0 else 0.5 for c in completions]
 
 
 def flaky(prompts, completions, **columns):
@@ -54,20 +163,32 @@ def flaky(prompts, completions, **columns):
     return [0.5 + 0.5 * (len(completions[0]) % 2)]
 
 
-def always_boom(prompts, completions, **columns):
-    raise KeyError("always")
+def text(prompts, completions, **columns):
+    return ["high"] * len(completions)
+
+
+def returns_text(completions, **columns):
+    return "0.9"
+
+
+def returns_number(completions, **columns):
+    return 0.9
+
+
+def returns_nothing(completions, **columns):
+    pass
+
+
+def returns_empty(completions, **columns):
+    return []
+
+
+def returns_three(completions, **columns):
+    return [1.0, 2.0, 3.0]
+
+
+def returns_dict(completions, **columns):
+    return {"reward": 1.0}
 
 
 NOT_A_FUNCTION = 3
-
-
-def sometimes_nan(prompts, completions, **columns):
-    return [float("nan") if sum(map(ord, completions[0])) % 50 == 0 else 0.5]
-
-
-def text(prompts, completions, **columns):
-    return ["high"]
-
-
-def none_for_bad(prompts, completions, **columns):
-    return [None]

@@ -29,9 +29,15 @@ PLAIN = preset("grpo", num_generations=4, kl_beta_pos=0.0)
 
 
 @functools.cache
-def _scorer(reward: tuple[str, ...], timeout: float, on_bad_reward: str) -> Scorer:
+def _scorer(
+    reward: tuple[str, ...], weights: tuple[float, ...] | None, timeout: float | None, on_bad_reward: str, kind: str,
+    isolation: str,
+) -> Scorer:  # fmt: skip
     """One for all runs with these rewards: starting its process takes longer than a short run."""
-    scorer = Scorer(list(reward), timeout=timeout, on_bad_reward=on_bad_reward, workers=1)
+    scorer = Scorer(
+        list(reward), weights and list(weights), timeout=timeout, on_bad_reward=on_bad_reward, constraint_reward=kind,
+        isolation=isolation, workers=1,
+    )  # fmt: skip
     atexit.register(scorer.__exit__)
     return scorer
 
@@ -55,8 +61,12 @@ def make_trainer(tmp_path: Path, method: MDPGRPOConfig | None = None, name: str 
     AcceleratorState._reset_state(True)  # one per process; a test may want another precision than the last
     run = TrainConfig(**{**SMALL, "log_completions": 2, "output_dir": str(tmp_path / name), **knobs})
     out = RunDir(run.output_dir, create=not run.resume)
-    scorer = _scorer(tuple(run.reward), run.reward_timeout, run.on_bad_reward)
+    weights = run.reward_weights and tuple(run.reward_weights)
+    scorer = _scorer(
+        tuple(run.reward), weights, run.reward_timeout, run.on_bad_reward, run.constraint_reward, run.reward_isolation
+    )
     scorer.dropped = 0
+    scorer.take_metrics()
     return Trainer(make_task(run), run, method or preset("exact", num_generations=4), out, scorer)
 
 

@@ -27,5 +27,11 @@ def test_make_engine_by_the_knobs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert engine.make_engine(run, method, 512, acc) == engine.make_engine(run, method, None, acc) == "engine"
     assert made["model"] == "m" and made["seed"] == 45 and made["sleep_mode"] is True and made["max_model_len"] == 150
     assert engine.make_engine(run, method, 120, acc) == "engine" and made["max_model_len"] == 120
+    assert not {"trust_remote_code", "tokenizer"} & made.keys()
+    run = TrainConfig(rollout="vllm", model="m", trust_remote_code=True, tokenizer="t")
+    assert engine.make_engine(run, method, 512, acc) == "engine"
+    assert made["trust_remote_code"] is True and made["tokenizer"] == "t"
+    monkeypatch.setattr(engine, "base_model", lambda path: f"base of {path}")
+    assert engine.make_engine(run, method, 512, acc) == "engine" and made["model"] == "base of m"
     with pytest.raises(ConfigError, match=r"temperatures must be at least 0.01 \(vLLM's floor\); got 0.005"):
         engine.make_engine(run, preset("exact", temperatures=[0.005, 1.0]), 512, acc)

@@ -10,9 +10,12 @@ import accelerate.accelerator
 import pytest
 import torch
 from helpers.runs import SMALL, make_trainer, parameters, rows, run_small
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mdpgrpo_fast import train
+from mdpgrpo_fast import evaluate, train
 from mdpgrpo_fast.config import ConfigError, TrainConfig, preset
+from mdpgrpo_fast.demo import DEMO_DIR
+from mdpgrpo_fast.models.load import load
 from mdpgrpo_fast.training import checkpoint
 from mdpgrpo_fast.training.run_dir import RunDir
 
@@ -85,6 +88,120 @@ def test_a_resumed_run_with_other_settings_is_refused(tmp_path: Path) -> None:
         checkpoint.check_resume(TrainConfig(**{**SMALL, "learning_rate": 5e-4}, output_dir=str(tmp_path)), method)
     with pytest.raises(ConfigError, match="settings of the run before: top_k was 0; got 5"):
         checkpoint.check_resume(run, preset("exact", top_k=5))
+
+
+@pytest.mark.parametrize("kind", ["full", "bfloat16", "lora", "tied"])
+def test_a_checkpoint_is_a_model_and_is_read_back_to_the_bit(
+    kind: str, tmp_path: Path, model_dirs: dict[str, str], peer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if kind == "lora":
+        peer("peft")
+    knobs: dict[str, Any] = {"steps": 3, "save_every": 2, "learning_rate": 1e-2}
+    knobs |= {"bfloat16": {"dtype": "bfloat16"}, "lora": {"lora": True, "lora_r": 2}}.get(kind, {})
+    if kind == "tied":
+        data = tmp_path / "p.jsonl"
+        data.write_text("\n".join(json.dumps({"prompt": f"number {i}"}) for i in range(4)) + "\n")
+        knobs |= {"model": model_dirs["gemma2"], "train_file": str(data), "reward": ["helpers.rewards:vowels"]}
+        knobs |= {"max_prompt_length": 64}
+    whole = run_small(tmp_path, **knobs)
+    expected = rows(whole)
+    folder = whole.out.path / "checkpoints" / "checkpoint_2"
+    weights = [p.name for p in folder.glob("*.safetensors")]
+    assert weights == ["adapter_model.safetensors" if kind == "lora" else "model.safetensors"], "they are stored once"
+    resumed = run_small(tmp_path, resume=True, **knobs)
+    assert torch.equal(parameters(resumed), parameters(whole)) and resumed.done == 3
+    assert [r["loss"] for r in rows(resumed)] == [r["loss"] for r in expected]
+    # The last checkpoint that a run of three steps with save_every = 3 leaves is the model that it ends with.
+    checkpoint.save(resumed.accelerator, resumed.out.path, 3)
+    folder = folder.with_name("checkpoint_3")
+    assert AutoTokenizer.from_pretrained(folder).get_vocab() == resumed.task.tokenizer.get_vocab()
+    plain, ours = AutoModelForCausalLM.from_pretrained(folder).eval(), load(str(folder))[0].eval()
+    assert plain.generation_config.to_dict() == resumed.lm.generation_config.to_dict()
+    ids = torch.arange(3, 11)[None]
+    with torch.no_grad():
+        wanted = resumed.lm(ids).logits
+        assert torch.equal(plain(ids).logits, wanted)
+        torch.testing.assert_close(ours(ids).logits, wanted, rtol=1e-4, atol=1e-4)
+    if kind != "tied":
+        assert evaluate.main(["--model", str(folder), "--samples", "1", "--max-completion-length", "4"]) == 0
+        assert "prompt level" in capsys.readouterr().out
+
+
+def test_a_checkpoint_with_weights_of_the_earlier_layout_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints" / "checkpoint_2"
+    folder.mkdir(parents=True)
+    for name in ("progress.json", "model.safetensors"):
+        (folder / name).touch()
+    with pytest.raises(ConfigError, match=r"resume needs a checkpoint of this version .*checkpoint_2.* earlier one"):
+        checkpoint.check_resume(TrainConfig(output_dir=str(tmp_path)), preset("exact"))
+
+
+# ---- the best model -------------------------------------------------------------------------------------------------
+
+
+def scored(monkeypatch: pytest.MonkeyPatch, scores: list[float | None], name: str = "hsr") -> None:
+    """Held-out results as if they were these, one after another."""
+    keep, remaining = checkpoint.Best.keep, iter(scores)
+
+    def fake(self: checkpoint.Best, step: int, result: dict[str, Any], save: Any) -> None:
+        keep(self, step, {**result, "hsr": None, name: next(remaining)}, save)
+
+    monkeypatch.setattr(checkpoint.Best, "keep", fake)
+
+
+@pytest.mark.parametrize(
+    ("name", "scores", "best"),
+    [
+        ("hsr", [0.2, 0.1, 0.5, 0.5, 0.4], (2, 0.5)),
+        ("reward", [0.2, 0.1, 0.15, 0.0, 0.6], (4, 0.6)),
+        ("hsr", [0.7, 0.1, 0.7, 0.2, 0.3], (0, 0.7)),
+        ("reward", [None, None, 0.1, None, None], (2, 0.1)),
+        ("reward", [None] * 5, None),
+    ],
+)
+def test_the_best_model_is_kept(
+    name: str, scores: list[float | None], best: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored(monkeypatch, scores, name)
+    trainer = make_trainer(tmp_path, keep_best=True, steps=4, eval_every=1, save_model=False, learning_rate=1e-2)
+    after: dict[int, torch.Tensor] = {}
+    monkeypatch.setattr(trainer, "log", lambda row: after.update({row["step"]: trainer.lm.lm_head.weight.clone()}))
+    summary = trainer.train()
+    assert summary["best"] == (None if best is None else {"step": best[0], "score": best[1]})
+    assert json.loads((trainer.out.path / "summary.json").read_text())["best"] == summary["best"]
+    assert (trainer.out.path / "best").exists() == bool(best and best[0]) and not (trainer.out.path / "model").exists()
+    assert not list(trainer.out.path.glob("*.new"))
+    if best and best[0]:
+        model, tokenizer = load(str(trainer.out.path / "best"))
+        assert torch.equal(model.lm_head.weight, after[best[0]]) and len(tokenizer) == len(trainer.task.tokenizer)
+        assert not torch.equal(after[best[0]], after[best[0] - 1])
+
+
+def test_a_resumed_run_goes_on_comparing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, peer: Any) -> None:
+    """From its best so far, or, asked for it only now, from the untrained model; under LoRA it is a merged model."""
+    peer("peft")
+    knobs: dict[str, Any] = {"steps": 3, "eval_every": 1, "save_every": 2, "lora": True, "lora_r": 2, "keep_best": True}
+    scored(monkeypatch, [0.1, 0.3, 0.2, 0.25, 0.28])  # before, after steps 1, 2 and 3; after step 3 again
+    path = run_small(tmp_path, **knobs).out.path
+    assert json.loads((path / "best.json").read_text()) == {"step": 1, "score": 0.3}
+    before = (path / "best" / "model.safetensors").read_bytes()
+    resumed = run_small(tmp_path, resume=True, **knobs)
+    assert resumed.best.found == {"step": 1, "score": 0.3} and resumed.done == 3
+    assert (path / "best" / "model.safetensors").read_bytes() == before
+    (path / "best.json").unlink()
+    first = checkpoint.first_evaluation(path)
+    assert first is not None
+    for score, best in ((-1.0, {"step": 0, "score": first["hsr"]}), (2.0, {"step": 3, "score": 2.0})):
+        monkeypatch.undo()
+        scored(monkeypatch, [score])
+        assert run_small(tmp_path, resume=True, **knobs).best.found == best
+    assert not (path / "best" / "adapter_config.json").exists()
+
+
+def test_the_best_needs_something_to_be_compared_by(tmp_path: Path) -> None:
+    file = str(DEMO_DIR / "train.jsonl")
+    with pytest.raises(ConfigError, match=r"keep_best needs held-out prompts \(eval_file\)"):
+        make_trainer(tmp_path, keep_best=True, train_file=file)
 
 
 def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path) -> None:

@@ -1,0 +1,8 @@
+"""Prompts from files and data sets: read, checked row by row, rendered and tokenised once."""
+
+from __future__ import annotations
+
+from .chat import tokenize
+from .examples import BadRow, Example, Prompts, batches, read_prompts
+
+__all__ = ["BadRow", "Example", "Prompts", "batches", "read_prompts", "tokenize"]

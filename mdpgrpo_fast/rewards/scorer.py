@@ -1,0 +1,301 @@
+"""Scores of a step's completions: rewards called, their values summed, and a reason for each sample that is lost."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..config import ConfigError, TrainConfig
+from ..data import Example
+from .calls import CallTimeout, call_async, call_limited
+from .constraints import ConstraintReward
+from .functions import (
+    Arguments,
+    RewardError,
+    RewardFunction,
+    TrainerState,
+    check_values,
+    is_async,
+    is_finite,
+    load_reward,
+    name_of,
+    trace_of,
+)
+from .model import RewardModel
+from .pool import Failure, Job, Workers, said_of
+
+CONSTRAINTS = "constraints"
+CALL_TIMEOUT, COMPLETION_TIMEOUT = 600.0, 10.0  # seconds, where none are given
+SAMPLES = ("Here is an answer.", "No")  # what rewards are tried with before the model is there
+Value = float | Failure | None
+
+
+@dataclass(frozen=True)
+class Score:
+    """One response's rewards. `total` is None where the sample is dropped, `problem` says why."""
+
+    total: float | None
+    parts: dict[str, float | None]  # by the names of Scorer.names; None: the reward did not apply, or failed
+    satisfied: list[bool] | None
+    problem: str | None = None
+    failed: bool = False  # dropped because a reward failed, and not because none applied
+    trace: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)  # of log_extra
+
+
+@dataclass(frozen=True)
+class Reward:
+    """One reward of a run. function: None for `constraints` and what workers call by its spec."""
+
+    name: str
+    spec: str
+    function: RewardFunction | None
+    isolated: bool = False
+
+
+def _resolve(reward: str | RewardFunction, isolation: str, trust_remote_code: bool) -> Reward:
+    if not isinstance(reward, str):
+        if not getattr(reward, "per_completion", False):
+            return Reward(name_of(reward), name_of(reward), reward)
+        reward = f"{reward.__module__}:{name_of(reward)}"  # as workers can import it
+    if reward == CONSTRAINTS:
+        return Reward(reward, reward, None)
+    if ":" not in reward and ("/" in reward or Path(reward).is_dir()):
+        model = RewardModel(reward, trust_remote_code)
+        return Reward(name_of(model), reward, model)
+    function = load_reward(reward)
+    isolated = isolation == "process" or getattr(function, "per_completion", False)
+    if isolated and is_async(function):
+        raise ConfigError(f"reward {reward!r} is async, and is called with all completions of a step, not one by one")
+    return Reward(name_of(function), reward, None if isolated else function, isolated)
+
+
+class Scorer:
+    """Scores completions of a step: functions are called once with all of them, in this process; constraints and
+    isolated functions one completion at a time in worker processes.
+
+    rewards: specs as of TrainConfig.reward, or functions. weights: one each, default 1. A call that raises, takes
+    longer than timeout or returns no numbers loses its completions: they come back with `total` None, the reason in
+    `problem`, counted in `dropped`. A NaN or infinite reward raises RewardError with the row, or drops the sample where
+    on_bad_reward is "drop". None is "not mine": the other rewards are summed; where all are None the sample is dropped.
+    Use as a context manager; workers end with it. Raises ConfigError for a reward that cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        rewards: Sequence[str | RewardFunction],
+        weights: list[float] | None = None,
+        *,
+        rules: str = TrainConfig.rules,
+        constraint_reward: str = TrainConfig.constraint_reward,
+        isolation: str = TrainConfig.reward_isolation,
+        timeout: float | None = TrainConfig.reward_timeout,
+        workers: int = TrainConfig.reward_workers,
+        on_bad_reward: str = TrainConfig.on_bad_reward,
+        trust_remote_code: bool = False,
+    ) -> None:
+        found = [_resolve(r, isolation, trust_remote_code) for r in rewards]
+        counts = Counter(r.name for r in found)
+        # Two functions of one name are told apart by their modules.
+        found = [replace(r, name=r.spec) if counts[r.name] > 1 else r for r in found]
+        self.rewards = found
+        self.weights = list(weights) if weights is not None else [1.0] * len(found)
+        self.call_timeout = timeout or CALL_TIMEOUT
+        self.drop_bad = on_bad_reward == "drop"
+        self.dropped = 0
+        self.state = TrainerState()  # the trainer keeps it up to date
+        self.specs = [r.spec for r in found if r.isolated]
+        self.metrics: dict[str, list[float]] = {}
+        constraints = ConstraintReward(rules, constraint_reward)
+        self._workers = Workers(self.specs, constraints, workers, timeout or COMPLETION_TIMEOUT)
+
+    @classmethod
+    def of(cls, run: TrainConfig) -> Scorer:
+        """That of a run's settings."""
+        return cls(
+            run.reward,
+            run.reward_weights,
+            rules=run.rules,
+            constraint_reward=run.constraint_reward,
+            isolation=run.reward_isolation,
+            timeout=run.reward_timeout,
+            workers=run.reward_workers,
+            on_bad_reward=run.on_bad_reward,
+            trust_remote_code=run.trust_remote_code,
+        )
+
+    def __enter__(self) -> Scorer:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._workers.stop()
+
+    @property
+    def names(self) -> list[str]:
+        """As each reward is logged: `constraints`, a function's name, the last part of a model's."""
+        return [r.name for r in self.rewards]
+
+    def to(self, device: Any) -> None:
+        """Reward models run there."""
+        for reward in self.rewards:
+            if isinstance(reward.function, RewardModel):
+                reward.function.to(device)
+
+    def check(self, examples: Sequence[Example]) -> None:
+        """Raises ConfigError for a prompt that `constraints` cannot score, where there is no other reward."""
+        if self.names == [CONSTRAINTS]:
+            for index, example in enumerate(examples, 1):
+                if not example.instruction_ids:
+                    raise ConfigError(
+                        f"prompt {index} has no instruction_id_list, which the reward 'constraints' needs: "
+                        f"{example.text[:60]!r}"
+                    )
+
+    def try_out(self, examples: Sequence[Example]) -> None:
+        """Calls every reward but `constraints` with two sample completions. Raises RewardError where a run would lose
+        both."""
+        if all(r.spec == CONSTRAINTS for r in self.rewards):
+            return
+        rows = [*examples[:2], *examples[:1]][:2]
+        scores = self(rows, list(SAMPLES), completion_ids=[[1, 2, 3], [4]])
+        self.take_metrics()
+        self.dropped = 0
+        if all(s.failed for s in scores):
+            raise RewardError(
+                f"{scores[0].problem}; it was tried on two sample rows (--no-reward-check)", scores[0].trace
+            )
+
+    def __call__(
+        self,
+        examples: Sequence[Example],
+        responses: Sequence[str],
+        *,
+        answers: Sequence[str] | None = None,
+        completion_ids: Sequence[list[int]] | None = None,
+    ) -> list[Score]:
+        """One Score per (example, response) pair, in order. answers: what constraints look at; default: responses."""
+        ids = completion_ids if completion_ids is not None else [[]] * len(responses)
+        state = replace(self.state, log_history=[])
+        jobs = [
+            Job(e, r, a, i, state)
+            for e, r, a, i in zip(examples, responses, answers or responses, ids, strict=True)
+        ]  # fmt: skip
+        needed = [i for i, job in enumerate(jobs) if self.specs or job.example.instruction_ids]
+        futures = self._workers.start([jobs[i] for i in needed])
+        arguments = Arguments(examples, responses, ids, self.state)
+        columns = self._call_functions(arguments)
+        verdicts = dict(zip(needed, self._workers.collect(futures), strict=True))
+        for name, values in arguments.metrics.items():
+            self.metrics.setdefault(name, []).extend(values)
+        extras = {k: v for k, v in arguments.extra.items() if len(v) == len(jobs)}
+        return [
+            self._score(
+                job, verdicts.get(i), [c[i] if c else None for c in columns], {k: v[i] for k, v in extras.items()}
+            )
+            for i, job in enumerate(jobs)
+        ]
+
+    def take_metrics(self) -> dict[str, float]:
+        """Means of what functions gave to log_metric since the last call."""
+        means = {name: sum(values) / len(values) for name, values in self.metrics.items() if values}
+        self.metrics = {}
+        return means
+
+    def verify(self, examples: Sequence[Example], responses: Sequence[str], mode: str) -> list[list[bool]]:
+        """Which constraints each response satisfies; all False, and counted in `dropped`, where checking failed."""
+        jobs = [Job(e, r, r) for e, r in zip(examples, responses, strict=True)]
+        found = self._workers.collect(self._workers.start_verifying(jobs, mode))
+        self.dropped += sum(isinstance(f, Failure) for f in found)
+        return [
+            [False] * len(e.instruction_ids) if isinstance(f, Failure) else f
+            for e, f in zip(examples, found, strict=True)
+        ]
+
+    # ---- functions in this process ----------------------------------------------------------------------------------
+
+    def _call_functions(self, arguments: Arguments) -> list[list[Value] | None]:
+        """For each reward its value for each completion; None for those that workers call. Async ones come last and all
+        at once, as TRL has it."""
+        columns: list[list[Value] | None] = [None] * len(self.rewards)
+        if not len(arguments.examples):
+            return columns
+        waiting: dict[int, Callable[[], Any]] = {}
+        for i, reward in enumerate(self.rewards):
+            if reward.function is None:
+                continue
+            call = partial(reward.function, **arguments.keywords())
+            if is_async(reward.function):
+                waiting[i] = call
+                continue
+            seconds = math.inf if isinstance(reward.function, RewardModel) else self.call_timeout
+            columns[i] = self._values(reward, len(arguments.examples), partial(_limited, call, seconds))
+        outcomes = call_async(list(waiting.values()), self.call_timeout) if waiting else []
+        for i, outcome in zip(waiting, outcomes, strict=True):
+            columns[i] = self._values(self.rewards[i], len(arguments.examples), partial(_given, outcome))
+        return columns
+
+    def _values(self, reward: Reward, count: int, call: Callable[[], Any]) -> list[Value]:
+        try:
+            return list(check_values(call(), count))
+        except CallTimeout:
+            failure = Failure(f"reward {reward.spec!r} gave no answer within {self.call_timeout:g} s")
+        except (Exception, SystemExit) as e:
+            failure = Failure(f"reward {reward.spec!r} {said_of(e)}", trace_of(e))
+        return [failure] * count
+
+    # ---- one completion ---------------------------------------------------------------------------------------------
+
+    def _score(self, job: Job, verdict: Any, values: list[Value], extra: dict[str, Any]) -> Score:
+        satisfied = None
+        if isinstance(verdict, Failure):
+            values = [verdict if r.function is None else v for r, v in zip(self.rewards, values, strict=True)]
+        elif verdict is not None:
+            satisfied, isolated = verdict.satisfied, iter(verdict.values)
+            for name, logged in verdict.metrics.items():
+                self.metrics.setdefault(name, []).extend(logged)
+            extra = {**extra, **{k: v[0] for k, v in verdict.extra.items() if len(v) == 1}}
+            for i, reward in enumerate(self.rewards):
+                if reward.function is None:
+                    values[i] = next(isolated) if reward.isolated else verdict.constraint_reward
+        parts = {n: v if isinstance(v, (int, float)) else None for n, v in zip(self.names, values, strict=True)}
+        pair = f"prompt {job.example.text[:80]!r}, response {job.text[:80]!r}"
+        score = partial(Score, None, parts, satisfied, extra=extra)
+        failure = next((v for v in values if isinstance(v, Failure)), None)
+        if failure is not None:
+            self.dropped += 1
+            return score(f"{failure.reason}, for {pair}", failed=True, trace=failure.trace)
+        bad = next((r for r in self.rewards if not is_finite(parts[r.name])), None)
+        if bad is not None:
+            problem = f"reward {bad.spec!r} gave {parts[bad.name]!r} for {pair}"
+            if not self.drop_bad:
+                raise RewardError(f"{problem}; on_bad_reward = drop leaves it out")
+            self.dropped += 1
+            return replace(
+                score(problem, failed=True), parts={n: v if is_finite(v) else None for n, v in parts.items()}
+            )
+        if all(v is None for v in parts.values()):
+            self.dropped += 1
+            return score(f"no reward applies: all gave None for {pair}")
+        total = sum(w * v for w, v in zip(self.weights, parts.values(), strict=True) if v is not None)
+        return replace(score(), total=total)
+
+
+def _limited(call: Callable[[], Any], seconds: float) -> Any:
+    """A function's values within the time limit, a generator's too."""
+
+    def run() -> Any:
+        returned = call()
+        return list(returned) if hasattr(returned, "__next__") else returned
+
+    return run() if seconds == math.inf else call_limited(run, seconds)
+
+
+def _given(outcome: Any) -> Any:
+    if isinstance(outcome, BaseException):
+        raise outcome
+    return outcome
