@@ -56,7 +56,7 @@ def answer(
 ) -> list[Answer]:  # fmt: skip
     """Greedy responses to tokenised prompts, in the order of the prompts; strip_thinking: as of PromptConfig."""
     from .rollout.generate import generate
-    from .rollout.thinking import Thinking, scored_texts
+    from .rollout.thinking import Thinking
 
     answers: dict[int, Answer] = {}
     thinking = Thinking(tokenizer, strip_thinking)
@@ -64,7 +64,7 @@ def answer(
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         out = generate(model, [prompts[i] for i in rows], temperature=None, eos=eos, max_new_tokens=max_new_tokens)
-        texts = scored_texts(out, tokenizer, thinking, keep_special_tokens)
+        texts = thinking.scored_texts(out, keep_special_tokens)
         for i, *row in zip(rows, *texts, out.rows(), out.finished.tolist(), strict=True):
             answers[i] = Answer(*row)
     return [answers[i] for i in range(len(prompts))]

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from dataclasses import asdict, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .config import PRESETS, ConfigError, MDPGRPOConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from .training.trainer import Trainer
 
 
 def resolve(argv: list[str]) -> tuple[TrainConfig, MDPGRPOConfig]:
@@ -58,42 +62,41 @@ def refuse_child_processes() -> None:
         )
 
 
-def main(argv: list[str] | None = None) -> int:
-    from .cli import report_errors
+def make_trainer(argv: list[str], workers: ExitStack) -> Trainer:
+    """The trainer of a command line, all that can be checked before the first step checked, and its run directory made.
 
-    with report_errors():
-        refuse_child_processes()
-        run, method = resolve(sys.argv[1:] if argv is None else argv)
+    workers: ends the processes that score. Raises: ConfigError; RewardError where a reward fails on two sample rows.
+    """
+    refuse_child_processes()
+    run, method = resolve(argv)
 
-        # Heavy imports only now: `--help` and a wrong flag answer at once.
-        from .models.adapters import resolve_adapter
-        from .rewards import RewardError, Scorer
-        from .rollout.vllm.sampler import RolloutError
-        from .training.checkpoint import check_resume
-        from .training.run_dir import RunDir, last_line
-        from .training.task import prepare
-        from .training.trainer import Trainer
+    # Heavy imports only now: `--help` and a wrong flag answer at once.
+    from .models.adapters import resolve_adapter
+    from .rewards import Scorer
+    from .rollout.vllm.sampler import RolloutError
+    from .training.checkpoint import check_resume
+    from .training.run_dir import RunDir
+    from .training.task import prepare
+    from .training.trainer import Trainer
 
-        run = resolve_adapter(run)
-        if run.resume:
-            check_resume(run, method)
-        scorer = Scorer.of(run)
-        try:
-            task = prepare(run, scorer)
-        except RewardError as e:
-            print(e.trace, file=sys.stderr)
-            raise ConfigError(str(e)) from None
-        out = RunDir(run.output_dir, create=False)
-        try:
-            trainer = Trainer(task, run, method, out, scorer)
-        except RolloutError as e:
-            raise ConfigError(str(e)) from None
-        if trainer.accelerator.is_main_process and not run.resume:
+    run = resolve_adapter(run)
+    if run.resume:
+        check_resume(run, method)
+    scorer = workers.enter_context(Scorer.of(run))
+    out = RunDir(run.output_dir, create=False)
+    try:
+        task = prepare(run, scorer)
+        trainer = Trainer(task, run, method, out, scorer)
+    except RolloutError as e:
+        raise ConfigError(str(e)) from None
+    if trainer.accelerator.is_main_process:
+        if not run.resume:
             out.make()
             out.write_config(run, method)
-            out.append("dropped_rows.jsonl", *map(asdict, task.dropped))
-    for note in task.notes if trainer.accelerator.is_main_process else ():
-        print(note, file=sys.stderr)
+            if task.dropped:
+                out.append("dropped_rows.jsonl", *map(asdict, task.dropped))
+        for note in task.notes:
+            print(note, file=sys.stderr)
     if out.moved:
         print(f"an earlier {out.path} is now {out.moved}", file=sys.stderr)
     if method.temperature_objective == "paper" and any(t != 1 for t in method.slot_temperatures):
@@ -102,19 +105,46 @@ def main(argv: list[str] | None = None) -> int:
             "the paper does; --temperature-objective per_row or corrected makes the log-probs agree",
             file=sys.stderr,
         )
-    try:
-        with scorer:
+    return trainer
+
+
+def _stopping() -> tuple[type[Exception], ...]:
+    """What ends a run with status 1 and a sentence."""
+    from .rewards import RewardError
+    from .rollout.vllm.sampler import RolloutError
+
+    return RewardError, RolloutError, FloatingPointError
+
+
+def main(argv: list[str] | None = None) -> int:
+    from .cli import report_errors
+
+    trainer = failure = None
+    with ExitStack() as workers:
+        try:
+            with report_errors():
+                trainer = make_trainer(sys.argv[1:] if argv is None else argv, workers)
             summary = trainer.train()
-    except (RewardError, RolloutError) as e:
-        print(f"error: {e}; what was learned until then is in {out.path}", file=sys.stderr)
+        except Exception as e:
+            if not isinstance(e, _stopping()):
+                raise
+            failure = e
+    if trainer is None:  # a reward that failed when it was tried
+        print(*filter(None, [getattr(failure, "trace", None), f"error: {failure}"]), sep="\n", file=sys.stderr)
         return 1
     if trainer.accelerator.is_main_process:
         from .report.page import write_report
+        from .training.run_dir import last_line
 
-        report = write_report(out.path)
-        print(f"run directory: {out.path}   report: {report}")
-        print(last_line(summary))
-    return 130 if summary["interrupted"] else 0
+        out = trainer.out.path
+        report = write_report(out)
+        if failure is None:
+            print(f"run directory: {out}   report: {report}")
+            print(last_line(summary))
+        else:
+            learned = f"what was learned until then is in {out}" if trainer.done else "no step was done"
+            print(f"error: {failure}; {learned}", file=sys.stderr)
+    return 1 if failure is not None else 130 if summary["interrupted"] else 0
 
 
 if __name__ == "__main__":

@@ -42,8 +42,8 @@ class PromptConfig:
     template_args: list[str] = knob([], "variables of the chat template, as enable_thinking=false")
     strip_thinking: Literal["auto", "on", "off"] = knob(
         "auto",
-        "score what follows the last closing think tag; auto: constraints alone, where the tokenizer's template knows "
-        "such a tag; on: for every reward",
+        "rewards and evaluation score what follows the last closing think tag; auto: where the tokenizer's template "
+        "knows such a tag",
     )
     rules: Literal["ifeval", "mdpgrpo"] = knob("ifeval", "verifier rules: Google's IFEval or the MDP-GRPO authors'")
     cpu: bool = knob(False, "stay on the CPU even where a GPU is present")

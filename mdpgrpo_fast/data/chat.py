@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from ..config import ConfigError, PromptConfig
+from ..log import reason_of
 from .examples import BadRow, Example, Prompts, sort_out
 from .files import read_template
 
@@ -43,7 +44,7 @@ def tokenize(
         except ConfigError as e:
             raise ConfigError(f"{_where(examples, i)}: {e}") from None
         except Exception as e:  # templates raise what they like, for a system message for one
-            bad[i] = f"the tokenizer's chat template refuses it: {' '.join(str(e).split()) or type(e).__name__}"
+            bad[i] = f"the tokenizer's chat template refuses it: {reason_of(e)}"
     ids = _encode(tokenizer, texts)
     bad |= {i: "the prompt has no tokens" for i, row in ids.items() if not row}
     bad |= {
@@ -204,8 +205,9 @@ class _Chat:
     def _is_rendered(self, text: str) -> bool:
         tokens, before, after = self._marks
         text = text.strip()
+        # A token of the template that stands elsewhere may be quoted.
         return (
-            any(token in text for token in tokens)
+            any(text.startswith(token) for token in tokens)
             or bool(before and text.startswith(before))
             or bool(after and text.endswith(after))
         )

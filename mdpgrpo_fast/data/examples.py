@@ -171,7 +171,10 @@ def _message(message: Any, column: str) -> dict[str, Any]:
         if any(kind != "text" for kind in kinds):
             other = next(kind for kind in kinds if kind != "text")
             raise ValueError(f"a message of {column!r} has a part of type {other!r}; text alone is supported")
-        content = "".join(part.get("text") or "" for part in content)
+        texts = [part.get("text") for part in content]
+        if not all(text is None or isinstance(text, str) for text in texts):
+            raise ValueError(f"a message of {column!r} has a part whose text is no text")
+        content = "".join(text or "" for text in texts)
     if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
         raise ValueError(f"each message of {column!r} must have a role and a content text")
     return {**_without_nulls(message), "content": content}

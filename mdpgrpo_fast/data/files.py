@@ -19,7 +19,7 @@ from ..config import ConfigError
 Row = tuple[str, Any]
 
 SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".parquet", ".gz", ".txt")
-_INSTALL = "pip install 'mdpgrpo-fast[data]'"
+_INSTALL = "pip install datasets"
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
 
 

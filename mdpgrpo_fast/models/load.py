@@ -12,7 +12,7 @@ from ..config import ConfigError
 from ..demo import SEED_POLICY
 from ..log import reason_of
 from .adapters import adapter_chain, attach_adapter, merge_adapter
-from .heads import body_of, other_parts
+from .heads import body_of, causal_lm, other_parts
 
 
 def load(
@@ -45,7 +45,7 @@ def load(
         model.name_or_path = _absolute(adapter)
     for name in other_parts(model):
         # Text alone gives them no gradient, for which DDP would wait.
-        model.get_submodule(name).requires_grad_(False)
+        causal_lm(model).get_submodule(name).requires_grad_(False)
     return model, _load_tokenizer(source, [*reversed(adapters), base], tokenizer, trust_remote_code)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .run import Run, TypeRates, as_mapping, as_number, lookup, series
+from .run import Run, TypeRates, as_mapping, as_number, drawable, lookup, series
 
 COLOURS = ("#3b72d9", "#2a9d8f", "#e0982f", "#d1495b", "#8a63d2", "#7d8894", "#a8763e")
 BEFORE, AFTER = "#a3acb8", COLOURS[0]
@@ -98,7 +98,7 @@ def _learning(run: Run) -> list[Panel]:
         Panel("Training HSR and SSR", "Sampled completions of each step; thin: as measured, bold: moving mean.",
               quality, percent=True),
         Panel("Training reward", "Mean over the completions of a step.", {"reward": ("reward",)}, from_zero=False),
-        *_each_reward(run),
+        *_each_reward(run, beside_shares=checked),
         Panel("Loss", "Near zero by construction while the policy is the one that sampled; its gradient is not.",
               {"loss": ("loss",)}, from_zero=False),
         Panel("KL to the reference", "How far the policy has moved, in nats per token.", {"kl": ("kl",)}),
@@ -110,21 +110,19 @@ def _learning(run: Run) -> list[Panel]:
     ]  # fmt: skip
 
 
-def _each_reward(run: Run) -> list[Panel]:
-    """Mean and spread of each reward where there are several, or one with a held-out score beside HSR and SSR."""
+def _each_reward(run: Run, beside_shares: bool) -> list[Panel]:
+    """A chart for each reward, whose scales may differ, and the held-out sum beside HSR and SSR; none where the one
+    reward is the share of constraints, which those show."""
     names = list(dict.fromkeys(name for row in run.train for name in as_mapping(row.get("rewards"))))
     if names in ([], ["constraints"]):
         return []
-    panels = [
-        Panel("Held-out reward", "Weighted sum, mean over the held-out answers.", {"reward": ("eval", "reward")},
-              held_out=True, from_zero=False),
-    ] if run.evals else []  # fmt: skip
-    if len(names) > 1:
-        panels.append(Panel("Each reward", "Mean over the completions that it applies to.",
-                            {n: ("rewards", n, "mean") for n in names}, from_zero=False))  # fmt: skip
-    panels.append(Panel("Spread of each reward", "Standard deviation over the same completions; 0 gives no signal.",
-                        {n: ("rewards", n, "std") for n in names}))  # fmt: skip
-    return panels
+    held_out = Panel("Held-out reward", "Weighted sum, mean over the held-out answers.", {"reward": ("eval", "reward")},
+                     held_out=True, from_zero=False)  # fmt: skip
+    return [held_out] * beside_shares + [
+        Panel(f"Reward {drawable(name)}", "Over the completions that it applies to; no spread, no signal.",
+              {"mean": ("rewards", name, "mean"), "spread": ("rewards", name, "std")}, from_zero=False)
+        for name in names
+    ]  # fmt: skip
 
 
 def _group_health(run: Run) -> list[Panel]:

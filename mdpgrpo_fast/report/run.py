@@ -123,6 +123,11 @@ def as_mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def drawable(name: Any) -> str:
+    """A name as matplotlib can draw it, which cannot encode a lone surrogate."""
+    return str(name).encode("utf-8", "replace").decode()
+
+
 def as_number(value: Any) -> float:
     """A finite number, or NaN for whatever is none."""
     try:
@@ -171,6 +176,5 @@ def type_rates(run: Run) -> TypeRates:
     rates = []
     for name, row in table.items() if isinstance(table, dict) else ():
         before, after, count = (as_number(lookup(row, key)) for key in ("before", "after", "count"))
-        # Names are drawn too, and matplotlib cannot encode a lone surrogate.
-        rates.append((str(name).encode("utf-8", "replace").decode(), before, after, int(np.nan_to_num(count))))
+        rates.append((drawable(name), before, after, int(np.nan_to_num(count))))
     return sorted(rates, key=lambda r: (-np.nan_to_num(r[2] - r[1]), r[0]))

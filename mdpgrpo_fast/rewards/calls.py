@@ -97,15 +97,21 @@ def _loop() -> asyncio.AbstractEventLoop:
 def call_async(functions: list[Callable[[], Awaitable[Any]]], seconds: float) -> list[Any]:
     """What each coroutine function gave or the exception it raised, all at once, in order."""
 
+    async def caught(function: Callable[[], Awaitable[Any]]) -> Any:
+        try:
+            return await function()
+        except BaseException as e:  # sys.exit() would end the loop's thread
+            return e
+
     async def limited(function: Callable[[], Awaitable[Any]]) -> Any:
-        task = asyncio.ensure_future(function())
-        if not (await asyncio.wait({task}, timeout=seconds))[0]:
-            task.cancel()
-            raise CallTimeout
-        return task.result()
+        task = asyncio.ensure_future(caught(function))
+        if (await asyncio.wait({task}, timeout=seconds))[0]:
+            return task.result()
+        task.cancel()
+        return CallTimeout()
 
     async def gather() -> list[Any]:
-        return await asyncio.gather(*map(limited, functions), return_exceptions=True)
+        return await asyncio.gather(*map(limited, functions))
 
     future = asyncio.run_coroutine_threadsafe(gather(), _loop())
     try:

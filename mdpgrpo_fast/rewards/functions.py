@@ -6,6 +6,8 @@ import functools
 import importlib
 import inspect
 import math
+import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +20,7 @@ from ..data import Example
 RewardFunction = Callable[..., Any]
 F = TypeVar("F", bound=Callable[..., Any])
 PACKAGE = str(Path(__file__).resolve().parent)
+LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 # What TRL passes by these names is made by the trainer, whatever columns a row has.
 RESERVED = (
     "prompt",
@@ -120,8 +123,24 @@ class Arguments:
             "completion_ids": list(self.completion_ids),
             "trainer_state": self.state,
             "log_metric": lambda name, value: self.metrics.setdefault(name, []).append(float(value)),
-            "log_extra": lambda column, values: self.extra.setdefault(column, []).extend(values),
+            "log_extra": lambda column, values: self.extra.setdefault(column, []).extend(map(_plain, values)),
         }
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it, and as other processes can take it."""
+    return value if value is None or isinstance(value, (bool, int, float, str)) else _text(value)
+
+
+def spec_of(function: RewardFunction) -> str:
+    """`module:function` of a function that workers can import. Raises ConfigError for any other callable."""
+    module, name = str(getattr(function, "__module__", "")), str(getattr(function, "__qualname__", ""))
+    if module == "__main__" or getattr(sys.modules.get(module), name, None) is not function:
+        raise ConfigError(
+            f"reward {name_of(function)!r} is called in worker processes, which need a function at the top of a module "
+            "that they can import, and not of the main script"
+        )
+    return f"{module}:{name}"
 
 
 def check_values(returned: Any, count: int) -> list[float | None]:
@@ -162,10 +181,16 @@ def _text(value: Any, how: Callable[[Any], str] = str) -> str:
 
 def describe(e: BaseException) -> str:
     """An exception in one line: type, message, and the line of the user's code that it came from."""
-    text = " ".join(_text(e).split())[:300]
-    frames = user_frames(e)
-    where = f" ({frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
+    text, where = " ".join(_text(e).split())[:300], place_of(e)
+    where = f" ({where})" if where else ""
     return f"{type(e).__name__}: {text}{where}" if text else f"{type(e).__name__}{where}"
+
+
+def place_of(e: BaseException) -> str:
+    """The innermost line of the user's own code, not of a library that it calls; "" where there is none."""
+    frames = user_frames(e)
+    own = [f for f in frames if not f.filename.startswith(LIBRARIES)] or frames[:1]
+    return f"{own[-1].filename}:{own[-1].lineno} in {own[-1].name}" if own else ""
 
 
 def user_frames(e: BaseException) -> list[traceback.FrameSummary]:

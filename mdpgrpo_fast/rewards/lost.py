@@ -12,14 +12,16 @@ WINDOW = 10  # steps in a row over which a share is taken
 
 
 def why_all_failed(scores: Sequence[Score]) -> Score | None:
-    """The first of these scores where every one was lost because a reward failed; None where one was not."""
-    return scores[0] if scores and all(s.failed for s in scores) else None
+    """The first of these scores where every one was lost to one cause, a reward that failed; None where not."""
+    causes = {s.cause for s in scores}
+    return scores[0] if len(causes) == 1 and "" not in causes else None
 
 
 def raise_where_all_failed(failed: Sequence[Score | None], where: str, count: int) -> None:
-    """Raises RewardError where all samples of all ranks failed. failed: of each rank what `why_all_failed` gave."""
+    """Raises RewardError where all samples of all ranks were lost to one cause. failed: of each rank what
+    `why_all_failed` gave."""
     first = failed[0]
-    if first is not None and all(failed):
+    if first is not None and all(f is not None and f.cause == first.cause for f in failed):
         raise RewardError(f"{first.problem}; all {count} samples of {where} were lost like this", first.trace)
 
 
@@ -30,12 +32,14 @@ class LostSamples:
         self.limit = limit
         self._steps: deque[tuple[int, int]] = deque(maxlen=WINDOW)
 
-    def check(self, step: int, dropped: int, samples: int, problem: str | None) -> None:
-        """Raises RewardError where too many of the last steps' samples were dropped. Counts of all ranks."""
+    def check(self, step: int, dropped: int, samples: int, problem: str | None, trace: str | None) -> None:
+        """Raises RewardError where too many of the last steps' samples were dropped. Counts are of all ranks; problem,
+        trace: of the last one."""
         self._steps.append((dropped, samples))
         lost, total = (sum(column) for column in zip(*self._steps, strict=True))
         if len(self._steps) == WINDOW and lost > self.limit * total:
             raise RewardError(
                 f"{lost} of the {total} samples of steps {step - WINDOW + 1} to {step} were dropped, more than "
-                f"max_dropped = {self.limit:g} allows; the last because {problem}"
+                f"max_dropped = {self.limit:g} allows; the last because {problem}",
+                trace or "",
             )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..config import ConfigError
+from ..log import reason_of
 
 BATCH = 32  # completions of a forward pass
 
@@ -25,7 +26,7 @@ class RewardModel:
             )
             self.tokenizer = AutoTokenizer.from_pretrained(source, **options)
         except Exception as e:  # whatever the files of a model raise
-            raise ConfigError(f"reward model {source!r} cannot be loaded: {' '.join(str(e).split())[:300]}") from None
+            raise ConfigError(f"reward model {source!r} cannot be loaded: {reason_of(e)}") from None
         head = [k for k in info["missing_keys"] if k.startswith(("score", "classifier"))]
         if head:
             raise ConfigError(f"reward model {source!r} has no trained head: {', '.join(head)} is not in its files")

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import multiprocessing.context
 import sys
+import threading
 import time
 import types
+from collections.abc import Callable
 from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from pebble import ProcessExpired, ProcessPool
 
 from ..data import Example
 from .constraints import ConstraintReward
-from .functions import Arguments, TrainerState, check_values, describe, load_reward, trace_of
+from .functions import Arguments, TrainerState, check_values, describe, load_reward, place_of, trace_of
+
+RESTARTS = 3  # of a pool that ends by itself, for one call of the scorer
+_STARTING = threading.Lock()  # pools start and restart workers from threads of their own
 
 
 class _Process(multiprocessing.context.SpawnProcess):
@@ -23,12 +30,13 @@ class _Process(multiprocessing.context.SpawnProcess):
 
     @staticmethod
     def _Popen(process_obj: Any) -> Any:
-        main = sys.modules["__main__"]
-        sys.modules["__main__"] = types.ModuleType("__main__")
-        try:
-            return multiprocessing.context.SpawnProcess._Popen(process_obj)  # type: ignore[attr-defined]
-        finally:
-            sys.modules["__main__"] = main
+        with _STARTING:
+            main = sys.modules["__main__"]
+            sys.modules["__main__"] = types.ModuleType("__main__")
+            try:
+                return multiprocessing.context.SpawnProcess._Popen(process_obj)  # type: ignore[attr-defined]
+            finally:
+                sys.modules["__main__"] = main
 
 
 class _Context(multiprocessing.context.SpawnContext):
@@ -48,10 +56,19 @@ class Job:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a call gave nothing, in one line, and the traceback inside the user's code."""
+    """Why a call gave nothing, in one line, and the traceback inside the user's code. Failures of one cause are alike
+    whatever they say of the completion."""
 
     reason: str
+    cause: str
     trace: str = ""
+
+    @classmethod
+    def of(cls, name: str, error: BaseException) -> Failure:
+        """A reward that raised, or returned what `check_values` refuses."""
+        text = str(error) if isinstance(error, ValueError) else ""
+        said = text if text.startswith("returned ") else f"raised {describe(error)}"
+        return cls(f"reward {name!r} {said}", f"{name} {type(error).__name__} {place_of(error)}", trace_of(error))
 
 
 @dataclass(frozen=True)
@@ -66,9 +83,12 @@ class Verdict:
 
 
 def _load(specs: list[str]) -> None:
-    """Runs once in each worker: a module's import takes its time before a completion's time limit starts."""
+    """Runs once in each worker: what importing and making takes is before a completion's time limit starts."""
     for spec in specs:
-        load_reward(spec)
+        _loaded(spec)
+
+
+_loaded = functools.cache(load_reward)  # one object for all calls of a worker, with the state that it has
 
 
 def _work(specs: list[str], constraints: ConstraintReward, job: Job) -> Verdict:
@@ -80,20 +100,22 @@ def _work(specs: list[str], constraints: ConstraintReward, job: Job) -> Verdict:
     values: list[float | Failure | None] = []
     for spec in specs:
         try:
-            values += check_values(load_reward(spec)(**arguments.keywords()), 1)
+            values += check_values(_loaded(spec)(**arguments.keywords()), 1)
         except (Exception, SystemExit) as e:
-            values.append(Failure(f"reward {spec!r} {said_of(e)}", trace_of(e)))
+            values.append(Failure.of(spec, e))
     return Verdict(values, flags, reward, arguments.metrics, arguments.extra)
-
-
-def said_of(e: BaseException) -> str:
-    """What a reward did, to follow its name: "returned ..." as `check_values` says it, or "raised ..."."""
-    text = str(e) if isinstance(e, ValueError) else ""
-    return text if text.startswith("returned ") else f"raised {describe(e)}"
 
 
 def _verify(constraints: ConstraintReward, mode: str, example: Example, answer: str) -> list[bool]:
     return constraints.satisfied(example, answer, mode)
+
+
+class Pending(NamedTuple):
+    """A call that a worker has to make, and its future."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    future: Any
 
 
 class Workers:
@@ -102,35 +124,55 @@ class Workers:
 
     def __init__(self, specs: list[str], constraints: ConstraintReward, workers: int, timeout: float) -> None:
         self.specs, self.constraints, self.count, self.timeout = specs, constraints, workers, timeout
-        self._pool = ProcessPool(max_workers=workers, context=_Context(), initializer=_load, initargs=(specs,))
+        self._pool = self._new_pool()
 
-    def start(self, jobs: list[Job]) -> list[Any]:
-        """A future for each job."""
-        return [
-            self._pool.schedule(_work, args=[self.specs, self.constraints, job], timeout=self.timeout) for job in jobs
-        ]
+    def _new_pool(self) -> ProcessPool:
+        return ProcessPool(max_workers=self.count, context=_Context(), initializer=_load, initargs=(self.specs,))
 
-    def start_verifying(self, jobs: list[Job], mode: str) -> list[Any]:
-        return [
-            self._pool.schedule(_verify, args=[self.constraints, mode, job.example, job.answer], timeout=self.timeout)
-            for job in jobs
-        ]
+    def start(self, jobs: list[Job]) -> list[Pending]:
+        return [self._submit(_work, self.specs, self.constraints, job) for job in jobs]
 
-    def collect(self, futures: list[Any]) -> list[Any]:
+    def start_verifying(self, jobs: list[Job], mode: str) -> list[Pending]:
+        return [self._submit(_verify, self.constraints, mode, job.example, job.answer) for job in jobs]
+
+    def _submit(self, function: Callable[..., Any], *args: Any) -> Pending:
+        try:
+            future = self._pool.schedule(function, args=args, timeout=self.timeout)
+        except RuntimeError:
+            # To pebble a worker that dies with nothing to do, or before it says what it does, is the end of all.
+            self.stop()
+            self._pool = self._new_pool()
+            future = self._pool.schedule(function, args=args, timeout=self.timeout)
+        return Pending(function, args, future)
+
+    def collect(self, pending: list[Pending]) -> list[Any]:
         """What each worker gave, or a Failure. No wait is without a limit, whatever becomes of the pool."""
-        deadline = time.monotonic() + 60 + self.timeout * (len(futures) / self.count + 1)
-        return [self._result(future, max(0.0, deadline - time.monotonic())) for future in futures]
+        results = self._wait(pending)
+        for _ in range(RESTARTS):
+            lost = [i for i, result in enumerate(results) if result is None]
+            again = self._wait([self._submit(pending[i].function, *pending[i].args) for i in lost])
+            for i, result in zip(lost, again, strict=True):
+                results[i] = result
+        died = Failure(f"the scoring processes died {RESTARTS + 1} times", "workers")
+        return [died if result is None else result for result in results]
+
+    def _wait(self, pending: list[Pending]) -> list[Any]:
+        """The results; None where the pool ended before one was known."""
+        deadline = time.monotonic() + 60 + self.timeout * (len(pending) / self.count + 1)
+        return [self._result(p.future, max(0.0, deadline - time.monotonic())) for p in pending]
 
     def _result(self, future: Any, limit: float) -> Any:
         try:
             return future.result(timeout=limit)
+        except BrokenProcessPool:
+            return None
         except (FutureTimeout, TimeoutError):
             future.cancel()
-            return Failure(f"no answer within {self.timeout:g} s")
+            return Failure(f"the scoring process gave no answer within {self.timeout:g} s", "worker timeout")
         except ProcessExpired as e:
-            return Failure(f"the scoring process died with exit code {e.exitcode}")
+            return Failure(f"the scoring process died with exit code {e.exitcode}", f"worker exit {e.exitcode}")
         except Exception as e:  # what a worker gave cannot be pickled, for one
-            return Failure(f"the scoring process raised {describe(e)}")
+            return Failure(f"the scoring process raised {describe(e)}", f"worker {type(e).__name__}")
 
     def stop(self) -> None:
         self._pool.stop()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,6 +14,7 @@ from typing import Any
 
 from ..config import ConfigError, TrainConfig
 from ..data import Example
+from ..log import say_once
 from .calls import CallTimeout, call_async, call_limited
 from .constraints import ConstraintReward
 from .functions import (
@@ -24,10 +27,10 @@ from .functions import (
     is_finite,
     load_reward,
     name_of,
-    trace_of,
+    spec_of,
 )
 from .model import RewardModel
-from .pool import Failure, Job, Workers, said_of
+from .pool import Failure, Job, Workers
 
 CONSTRAINTS = "constraints"
 CALL_TIMEOUT, COMPLETION_TIMEOUT = 600.0, 10.0  # seconds, where none are given
@@ -43,7 +46,7 @@ class Score:
     parts: dict[str, float | None]  # by the names of Scorer.names; None: the reward did not apply, or failed
     satisfied: list[bool] | None
     problem: str | None = None
-    failed: bool = False  # dropped because a reward failed, and not because none applied
+    cause: str = ""  # of a reward that failed, alike for all that it fails alike; "": none failed
     trace: str = ""
     extra: dict[str, Any] = field(default_factory=dict)  # of log_extra
 
@@ -60,9 +63,10 @@ class Reward:
 
 def _resolve(reward: str | RewardFunction, isolation: str, trust_remote_code: bool) -> Reward:
     if not isinstance(reward, str):
-        if not getattr(reward, "per_completion", False):
-            return Reward(name_of(reward), name_of(reward), reward)
-        reward = f"{reward.__module__}:{name_of(reward)}"  # as workers can import it
+        if isolation == "none" and not getattr(reward, "per_completion", False):
+            module = getattr(reward, "__module__", type(reward).__module__)
+            return Reward(name_of(reward), f"{module}:{name_of(reward)}", reward)
+        reward = spec_of(reward)
     if reward == CONSTRAINTS:
         return Reward(reward, reward, None)
     if ":" not in reward and ("/" in reward or Path(reward).is_dir()):
@@ -73,6 +77,18 @@ def _resolve(reward: str | RewardFunction, isolation: str, trust_remote_code: bo
     if isolated and is_async(function):
         raise ConfigError(f"reward {reward!r} is async, and is called with all completions of a step, not one by one")
     return Reward(name_of(function), reward, None if isolated else function, isolated)
+
+
+def _told_apart(rewards: list[Reward]) -> list[Reward]:
+    """Names that two rewards share, or one with `constraints`, become specs, and get a number where those are equal."""
+    counts = Counter([CONSTRAINTS, *(r.name for r in rewards if r.spec != CONSTRAINTS)])
+    rewards = [replace(r, name=r.spec) if counts[r.name] > 1 else r for r in rewards]
+    seen: Counter[str] = Counter()
+    for i, reward in enumerate(rewards):
+        seen[reward.name] += 1
+        if seen[reward.name] > 1:
+            rewards[i] = replace(reward, name=f"{reward.name} {seen[reward.name]}")
+    return rewards
 
 
 class Scorer:
@@ -100,10 +116,7 @@ class Scorer:
         trust_remote_code: bool = False,
     ) -> None:
         found = [_resolve(r, isolation, trust_remote_code) for r in rewards]
-        counts = Counter(r.name for r in found)
-        # Two functions of one name are told apart by their modules.
-        found = [replace(r, name=r.spec) if counts[r.name] > 1 else r for r in found]
-        self.rewards = found
+        self.rewards = found = _told_apart(found)
         self.weights = list(weights) if weights is not None else [1.0] * len(found)
         self.call_timeout = timeout or CALL_TIMEOUT
         self.drop_bad = on_bad_reward == "drop"
@@ -148,7 +161,7 @@ class Scorer:
 
     def check(self, examples: Sequence[Example]) -> None:
         """Raises ConfigError for a prompt that `constraints` cannot score, where there is no other reward."""
-        if self.names == [CONSTRAINTS]:
+        if [r.spec for r in self.rewards] == [CONSTRAINTS]:
             for index, example in enumerate(examples, 1):
                 if not example.instruction_ids:
                     raise ConfigError(
@@ -165,7 +178,7 @@ class Scorer:
         scores = self(rows, list(SAMPLES), completion_ids=[[1, 2, 3], [4]])
         self.take_metrics()
         self.dropped = 0
-        if all(s.failed for s in scores):
+        if all(s.cause for s in scores):
             raise RewardError(
                 f"{scores[0].problem}; it was tried on two sample rows (--no-reward-check)", scores[0].trace
             )
@@ -193,6 +206,8 @@ class Scorer:
         for name, values in arguments.metrics.items():
             self.metrics.setdefault(name, []).extend(values)
         extras = {k: v for k, v in arguments.extra.items() if len(v) == len(jobs)}
+        for column in arguments.extra.keys() - extras.keys():
+            say_once(logging.WARNING, f"log_extra({column!r}) is left out: it needs one value per completion")
         return [
             self._score(
                 job, verdicts.get(i), [c[i] if c else None for c in columns], {k: v[i] for k, v in extras.items()}
@@ -243,9 +258,9 @@ class Scorer:
         try:
             return list(check_values(call(), count))
         except CallTimeout:
-            failure = Failure(f"reward {reward.spec!r} gave no answer within {self.call_timeout:g} s")
-        except (Exception, SystemExit) as e:
-            failure = Failure(f"reward {reward.spec!r} {said_of(e)}", trace_of(e))
+            failure = Failure(f"reward {reward.spec!r} gave no answer within {self.call_timeout:g} s", "timeout")
+        except (Exception, SystemExit, asyncio.CancelledError) as e:
+            failure = Failure.of(reward.spec, e)
         return [failure] * count
 
     # ---- one completion ---------------------------------------------------------------------------------------------
@@ -268,7 +283,7 @@ class Scorer:
         failure = next((v for v in values if isinstance(v, Failure)), None)
         if failure is not None:
             self.dropped += 1
-            return score(f"{failure.reason}, for {pair}", failed=True, trace=failure.trace)
+            return score(f"{failure.reason}, for {pair}", cause=failure.cause, trace=failure.trace)
         bad = next((r for r in self.rewards if not is_finite(parts[r.name])), None)
         if bad is not None:
             problem = f"reward {bad.spec!r} gave {parts[bad.name]!r} for {pair}"
@@ -276,7 +291,8 @@ class Scorer:
                 raise RewardError(f"{problem}; on_bad_reward = drop leaves it out")
             self.dropped += 1
             return replace(
-                score(problem, failed=True), parts={n: v if is_finite(v) else None for n, v in parts.items()}
+                score(problem, cause=f"{bad.spec} not finite"),
+                parts={n: v if is_finite(v) else None for n, v in parts.items()},
             )
         if all(v is None for v in parts.values()):
             self.dropped += 1

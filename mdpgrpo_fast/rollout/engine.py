@@ -70,10 +70,11 @@ def sync_weights(
 
 
 def raise_on_all_ranks(accelerator: Accelerator, problem: Exception | None) -> None:
-    """Raises this rank's problem, or another's: none goes on to a collective call that the others do not make."""
-    messages = gather_object([None if problem is None else str(problem)])
-    if problem is not None:
-        raise problem
-    for message in messages:
-        if message is not None:
-            raise RolloutError(message)
+    """Raises a problem of the same class on all ranks, this rank's own or another's: none goes on to a collective call
+    that the others do not make."""
+    said = None if problem is None else (type(problem), str(problem), getattr(problem, "trace", None))
+    for kind, message, trace in filter(None, gather_object([said])):
+        if problem is not None and type(problem) is kind:
+            raise problem
+        another: Exception = kind(message) if trace is None else kind(message, trace)
+        raise another

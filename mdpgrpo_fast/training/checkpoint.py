@@ -30,6 +30,7 @@ WEIGHTS = "model.safetensors"
 # Knobs that a resumed run may be given anew: they change what is written, not what is learned.
 FREE_KNOBS = (
     "output_dir", "resume", "save_every", "eval_every", "log_completions", "report_to", "profile", "save_model",
+    "reward_timeout", "reward_workers", "reward_isolation", "reward_check", "on_bad_reward", "max_dropped",
     "keep_best",
 )  # fmt: skip
 

@@ -19,7 +19,7 @@ from ..reference import Advantages
 from ..rewards import Score, Scorer
 from ..rollout.engine import sync_weights
 from ..rollout.generate import Rollout, generate
-from ..rollout.thinking import Thinking, scored_texts
+from ..rollout.thinking import Thinking
 from ..rollout.vllm.sampler import RolloutEngine, with_policy_logprobs
 from .batch import Batch, replace_groups
 from .scale import RunningGoal, mapped
@@ -38,7 +38,6 @@ class Collector:
         self.policy, self.engine = policy, engine
         self.thinking = Thinking(task.tokenizer, run.strip_thinking)
         self.goal = RunningGoal()
-        self.problem = ""  # the last reason for a sample that was dropped
 
     @property
     def lm(self) -> Any:
@@ -55,6 +54,8 @@ class Collector:
             with clock.stage("score"):
                 batch = self.assemble(rollout, rows, responses, scores)
                 idle_groups = self.idle(batch.adv).all(1).nonzero().flatten().tolist() if refills_left else []
+                # A reward that fails would fail again, and one that hangs take its time again.
+                idle_groups = [i for i in idle_groups if not any(s.cause for s in scores[i * g : (i + 1) * g])]
             if not idle_groups:
                 break
             new_rows = [draw.randrange(len(self.task.train)) for _ in idle_groups]
@@ -66,7 +67,6 @@ class Collector:
                 scores[group * g : (group + 1) * g] = new_scores[j * g : (j + 1) * g]
         if self.engine is not None:
             self.engine.sleep()
-        self.problem = next((s.problem for s in scores if s.problem), self.problem)
         return batch
 
     def sync(self, number: int) -> None:
@@ -87,8 +87,7 @@ class Collector:
                         rollout, self.policy, micro_batch_size=self.run.micro_batch_size, backend=self.run.backend
                     )
         with clock.stage("score"):
-            keep = self.run.keep_special_tokens
-            responses, seen, answers = scored_texts(rollout, self.task.tokenizer, self.thinking, keep)
+            responses, seen, answers = self.thinking.scored_texts(rollout, self.run.keep_special_tokens)
             examples = [self.task.train[i] for i in rows for _ in range(self.method.num_generations)]
             return rollout, responses, self.scorer(examples, seen, answers=answers, completion_ids=rollout.rows())
 

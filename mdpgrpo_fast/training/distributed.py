@@ -6,16 +6,19 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from ..config import ConfigError, TrainConfig
+from ..log import reason_of
+from ..rewards.scorer import CALL_TIMEOUT
 from . import checkpoint
 
 T = TypeVar("T")
@@ -36,11 +39,18 @@ def accelerator(run: TrainConfig, path: Path) -> Accelerator:
             cpu=run.cpu,
             log_with=run.report_to or None,
             project_config=checkpoint.configuration(path),
+            # Ranks wait for the one whose rewards take longest, and then for each other's answer to that.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=waiting_time(run)))],
         )
     except (ValueError, ImportError) as e:
-        raise ConfigError(f"accelerate refuses its configuration: {str(e).strip().splitlines()[0]}") from None
+        raise ConfigError(f"accelerate refuses its configuration: {reason_of(e)}") from None
     check(made, run)
     return made
+
+
+def waiting_time(run: TrainConfig) -> float:
+    """Seconds that a rank may wait for another: half an hour, and what the calls of a step's rewards may take."""
+    return 1800 + (run.reward_timeout or CALL_TIMEOUT) * len(run.reward) * (1 + run.refill)
 
 
 def check(accelerator: Accelerator, run: TrainConfig) -> None:

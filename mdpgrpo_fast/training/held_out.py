@@ -16,6 +16,7 @@ from ..rewards import RewardError, Score, Scorer
 from ..rewards.lost import raise_where_all_failed, why_all_failed
 from ..rollout.engine import raise_on_all_ranks
 from . import distributed
+from .metrics import over_ranks
 from .task import Task
 
 
@@ -49,5 +50,5 @@ def answer_and_score(
     raise_where_all_failed([why_all_failed(scores)], "the held-out evaluation", len(scores))
     result = evaluate.from_scores([task.held_out[i] for i, *_ in found], scores)
     result["truncated"] = statistics.fmean(not a.finished for _, a, _ in found)
-    result["logged"] = scorer.take_metrics()
+    result["logged"] = over_ranks(gather_object([scorer.take_metrics()]))
     return result, found

@@ -34,6 +34,8 @@ def step_metrics(batch: Batch, updated: dict[str, Any], method: MDPGRPOConfig, m
         "completion_length": rollout.lengths.float().mean().item(),
         "truncated": 1 - rollout.finished.float().mean().item(),
         "dropped": sum(s.total is None for s in batch.scores),
+        "problem": next((s.problem for s in batch.scores if s.total is None), None),
+        "trace": next((s.trace for s in batch.scores if s.trace), None),
         **range_of(batch.rewards[batch.valid]),
         "slots": slot_statistics(batch.rewards, batch.valid, method, batch.weight, batch.mask),
         "memory_mb": memory_mb,
@@ -41,11 +43,11 @@ def step_metrics(batch: Batch, updated: dict[str, Any], method: MDPGRPOConfig, m
     }
 
 
-def step_notes(row: dict[str, Any], problem: str, run: TrainConfig, method: MDPGRPOConfig) -> list[tuple[str, str]]:
+def step_notes(row: dict[str, Any], run: TrainConfig, method: MDPGRPOConfig) -> list[tuple[str, str]]:
     """(what a line is said once for, the line) of all that a user should know of a step. row: its metrics."""
     notes = [(row["note"], row["note"])] if row["note"] else []
     if row["dropped"]:
-        notes.append(("dropped", f"{row['dropped']} samples dropped, the last because {problem}"))
+        notes.append(("dropped", f"{row['dropped']} samples dropped, the first because {row['problem']}"))
     off_scale = scale_note(row["reward_min"], row["reward_max"], row["advantage_mean"], run, method)
     if off_scale:
         notes.append(("scale", off_scale))
@@ -141,10 +143,10 @@ def why_zero(
 def over_ranks(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """One metrics row of those of all ranks: means, but sums of SUMS, MAXIMA and MINIMA; nested ones by name.
 
-    None counts for nothing; text is the first there is. Rows have the same keys, and lists the same length.
+    None counts for nothing; text is the first there is. Lists have the same length.
     """
     out: dict[str, Any] = {}
-    for name in rows[0]:
+    for name in dict.fromkeys(name for row in rows for name in row):
         values = [v for row in rows if (v := row.get(name)) is not None]
         if not values or isinstance(values[0], str):
             out[name] = values[0] if values else None

@@ -225,9 +225,9 @@ def peak_memory_mb() -> float:
 def shares(result: dict[str, Any] | None) -> str:
     if result is None:
         return "no held-out prompts"
-    if result["hsr"] is None:
-        return f"reward {mean_and_spread(result['reward'], result['reward_std'])}"
     cut = f", {result['truncated']:.0%} cut" if result["truncated"] else ""
+    if result["hsr"] is None:
+        return f"reward {mean_and_spread(result['reward'], result['reward_std'])}{cut}"
     return f"HSR {result['hsr']:.3f}, SSR {result['ssr']:.3f} over {result['count']} prompts{cut}"
 
 
@@ -292,10 +292,9 @@ def last_line(summary: dict[str, Any]) -> str:
     """What a run ends with: its held-out scores before and after, steps and time."""
     names = {"HSR": "hsr", "SSR": "ssr", "reward": "reward"}
     pairs = [(label, summary[f"{n}_before"], summary[f"{n}_after"]) for label, n in names.items()]
+    if pairs[2][1:] == pairs[1][1:]:  # the reward is the share of constraints, and would be said twice
+        del pairs[2]
     scores = [f"{label} {before:.3f} -> {after:.3f}" for label, before, after in pairs if None not in (before, after)]
-    # The share of constraints is the reward, and would be said twice.
-    if list(summary["rewards"]) == ["constraints"] and len(scores) > 1:
-        del scores[2:]
     held_out = f"held-out {', '.join(scores)} " if scores else ""
     return f"{held_out}in {summary['steps']} steps, {summary['train_seconds']:.0f} s"
 

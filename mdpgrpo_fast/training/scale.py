@@ -24,9 +24,10 @@ class RunningGoal:
         self._seen: deque[float] = deque(maxlen=SEEN)
 
     def of(self, rewards: list[float]) -> tuple[float, float]:
-        """(m, s) for a step with these rewards, which are taken where none were seen before."""
+        """(m, s) for a step with these rewards, which are taken where none were seen before; s is 1 while all rewards
+        are equal."""
         seen = self._seen or rewards
-        return (statistics.median(seen), statistics.pstdev(seen)) if seen else (0.5, 1.0)
+        return (statistics.median(seen), statistics.pstdev(seen) or 1.0) if seen else (0.5, 1.0)
 
     def add(self, rewards: list[float]) -> None:
         self._seen.extend(rewards)

@@ -80,7 +80,9 @@ class Trainer:
         self.collector = Collector(task, run, method, self.accelerator, scorer, policy, engine)
         if method.running_goal:
             self.accelerator.register_for_checkpointing(self.collector.goal)
-        self.lost = LostSamples(run.max_dropped)
+        if self.collector.thinking.active:
+            self.say("rewards score what follows the last closing think tag (--strip-thinking off: whole completions)")
+        self.lost, self.dropped = LostSamples(run.max_dropped), 0
         self.history: list[dict[str, Any]] = []  # what reward functions see as trainer_state.log_history
         schedule = "constant_with_warmup" if run.lr_schedule == "constant" else run.lr_schedule
         updates = self.steps * run.updates_per_rollout
@@ -163,7 +165,7 @@ class Trainer:
         except KeyboardInterrupt:
             interrupted = True
             self.say(f"interrupted after {self.done} steps")
-        except (RewardError, RolloutError) as e:
+        except (RewardError, RolloutError, FloatingPointError) as e:
             interrupted, failure = True, e
             if isinstance(e, RewardError) and e.trace:
                 self.say(e.trace)
@@ -173,7 +175,7 @@ class Trainer:
                 self.say(f"{kept} completions of step {self.done + 1} are kept in {where}")
         summary = summarize(
             run, acc, before, after, steps=self.done, train_seconds=train_seconds, interrupted=interrupted,
-            total_seconds=time.perf_counter() - started, dropped_samples=self.scorer.dropped,
+            total_seconds=time.perf_counter() - started, dropped_samples=self.dropped,
             dropped_rows=len(self.task.dropped),
             failure=None if failure is None else str(failure),
         )  # fmt: skip
@@ -182,6 +184,7 @@ class Trainer:
             self.out.write_json("summary.json", summary)
         if run.report_to:
             acc.end_training()
+        acc.wait_for_everyone()  # a rank that ends first would take the one that writes with it
         if failure is not None:
             raise failure
         return summary
@@ -195,16 +198,18 @@ class Trainer:
         with bar, traced(self.out.path / "profile" if run.profile and main else None) as profiler:
             for number, rows in enumerate(self.order, self.done + 1):
                 row = self.step(number, rows)
+                trace = row.pop("trace")
                 self.log(row)
                 self.done = number
                 self.history.append(row)
                 samples = self.prompts_per_step * self.method.num_generations
-                self.lost.check(number, row["dropped"], samples, self.collector.problem)
+                self.dropped += row["dropped"]
+                self.lost.check(number, row["dropped"], samples, row["problem"], trace)
                 bar.update()
                 if profiler is not None:
                     profiler.step()
                 bar.set_postfix_str(progress_values(row), refresh=False)
-                for kind, text in step_notes(row, self.collector.problem, run, self.method):
+                for kind, text in step_notes(row, run, self.method):
                     if kind not in notes:
                         notes.add(kind)
                         self.say(f"step {number}: {text}")
@@ -343,6 +348,7 @@ class Trainer:
         self.scorer.state = self.state(step)
         result, found = answer_and_score(task, self.run, acc, self.scorer, self.model, self.lm)
         problems = [s.problem for *_, s in found if s.problem]
+        self.dropped += len(problems)
         if problems:
             self.say(f"{len(problems)} held-out samples count as unsatisfied, the first because {problems[0]}")
         self.log({"step": step, "eval": result, "phase": phase or "between"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import json
 import os
 import sys
 import time
@@ -106,7 +107,7 @@ async def hang_async(completions, **columns):
 
 
 async def block_async(completions, **columns):
-    time.sleep(8)
+    time.sleep(60)
 
 
 def die(prompts, completions, **columns):
@@ -140,6 +141,18 @@ def leaves(completions, **columns):
     sys.exit("out of the loop")
 
 
+def reads_json(completions, **columns):
+    return [json.loads(c)["score"] for c in completions]
+
+
+async def cancels(completions, **columns):
+    raise asyncio.CancelledError
+
+
+async def leaves_async(completions, **columns):
+    sys.exit("out of the loop")
+
+
 class Unpicklable(Exception):
     def __init__(self, a, b):
         super().__init__(a)
@@ -167,6 +180,10 @@ def text(prompts, completions, **columns):
     return ["high"] * len(completions)
 
 
+def numbers_as_text(completions, **columns):
+    return ["0.9"] * len(completions)
+
+
 def returns_text(completions, **columns):
     return "0.9"
 
@@ -189,6 +206,12 @@ def returns_three(completions, **columns):
 
 def returns_dict(completions, **columns):
     return {"reward": 1.0}
+
+
+def nan_elsewhere(completions, trainer_state, **columns):
+    """From the second step on, and not on the first rank."""
+    wrong = trainer_state.global_step > 0 and not trainer_state.is_world_process_zero
+    return [float("nan") if wrong else len(c) / 100 for c in completions]
 
 
 NOT_A_FUNCTION = 3

@@ -129,8 +129,12 @@ def test_parts_that_are_loaded_too_survive_the_save(
         assert not any("vision_tower" in n for n, p in trainer.lm.named_parameters() if p.requires_grad)
     saved = tf.AutoModelForCausalLM.from_pretrained(trainer.out.path / "model").eval()
     torch.testing.assert_close(logits(saved), logits(trainer.lm), rtol=1e-4, atol=1e-4)
-    checkpoint, _ = load(str(trainer.out.path / "checkpoints" / "checkpoint_1"))
+    folder = str(trainer.out.path / "checkpoints" / "checkpoint_1")
+    checkpoint, _ = load(folder)
     torch.testing.assert_close(logits(checkpoint.eval()), logits(trainer.lm), rtol=1e-4, atol=1e-4)
+    if with_lora:
+        adapted, _ = load(folder, keep_adapter=True)
+        assert not any("vision_tower" in n for n, p in adapted.named_parameters() if p.requires_grad)
 
 
 def test_the_text_part_of_one_that_is_loaded_whole(composite: Any, tmp_path: Path) -> None:

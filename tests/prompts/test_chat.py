@@ -229,6 +229,13 @@ def test_a_template_of_plain_words_is_known_by_its_ends(text: str, rendered: boo
     assert (run(tokenizer, text)[0] == [text]) is rendered
 
 
+@pytest.mark.parametrize("text", ["What does <|im_end|> mean?", "Explain <|im_start|> and <|im_end|>, please."])
+def test_a_quoted_token_is_no_rendering(text: str) -> None:
+    tokenizer = chat_tokenizer("qwen2_5")
+    texts, notes = run(tokenizer, text, eos=stops(tokenizer, TOKENS["qwen2_5"][-1]))
+    assert texts[0] != text and texts[0].startswith("<|im_start|>") and not any("look rendered" in n for n in notes)
+
+
 def test_system_prompt_does_not_reach_a_rendered_prompt() -> None:
     tokenizer = chat_tokenizer()
     eos = stops(tokenizer, "<|im_end|>")

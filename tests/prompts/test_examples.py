@@ -108,6 +108,7 @@ def user(content: Any) -> dict[str, Any]:
         (user(None), r":2: each message"),
         (user([{"type": "image_url", "image_url": "u"}]), r":2: a message of 'prompt' has a part of type 'image_url'"),
         (user([{"type": "text", "text": "a"}, 3]), r":2: .* part of type 'int'; text alone is supported"),
+        (user([{"type": "text", "text": 3}]), r":2: a message of 'prompt' has a part whose text is no text"),
         (
             {"prompt": [{"role": "assistant", "content": None, "tool_calls": [{}]}]},
             r":2: 'prompt' ends with an assistant message without text",

@@ -34,8 +34,8 @@ CONTAINERS = {
     "p.json": json.dumps(ROWS, indent=1).encode(),
     "p.txt": ("\ufeff" + LINES.replace("\n", "\r\n\r\n")).encode(),
     "p.parquet": parquet(ROWS),
-    "p.jsonl.gz": gzip.compress(LINES.encode()),
-    "p.parquet.gz": gzip.compress(parquet(ROWS)),
+    "p.jsonl.gz": gzip.compress(LINES.encode(), mtime=0),
+    "p.parquet.gz": gzip.compress(parquet(ROWS), mtime=0),
     "none": ("  " + json.dumps(ROWS)).encode(),
 }
 
@@ -83,7 +83,7 @@ def test_csv_of_pandas_has_lists_as_python_prints_them(tmp_path: Path) -> None:
         ("u.jsonl", b'{"prompt": "\xff"}', "cannot be read: 'utf-8' codec"),
         ("a.json", b'[{"prompt": "x"},\n {"prompt" "y"}]', r"a\.json:2: not a JSON array: Expecting ':' delimiter"),
         ("g.jsonl.gz", b"plain", "cannot be read: Not a gzipped file"),
-        ("g.jsonl.gz", gzip.compress(LINES.encode())[:-9], "cannot be read: Compressed file ended"),
+        ("g.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:-9], "cannot be read: Compressed file ended"),
         ("p.parquet", b"PAR1 no", "cannot be read: .*[Pp]arquet"),
         ("c.csv", b'prompt,a\n"x,1\n', r"c\.csv:\d: not CSV: unexpected end"),
         ("c.csv", b"prompt,a\nx,1\nx,1,2\n", r"c\.csv:3: 3 fields; the header has 2"),
@@ -211,5 +211,5 @@ def test_a_missing_package_is_a_sentence(
         (tmp_path / path).write_bytes(b"")
         path = str(tmp_path / path)
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ConfigError, match=rf"needs the package {package}: pip install 'mdpgrpo-fast\[data\]'"):
+    with pytest.raises(ConfigError, match=rf"needs the package {package}: pip install datasets"):
         read_rows(path)

@@ -7,8 +7,11 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-from helpers.report import Page
+from helpers.report import Page, fake_run, rewrite
+
+from mdpgrpo_fast.report.page import write_report
 
 
 def test_stage_shares_are_those_of_the_metrics(full: tuple[Path, Page]) -> None:
@@ -59,3 +62,36 @@ def test_matplotlib_state_is_left_alone_and_torch_unneeded(tmp_path: Path) -> No
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "curves.png").is_file()
+
+
+def test_each_reward_has_a_chart_and_a_score(tmp_path: Path) -> None:
+    """Names are of the user's functions, and may be anything."""
+    run, names = fake_run(tmp_path / "run"), ["constraints", "<b>\ud800", "length"]
+
+    def with_rewards(row: dict[str, Any]) -> dict[str, Any]:
+        step = row.get("step") or 0
+        row["rewards"] = {name: {"mean": i + step / 100, "std": 0.25} for i, name in enumerate(names)}
+        if "eval" in row:
+            row["eval"]["reward"] = 1.5 + step / 100
+        if "response" in row:
+            row["rewards"] = {name: float(i) for i, name in enumerate(names)}
+        return row
+
+    for file in ("metrics.jsonl", "completions.jsonl"):
+        rewrite(run / file, with_rewards)
+    summary = json.loads((run / "summary.json").read_text())
+    summary |= {
+        "rewards": {name: {"before": 0.0, "after": 1.0} for name in names},
+        "reward_before": 1.5,
+        "dropped_rows": 7,
+    }
+    summary |= {"reward_after": 2.1, "failure": "reward 'm:f' raised KeyError"}
+    (run / "summary.json").write_text(json.dumps(summary))
+    page = Page(write_report(run))
+    for title in ("Held-out reward", "Reward constraints", "Reward length", "Held-out HSR and SSR"):
+        assert f'aria-label="{title}"' in page.source, title
+    plain = Page(write_report(fake_run(tmp_path / "plain")))
+    assert page.tags.count("b") == plain.tags.count("b") + 1, "but for the tile's own, names are escaped"
+    assert "1.500 → 2.100" in page.text and "constraints 0.00" in page.text and "length 2.00" in page.text
+    assert "The run stopped after step 60: reward 'm:f' raised KeyError." in page.text
+    assert "Rows left out 7" in page.text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def test_none_means_not_mine() -> None:
     rows, dropped = score([helper("only_short"), helper("only_long")], ["abc", "abcd"], FREE, weights=[2.0, 1.0])
     assert [r.total for r in rows] == [2.0, 0.25] and dropped == 0
     rows, dropped = score([helper("only_short")], ["abc", "abcd"], FREE)
-    assert [r.total for r in rows] == [1.0, None] and dropped == 1 and not rows[1].failed
+    assert [r.total for r in rows] == [1.0, None] and dropped == 1 and not rows[1].cause
     assert "no reward applies" in (rows[1].problem or "")
     # A prompt without constraints is none of that reward's.
     rows, dropped = score(["constraints", helper("half")], ["x"], FREE)
@@ -106,8 +107,22 @@ def test_none_means_not_mine() -> None:
 def test_names_are_those_that_trl_logs_and_told_apart() -> None:
     with Scorer([helper("length"), helper("Counter"), helper("scaled"), "constraints"]) as scorer:
         assert scorer.names == ["length", "Counter", "<lambda>", "constraints"]
-    with Scorer([helper("counter"), helper("Counter")]) as scorer:
-        assert scorer.names == [helper("counter"), helper("Counter")]
+    with Scorer([helper("counter"), helper("Counter"), helper("counter")]) as scorer:
+        assert scorer.names == [helper("counter"), helper("Counter"), f"{helper('counter')} 2"]
+        (row,) = scorer([FREE], ["x"])
+        assert list(row.parts) == scorer.names and row.total == sum(v or 0 for v in row.parts.values())
+
+    def constraints(completions: list[str], **_: Any) -> list[float]:
+        return [0.5] * len(completions)
+
+    with Scorer([constraints]) as scorer:
+        assert scorer.names != ["constraints"], "that name is of the share"
+        scorer.check([FREE])
+        assert scorer([FREE], ["x"])[0].total == 0.5
+    with Scorer([constraints, constraints, "constraints"]) as scorer:
+        assert len(set(scorer.names)) == 3
+        (row,) = scorer([EXAMPLE], ['"Hi."'])
+        assert sorted(v or 0 for v in row.parts.values()) == [0.5, 0.5, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +132,31 @@ def test_names_are_those_that_trl_logs_and_told_apart() -> None:
 def test_an_isolated_scorer_costs_its_own_sample(name: str, reason: str) -> None:
     rows, dropped = score([helper(name)], ["a", name, "b", "c"], timeout=1.0, isolation="process")
     assert [r.total for r in rows] == [1.0, None, 1.0, 1.0] and dropped == 1
-    assert reason in (rows[1].problem or "") and rows[1].failed and why_all_failed(rows) is None
+    assert reason in (rows[1].problem or "") and rows[1].cause and why_all_failed(rows) is None
+
+
+def test_workers_that_die_idle_are_replaced() -> None:
+    """To pebble that is the end of its pool, and to a run it would be one."""
+    with Scorer(["constraints"], workers=2) as scorer:
+        for _ in range(2):
+            assert scorer([EXAMPLE] * 2, ['"Hi."'] * 2)[1].total == 1.0
+            for process in list(scorer._workers._pool._pool_manager.worker_manager.workers.values()):
+                process.kill()
+                process.join()
+        time.sleep(0.5)
+        assert [s.total for s in scorer([EXAMPLE] * 2, ['"Hi."'] * 2)] == [1.0, 1.0]
+
+
+def test_a_pool_that_ends_is_started_again_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Scorer(["constraints"], workers=1) as scorer:
+        workers, tries = scorer._workers, []
+        wait = workers._wait
+        monkeypatch.setattr(
+            workers, "_wait", lambda p: tries.append(len(p)) or (wait(p) if len(tries) == 3 else [None] * len(p))
+        )
+        assert scorer([EXAMPLE] * 2, ['"Hi."'] * 2)[0].total == 1.0 and tries == [2, 2, 2, 0]
+        monkeypatch.setattr(workers, "_wait", lambda p: [None] * len(p))
+        assert scorer([EXAMPLE], ['"Hi."'])[0].problem.startswith("the scoring processes died 4 times")
 
 
 def test_a_decorated_function_is_isolated_by_itself() -> None:
@@ -127,6 +166,47 @@ def test_a_decorated_function_is_isolated_by_itself() -> None:
         rows, _ = score([reward], ["a", "boom"])
         assert [r.total for r in rows] == [1.0, None]
         assert "rewards.py" in rows[1].trace and "KeyError" in rows[1].trace
+
+
+def test_an_isolated_class_keeps_its_state() -> None:
+    with Scorer([helper("Counter")], isolation="process", workers=1) as scorer:
+        rows = scorer([FREE] * 3, ["a", "b", "c"])
+    assert sorted(r.total or 0 for r in rows) == [1, 2, 3]
+
+
+def test_a_callable_that_workers_cannot_import_is_refused() -> None:
+    def local(completions: list[str], **_: Any) -> list[float]:
+        return [0.0] * len(completions)
+
+    from helpers.rewards import Counter, boom
+
+    for reward in (local, Counter()):
+        with pytest.raises(ConfigError, match="is called in worker processes, which need a function at the top"):
+            Scorer([reward], isolation="process")
+    rows, _ = score([boom], ["a", "boom"], isolation="process")
+    assert [r.total for r in rows] == [1.0, None]
+
+
+def test_the_place_of_an_error_is_in_the_users_code() -> None:
+    (row,), _ = score([helper("reads_json")], ["no json"], FREE)
+    assert re.search(r"JSONDecodeError: .* \(.*rewards\.py:\d+ in .*\)", row.problem or ""), row.problem
+    assert "decoder.py" in row.trace, "the traceback has it all"
+
+
+@pytest.mark.parametrize(("name", "said"), [("cancels", "CancelledError"), ("leaves_async", "SystemExit")])
+def test_an_async_function_may_end_as_it_likes(name: str, said: str) -> None:
+    rows, _ = score([helper(name), helper("slow_length")], ["abc"], FREE)
+    assert said in (rows[0].problem or "") and rows[0].parts["slow_length"] == 3.0
+
+
+def test_what_is_logged_of_completions_is_plain_and_of_their_number() -> None:
+    def logs(completions: list[str], log_extra: Any, **_: Any) -> list[float]:
+        log_extra("short", ["x"])
+        log_extra("object", [lambda: 0] * len(completions))
+        return [0.0] * len(completions)
+
+    rows, _ = score([logs], ["a", "b"], FREE)
+    assert [list(r.extra) for r in rows] == [["object"]] * 2 and "lambda" in rows[0].extra["object"]
 
 
 def test_an_exception_that_cannot_be_unpickled_is_text() -> None:
@@ -142,6 +222,7 @@ def test_an_exception_that_cannot_be_unpickled_is_text() -> None:
         ("hang_and_swallow", "gave no answer within 0.3 s"),
         ("hang_async", "gave no answer within 0.3 s"),
         ("text", "returned str 'high' as value 1, which is no number"),
+        ("numbers_as_text", r"returned str '0\.9' as value 1, which is no number"),
         ("returns_text", r"returned str '0\.9' in place of a list with a number or None for each completion \(2\)"),
         ("returns_number", r"returned float 0\.9 in place of a list"),
         ("returns_nothing", "returned None in place of a list"),
@@ -152,7 +233,7 @@ def test_an_exception_that_cannot_be_unpickled_is_text() -> None:
 )
 def test_a_call_that_fails_loses_its_completions_and_says_why(name: str, reason: str) -> None:
     rows, dropped = score([helper("half"), helper(name)], ["hang", "b"], FREE, timeout=0.3)
-    assert dropped == 2 and all(r.total is None and r.failed for r in rows)
+    assert dropped == 2 and all(r.total is None and r.cause for r in rows)
     assert re.search(reason, rows[0].problem or ""), rows[0].problem
     assert rows[0].parts["half"] == 0.5 and "prompt 'Say hi.', response 'hang'" in (rows[0].problem or "")
     first = why_all_failed(rows)
@@ -166,8 +247,8 @@ def test_a_coroutine_that_blocks_its_loop_costs_one_call() -> None:
     specs = [helper("block_async")]
     with Scorer(specs, timeout=0.1) as scorer:
         (row,) = scorer([FREE], ["x"])
-        assert row.failed
-    (row,), _ = score([helper("slow_length")], ["abc"], FREE)
+        assert row.cause
+    (row,), _ = score([helper("slow_length")], ["abc"], FREE, timeout=1.0)
     assert row.total == 3.0, "the next call has a loop of its own"
 
 
@@ -249,27 +330,31 @@ def test_the_settings_of_a_run_reach_the_scorer() -> None:
 def test_many_lost_samples_end_a_run_after_ten_steps() -> None:
     lost = LostSamples(0.25)
     for step in range(1, 30):
-        lost.check(step, 2, 8, "x")
+        lost.check(step, 2, 8, "x", None)
     with pytest.raises(
         RewardError, match=r"21 of the 80 samples of steps 21 to 30 .* max_dropped = 0\.25 .* because x"
-    ):
-        lost.check(30, 3, 8, "x")
+    ) as caught:
+        lost.check(30, 3, 8, "x", "its traceback")
+    assert caught.value.trace == "its traceback"
     short = LostSamples(0.25)
     for step in range(1, 10):
-        short.check(step, 8, 8, "x")
+        short.check(step, 8, 8, "x", None)
     never = LostSamples(1.0)
     for step in range(1, 30):
-        never.check(step, 8, 8, "x")
+        never.check(step, 8, 8, "x", None)
 
 
 def test_all_ranks_have_to_fail() -> None:
-    failed = Score(None, {}, None, "why", failed=True)
+    failed = Score(None, {}, None, "why", cause="f KeyError")
     raise_where_all_failed([failed, None], "step 1", 8)
     raise_where_all_failed([None, failed], "step 1", 8)
     with pytest.raises(RewardError, match="why; all 8 samples of step 1"):
         raise_where_all_failed([failed, failed], "step 1", 8)
     assert why_all_failed([]) is None and why_all_failed([failed, Score(1.0, {}, None)]) is None
     assert why_all_failed([Score(None, {}, None, "none applies")]) is None, "to abstain is not to fail"
+    other = Score(None, {}, None, "why not", cause="g ValueError")
+    assert why_all_failed([failed, other]) is None, "two causes may be two hard completions"
+    raise_where_all_failed([failed, other], "step 1", 8)
 
 
 def test_workers_do_not_run_a_script_without_a_main_guard(tmp_path: Path) -> None:

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from mdpgrpo_fast.config import ConfigError, TrainConfig, preset
+from mdpgrpo_fast.rewards import RewardError
 from mdpgrpo_fast.rollout import engine
+from mdpgrpo_fast.rollout.engine import raise_on_all_ranks
+from mdpgrpo_fast.rollout.vllm.sampler import RolloutError
 
 
 def test_make_engine_by_the_knobs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,3 +38,15 @@ def test_make_engine_by_the_knobs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert engine.make_engine(run, method, 512, acc) == "engine" and made["model"] == "base of m"
     with pytest.raises(ConfigError, match=r"temperatures must be at least 0.01 \(vLLM's floor\); got 0.005"):
         engine.make_engine(run, preset("exact", temperatures=[0.005, 1.0]), 512, acc)
+
+
+@pytest.mark.parametrize("own", [RolloutError("b"), None], ids=["one of its own", "none"])
+def test_ranks_raise_a_problem_of_one_class(own: Exception | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first rank's; another class would lead to other collective calls."""
+    theirs = [(RewardError, "a", "its traceback"), (RolloutError, "b", None)]
+    monkeypatch.setattr("mdpgrpo_fast.rollout.engine.gather_object", lambda said: theirs)
+    with pytest.raises(RewardError, match=r"^a$") as caught:
+        raise_on_all_ranks(None, own)  # type: ignore[arg-type]
+    assert caught.value.trace == "its traceback"
+    monkeypatch.setattr("mdpgrpo_fast.rollout.engine.gather_object", lambda said: [None, None])
+    raise_on_all_ranks(None, None)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mdpgrpo_fast.rollout.generate import Rollout
-from mdpgrpo_fast.rollout.thinking import Thinking, scored_texts
+from mdpgrpo_fast.rollout.thinking import Thinking
 from mdpgrpo_fast.verifiers import answer_of, verify, verify_all
 
 
@@ -45,8 +45,9 @@ class Words:
         self.chat_template, self.special = template, special
         self.words = ["<pad>", "<think>", "</think>", "so,", "yes.", "user", "<end>"]
 
-    def get_added_vocab(self) -> dict[str, int]:
-        return {w: i for i, w in enumerate(self.words) if w.startswith("<")}
+    @property
+    def all_special_tokens(self) -> list[str]:
+        return list(self.special)
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         words = [self.words[i] for i in ids]
@@ -68,18 +69,38 @@ TEMPLATE = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfo
 
 
 @pytest.mark.parametrize("special", [("<end>",), ("<end>", "<think>", "</think>")], ids=["text", "special tokens"])
-def test_answers_of_a_rollout(special: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("mode", ["auto", "on"])
+def test_answers_of_a_rollout(special: tuple[str, ...], mode: str) -> None:
     tokenizer: Any = Words(TEMPLATE, special)
-    thinking = Thinking(tokenizer, "auto")
-    assert thinking.active and not thinking.for_all
-    plain = rollout([[0, 5]] * 4, ROWS)
-    responses, seen, answers = scored_texts(plain, tokenizer, thinking)
-    assert answers == ["yes.", "yes.", "so, yes.", ""] and seen == responses
-    opened = rollout([[5, 1]] * 4, ROWS)
-    assert scored_texts(opened, tokenizer, thinking)[2] == ["yes.", "yes.", "", ""]
-    _, seen, answers = scored_texts(plain, tokenizer, Thinking(tokenizer, "on"))
-    assert seen == answers, "for every reward"
-    _, seen, answers = scored_texts(plain, tokenizer, Thinking(tokenizer, "off"), keep_special_tokens=True)
+    thinking = Thinking(tokenizer, mode)
+    assert thinking.active
+    plain, opened = (rollout([[0, last]] * 4, ROWS) for last in (5, 1))
+    responses, seen, answers = thinking.scored_texts(plain)
+    assert [a.strip() for a in answers] == ["yes.", "yes.", "so, yes.", ""] and seen == answers
+    assert responses == tokenizer.batch_decode(ROWS, skip_special_tokens=True)
+    assert [a.strip() for a in thinking.scored_texts(opened)[2]] == ["yes.", "yes.", "", ""]
+    _, seen, kept = thinking.scored_texts(plain, keep_special_tokens=True)
+    assert seen == ["yes. <end>", "yes. <end>", "so, yes. <end>", ""] and kept == answers
+
+
+def test_tags_of_several_special_tokens() -> None:
+    """gpt-oss: none of them is left in decoded text."""
+    tokenizer: Any = Words("<|channel|>final<|message|>", ("<|channel|>", "<|message|>", "<|return|>"))
+    tokenizer.words = ["<|channel|>", "analysis", "<|message|>", "so,", "final", "yes.", "<|return|>"]
+    tokenizer.decode = lambda ids, skip_special_tokens: "".join(
+        w for w in (tokenizer.words[i] for i in ids) if not (skip_special_tokens and w in tokenizer.special)
+    )
+    rows = rollout([[1, 3]], [[0, 1, 2, 3, 0, 4, 2, 5, 6]])
+    responses, _, answers = Thinking(tokenizer, "auto").scored_texts(rows)
+    assert responses == ["analysisso,finalyes."] and answers == ["yes."]
+
+
+def test_nothing_is_stripped_where_it_is_off() -> None:
+    tokenizer: Any = Words(TEMPLATE, ("<end>",))
+    off, plain = Thinking(tokenizer, "off"), rollout([[0, 5]] * 4, ROWS)
+    responses, seen, answers = off.scored_texts(plain)
+    assert responses == seen == answers == tokenizer.batch_decode(ROWS, skip_special_tokens=True)
+    responses, seen, answers = off.scored_texts(plain, keep_special_tokens=True)
     assert seen[0] == "<think> so, </think> yes. <end>" and answers == responses
 
 

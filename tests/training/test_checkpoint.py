@@ -83,7 +83,8 @@ def test_a_resumed_run_with_other_settings_is_refused(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "progress.json").touch()
     checkpoint.check_resume(run, method)
-    checkpoint.check_resume(TrainConfig(**SMALL, output_dir=str(tmp_path), eval_every=1), method)
+    remedies = {"reward_timeout": 60.0, "max_dropped": 0.5, "on_bad_reward": "drop", "reward_check": False}
+    checkpoint.check_resume(TrainConfig(**SMALL, output_dir=str(tmp_path), eval_every=1, **remedies), method)
     with pytest.raises(ConfigError, match=r"settings of the run before: learning_rate was 0.001; got 0.0005"):
         checkpoint.check_resume(TrainConfig(**{**SMALL, "learning_rate": 5e-4}, output_dir=str(tmp_path)), method)
     with pytest.raises(ConfigError, match="settings of the run before: top_k was 0; got 5"):

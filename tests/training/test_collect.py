@@ -18,6 +18,7 @@ from mdpgrpo_fast.rollout.generate import Rollout, generate
 from mdpgrpo_fast.rollout.vllm.sampler import Completion, RolloutError
 from mdpgrpo_fast.training.collect import Collector
 from mdpgrpo_fast.training.task import prepare
+from mdpgrpo_fast.training.timing import StageClock
 
 
 def test_groups_without_a_gradient_are_refilled_up_to_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,6 +41,19 @@ def test_groups_without_a_gradient_are_refilled_up_to_a_bound(tmp_path: Path, mo
     # A reward that is always the same never gives a signal: the bound ends it, and the step says why it learns nothing.
     never = run_small(tmp_path, PLAIN, "never", refill=2, reward=["helpers.rewards:none"], **{**knobs, "steps": 1})
     assert drawn == [3, 3, 3] and rows(never)[0]["zero_gradient_groups"] == 1 and "all equal" in rows(never)[0]["note"]
+
+
+def test_groups_whose_reward_failed_are_not_refilled(tmp_path: Path) -> None:
+    """One that hangs would take its time again."""
+    trainer, calls = make_trainer(tmp_path, PLAIN, refill=5), []
+
+    def failing(examples: Any, responses: Any, **_: Any) -> list[Score]:
+        calls.append(len(responses))
+        return [Score(None, {}, None, "it hung", cause="timeout")] * len(responses)
+
+    trainer.collector.scorer = failing  # type: ignore[assignment]
+    batch = trainer.collector.collect([0, 1], 1, StageClock(torch.device("cpu")))
+    assert calls == [8] and not batch.valid.any()
 
 
 def test_groups_with_a_kl_term_are_never_refilled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,39 @@ def train(
     acc = trainer.accelerator
     done = {"processes": acc.num_processes, "seed": torch.initial_seed(), "kind": acc.distributed_type.value}
     return {"parameters": flat, "tokens": texts, **done}
+
+
+def stopped(rank: int, ranks: int, folder: str, reward: str) -> tuple[str, bool]:
+    """What a reward that fails ends this rank with, and whether all is written by then, which takes its time."""
+    from mdpgrpo_fast.rewards import RewardError
+    from mdpgrpo_fast.training.run_dir import RunDir
+
+    write = RunDir.write_json
+
+    def slow_write(self: RunDir, name: str, value: dict[str, Any]) -> None:
+        time.sleep(2)
+        write(self, name, value)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunDir, "write_json", slow_write)
+        try:
+            train(rank, ranks, "ddp", folder, {"reward": [f"helpers.rewards:{reward}"], "steps": 3}, False)
+        except RewardError as e:
+            return str(e), (Path(folder) / "summary.json").exists()
+    return "no end", False
+
+
+@pytest.mark.parametrize(
+    ("reward", "said"),
+    [("boom_later", "all 24 samples of step 2 were lost like this"), ("nan_elsewhere", "gave nan for prompt")],
+)
+def test_ranks_stop_together_and_after_all_is_written(tmp_path: Path, reward: str, said: str) -> None:
+    """Whether a reward fails on all of them or on one."""
+    for message, written in spawn(stopped, 2, tmp_path, str(tmp_path / "run"), reward):
+        assert said in message and written
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 1 and said in summary["failure"]
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
 
 def losses(folder: Path) -> list[float]:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from helpers.runs import PLAIN, rows, run_small
 
-from mdpgrpo_fast.config import preset
+from mdpgrpo_fast.config import TrainConfig, preset
+from mdpgrpo_fast.rewards.scorer import CALL_TIMEOUT
+from mdpgrpo_fast.training.distributed import waiting_time
 from mdpgrpo_fast.training.metrics import over_ranks
 
 
@@ -43,3 +45,17 @@ def test_truncated_completions_leave_loss_and_normaliser_by_choice(tmp_path: Pat
         (row,) = rows(run_small(tmp_path, method, objective, **knobs))
         assert row["truncated"] == 1 and row["loss"] == 0 and row["grad_norm"] == 0
         assert "no token counts" in row["note"] and kept["note"] != row["note"]
+
+
+def test_metrics_that_one_rank_alone_has_are_kept() -> None:
+    one, two = {"reward_min": 0.5, "reward_max": 0.5}, {"reward_min": 0.25, "reward_max": None}
+    assert over_ranks([{"logged": {}, **one}, {"logged": {"a": 1.0}, **two}]) == {
+        "logged": {"a": 1.0},
+        "reward_min": 0.25,
+        "reward_max": 0.5,
+    }
+
+
+def test_ranks_wait_longer_than_rewards_may_take() -> None:
+    assert waiting_time(TrainConfig()) > CALL_TIMEOUT
+    assert waiting_time(TrainConfig(reward_timeout=3600.0, reward=["a:b", "c:d"], refill=1)) > 4 * 3600

@@ -12,7 +12,7 @@ from helpers.runs import make_trainer, rows, run_small
 
 from mdpgrpo_fast import train
 from mdpgrpo_fast.rewards import RewardError
-from mdpgrpo_fast.training.run_dir import progress_values, tracker_values
+from mdpgrpo_fast.training.run_dir import last_line, progress_values, tracker_values
 from mdpgrpo_fast.training.timing import StageClock
 
 SHORT = ["--steps", "2", "--prompts-per-step", "2", "--max-completion-length", "8", "--eval-samples", "2"]
@@ -73,6 +73,7 @@ def test_a_step_without_a_reward_ends_the_run(tmp_path: Path, capsys: pytest.Cap
     assert "for prompt '" in last and "all 8 samples of step 2 were lost like this; what was learned" in last
     assert 'raise KeyError("later")' in said and "mdpgrpo_fast/rewards" not in said
     assert (out / "model" / "model.safetensors").exists() and (out / "checkpoints" / "checkpoint_1").exists()
+    assert "The run stopped after step 1: reward &#39;helpers" in (out / "report.html").read_text()
     summary = summary_of(out)
     assert summary["steps"] == 1 and summary["interrupted"] and "KeyError: 'later'" in summary["failure"]
 
@@ -95,10 +96,9 @@ def test_rewards_are_tried_before_the_model_is_loaded(
 ) -> None:
     loaded: list[str] = []
     monkeypatch.setattr("mdpgrpo_fast.training.task.load", lambda *a, **k: loaded.append("model"))
-    with pytest.raises(SystemExit) as end:
-        train.main([*SHORT, "--reward", f"helpers.rewards:{name}", "--output-dir", str(tmp_path / "run")])
+    assert train.main([*SHORT, "--reward", f"helpers.rewards:{name}", "--output-dir", str(tmp_path / "run")]) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert end.value.code == 2 and re.search(said, last) and last.endswith("(--no-reward-check)"), last
+    assert re.search(said, last) and last.endswith("(--no-reward-check)"), last
     assert not loaded and not (tmp_path / "run").exists()
 
 
@@ -133,6 +133,22 @@ def test_functions_see_special_tokens_where_they_are_kept(tmp_path: Path) -> Non
     assert any(end in text for text, *_ in seen) and not any(end in answer for _, answer, _ in seen)
     assert [answer for _, answer, _ in seen] == responses
     assert all(ids[-1] in trainer.task.eos for text, _, ids in seen if text.endswith(end))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "line"),
+    [
+        ((0.5, 0.75, 0.75), (0.9, 0.95, 0.95), "held-out HSR 0.500 -> 0.900, SSR 0.750 -> 0.950 in 3 steps, 2 s"),
+        ((0.5, 0.75, 0.5), (0.9, 0.95, 0.9), "held-out HSR 0.500 -> 0.900, SSR 0.750 -> 0.950, reward 0.500 -> 0.9"),
+        ((None, None, -4.0), (None, None, -2.5), "held-out reward -4.000 -> -2.500 in 3 steps"),
+        ((None, None, None), (None, None, None), "in 3 steps, 2 s"),
+    ],
+)
+def test_the_last_line_has_the_held_out_scores(before: Any, after: Any, line: str) -> None:
+    summary = {"steps": 3, "train_seconds": 2.0}
+    for name, *pair in zip(("hsr", "ssr", "reward"), before, after, strict=True):
+        summary |= dict(zip((f"{name}_before", f"{name}_after"), pair, strict=True))
+    assert last_line(summary).startswith(line)
 
 
 def test_much_truncation_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

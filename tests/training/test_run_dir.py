@@ -31,7 +31,7 @@ def test_move_aside_takes_the_first_free_number(tmp_path: Path) -> None:
 def test_tracker_values_and_sample_table() -> None:
     row = {"step": 3, "loss": 1.5, "note": None, "slots": [{"temperature": 0.4, "reward": 0.5, "ess": None}]}
     assert tracker_values(row) == {"loss": 1.5, "slot_0.4/reward": 0.5}
-    text = sample_table(
-        [{"satisfied": [True, False], "reward": 0.5, "temperature": 0.4, "response": "a\nb" * 200}], limit=4
-    )
+    shown = {"satisfied": [True, False], "reward": 0.5, "temperature": 0.4, "response": "a\nb" * 200}
+    text = sample_table([{**shown, "finished": True}], limit=4)
+    assert " cut a b" in sample_table([{**shown, "finished": False}])
     assert text.startswith("  τ 0.4  r 0.50  +-     a b") and "\n" not in text and text.endswith("…")

@@ -52,14 +52,14 @@ def test_rewards_off_the_scale_are_said_with_what_helps(
 def test_a_running_goal_is_of_the_rewards_before() -> None:
     goal = RunningGoal()
     assert goal.of([1.0, 2.0, 6.0]) == (2.0, statistics.pstdev([1, 2, 6])), "those of the step, where none were before"
-    assert goal.of([]) == (0.5, 1.0)
+    assert goal.of([]) == (0.5, 1.0) and goal.of([3.0, 3.0]) == (3.0, 1.0), "no spread is no reason for a huge δ"
     goal.add([0.0, 4.0])
     assert goal.of([100.0]) == (2.0, 2.0)
     again = RunningGoal()
     again.load_state_dict(goal.state_dict())
     assert again.of([]) == goal.of([])
     again.add([7.0] * SEEN)
-    assert again.of([]) == (7.0, 0.0), "the oldest are forgotten"
+    assert again.of([]) == (7.0, 1.0), "the oldest are forgotten"
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu", "auto"])
