@@ -92,13 +92,17 @@ def test_the_same_functions_give_the_same_rewards(
     assert [s.extra["upper"] for s in ours] == trainer._pending_extra_logs["upper"]
 
 
+@pytest.mark.parametrize("rows", [ROWS, CHAT], ids=["text", "chat"])
 def test_the_same_reward_model_gives_the_same_rewards(
-    peer: Callable[[str], Any], model_dirs: dict[str, str], tmp_path: Path
+    peer: Callable[[str], Any], model_dirs: dict[str, str], tmp_path: Path, rows: list[dict[str, Any]]
 ) -> None:
     path = str(tmp_path / "judge")
     AutoModelForSequenceClassification.from_pretrained(model_dirs["llama"], num_labels=1).save_pretrained(path)
-    AutoTokenizer.from_pretrained(model_dirs["llama"]).save_pretrained(path)
-    trainer, theirs = trl_rewards(peer, model_dirs["llama"], tmp_path, [path, functions.length], ROWS)
-    scorer, ours = our_rewards([path, functions.length], ROWS)
+    tokenizer = AutoTokenizer.from_pretrained(model_dirs["llama"])
+    asked = "{% if add_generation_prompt %}assistant:{% endif %}"
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}" + asked
+    tokenizer.save_pretrained(path)
+    trainer, theirs = trl_rewards(peer, model_dirs["llama"], tmp_path, [path, functions.length], rows)
+    scorer, ours = our_rewards([path, functions.length], rows)
     assert scorer.names == trainer.reward_func_names == ["judge", "length"]
     torch.testing.assert_close(torch.tensor([list(s.parts.values()) for s in ours]), theirs)
