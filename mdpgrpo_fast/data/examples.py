@@ -151,7 +151,8 @@ def _prompt(prompt: Any, column: str) -> str | list[dict[str, Any]]:
         messages = [_message(message, column) for message in prompt]
         if not messages:
             raise ValueError(f"{column!r} is empty")
-        if messages[-1]["role"] == "assistant" and messages[-1]["content"] is None:
+        last = messages[-1]
+        if last["role"] == "assistant" and not last["content"] and last.get("tool_calls"):
             raise ValueError(f"{column!r} ends with an assistant message without text, which cannot be continued")
         return messages
     if missing(prompt) or (isinstance(prompt, str) and not prompt.strip()):
@@ -162,7 +163,7 @@ def _prompt(prompt: Any, column: str) -> str | list[dict[str, Any]]:
 
 
 def _message(message: Any, column: str) -> dict[str, Any]:
-    """A message with text as its content. Keys without a value, as tables fill them in, are taken out."""
+    """A message with text as its content, "" beside tool calls; keys without a value, as tables have them, taken out."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise ValueError(f"each message of {column!r} must have a role and a content text")
     content = message.get("content")
@@ -177,7 +178,7 @@ def _message(message: Any, column: str) -> dict[str, Any]:
         content = "".join(text or "" for text in texts)
     if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
         raise ValueError(f"each message of {column!r} must have a role and a content text")
-    return {**_without_nulls(message), "content": content}
+    return {**_without_nulls(message), "content": content or ""}  # templates add it to text
 
 
 def _without_nulls(value: Any) -> Any:

@@ -108,6 +108,13 @@ def test_template_args_reach_the_template_as_json_or_text() -> None:
     )
 
 
+def test_a_call_without_text_reaches_a_template_that_adds_it_to_text(shared_data) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ '[' + m.role + ']' + m.content }}{% endfor %}[assistant]"
+    (text,), _ = run(tokenizer, read_prompts(shared_data("reports/d13_toolcall.jsonl")).examples[0].prompt)
+    assert "[assistant][tool]" in text
+
+
 def test_tools_of_a_file_reach_the_template(shared_data) -> None:
     tokenizer = chat_tokenizer("qwen3")
     read = read_prompts(shared_data("reports/d13_toolcall.jsonl"))

@@ -248,7 +248,7 @@ def test_tools_and_calls_from_parquet_lose_what_the_table_filled_in(tmp_path: Pa
     tools = [{"function": {"name": "f", "strict": True}}, {"function": {"name": "g"}}]
     pyarrow.parquet.write_table(pa.Table.from_pylist([{"prompt": prompt, "tools": tools}]), tmp_path / "p.parquet")
     (example,) = read_prompts(tmp_path / "p.parquet").examples
-    assert example.prompt == [USER[0], {**prompt[1], "content": None}, prompt[2]] and example.columns["tools"] == tools
+    assert example.prompt == [USER[0], {**prompt[1], "content": ""}, prompt[2]] and example.columns["tools"] == tools
 
 
 def test_ifeval_as_the_hub_has_it(tmp_path: Path, peer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
