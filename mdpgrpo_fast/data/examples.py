@@ -163,7 +163,7 @@ def _prompt(prompt: Any, column: str) -> str | list[dict[str, Any]]:
 
 
 def _message(message: Any, column: str) -> dict[str, Any]:
-    """A message with text as its content, "" beside tool calls; keys without a value, as tables have them, taken out."""
+    """A message with text as its content, "" beside tool calls; keys without a value, as tables have, are left out."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise ValueError(f"each message of {column!r} must have a role and a content text")
     content = message.get("content")
