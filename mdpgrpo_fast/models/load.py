@@ -63,6 +63,8 @@ def _reason(e: Exception, source: str) -> str:
         return "it brings Python code along, which trust_remote_code (--trust-remote-code) lets run"
     if not Path(source).exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         return "there is no such directory"
+    if (Path(source) / "model" / "config.json").is_file():
+        return f"it is a run directory; its model is {str(Path(source) / 'model')!r}"
     return reason_of(e)
 
 

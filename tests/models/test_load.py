@@ -230,6 +230,12 @@ def test_one_line_says_why(case: str, tmp_path: Path, tokenizer: Any, monkeypatc
     assert not asked, "nothing is asked on stdin"
 
 
+def test_a_run_directory_names_its_model(tmp_path: Path) -> None:
+    make_model("llama", VOCAB).save_pretrained(tmp_path / "run" / "model")
+    with pytest.raises(ConfigError, match=r"it is a run directory; its model is '.*run/model'$"):
+        load(str(tmp_path / "run"))
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
