@@ -100,8 +100,8 @@ def accuracy(examples: list[Example], flags: list[list[bool]]) -> dict[str, Any]
 
 
 def from_scores(examples: list[Example], scores: list[Score]) -> dict[str, Any]:
-    """`accuracy` of scored responses, with mean and spread of their rewards, each and summed; a dropped sample counts
-    as nothing satisfied."""
+    """`accuracy` of scored responses, with mean and spread of their rewards, each and summed; a dropped sample whose
+    constraints were not checked satisfies none."""
     flags = [s.satisfied or [False] * len(e.instruction_ids) for e, s in zip(examples, scores, strict=True)]
     total = _mean_and_std([s.total for s in scores])
     names = scores[0].parts if scores else ()
@@ -165,6 +165,11 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _check_constraints(examples: list[Example], file: str | None) -> None:
+    if not any(e.instruction_ids for e in examples):
+        raise ConfigError(f"no prompt of {file!r} has an instruction_id_list: there is nothing to check")
+
+
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Load, answer, check. Raises ConfigError for anything that cannot be used, before a token is generated."""
     import json
@@ -177,14 +182,14 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     from .models.load import context_length, load
     from .rewards import Scorer
     from .rollout.generate import eos_ids
+    from .rollout.thinking import Thinking
 
     for path in (config.output, config.completions):
         if path is not None and not Path(path).parent.is_dir():
             raise ConfigError(f"the folder of {path!r} does not exist")
     read = read_prompts(config.file or DEMO_DIR / "heldout.jsonl", config)
     read = replace(read, examples=read.examples[: config.samples or None])
-    if not any(e.instruction_ids for e in read.examples):
-        raise ConfigError(f"no prompt of {config.file!r} has an instruction_id_list: there is nothing to check")
+    _check_constraints(read.examples, config.file)
     model, tokenizer = load(
         config.model, config.dtype, tokenizer=config.tokenizer, trust_remote_code=config.trust_remote_code,
         text_only=config.text_only or None,
@@ -196,8 +201,14 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     eos = eos_ids(model, tokenizer)
     read, prompts = tokenize(read, tokenizer, config, context=context_length(model), eos=eos)
     examples = read.examples
+    _check_constraints(examples, config.file)  # some may have been too long
+    if Thinking(tokenizer, config.strip_thinking).active:
+        read.notes.append("what follows the last closing think tag is scored (--strip-thinking off: whole completions)")
     longest = config.max_completion_length
-    answers = answer(model, tokenizer, prompts, eos, longest, config.batch_size, config.strip_thinking)
+    try:
+        answers = answer(model, tokenizer, prompts, eos, longest, config.batch_size, config.strip_thinking)
+    except FloatingPointError as e:
+        raise ConfigError(str(e)) from None
     with Scorer(["constraints"], rules=config.rules, workers=config.workers) as scorer:
         result, flags = strict_and_loose(scorer, examples, [a.scored for a in answers])
     result |= {"truncated": fmean(not a.finished for a in answers), "max_completion_length": longest}
@@ -207,9 +218,9 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         Path(config.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     if config.completions:
         with open(config.completions, "w", encoding="utf-8") as f:
-            for e, a, row in zip(examples, answers, flags, strict=True):
-                line = {"prompt": e.prompt, "response": a.response, "instruction_ids": e.instruction_ids, "strict": row}
-                f.write(json.dumps(line) + "\n")
+            for example, a, row in zip(examples, answers, flags, strict=True):
+                line = {"prompt": example.prompt, "response": a.response, "instruction_ids": example.instruction_ids}
+                f.write(json.dumps({**line, "strict": row}) + "\n")
     return result
 
 

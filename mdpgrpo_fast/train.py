@@ -119,12 +119,15 @@ def _stopping() -> tuple[type[Exception], ...]:
 def main(argv: list[str] | None = None) -> int:
     from .cli import report_errors
 
-    trainer = failure = None
+    trainer = failure = summary = None
     with ExitStack() as workers:
         try:
             with report_errors():
                 trainer = make_trainer(sys.argv[1:] if argv is None else argv, workers)
             summary = trainer.train()
+        except KeyboardInterrupt:
+            print("interrupted before the first step", file=sys.stderr)
+            return 130
         except Exception as e:
             if not isinstance(e, _stopping()):
                 raise
@@ -132,19 +135,29 @@ def main(argv: list[str] | None = None) -> int:
     if trainer is None:  # a reward that failed when it was tried
         print(*filter(None, [getattr(failure, "trace", None), f"error: {failure}"]), sep="\n", file=sys.stderr)
         return 1
-    if trainer.accelerator.is_main_process:
-        from .report.page import write_report
-        from .training.run_dir import last_line
+    try:
+        if trainer.accelerator.is_main_process:
+            _say_how_it_ended(trainer, summary, failure)
+    finally:
+        trainer.accelerator.wait_for_everyone()  # a rank that ends first would take the one that writes with it
+    return 1 if summary is None else 130 if summary["interrupted"] else 0
 
-        out = trainer.out.path
-        report = write_report(out)
-        if failure is None:
-            print(f"run directory: {out}   report: {report}")
-            print(last_line(summary))
-        else:
-            learned = f"what was learned until then is in {out}" if trainer.done else "no step was done"
-            print(f"error: {failure}; {learned}", file=sys.stderr)
-    return 1 if failure is not None else 130 if summary["interrupted"] else 0
+
+def _say_how_it_ended(trainer: Trainer, summary: dict[str, Any] | None, failure: Exception | None) -> None:
+    """The report, and the last lines of a run; summary: None where it failed."""
+    from .report.page import write_report
+    from .training.run_dir import last_line
+
+    out = trainer.out.path
+    if summary is not None:
+        print(f"run directory: {out}   report: {write_report(out)}")
+        print(last_line(summary))
+        return
+    learned = f"what was learned until then is in {out}" if trainer.done else "no step was done"
+    if isinstance(failure, FloatingPointError):
+        learned = f"its weights are not saved; checkpoints of before are in {out / 'checkpoints'}, where there are any"
+    print(f"error: {failure}; {learned}", file=sys.stderr)
+    write_report(out)
 
 
 if __name__ == "__main__":

@@ -47,9 +47,9 @@ class TrainerState:
     """What a reward function sees of the run as `trainer_state`, under the names of transformers' TrainerState."""
 
     global_step: int = 0  # optimiser batches that are done
-    max_steps: int = 0
+    max_steps: int = 1
     epoch: float = 0.0
-    num_train_epochs: float = 0.0
+    num_train_epochs: float = 1.0
     is_world_process_zero: bool = True
     log_history: list[dict[str, Any]] = field(default_factory=list)
 

@@ -31,15 +31,30 @@ class LostSamples:
     def __init__(self, limit: float) -> None:
         self.limit = limit
         self._steps: deque[tuple[int, int]] = deque(maxlen=WINDOW)
+        self._last: tuple[str | None, str] = None, ""
+
+    def record(self, dropped: int, samples: int) -> None:
+        """A step of the run before it was resumed."""
+        self._steps.append((dropped, samples))
 
     def check(self, step: int, dropped: int, samples: int, problem: str | None, trace: str | None) -> None:
         """Raises RewardError where too many of the last steps' samples were dropped. Counts are of all ranks; problem,
         trace: of the last one."""
-        self._steps.append((dropped, samples))
+        self.record(dropped, samples)
+        if dropped:
+            self._last = problem, trace or ""
         lost, total = (sum(column) for column in zip(*self._steps, strict=True))
         if len(self._steps) == WINDOW and lost > self.limit * total:
             raise RewardError(
                 f"{lost} of the {total} samples of steps {step - WINDOW + 1} to {step} were dropped, more than "
-                f"max_dropped = {self.limit:g} allows; the last because {problem}",
-                trace or "",
+                f"max_dropped = {self.limit:g} allows; the last because {self._last[0]}",
+                self._last[1],
+            )
+
+    def check_end(self) -> None:
+        """Raises RewardError at the end of a run too short for a share, which lost all that it had."""
+        if self._steps and self.limit < 1 and all(dropped == samples for dropped, samples in self._steps):
+            total = sum(samples for _, samples in self._steps)
+            raise RewardError(
+                f"all {total} samples of the run were dropped; the last because {self._last[0]}", self._last[1]
             )

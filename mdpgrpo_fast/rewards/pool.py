@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import multiprocessing
 import multiprocessing.context
@@ -10,6 +11,7 @@ import threading
 import time
 import types
 from collections.abc import Callable
+from concurrent.futures import CancelledError, wait
 from concurrent.futures import TimeoutError as FutureTimeout
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -17,10 +19,12 @@ from typing import Any, NamedTuple
 
 from pebble import ProcessExpired, ProcessPool
 
+from ..config import ConfigError
 from ..data import Example
 from .constraints import ConstraintReward
 from .functions import Arguments, TrainerState, check_values, describe, load_reward, place_of, trace_of
 
+POLL = 1.0  # seconds between two looks at whether the pool is still alive
 RESTARTS = 3  # of a pool that ends by itself, for one call of the scorer
 _STARTING = threading.Lock()  # pools start and restart workers from threads of their own
 
@@ -85,7 +89,8 @@ class Verdict:
 def _load(specs: list[str]) -> None:
     """Runs once in each worker: what importing and making takes is before a completion's time limit starts."""
     for spec in specs:
-        _loaded(spec)
+        with contextlib.suppress(ConfigError):  # which the call will say
+            _loaded(spec)
 
 
 _loaded = functools.cache(load_reward)  # one object for all calls of a worker, with the state that it has
@@ -108,6 +113,11 @@ def _work(specs: list[str], constraints: ConstraintReward, job: Job) -> Verdict:
 
 def _verify(constraints: ConstraintReward, mode: str, example: Example, answer: str) -> list[bool]:
     return constraints.satisfied(example, answer, mode)
+
+
+def longest_wait(calls: int, workers: int, timeout: float) -> float:
+    """Seconds after which calls that all took their whole time are done, and a minute."""
+    return 60 + timeout * (calls / workers + 1)
 
 
 class Pending(NamedTuple):
@@ -158,16 +168,23 @@ class Workers:
 
     def _wait(self, pending: list[Pending]) -> list[Any]:
         """The results; None where the pool ended before one was known."""
-        deadline = time.monotonic() + 60 + self.timeout * (len(pending) / self.count + 1)
+        deadline = time.monotonic() + longest_wait(len(pending), self.count, self.timeout)
         return [self._result(p.future, max(0.0, deadline - time.monotonic())) for p in pending]
 
     def _result(self, future: Any, limit: float) -> Any:
+        end = time.monotonic() + limit
+        # In slices: pebble forgets what stood in its queue when its pool ended.
+        while not wait([future], min(POLL, max(0.0, end - time.monotonic()))).done:
+            if not self._pool.active:
+                return None
+            if time.monotonic() >= end:
+                future.cancel()
+                return Failure(f"the scoring process gave no answer within {self.timeout:g} s", "worker timeout")
         try:
-            return future.result(timeout=limit)
-        except BrokenProcessPool:
+            return future.result(timeout=0)
+        except (BrokenProcessPool, CancelledError):
             return None
         except (FutureTimeout, TimeoutError):
-            future.cancel()
             return Failure(f"the scoring process gave no answer within {self.timeout:g} s", "worker timeout")
         except ProcessExpired as e:
             return Failure(f"the scoring process died with exit code {e.exitcode}", f"worker exit {e.exitcode}")

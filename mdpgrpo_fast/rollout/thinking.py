@@ -42,6 +42,7 @@ class Thinking:
         return responses, kept if keep_special_tokens else answers, answers
 
     def _without_special_tokens(self, text: str) -> str:
-        for token in self.tokenizer.all_special_tokens:
+        special = [str(t.content) for t in self.tokenizer.added_tokens_decoder.values() if t.special]
+        for token in sorted(special, key=len, reverse=True):
             text = text.replace(token, "")
         return text.strip() if text.isspace() else text

@@ -161,6 +161,15 @@ def _is_of_steps_to(step: int, line: str) -> bool:
     return bool(row["step"] <= step and row.get("phase") != "after")
 
 
+def logged_rows(accelerator: Accelerator, path: Path) -> list[dict[str, Any]]:
+    """All of metrics.jsonl, on every rank."""
+    found: list[list[dict[str, Any]]] = [[]]
+    if accelerator.is_main_process:
+        found = [list(map(json.loads, (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()))]
+    broadcast_object_list(found)
+    return found[0]
+
+
 def first_evaluation(path: Path) -> dict[str, Any] | None:
     """The held-out result of step 0, from metrics.jsonl."""
     lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

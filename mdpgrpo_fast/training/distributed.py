@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ..config import ConfigError, TrainConfig
 from ..log import reason_of
-from ..rewards.scorer import CALL_TIMEOUT
+from ..rewards.pool import longest_wait
+from ..rewards.scorer import CALL_TIMEOUT, COMPLETION_TIMEOUT
 from . import checkpoint
 
 T = TypeVar("T")
@@ -31,8 +32,11 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.FSDP
 
 
-def accelerator(run: TrainConfig, path: Path) -> Accelerator:
-    """accelerate as it was launched, its settings held against the run's. Raises ConfigError where they contradict."""
+def accelerator(run: TrainConfig, path: Path, completions: int) -> Accelerator:
+    """accelerate as it was launched, its settings held against the run's. Raises ConfigError where they contradict.
+
+    completions: most that a rank scores at once.
+    """
     try:
         made = Accelerator(
             mixed_precision=run.mixed_precision,
@@ -40,7 +44,7 @@ def accelerator(run: TrainConfig, path: Path) -> Accelerator:
             log_with=run.report_to or None,
             project_config=checkpoint.configuration(path),
             # Ranks wait for the one whose rewards take longest, and then for each other's answer to that.
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=waiting_time(run)))],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=waiting_time(run, completions)))],
         )
     except (ValueError, ImportError) as e:
         raise ConfigError(f"accelerate refuses its configuration: {reason_of(e)}") from None
@@ -48,9 +52,11 @@ def accelerator(run: TrainConfig, path: Path) -> Accelerator:
     return made
 
 
-def waiting_time(run: TrainConfig) -> float:
-    """Seconds that a rank may wait for another: half an hour, and what the calls of a step's rewards may take."""
-    return 1800 + (run.reward_timeout or CALL_TIMEOUT) * len(run.reward) * (1 + run.refill)
+def waiting_time(run: TrainConfig, completions: int) -> float:
+    """Seconds that a rank may wait for another: half an hour, and what the rewards of a step may take at most."""
+    calls = (run.reward_timeout or CALL_TIMEOUT) * len(run.reward)
+    workers = longest_wait(completions, run.reward_workers, run.reward_timeout or COMPLETION_TIMEOUT)
+    return 1800 + (calls + workers) * (1 + run.refill)
 
 
 def check(accelerator: Accelerator, run: TrainConfig) -> None:

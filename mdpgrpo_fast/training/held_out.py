@@ -25,24 +25,25 @@ def answer_and_score(
 ) -> tuple[dict[str, Any], list[tuple[int, Answer, Score]]]:
     """What metrics.jsonl says of the held-out prompts, and (prompt, answer, score) of each; the same on all ranks.
 
-    model: as it is wrapped for training; lm: the language model in it. Raises: RewardError for a reward that cannot be
-    used, and where all of them failed; RolloutError for that of another rank.
+    model: as it is wrapped for training; lm: the language model in it. Raises, on all ranks: RewardError for a reward
+    that cannot be used, and where all of them failed; FloatingPointError where the model's logits are not finite.
     """
     mine = list(range(accelerator.process_index, len(task.held_out), accelerator.num_processes))
     answer = partial(
         evaluate.answer, lm, task.tokenizer, [task.held_out_ids[i] for i in mine], task.eos, run.max_completion_length,
         run.eval_batch_size, run.strip_thinking, run.keep_special_tokens,
     )  # fmt: skip
-    answers = distributed.call_whole(accelerator, model, answer)
-    problem, scores = None, []
+    problem: Exception | None = None
+    answers, scores = [], []
     try:
+        answers = distributed.call_whole(accelerator, model, answer)
         scores = scorer(
             [task.held_out[i] for i in mine],
             [a.seen for a in answers],
             answers=[a.scored for a in answers],
             completion_ids=[a.token_ids for a in answers],
         )
-    except RewardError as e:
+    except (RewardError, FloatingPointError) as e:
         problem = e
     raise_on_all_ranks(accelerator, problem)
     found = sorted(gather_object(list(zip(mine, answers, scores, strict=True))), key=lambda x: x[0])
@@ -50,5 +51,6 @@ def answer_and_score(
     raise_where_all_failed([why_all_failed(scores)], "the held-out evaluation", len(scores))
     result = evaluate.from_scores([task.held_out[i] for i, *_ in found], scores)
     result["truncated"] = statistics.fmean(not a.finished for _, a, _ in found)
+    result["dropped"] = sum(s.total is None for s in scores)
     result["logged"] = over_ranks(gather_object([scorer.take_metrics()]))
     return result, found

@@ -55,7 +55,9 @@ class Trainer:
 
     def __init__(self, task: Task, run: TrainConfig, method: MDPGRPOConfig, out: RunDir, scorer: Scorer) -> None:
         self.task, self.run, self.method, self.out, self.scorer = task, run, method, out, scorer
-        self.accelerator = distributed.accelerator(run, out.path)
+        self.accelerator = distributed.accelerator(
+            run, out.path, max(run.prompts_per_step * method.num_generations, len(task.held_out))
+        )
         # Data order is the same on every rank, sampling differs (trl#2824).
         torch.manual_seed(run.seed + self.accelerator.process_index)
         policy = self._make_policy()
@@ -82,14 +84,20 @@ class Trainer:
             self.accelerator.register_for_checkpointing(self.collector.goal)
         if self.collector.thinking.active:
             self.say("rewards score what follows the last closing think tag (--strip-thinking off: whole completions)")
-        self.lost, self.dropped = LostSamples(run.max_dropped), 0
-        self.history: list[dict[str, Any]] = []  # what reward functions see as trainer_state.log_history
         schedule = "constant_with_warmup" if run.lr_schedule == "constant" else run.lr_schedule
         updates = self.steps * run.updates_per_rollout
         self.scheduler = transformers.get_scheduler(schedule, optimizer, run.warmup_steps, updates)
         self.accelerator.register_for_checkpointing(self.scheduler)
         checkpoint.keep_loadable(self.accelerator, task.model, task.tokenizer)
         self.done = checkpoint.load(self.accelerator, out.path) if run.resume else 0
+        logged = checkpoint.logged_rows(self.accelerator, out.path) if run.resume else []
+        self.history = [
+            row for row in logged if "eval" not in row
+        ]  # reward functions see it as trainer_state.log_history
+        self.dropped = sum(row.get("eval", row).get("dropped", 0) for row in logged)
+        self.lost = LostSamples(run.max_dropped)
+        for row in self.history:
+            self.lost.record(row["dropped"], per_step * method.num_generations)
         self.best = checkpoint.Best(self.accelerator, out.path, run.resume)
         self.last_rows: list[dict[str, Any]] = []
         self.order = itertools.islice(batches(len(task.train), per_step, self.steps, run.seed), self.done, None)
@@ -155,13 +163,19 @@ class Trainer:
                 before = self.evaluate(0, "before")
             self.say(f"held-out before: {shares(before)}")
             train_started = time.perf_counter()
+            finite = True
             try:
                 self.loop()
+            except FloatingPointError:  # of the logits, for which weights that are no numbers are the usual reason
+                finite = False
+                raise
             finally:
                 train_seconds = time.perf_counter() - train_started
-                self.save()
+                if finite:
+                    self.save()
             after = self.evaluate(self.done, "after")
             self.say(f"held-out after: {shares(after)}")
+            self.lost.check_end()
         except KeyboardInterrupt:
             interrupted = True
             self.say(f"interrupted after {self.done} steps")
@@ -350,7 +364,7 @@ class Trainer:
         problems = [s.problem for *_, s in found if s.problem]
         self.dropped += len(problems)
         if problems:
-            self.say(f"{len(problems)} held-out samples count as unsatisfied, the first because {problems[0]}")
+            self.say(f"{len(problems)} held-out samples have no reward, the first because {problems[0]}")
         self.log({"step": step, "eval": result, "phase": phase or "between"})
         if phase and acc.is_main_process:
             rows = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -11,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from pebble.pool.base_pool import PoolStatus
 
 from mdpgrpo_fast.config import ConfigError, TrainConfig
 from mdpgrpo_fast.data import Example
 from mdpgrpo_fast.rewards import ConstraintReward, RewardError, Score, Scorer, TrainerState
 from mdpgrpo_fast.rewards.lost import LostSamples, raise_where_all_failed, why_all_failed
+from mdpgrpo_fast.rewards.pool import Job
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # spawned scoring processes inherit it
 
@@ -157,6 +160,28 @@ def test_a_pool_that_ends_is_started_again_a_few_times(monkeypatch: pytest.Monke
         assert scorer([EXAMPLE] * 2, ['"Hi."'] * 2)[0].total == 1.0 and tries == [2, 2, 2, 0]
         monkeypatch.setattr(workers, "_wait", lambda p: [None] * len(p))
         assert scorer([EXAMPLE], ['"Hi."'])[0].problem.startswith("the scoring processes died 4 times")
+
+
+def test_jobs_that_stood_in_the_queue_of_a_pool_that_ended_are_made_again() -> None:
+    long = "x" * 40_000  # more than the pipe to a worker holds
+    with Scorer([helper("half")], isolation="process", workers=1, timeout=30) as scorer:
+        workers = scorer._workers
+        pending = workers.start([Job(FREE, long, long)] * 16)
+        time.sleep(0.5)
+        workers._pool._context.status = PoolStatus.ERROR  # as pebble has it of a worker that died idle
+        verdicts = workers.collect(pending)
+    assert [v.values for v in verdicts] == [[0.5]] * 16
+
+
+def test_a_module_that_workers_cannot_import_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here_alone.py").write_text(
+        "import os\nif os.environ.get('HERE') != str(os.getpid()):\n    raise ImportError('not in a worker')\n"
+        "def f(completions, **k):\n    return [1.0]\n"
+    )
+    monkeypatch.setenv("HERE", str(os.getpid()))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (row,), _ = score(["here_alone:f"], ["a"], FREE, isolation="process")
+    assert "cannot be loaded: ImportError: not in a worker" in (row.problem or "")
 
 
 def test_a_decorated_function_is_isolated_by_itself() -> None:
@@ -339,9 +364,18 @@ def test_many_lost_samples_end_a_run_after_ten_steps() -> None:
     short = LostSamples(0.25)
     for step in range(1, 10):
         short.check(step, 8, 8, "x", None)
+    with pytest.raises(RewardError, match="all 72 samples of the run were dropped; the last because x"):
+        short.check_end()
+    lost.check_end()
+    resumed = LostSamples(0.25)
+    for _ in range(9):
+        resumed.record(8, 8)
+    with pytest.raises(RewardError, match="72 of the 80 samples of steps 21 to 30"):
+        resumed.check(30, 0, 8, None, None)
     never = LostSamples(1.0)
     for step in range(1, 30):
         never.check(step, 8, 8, "x", None)
+    never.check_end()
 
 
 def test_all_ranks_have_to_fail() -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.inputs import make_tokenizer
+from tokenizers import AddedToken
 
 from mdpgrpo_fast.rollout.generate import Rollout
 from mdpgrpo_fast.rollout.thinking import Thinking
@@ -46,8 +48,9 @@ class Words:
         self.words = ["<pad>", "<think>", "</think>", "so,", "yes.", "user", "<end>"]
 
     @property
-    def all_special_tokens(self) -> list[str]:
-        return list(self.special)
+    def added_tokens_decoder(self) -> dict[int, AddedToken]:
+        words = enumerate(self.words)
+        return {i: AddedToken(w, special=w in self.special) for i, w in words if w.startswith("<")}
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         words = [self.words[i] for i in ids]
@@ -81,6 +84,17 @@ def test_answers_of_a_rollout(special: tuple[str, ...], mode: str) -> None:
     assert [a.strip() for a in thinking.scored_texts(opened)[2]] == ["yes.", "yes.", "", ""]
     _, seen, kept = thinking.scored_texts(plain, keep_special_tokens=True)
     assert seen == ["yes. <end>", "yes. <end>", "so, yes. <end>", ""] and kept == answers
+
+
+def test_no_special_token_is_scored_beside_an_answer() -> None:
+    """A tokenizer of the tests with end tokens that have no name, as Llama 3 has some."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|eom_id|>", "<|eom_id|>>"]})
+    tokenizer.add_tokens(["<think>", "</think>"])
+    texts = ["<think>the sea</think>the wind<|eom_id|>", "the wind<|eom_id|>", "<think>the</think>the wind<|eom_id|>>"]
+    rows = [tokenizer(t, add_special_tokens=False).input_ids for t in texts]
+    _, _, answers = Thinking(tokenizer, "on").scored_texts(rollout([[2, 3]] * 3, rows))
+    assert [a.strip() for a in answers] == ["the wind"] * 3
 
 
 def test_tags_of_several_special_tokens() -> None:

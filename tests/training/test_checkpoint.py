@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,25 @@ def test_checkpoints_of_another_kind_or_not_whole_are_refused(tmp_path: Path, na
     (tmp_path / "checkpoints" / name).mkdir(parents=True)
     with pytest.raises(ConfigError, match=said):
         checkpoint.check_resume(TrainConfig(output_dir=str(tmp_path)), preset("exact"))
+
+
+def test_a_resumed_run_knows_what_was_before(tmp_path: Path) -> None:
+    """What reward functions see of it, what was dropped, and how near it is to too much of that."""
+    knobs: dict[str, Any] = {
+        "steps": 4, "save_every": 2, "max_dropped": 1.0, "reward": ["helpers.rewards:flaky"],
+        "reward_isolation": "process",
+    }  # fmt: skip
+    whole = run_small(tmp_path, name="parts", **knobs)
+    dropped = sum(r["dropped"] for r in rows(whole))
+    shutil.rmtree(whole.out.path / "checkpoints" / "checkpoint_4")
+    again = make_trainer(tmp_path, name="parts", resume=True, save_model=False, **knobs)
+    assert [r["step"] for r in again.history] == [1, 2]
+    assert again.dropped == sum(r["dropped"] for r in rows(again)) + rows(again, evals=True)[0]["eval"]["dropped"]
+    assert len(again.lost._steps) == 2
+    again.train()
+    summary = json.loads((again.out.path / "summary.json").read_text())
+    evals = sum(r["eval"]["dropped"] for r in rows(again, evals=True))
+    assert summary["dropped_samples"] == dropped + evals and dropped > 0
 
 
 def test_a_resumed_run_with_other_settings_is_refused(tmp_path: Path) -> None:

@@ -143,6 +143,31 @@ def stopped(rank: int, ranks: int, folder: str, reward: str) -> tuple[str, bool]
     return "no end", False
 
 
+def not_finite(rank: int, ranks: int, folder: str) -> str:
+    """How a rank ends where the second one's held-out answers fail."""
+    from mdpgrpo_fast import evaluate
+
+    answer = evaluate.answer
+
+    def failing(*args: Any) -> Any:
+        if rank:
+            raise FloatingPointError("the model's logits must be finite")
+        return answer(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "answer", failing)
+        try:
+            train(rank, ranks, "ddp", folder, {"steps": 1}, False)
+        except FloatingPointError as e:
+            return str(e)
+    return "no end"
+
+
+def test_no_rank_waits_for_one_that_cannot_answer(tmp_path: Path) -> None:
+    found = spawn(not_finite, 2, tmp_path, str(tmp_path / "run"))
+    assert found == ["the model's logits must be finite"] * 2
+
+
 @pytest.mark.parametrize(
     ("reward", "said"),
     [("boom_later", "all 24 samples of step 2 were lost like this"), ("nan_elsewhere", "gave nan for prompt")],
@@ -266,13 +291,23 @@ def train_unevenly(rank: int, ranks: int, kind: str, folder: str) -> dict[str, A
     return seen
 
 
-def test_torchrun_on_the_cpu(tmp_path: Path) -> None:
+def torchrun(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
     """The command as a user gives it, to the end of its processes."""
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]
-    flags = ["--steps", "1", "--prompts-per-step", "2", "--eval-samples", "2", "--max-completion-length", "8", "--cpu"]
-    command = [*run, "mdpgrpo_fast.train", "--output-dir", str(tmp_path / "run"), *flags]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    flags = ["--prompts-per-step", "2", "--eval-samples", "2", "--max-completion-length", "8", "--cpu", *more]
+    command = [*run, "mdpgrpo_fast.train", "--output-dir", str(folder), *flags]
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+
+
+def test_torchrun_keeps_all_of_a_run_that_stops(tmp_path: Path) -> None:
+    done = torchrun(tmp_path / "run", "--steps", "3", "--reward", "helpers.rewards:boom_later")
+    assert done.returncode != 0 and done.stderr.count("error: reward 'helpers.rewards:boom_later' raised") == 1
+    assert all((tmp_path / "run" / name).exists() for name in ("summary.json", "report.html", "model/config.json"))
+
+
+def test_torchrun_on_the_cpu(tmp_path: Path) -> None:
+    done = torchrun(tmp_path / "run", "--steps", "1")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "held-out HSR" in done.stdout and done.stdout.count("run directory") == 1, "the first process alone speaks"
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["processes"] == 2

@@ -57,5 +57,6 @@ def test_metrics_that_one_rank_alone_has_are_kept() -> None:
 
 
 def test_ranks_wait_longer_than_rewards_may_take() -> None:
-    assert waiting_time(TrainConfig()) > CALL_TIMEOUT
-    assert waiting_time(TrainConfig(reward_timeout=3600.0, reward=["a:b", "c:d"], refill=1)) > 4 * 3600
+    assert waiting_time(TrainConfig(), 16) > CALL_TIMEOUT
+    assert waiting_time(TrainConfig(reward_timeout=3600.0, reward=["a:b", "c:d"], refill=1), 8) > 4 * 3600
+    assert waiting_time(TrainConfig(reward_isolation="process", reward_timeout=600.0), 64) > 600 * 64 / 2
