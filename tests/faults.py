@@ -313,8 +313,8 @@ FAULTS = [
           "tests/training/test_distributed.py -k ranks_stop"),
     Fault("mdpgrpo_fast/train.py", "trainer.accelerator.wait_for_everyone()  #", "pass  #",
           "tests/training/test_distributed.py -k torchrun_keeps"),
-    training("except (RewardError, FloatingPointError) as e:\n        problem = e\n    raise", "except RewardError as e:"
-             "\n        problem = e\n    raise", "cannot_answer"),
+    training("except (RewardError, FloatingPointError) as e:\n        problem = e\n    raise",
+             "except RewardError as e:\n        problem = e\n    raise", "cannot_answer"),
     training('row.get("eval", row).get("dropped", 0)', 'row.get("dropped", 0)', "knows_what_was"),
     rollout("if t.special]", "if False]", "beside_an_answer"),
     training("if not any(s.cause for s in scores[i * g : (i + 1) * g])]", "]", "not_refilled"),
