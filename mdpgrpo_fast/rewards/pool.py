@@ -174,7 +174,7 @@ class Workers:
     def _result(self, future: Any, limit: float) -> Any:
         end = time.monotonic() + limit
         # In slices: pebble forgets what stood in its queue when its pool ended.
-        while not wait([future], min(POLL, max(0.0, end - time.monotonic()))).done:
+        while not wait([future], min(POLL, max(0.0, end - time.monotonic())) if self._pool.active else 0).done:
             if not self._pool.active:
                 return None
             if time.monotonic() >= end:

@@ -164,10 +164,9 @@ def test_a_pool_that_ends_is_started_again_a_few_times(monkeypatch: pytest.Monke
 
 def test_jobs_that_stood_in_the_queue_of_a_pool_that_ended_are_made_again() -> None:
     long = "x" * 40_000  # more than the pipe to a worker holds
-    with Scorer([helper("half")], isolation="process", workers=1, timeout=30) as scorer:
+    with Scorer([helper("half")], isolation="process", workers=1, timeout=1) as scorer:
         workers = scorer._workers
         pending = workers.start([Job(FREE, long, long)] * 16)
-        time.sleep(0.5)
         workers._pool._context.status = PoolStatus.ERROR  # as pebble has it of a worker that died idle
         verdicts = workers.collect(pending)
     assert [v.values for v in verdicts] == [[0.5]] * 16
