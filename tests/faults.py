@@ -320,7 +320,7 @@ FAULTS = [
     training("if not any(s.cause for s in scores[i * g : (i + 1) * g])]", "]", "not_refilled"),
     training("statistics.pstdev(seen) or 1.0", "statistics.pstdev(seen)", "running_goal"),
     training("in dict.fromkeys(name for row in rows for name in row):", "in rows[0]:", "one_rank_alone"),
-    training("if pairs[2][1:] == pairs[1][1:]:", "if False:", "last_line"),
+    training('if scores.get("reward") == scores.get("SSR"):', "if False:", "last_line"),
     # Prompts.
     prompts("return context - completion, f", "return config.max_prompt_length, f", "limit or context or long"),
     prompts("goes_on = messages[-1]", "goes_on = False and messages[-1]", "trl or continued"),

@@ -292,10 +292,10 @@ def last_line(summary: dict[str, Any]) -> str:
     """What a run ends with: its held-out scores before and after, steps and time."""
     names = {"HSR": "hsr", "SSR": "ssr", "reward": "reward"}
     pairs = [(label, summary[f"{n}_before"], summary[f"{n}_after"]) for label, n in names.items()]
-    if pairs[2][1:] == pairs[1][1:]:  # the reward is the share of constraints, and would be said twice
-        del pairs[2]
-    scores = [f"{label} {before:.3f} -> {after:.3f}" for label, before, after in pairs if None not in (before, after)]
-    held_out = f"held-out {', '.join(scores)} " if scores else ""
+    scores = {label: f"{before:.3f} -> {after:.3f}" for label, before, after in pairs if None not in (before, after)}
+    if scores.get("reward") == scores.get("SSR"):  # the reward is the share of constraints, and would be said twice
+        scores.pop("reward", None)
+    held_out = f"held-out {', '.join(f'{label} {score}' for label, score in scores.items())} " if scores else ""
     return f"{held_out}in {summary['steps']} steps, {summary['train_seconds']:.0f} s"
 
 

@@ -138,7 +138,11 @@ def test_functions_see_special_tokens_where_they_are_kept(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("before", "after", "line"),
     [
-        ((0.5, 0.75, 0.75), (0.9, 0.95, 0.95), "held-out HSR 0.500 -> 0.900, SSR 0.750 -> 0.950 in 3 steps, 2 s"),
+        (
+            (0.5, 0.75, 0.75 + 1e-15),
+            (0.9, 0.95, 0.95),
+            "held-out HSR 0.500 -> 0.900, SSR 0.750 -> 0.950 in 3 steps, 2 s",
+        ),
         ((0.5, 0.75, 0.5), (0.9, 0.95, 0.9), "held-out HSR 0.500 -> 0.900, SSR 0.750 -> 0.950, reward 0.500 -> 0.9"),
         ((None, None, -4.0), (None, None, -2.5), "held-out reward -4.000 -> -2.500 in 3 steps"),
         ((None, None, None), (None, None, None), "in 3 steps, 2 s"),
