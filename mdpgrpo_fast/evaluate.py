@@ -65,7 +65,7 @@ def answer(
         rows = order[start : start + batch_size]
         out = generate(model, [prompts[i] for i in rows], temperature=None, eos=eos, max_new_tokens=max_new_tokens)
         texts = thinking.scored_texts(out, keep_special_tokens)
-        for i, *row in zip(rows, *texts, out.rows(), out.finished.tolist(), strict=True):
+        for i, *row in zip(rows, *texts, out.rows, out.finished.tolist(), strict=True):
             answers[i] = Answer(*row)
     return [answers[i] for i in range(len(prompts))]
 

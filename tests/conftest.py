@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.inputs import SHARED_DATA, make_model, make_tokenizer, unavailable
+from helpers.inputs import SHARED_DATA, make_model, make_tokenizer, needed, unavailable
 
 # Small shapes are faster on one thread, and nothing here may reach out.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for child processes: this one has loaded OpenMP with torch
@@ -63,14 +62,7 @@ def shared_data() -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def peer() -> Callable[[str], Any]:
     """A module of a library that ours is compared with."""
-
-    def load(name: str) -> Any:
-        try:
-            return importlib.import_module(name)
-        except ImportError as e:
-            unavailable(f"peer {name} cannot be imported: {e}")
-
-    return load
+    return needed
 
 
 @pytest.fixture(scope="session")

@@ -135,13 +135,14 @@ def save_adapters(model: Any, path: str | Path, state_dict: dict[str, Tensor] | 
 
 
 def load_adapters(model: Any, path: str | Path) -> None:
-    """The adapters of `save_adapters` into the model that they are of, to the bit."""
+    """The adapters of `save_adapters` into the model that they are of, to the bit. Raises: ConfigError for others."""
     from safetensors.torch import load_file
 
     (name,) = model.peft_config
     stored = load_file(Path(path) / "adapter_model.safetensors")
     own = {n: p for n, p in model.named_parameters() if ".lora_" in n}
-    assert {n.replace(f".{name}.weight", ".weight") for n in own} == stored.keys(), "the adapters of another model"
+    if {n.replace(f".{name}.weight", ".weight") for n in own} != stored.keys():
+        raise ConfigError(f"the adapters in {str(path)!r} are of another model")
     with torch.no_grad():
         for n, p in own.items():
             p.copy_(stored[n.replace(f".{name}.weight", ".weight")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,8 +34,9 @@ class Rollout:
         """(B, L) bool, true on the completion's own tokens; from lengths, never from comparing with pad."""
         return torch.arange(self.tokens.shape[1], device=self.lengths.device) < self.lengths[:, None]
 
+    @cached_property
     def rows(self) -> list[list[int]]:
-        """Token ids of each completion, up to and including eos."""
+        """Token ids of each completion, up to and including eos; brought from the device once."""
         return [t[:n] for t, n in zip(self.tokens.tolist(), self.lengths.tolist(), strict=True)]
 
 
@@ -127,4 +129,4 @@ def generate(
 
 def decode(rollout: Rollout, tokenizer: Any, skip_special_tokens: bool = True) -> list[str]:
     """The completions as text."""
-    return tokenizer.batch_decode(rollout.rows(), skip_special_tokens=skip_special_tokens)
+    return tokenizer.batch_decode(rollout.rows, skip_special_tokens=skip_special_tokens)

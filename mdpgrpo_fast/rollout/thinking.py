@@ -45,4 +45,4 @@ class Thinking:
         special = [str(t.content) for t in self.tokenizer.added_tokens_decoder.values() if t.special]
         for token in sorted(special, key=len, reverse=True):
             text = text.replace(token, "")
-        return text.strip() if text.isspace() else text
+        return text

@@ -89,7 +89,7 @@ class Collector:
         with clock.stage("score"):
             responses, seen, answers = self.thinking.scored_texts(rollout, self.run.keep_special_tokens)
             examples = [self.task.train[i] for i in rows for _ in range(self.method.num_generations)]
-            return rollout, responses, self.scorer(examples, seen, answers=answers, completion_ids=rollout.rows())
+            return rollout, responses, self.scorer(examples, seen, answers=answers, completion_ids=rollout.rows)
 
     def sample(self, rows: list[int]) -> Rollout:
         """G completions of each prompt, slot g at its own temperature."""

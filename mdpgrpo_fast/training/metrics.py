@@ -36,7 +36,8 @@ def step_metrics(batch: Batch, updated: dict[str, Any], method: MDPGRPOConfig, m
         "dropped": sum(s.total is None for s in batch.scores),
         "problem": next((s.problem for s in batch.scores if s.total is None), None),
         "trace": next((s.trace for s in batch.scores if s.trace), None),
-        **range_of(batch.rewards[batch.valid]),
+        "reward_min": min((s.total for s in batch.scores if s.total is not None), default=None),
+        "reward_max": max((s.total for s in batch.scores if s.total is not None), default=None),
         "slots": slot_statistics(batch.rewards, batch.valid, method, batch.weight, batch.mask),
         "memory_mb": memory_mb,
         "note": why_zero(updated["loss"], updated["grad_norm"], int(batch.mask.sum()), batch.adv, method, has_kl),
@@ -54,13 +55,6 @@ def step_notes(row: dict[str, Any], run: TrainConfig, method: MDPGRPOConfig) -> 
     if row["truncated"] > MUCH_TRUNCATED:
         notes.append(("truncated", truncation_note(row["truncated"], run.max_completion_length)))
     return notes
-
-
-def range_of(rewards: Tensor) -> dict[str, float | None]:
-    """The lowest and highest of a step's rewards on the scale of the goal anchor; None where there is none."""
-    if not rewards.numel():
-        return {"reward_min": None, "reward_max": None}
-    return {"reward_min": rewards.min().item(), "reward_max": rewards.max().item()}
 
 
 def group_health(rewards: Tensor, valid: Tensor, adv: Advantages, has_kl: bool) -> dict[str, float]:

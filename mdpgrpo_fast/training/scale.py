@@ -42,13 +42,16 @@ class RunningGoal:
 def scale_note(
     low: float | None, high: float | None, advantage_mean: float, run: TrainConfig, method: MDPGRPOConfig
 ) -> str | None:
-    """One line where a step's rewards, as they are mapped, leave the [0, 1] that the goal anchor is made for, and
-    what helps.
+    """One line where a step's rewards, from low to high, are mapped outside of the [0, 1] that the goal anchor is made
+    for, and what helps.
 
     None where they do not, where there are none, or where no goal of a fixed scale acts.
     """
     fixed = method.alpha > 0 and method.goal_mean in ("half", "max_half_mean")
-    if low is None or high is None or not fixed or (low >= -SLACK and high <= 1 + SLACK):
+    if low is None or high is None or not fixed:
+        return None
+    low, high = mapped(low, run.reward_range), mapped(high, run.reward_range)
+    if low >= -SLACK and high <= 1 + SLACK:
         return None
     weights = run.reward_weights or [1.0] * len(run.reward)
     least, most = sum(min(w, 0.0) for w in weights), sum(max(w, 0.0) for w in weights)

@@ -46,6 +46,7 @@ from .run_dir import (
     tracker_values,
     training_rows,
 )
+from .scale import mapped
 from .task import Task
 from .timing import StageClock, peak_flops, traced
 
@@ -259,7 +260,8 @@ class Trainer:
         row = step_metrics(batch, row, self.method, peak_memory_mb())
         row["logged"] = self.scorer.take_metrics()
         if self.method.running_goal:
-            self.collector.goal.add(list(itertools.chain(*gather_object([batch.rewards[batch.valid].tolist()]))))
+            totals = [mapped(s.total, run.reward_range) for s in batch.scores if s.total is not None]
+            self.collector.goal.add(list(itertools.chain(*gather_object([totals]))))
         if acc.is_main_process:
             self.last_rows = training_rows(number, batch, run.log_completions)
             self.out.append("completions.jsonl", *self.last_rows)

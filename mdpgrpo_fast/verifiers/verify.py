@@ -30,8 +30,12 @@ def validate(instruction_id: str, kwargs: Kwargs, rules: str = "ifeval") -> None
     clean(lookup(instruction_id, rules), kwargs, rules)
 
 
-def verify(instruction_id: str, response: str, kwargs: Kwargs, **options: Any) -> bool:
-    """Whether `response` follows one instruction; options: those of `verify_all`."""
+def verify(
+    instruction_id: str, response: str, kwargs: Kwargs, *, prompt: str = "", mode: str = "strict",
+    rules: str = "ifeval", strip_thinking: bool = False,
+) -> bool:  # fmt: skip
+    """Whether `response` follows one instruction; see `verify_all`."""
+    options: dict[str, Any] = {"prompt": prompt, "mode": mode, "rules": rules, "strip_thinking": strip_thinking}
     return verify_all([instruction_id], response, [kwargs], **options)[0]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,14 @@ def unavailable(reason: str) -> None:
     if os.environ.get("CI") == "true":
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+def needed(name: str) -> Any:
+    """A package that the tests install, and a user need not have."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as e:
+        return unavailable(f"{name} cannot be imported: {e}")
 
 
 # ---- loss inputs ----------------------------------------------------------------------------------------------------

@@ -6,10 +6,12 @@ import builtins
 import gzip
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.inputs import needed
 from helpers.prompts import GOOD, write
 
 from mdpgrpo_fast.config import ConfigError, PromptConfig
@@ -21,29 +23,27 @@ LINES = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
 
 
 def parquet(rows: list[dict[str, Any]]) -> bytes:
-    pa = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
+    pa, written = needed("pyarrow"), needed("pyarrow.parquet")
     out = pa.BufferOutputStream()
-    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), out)
+    written.write_table(pa.Table.from_pylist(rows), out)
     return out.getvalue().to_pybytes()
 
 
-CONTAINERS = {
-    "p.jsonl": LINES.encode(),
-    "p.json": json.dumps(ROWS, indent=1).encode(),
-    "p.txt": ("\ufeff" + LINES.replace("\n", "\r\n\r\n")).encode(),
-    "p.parquet": parquet(ROWS),
-    "p.jsonl.gz": gzip.compress(LINES.encode(), mtime=0),
-    "p.parquet.gz": gzip.compress(parquet(ROWS), mtime=0),
-    "none": ("  " + json.dumps(ROWS)).encode(),
+CONTAINERS: dict[str, Callable[[], bytes]] = {
+    "p.jsonl": LINES.encode,
+    "p.json": json.dumps(ROWS, indent=1).encode,
+    "p.txt": ("\ufeff" + LINES.replace("\n", "\r\n\r\n")).encode,
+    "p.parquet": lambda: parquet(ROWS),
+    "p.jsonl.gz": lambda: gzip.compress(LINES.encode()),
+    "p.parquet.gz": lambda: gzip.compress(parquet(ROWS)),
+    "none": ("  " + json.dumps(ROWS)).encode,
 }
 
 
 @pytest.mark.parametrize("name", CONTAINERS)
 def test_every_container_gives_the_same_rows(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
-    path.write_bytes(CONTAINERS[name])
+    path.write_bytes(CONTAINERS[name]())
     assert [row for _, row in read_rows(str(path))] == ROWS
 
 
@@ -66,7 +66,7 @@ def test_csv_is_text_with_lines_and_long_fields(tmp_path: Path) -> None:
 
 
 def test_csv_of_pandas_has_lists_as_python_prints_them(tmp_path: Path) -> None:
-    pandas = pytest.importorskip("pandas")
+    pandas = needed("pandas")
     kwargs = [{"num_words": 5, "relation": "at least", "end_phrase": None}]
     ids = ["length_constraints:number_words"]
     frame = pandas.DataFrame({"prompt": ["x"], "instruction_id_list": [ids], "kwargs": [kwargs]})

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.inputs import needed
 from helpers.prompts import GOOD, write
 
 from mdpgrpo_fast import verifiers
@@ -220,7 +221,7 @@ def test_messages_by_name_and_forms_that_some_rows_have(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("own", [None, "own"])
 def test_parquet_of_verl(tmp_path: Path, own: str | None) -> None:
-    pandas, numpy = pytest.importorskip("pandas"), pytest.importorskip("numpy")
+    pandas, numpy = needed("pandas"), needed("numpy")
     row: dict[str, Any] = {
         "data_source": "openai/gsm8k",
         "prompt": numpy.array([{"role": "user", "content": "2+2?"}], dtype=object),
@@ -240,13 +241,11 @@ def test_parquet_of_verl(tmp_path: Path, own: str | None) -> None:
 
 
 def test_tools_and_calls_from_parquet_lose_what_the_table_filled_in(tmp_path: Path) -> None:
-    pa = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
+    pa, written = needed("pyarrow"), needed("pyarrow.parquet")
     calls = [{"function": {"name": n, "arguments": a}} for n, a in (("f", {"x": 1}), ("g", {"y": 2}))]
     prompt = [*USER, {"role": "assistant", "tool_calls": calls}, {"role": "tool", "content": "3"}]
     tools = [{"function": {"name": "f", "strict": True}}, {"function": {"name": "g"}}]
-    pyarrow.parquet.write_table(pa.Table.from_pylist([{"prompt": prompt, "tools": tools}]), tmp_path / "p.parquet")
+    written.write_table(pa.Table.from_pylist([{"prompt": prompt, "tools": tools}]), tmp_path / "p.parquet")
     (example,) = read_prompts(tmp_path / "p.parquet").examples
     assert example.prompt == [USER[0], {**prompt[1], "content": ""}, prompt[2]] and example.columns["tools"] == tools
 
