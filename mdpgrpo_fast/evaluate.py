@@ -18,6 +18,7 @@ MUCH_TRUNCATED = 0.2  # share of completions cut at the length limit that is wor
 if TYPE_CHECKING:
     from .data import Example
     from .rewards import Score, Scorer
+    from .rollout.thinking import Thinking
 
 
 @dataclass(frozen=True)
@@ -51,15 +52,13 @@ class Answer:
 
 
 def answer(
-    model: Any, tokenizer: Any, prompts: list[list[int]], eos: list[int], max_new_tokens: int, batch_size: int,
-    strip_thinking: str = "off", keep_special_tokens: bool = False,
+    model: Any, thinking: Thinking, prompts: list[list[int]], eos: list[int], max_new_tokens: int, batch_size: int,
+    keep_special_tokens: bool = False,
 ) -> list[Answer]:  # fmt: skip
-    """Greedy responses to tokenised prompts, in the order of the prompts; strip_thinking: as of PromptConfig."""
+    """Greedy responses to tokenised prompts, in the order of the prompts; thinking: of the model's tokenizer."""
     from .rollout.generate import generate
-    from .rollout.thinking import Thinking
 
     answers: dict[int, Answer] = {}
-    thinking = Thinking(tokenizer, strip_thinking)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together: less padding
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
@@ -141,7 +140,7 @@ def strict_and_loose(
             t: {"strict": row["rate"], "loose": loose["types"][t]["rate"], "count": row["count"]}
             for t, row in strict["types"].items()
         },
-        "unchecked": scorer.dropped,
+        "unchecked": scorer.unchecked,
     }
     return result, verdicts
 
@@ -202,11 +201,12 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     read, prompts = tokenize(read, tokenizer, config, context=context_length(model), eos=eos)
     examples = read.examples
     _check_constraints(examples, config.file)  # some may have been too long
-    if Thinking(tokenizer, config.strip_thinking).active:
+    thinking = Thinking(tokenizer, config.strip_thinking)
+    if thinking.active:
         read.notes.append("what follows the last closing think tag is scored (--strip-thinking off: whole completions)")
     longest = config.max_completion_length
     try:
-        answers = answer(model, tokenizer, prompts, eos, longest, config.batch_size, config.strip_thinking)
+        answers = answer(model, thinking, prompts, eos, longest, config.batch_size)
     except FloatingPointError as e:
         raise ConfigError(str(e)) from None
     with Scorer(["constraints"], rules=config.rules, workers=config.workers) as scorer:

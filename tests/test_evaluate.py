@@ -59,9 +59,10 @@ def test_batches_do_not_change_greedy_answers() -> None:
     from mdpgrpo_fast.demo import DEMO_DIR
     from mdpgrpo_fast.models.load import load
     from mdpgrpo_fast.rollout.generate import eos_ids
+    from mdpgrpo_fast.rollout.thinking import Thinking
 
     model, tokenizer = load(None)
     _, ids = tokenize(read_prompts(DEMO_DIR / "heldout.jsonl"), tokenizer, PromptConfig())
     eos = eos_ids(model, tokenizer)
-    one, together = (evaluate.answer(model, tokenizer, ids[:6], eos, 64, size) for size in (1, 6))
+    one, together = (evaluate.answer(model, Thinking(tokenizer, "off"), ids[:6], eos, 64, size) for size in (1, 6))
     assert one == together

@@ -96,8 +96,8 @@ class Scorer:
     isolated functions one completion at a time in worker processes.
 
     rewards: specs as of TrainConfig.reward, or functions. weights: one each, default 1. A call that raises, takes
-    longer than timeout or returns no numbers loses its completions: they come back with `total` None, the reason in
-    `problem`, counted in `dropped`. A NaN or infinite reward raises RewardError with the row, or drops the sample where
+    longer than timeout or returns no numbers loses its completions: they come back with `total` None and the reason in
+    `problem`. A NaN or infinite reward raises RewardError with the row, or drops the sample where
     on_bad_reward is "drop". None is "not mine": the other rewards are summed; where all are None the sample is dropped.
     Use as a context manager; workers end with it. Raises ConfigError for a reward that cannot be loaded.
     """
@@ -120,7 +120,7 @@ class Scorer:
         self.weights = list(weights) if weights is not None else [1.0] * len(found)
         self.call_timeout = timeout or CALL_TIMEOUT
         self.drop_bad = on_bad_reward == "drop"
-        self.dropped = 0
+        self.unchecked = 0  # of `verify`
         self.state = TrainerState()  # the trainer keeps it up to date
         self.specs = [r.spec for r in found if r.isolated]
         self.metrics: dict[str, list[float]] = {}
@@ -177,7 +177,6 @@ class Scorer:
         rows = [*examples[:2], *examples[:1]][:2]
         scores = self(rows, list(SAMPLES), completion_ids=[[1, 2, 3], [4]])
         self.take_metrics()
-        self.dropped = 0
         if all(s.cause for s in scores):
             raise RewardError(
                 f"{scores[0].problem}; it was tried on two sample rows (--no-reward-check)", scores[0].trace
@@ -222,10 +221,10 @@ class Scorer:
         return means
 
     def verify(self, examples: Sequence[Example], responses: Sequence[str], mode: str) -> list[list[bool]]:
-        """Which constraints each response satisfies; all False, and counted in `dropped`, where checking failed."""
+        """Which constraints each response satisfies; all False, and counted in `unchecked`, where checking failed."""
         jobs = [Job(e, r, r) for e, r in zip(examples, responses, strict=True)]
         found = self._workers.collect(self._workers.start_verifying(jobs, mode))
-        self.dropped += sum(isinstance(f, Failure) for f in found)
+        self.unchecked += sum(isinstance(f, Failure) for f in found)
         return [
             [False] * len(e.instruction_ids) if isinstance(f, Failure) else f
             for e, f in zip(examples, found, strict=True)
@@ -282,20 +281,17 @@ class Scorer:
         score = partial(Score, None, parts, satisfied, extra=extra)
         failure = next((v for v in values if isinstance(v, Failure)), None)
         if failure is not None:
-            self.dropped += 1
             return score(f"{failure.reason}, for {pair}", cause=failure.cause, trace=failure.trace)
         bad = next((r for r in self.rewards if not is_finite(parts[r.name])), None)
         if bad is not None:
             problem = f"reward {bad.spec!r} gave {parts[bad.name]!r} for {pair}"
             if not self.drop_bad:
                 raise RewardError(f"{problem}; on_bad_reward = drop leaves it out")
-            self.dropped += 1
             return replace(
                 score(problem, cause=f"{bad.spec} not finite"),
                 parts={n: v if is_finite(v) else None for n, v in parts.items()},
             )
         if all(v is None for v in parts.values()):
-            self.dropped += 1
             return score(f"no reward applies: all gave None for {pair}")
         total = sum(w * v for w, v in zip(self.weights, parts.values(), strict=True) if v is not None)
         return replace(score(), total=total)

@@ -15,13 +15,14 @@ from ..evaluate import Answer
 from ..rewards import RewardError, Score, Scorer
 from ..rewards.lost import raise_where_all_failed, why_all_failed
 from ..rollout.engine import raise_on_all_ranks
+from ..rollout.thinking import Thinking
 from . import distributed
 from .metrics import over_ranks
 from .task import Task
 
 
 def answer_and_score(
-    task: Task, run: TrainConfig, accelerator: Accelerator, scorer: Scorer, model: Any, lm: Any
+    task: Task, run: TrainConfig, accelerator: Accelerator, scorer: Scorer, thinking: Thinking, model: Any, lm: Any
 ) -> tuple[dict[str, Any], list[tuple[int, Answer, Score]]]:
     """What metrics.jsonl says of the held-out prompts, and (prompt, answer, score) of each; the same on all ranks.
 
@@ -30,8 +31,8 @@ def answer_and_score(
     """
     mine = list(range(accelerator.process_index, len(task.held_out), accelerator.num_processes))
     answer = partial(
-        evaluate.answer, lm, task.tokenizer, [task.held_out_ids[i] for i in mine], task.eos, run.max_completion_length,
-        run.eval_batch_size, run.strip_thinking, run.keep_special_tokens,
+        evaluate.answer, lm, thinking, [task.held_out_ids[i] for i in mine], task.eos, run.max_completion_length,
+        run.eval_batch_size, run.keep_special_tokens,
     )  # fmt: skip
     problem: Exception | None = None
     answers, scores = [], []

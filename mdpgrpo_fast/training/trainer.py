@@ -362,7 +362,7 @@ class Trainer:
         if not task.held_out:
             return None
         self.scorer.state = self.state(step)
-        result, found = answer_and_score(task, self.run, acc, self.scorer, self.model, self.lm)
+        result, found = answer_and_score(task, self.run, acc, self.scorer, self.collector.thinking, self.model, self.lm)
         problems = [s.problem for *_, s in found if s.problem]
         self.dropped += len(problems)
         if problems:

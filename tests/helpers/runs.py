@@ -65,7 +65,6 @@ def make_trainer(tmp_path: Path, method: MDPGRPOConfig | None = None, name: str 
     scorer = _scorer(
         tuple(run.reward), weights, run.reward_timeout, run.on_bad_reward, run.constraint_reward, run.reward_isolation
     )
-    scorer.dropped = 0
     scorer.take_metrics()
     return Trainer(make_task(run), run, method or preset("exact", num_generations=4), out, scorer)
 
