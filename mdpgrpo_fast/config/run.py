@@ -45,7 +45,9 @@ class PromptConfig:
         "rewards and evaluation score what follows the last closing think tag; auto: where the tokenizer's template "
         "knows such a tag",
     )
-    rules: Literal["ifeval", "mdpgrpo"] = knob("ifeval", "verifier rules: Google's IFEval or the MDP-GRPO authors'")
+    rules: Literal["ifeval", "mdpgrpo", "iftrain", "ifbench", "m-ifeval"] = knob(
+        "ifeval", "verifier rules: Google's IFEval, the MDP-GRPO authors', IF-Train, IFBench or M-IFEval"
+    )
     cpu: bool = knob(False, "stay on the CPU even where a GPU is present")
 
     def __post_init__(self) -> None:

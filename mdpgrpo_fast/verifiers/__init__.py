@@ -1,17 +1,31 @@
-"""Checkable constraints: IFEval's 25 instruction types, and MDP-GRPO's 26."""
+"""Checkable constraints: the instruction types of IFEval, MDP-GRPO, IF-Train, IFBench and M-IFEval, and one's own."""
 
-from .registry import INSTRUCTIONS, ArgumentError, Instruction, InstructionError, UnknownInstructionError
-from .sentences import punkt_source
+from .registry import (
+    INSTRUCTIONS,
+    RULES,
+    ArgumentError,
+    CheckError,
+    Instruction,
+    InstructionError,
+    MissingRequirementError,
+    UnknownInstructionError,
+    instruction,
+)
+from .text.sentences import punkt_source
 from .verify import THINK_TAGS, answer_of, validate, verify, verify_all
 
 __all__ = [
     "INSTRUCTIONS",
+    "RULES",
     "THINK_TAGS",
     "ArgumentError",
+    "CheckError",
     "Instruction",
     "InstructionError",
+    "MissingRequirementError",
     "UnknownInstructionError",
     "answer_of",
+    "instruction",
     "punkt_source",
     "validate",
     "verify",

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from .sentences import get_punkt, punkt_source
+from .text.sentences import get_punkt, punkt_source
 
 
 def main() -> int:

@@ -1,32 +1,22 @@
-"""The table of instruction types, their arguments, and the errors a bad line of data gets."""
+"""The table of instruction types, and the errors a bad line of data gets."""
 
 from __future__ import annotations
 
 import difflib
-import operator
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import functools
+import importlib.util
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
 
-RULES = ("ifeval", "mdpgrpo")
-RELATIONS: dict[str, Callable[[int, int], bool]] = {
-    "less than": operator.lt,
-    "at least": operator.ge,
-    "more than": operator.gt,
-    "up to": operator.le,
-    "exactly": operator.eq,
-}
-IFEVAL_RELATIONS = ("less than", "at least")
-# What langdetect 1.0.9 can answer; any other code could never be followed.
-LANGUAGES = tuple(
-    "af ar bg bn ca cs cy da de el en es et fa fi fr gu he hi hr hu id it ja kn ko lt lv mk ml mr ne nl no pa pl pt ro"
-    " ru sk sl so sq sv sw ta te th tl tr uk ur vi zh-cn zh-tw".split()
-)
+from .arguments import Kind, kind_of, whole_mapping
+
+RULES = ("ifeval", "mdpgrpo", "iftrain", "ifbench", "m-ifeval")
 
 
 class InstructionError(ValueError):
-    """A line of data cannot be checked: base of the two errors below."""
+    """A line of data cannot be checked: base of the errors below."""
 
 
 class UnknownInstructionError(InstructionError):
@@ -37,22 +27,43 @@ class ArgumentError(InstructionError):
     """An argument (`kwargs`) of an instruction is missing, unexpected or of the wrong kind."""
 
 
-Kind = Callable[[Any, str], Any]  # (value or None, rules) -> value as the check takes it; raises ValueError
+class MissingRequirementError(InstructionError):
+    """What a type needs, a package or data of NLTK, is not installed."""
+
+
+class CheckError(RuntimeError):
+    """A check of one's own raised an error, or returned something else than True or False."""
 
 
 @dataclass(frozen=True)
 class Instruction:
     """One instruction type.
 
-    `check(text, rules, **arguments)` answers for one text, `arguments` maps each argument to its kind, `rules` are
-    the rule sets that know the type, `agree` looks at the arguments together (ValueError where they disagree).
+    `check(text, **arguments)` answers for one text, and takes the rules too where `takes_rules`; `arguments` maps each
+    argument to its kind, `optional` are those that may be absent; `rules` are the rule sets that know the type, `agree`
+    looks at the arguments together (ValueError where they disagree), `needs` raises InstructionError where something
+    is not installed; `own` marks a type that is none of the library's.
     """
 
     id: str
     check: Callable[..., bool]
-    arguments: Mapping[str, Kind]
+    arguments: Mapping[str, Kind] = field(default_factory=dict)
+    optional: frozenset[str] = frozenset()
     rules: tuple[str, ...] = RULES
     agree: Callable[[Mapping[str, Any]], None] | None = None
+    needs: Callable[[], None] | None = None
+    takes_rules: bool = False
+    own: bool = True
+
+    @property
+    def description(self) -> str:
+        """The first line of the check's docstring."""
+        return (inspect.getdoc(self.check) or "").split("\n")[0]
+
+    @property
+    def example(self) -> dict[str, Any]:
+        """Arguments that the type takes."""
+        return {name: kind.example for name, kind in self.arguments.items() if name not in self.optional}
 
 
 INSTRUCTIONS: dict[str, Instruction] = {}
@@ -63,125 +74,129 @@ def instruction(
     *,
     rules: tuple[str, ...] = RULES,
     agree: Callable[[Mapping[str, Any]], None] | None = None,
-    **arguments: Kind,
+    needs: Callable[[], None] | None = None,
+    examples: Mapping[str, Any] | None = None,
 ) -> Callable[[Callable[..., bool]], Callable[..., bool]]:
-    """Enter the decorated check in `INSTRUCTIONS` under `id`, with the kind of each argument."""
+    """Enter the decorated check in `INSTRUCTIONS` under `id`, so that `verify` and training files know it.
+
+    The check takes the response as its first parameter and answers True or False. Its other parameters are the
+    instruction's arguments, each annotated with int, float, bool, str, dict, list[…] of these, Literal[…] or a kind of
+    `mdpgrpo_fast.verifiers.arguments`; a parameter with a default may be absent. A parameter named `rules` gets the
+    rule set instead. The first line of the docstring is what `--list` says.
+
+    id: "group:name". rules: the rule sets that know it (default: all). agree, needs: see `Instruction`.
+    examples: values for `--list` in place of those of the kinds.
+
+    Raises: ValueError where `id` has another form or is taken; TypeError where a parameter has no annotation, or one
+        that is none of these.
+    """
+    group, _, name = id.partition(":") if isinstance(id, str) else ("", "", "")
+    if not group.strip() or not name.strip():
+        raise ValueError(f"id: expected the form 'group:name', got {id!r}")
+    unknown = [rule for rule in rules if rule not in RULES]
+    if unknown:
+        raise ValueError(f"rules: expected some of {', '.join(RULES)}, got {unknown[0]!r}")
 
     def enter(check: Callable[..., bool]) -> Callable[..., bool]:
-        INSTRUCTIONS[id] = Instruction(id, check, arguments, rules, agree)
+        known = INSTRUCTIONS.get(id)
+        if known is not None and _home(known.check) != _home(check):
+            raise ValueError(f"id: {id!r} is taken by {'.'.join(_home(known.check))}")
+        hints = get_type_hints(check, include_extras=True)
+        parameters = list(inspect.signature(check).parameters.values())[1:]
+        arguments = {}
+        for parameter in parameters:
+            if parameter.name == "rules":
+                continue
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
+                raise TypeError(f"{id}: parameter {parameter.name!r} cannot be passed by its name")
+            try:
+                kind = kind_of(hints.get(parameter.name))
+            except TypeError as error:
+                raise TypeError(f"{id}: parameter {parameter.name!r}: {error}") from None
+            arguments[parameter.name] = kind._replace(example=(examples or {}).get(parameter.name, kind.example))
+        INSTRUCTIONS[id] = Instruction(
+            id,
+            check,
+            arguments,
+            frozenset(p.name for p in parameters if p.default is not p.empty),
+            tuple(rules),
+            agree,
+            needs,
+            takes_rules=any(p.name == "rules" for p in parameters),
+            own=not check.__module__.startswith(__package__ + "."),
+        )
         return check
 
     return enter
 
 
-def lookup(instruction_id: str, rules: str) -> Instruction:
-    """The entry of `instruction_id`; UnknownInstructionError names the nearest id that `rules` know."""
+def _home(check: Callable[..., bool]) -> tuple[str, str]:
+    return check.__module__, check.__qualname__
+
+
+def package(name: str, extra: str) -> Callable[[], None]:
+    """For `needs`: raises MissingRequirementError where the package `name`, which `extra` of this library brings, is
+    not installed."""
+
+    @functools.lru_cache(maxsize=1)
+    def needs() -> None:
+        if importlib.util.find_spec(name) is None:
+            raise MissingRequirementError(f"needs the package {name}: pip install 'mdpgrpo-fast[{extra}]'")
+
+    return needs
+
+
+def check_rules(rules: str) -> None:
+    """Raises ValueError where `rules` is no rule set."""
     if rules not in RULES:
         raise ValueError(f"rules: expected one of {', '.join(RULES)}, got {rules!r}")
+
+
+def lookup(instruction_id: str, rules: str) -> Instruction:
+    """The entry of `instruction_id`.
+
+    Raises UnknownInstructionError, which names the rule sets that know it, or the nearest id that `rules` know.
+    """
+    check_rules(rules)
     known = INSTRUCTIONS.get(instruction_id) if isinstance(instruction_id, str) else None
     if known is not None and rules in known.rules:
         return known
-    names = [name for name, entry in INSTRUCTIONS.items() if rules in entry.rules]
-    near = difflib.get_close_matches(str(instruction_id), names, n=1, cutoff=0.0)[0]
-    raise UnknownInstructionError(f"unknown instruction id {instruction_id!r} under rules {rules!r}; nearest: {near}")
+    if known is not None:
+        hint = f"known under rules {', '.join(map(repr, known.rules))}"
+    else:
+        names = [name for name, entry in INSTRUCTIONS.items() if rules in entry.rules]
+        hint = f"nearest: {difflib.get_close_matches(str(instruction_id), names, n=1, cutoff=0.0)[0]}"
+    raise UnknownInstructionError(f"unknown instruction id {instruction_id!r} under rules {rules!r}; {hint}")
 
 
 def clean(entry: Instruction, kwargs: Mapping[str, Any] | None, rules: str) -> dict[str, Any]:
-    """`kwargs` without None values, each checked and as the check wants it.
+    """`kwargs` without None values, each checked and as the check wants it, with `rules` where the check takes them.
 
-    Raises ArgumentError, which names the instruction and the argument.
+    Raises ArgumentError, which names the instruction and the argument, and MissingRequirementError.
     """
-    if kwargs is not None and not isinstance(kwargs, Mapping):
-        raise ArgumentError(f"{entry.id}: kwargs: expected a mapping, got {type(kwargs).__name__}")
-    given = {name: value for name, value in (kwargs or {}).items() if value is not None}
+    try:
+        given = whole_mapping(kwargs)
+    except ValueError as error:
+        raise ArgumentError(f"{entry.id}: kwargs: {error}") from None
     for name in given:
         if name not in entry.arguments:
-            expected = ", ".join(entry.arguments) or "none"
-            raise ArgumentError(f"{entry.id}: unexpected argument {name!r} (arguments: {expected})")
+            names = ", ".join(entry.arguments) or "none"
+            raise ArgumentError(f"{entry.id}: unexpected argument {name!r} (arguments: {names})")
     cleaned = {}
     for name, kind in entry.arguments.items():
+        if name not in given and name in entry.optional:
+            continue
         try:
-            cleaned[name] = kind(given.get(name), rules)
+            cleaned[name] = kind.parse(given.get(name), rules)
         except ValueError as error:
             raise ArgumentError(f"{entry.id}: {name}: {error}") from None
-    if entry.agree:
-        try:
-            entry.agree(cleaned)
-        except ValueError as error:
-            raise ArgumentError(f"{entry.id}: {error}") from None
-    return cleaned
-
-
-def _expected(what: str, value: Any) -> ValueError:
-    return ValueError(f"expected {what}, " + ("missing" if value is None else f"got {value!r}"))
-
-
-def count(value: Any, rules: str) -> int:
-    """A whole number from 0; a float without fraction too, as tables with empty cells turn numbers into floats."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise _expected("a whole number from 0", value)
-    return value
-
-
-def relation(value: Any, rules: str) -> str:
-    """One of the relations of `rules`."""
-    known = IFEVAL_RELATIONS if rules == "ifeval" else tuple(RELATIONS)
-    if value not in known:
-        raise _expected("one of " + ", ".join(map(repr, known)), value)
-    return value
-
-
-def phrase(value: Any, rules: str) -> str:
-    """A text that is not blank."""
-    if not isinstance(value, str) or not value.strip():
-        raise _expected("a text that is not blank", value)
-    return value
-
-
-def request(value: Any, rules: str) -> str:
-    """The request to repeat; MDP-GRPO's rules put x's where it is empty."""
-    if rules == "mdpgrpo" and value in (None, ""):
-        return "x" * 21
-    return phrase(value, rules)
-
-
-def letter(value: Any, rules: str) -> str:
-    """One character, in lower case; IFEval draws a random letter for what is none, here it is counted as it is."""
-    if not isinstance(value, str) or len(value) != 1 or not value.strip():
-        raise _expected("one character", value)
-    return value.lower()
-
-
-def language(value: Any, rules: str) -> str:
-    """A language code that langdetect knows."""
-    if value not in LANGUAGES:
-        raise _expected("a language code that langdetect knows, such as 'de' or 'zh-cn'", value)
-    return value
-
-
-_ESCAPE_OR_CLASS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
-_REPEAT = re.compile(r"[*+]|\{\d*,?\d*\}")
-
-
-def pattern(value: Any, rules: str) -> str:
-    """A keyword, which both rule sets read as a regular expression.
-
-    Repeats are refused: over a long response they can take minutes, and in a keyword (C++) they are a slip.
-    """
-    value = phrase(value, rules)
-    if _REPEAT.search(_ESCAPE_OR_CLASS.sub("", value)):
-        raise ValueError(f"{value!r} is read as a regular expression and may not repeat (* + {{}}); put a \\ before")
     try:
-        re.compile(value)
-    except re.error as error:
-        raise ValueError(f"{value!r} is read as a regular expression and is none: {error}") from None
-    return value
-
-
-def patterns(value: Any, rules: str) -> list[str]:
-    """A list of keywords, not empty."""
-    if isinstance(value, str) or not isinstance(value, Sequence) or not value:
-        raise _expected("a list of keywords that is not empty", value)
-    return [pattern(item, rules) for item in value]
+        if entry.agree:
+            entry.agree(cleaned)
+        if entry.needs:
+            entry.needs()
+    except MissingRequirementError as error:
+        raise MissingRequirementError(f"{entry.id}: {error}") from None
+    except ValueError as error:
+        raise ArgumentError(f"{entry.id}: {error}") from None
+    return {**cleaned, "rules": rules} if entry.takes_rules else cleaned

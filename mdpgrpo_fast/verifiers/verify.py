@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from . import layout, wording  # noqa: F401  both fill INSTRUCTIONS
-from .registry import clean, lookup
+from . import rules as _all_rules  # noqa: F401  enters every type in INSTRUCTIONS
+from .registry import CheckError, Instruction, clean, lookup
 
 MODES = ("strict", "loose")
 Kwargs = Mapping[str, Any] | None
@@ -21,20 +21,21 @@ THINK_TAGS = (
 )
 
 
-def validate(instruction_id: str, kwargs: Kwargs, rules: str = "ifeval") -> None:
+def validate(instruction_id: str, kwargs: Kwargs = None, rules: str = "ifeval") -> None:
     """Check one instruction of a data line, without a response.
 
-    Raises UnknownInstructionError (naming the nearest known id) or ArgumentError (naming the argument), both
-    ValueErrors. None values in `kwargs` are as if absent.
+    Raises UnknownInstructionError (naming the rule sets that know the id, or the nearest id), ArgumentError (naming the
+    argument) or MissingRequirementError (naming the package or data), all ValueErrors. None values in `kwargs` are as
+    if absent.
     """
     clean(lookup(instruction_id, rules), kwargs, rules)
 
 
 def verify(
-    instruction_id: str, response: str, kwargs: Kwargs, *, prompt: str = "", mode: str = "strict",
+    instruction_id: str, response: str, kwargs: Kwargs = None, *, prompt: str = "", mode: str = "strict",
     rules: str = "ifeval", strip_thinking: bool = False,
 ) -> bool:  # fmt: skip
-    """Whether `response` follows one instruction; see `verify_all`."""
+    """Whether `response` follows one instruction; see `verify_all`. `kwargs` may be left out where it takes none."""
     options: dict[str, Any] = {"prompt": prompt, "mode": mode, "rules": rules, "strip_thinking": strip_thinking}
     return verify_all([instruction_id], response, [kwargs], **options)[0]
 
@@ -74,12 +75,24 @@ def verify_all(
 def _follows(instruction_id: str, texts: list[str], kwargs: Kwargs, rules: str) -> bool:
     entry = lookup(instruction_id, rules)
     arguments = clean(entry, kwargs, rules)
+    if entry.own:
+        return any(_own(entry, text, arguments) for text in texts)
     try:
-        return any(entry.check(text, rules, **arguments) for text in texts)
+        return any(entry.check(text, **arguments) for text in texts)
     except (RecursionError, UnicodeError):
         # JSON nested too deep, XML with half a surrogate pair: MDP-GRPO counts an error as not followed, whatever
         # the variants left to try; IFEval stops there, and a trainer must not.
         return False
+
+
+def _own(entry: Instruction, text: str, arguments: dict[str, Any]) -> bool:
+    try:
+        follows = entry.check(text, **arguments)
+    except Exception as error:
+        raise CheckError(f"{entry.id}: the check raised {type(error).__name__}: {error}") from error
+    if not isinstance(follows, bool):
+        raise CheckError(f"{entry.id}: the check returned {follows!r}; expected True or False")
+    return follows
 
 
 def answer_of(response: str, opened: bool = False) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from helpers.inputs import SHARED_DATA, unavailable
 
-from mdpgrpo_fast.verifiers import sentences
+from mdpgrpo_fast.verifiers.text import sentences
 
 RULES = ("ifeval", "mdpgrpo")
 PROMPTS = {"ifeval": "ifeval_prompts.jsonl", "mdpgrpo": "mdpgrpo_test.jsonl"}

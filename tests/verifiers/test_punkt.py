@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import pytest
 from helpers.verifiers import nltk_data, punkt_folder, rows
 
-from mdpgrpo_fast.verifiers import capitals, punkt_source, sentences, verify
+from mdpgrpo_fast.verifiers import punkt_source, verify
+from mdpgrpo_fast.verifiers.text import capitals, sentences
 
 # Whatever Punkt and the word tokenizer treat in a way of its own, put together at random.
 PIECES = [

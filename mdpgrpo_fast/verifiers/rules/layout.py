@@ -6,14 +6,19 @@ Where their patterns are quadratic, ours are rewritten to read every character a
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping
 from typing import Any
 
-from .registry import count, instruction, pattern, phrase, request
-from .scan import up_to
+from ..arguments import Count, Pattern, Phrase, Request
+from ..registry import instruction
+from ..text.scan import up_to
+
+# IFEval's 25 types, which the rule sets built on it know too.
+ifeval = functools.partial(instruction, rules=("ifeval", "mdpgrpo", "iftrain", "ifbench"))
 
 _OPTIONS = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
 _POSTSCRIPTS = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}
@@ -30,44 +35,51 @@ _XML_NAME = re.compile(r"[A-Za-z_][\w\-.:]*")
 _WORD_EDGE = re.compile(r"\b")
 
 
-@instruction("detectable_content:number_placeholders", num_placeholders=count)
-def placeholders(text: str, rules: str, num_placeholders: int) -> bool:
+@ifeval("detectable_content:number_placeholders")
+def placeholders(text: str, num_placeholders: Count) -> bool:
+    """At least `num_placeholders` placeholders in square brackets, such as [address]."""
     return up_to(num_placeholders, _PLACEHOLDER.finditer(text)) >= num_placeholders
 
 
-@instruction("detectable_content:postscript", postscript_marker=pattern)
-def postscript(text: str, rules: str, postscript_marker: str) -> bool:
+@ifeval("detectable_content:postscript")
+def postscript(text: str, rules: str, postscript_marker: Pattern) -> bool:
+    """A postscript that starts with `postscript_marker`."""
     marker = postscript_marker.strip()
-    known = _POSTSCRIPTS if rules == "ifeval" else _POSTSCRIPTS | _PERSIAN_POSTSCRIPT
+    known = _POSTSCRIPTS if rules != "mdpgrpo" else _POSTSCRIPTS | _PERSIAN_POSTSCRIPT
     return re.search(known.get(marker, marker.lower()), text.lower(), re.MULTILINE) is not None
 
 
-@instruction("detectable_format:number_bullet_lists", num_bullets=count)
-def bullets(text: str, rules: str, num_bullets: int) -> bool:
+@ifeval("detectable_format:number_bullet_lists")
+def bullets(text: str, num_bullets: Count) -> bool:
+    """Exactly `num_bullets` bullet points, each a line that starts with * or -."""
     stars = up_to(num_bullets + 1, _STAR_BULLET.finditer(text))
     return stars + up_to(num_bullets + 1, _DASH_BULLET.finditer(text)) == num_bullets
 
 
-@instruction("detectable_format:constrained_response")
-def constrained_response(text: str, rules: str) -> bool:
+@ifeval("detectable_format:constrained_response")
+def constrained_response(text: str) -> bool:
+    """One of "My answer is yes.", "My answer is no.", "My answer is maybe."."""
     return any(option in text for option in _OPTIONS)
 
 
-@instruction("detectable_format:number_highlighted_sections", num_highlights=count)
-def highlights(text: str, rules: str, num_highlights: int) -> bool:
+@ifeval("detectable_format:number_highlighted_sections")
+def highlights(text: str, num_highlights: Count) -> bool:
+    """At least `num_highlights` passages *between stars*."""
     found = _HIGHLIGHT.findall(text) + _DOUBLE_HIGHLIGHT.findall(text)
     return sum(map(bool, map(str.strip, found))) >= num_highlights
 
 
-@instruction("detectable_format:multiple_sections", section_spliter=pattern, num_sections=count)
-def sections(text: str, rules: str, section_spliter: str, num_sections: int) -> bool:
+@ifeval("detectable_format:multiple_sections")
+def sections(text: str, section_spliter: Pattern, num_sections: Count) -> bool:
+    """At least `num_sections` sections, each begun by `section_spliter` and a number."""
     section = re.compile(rf"\s?{section_spliter.strip()}\s?\d+\s?")
     # The original counts what re.split returns, groups of the pattern included.
     return up_to(num_sections, section.finditer(text)) * (1 + section.groups) >= num_sections
 
 
-@instruction("length_constraints:number_paragraphs", num_paragraphs=count)
-def paragraphs(text: str, rules: str, num_paragraphs: int) -> bool:
+@ifeval("length_constraints:number_paragraphs")
+def paragraphs(text: str, num_paragraphs: Count) -> bool:
+    """Exactly `num_paragraphs` paragraphs, divided by ***."""
     pieces = [piece.strip() for piece in _DIVIDER.split(text)]
     return all(pieces[1:-1]) and sum(map(bool, pieces)) == num_paragraphs
 
@@ -78,14 +90,9 @@ def _nth_within(arguments: Mapping[str, Any]) -> None:
         raise ValueError(f"nth_paragraph: expected 1 to num_paragraphs ({total}), got {nth}")
 
 
-@instruction(
-    "length_constraints:nth_paragraph_first_word",
-    num_paragraphs=count,
-    nth_paragraph=count,
-    first_word=phrase,
-    agree=_nth_within,
-)
-def nth_first_word(text: str, rules: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
+@ifeval("length_constraints:nth_paragraph_first_word", agree=_nth_within)
+def nth_first_word(text: str, num_paragraphs: Count, nth_paragraph: Count, first_word: Phrase) -> bool:
+    """`num_paragraphs` paragraphs, divided by blank lines; the `nth_paragraph` begins with `first_word`."""
     pieces = text.split("\n\n")
     if sum(1 for piece in pieces if piece.strip()) != num_paragraphs:
         return False
@@ -97,8 +104,9 @@ def nth_first_word(text: str, rules: str, num_paragraphs: int, nth_paragraph: in
     return "".join(map(str.lower, word)) == first_word.lower()  # letter by letter: a final sigma stays plain
 
 
-@instruction("detectable_format:json_format")
-def json_format(text: str, rules: str) -> bool:
+@ifeval("detectable_format:json_format")
+def json_format(text: str) -> bool:
+    """The whole response is JSON, in a fence or not."""
     text = text.strip()
     for fence in ("```json", "```Json", "```JSON", "```"):
         text = text.removeprefix(fence)
@@ -109,8 +117,9 @@ def json_format(text: str, rules: str) -> bool:
     return True
 
 
-@instruction("detectable_format:title")
-def title(text: str, rules: str) -> bool:
+@ifeval("detectable_format:title")
+def title(text: str) -> bool:
+    """A title in double angle brackets: <<title>>."""
     if "<<" not in text or ">>" not in text:
         return False
     return any(_is_title(line) for line in set(text.split("\n")) if "<<" in line and ">>" in line)
@@ -121,8 +130,9 @@ def _is_title(line: str) -> bool:
     return end >= start + 3 and bool(line[start : end + 2].lstrip("<").rstrip(">").strip())
 
 
-@instruction("combination:two_responses")
-def two_responses(text: str, rules: str) -> bool:
+@ifeval("combination:two_responses")
+def two_responses(text: str) -> bool:
+    """Two different responses, divided by ******."""
     pieces = [piece.strip() for piece in text.split("******")]
     if not all(pieces[1:-1]):
         return False
@@ -130,15 +140,17 @@ def two_responses(text: str, rules: str) -> bool:
     return len(answers) == 2 and answers[0] != answers[1]
 
 
-@instruction("combination:repeat_prompt", prompt_to_repeat=request)
-def repeat_prompt(text: str, rules: str, prompt_to_repeat: str) -> bool:
+@ifeval("combination:repeat_prompt")
+def repeat_prompt(text: str, rules: str, prompt_to_repeat: Request) -> bool:
+    """The response begins with `prompt_to_repeat`, word for word."""
     wanted = prompt_to_repeat.strip().lower()
-    quotes = ("",) if rules == "ifeval" else ("", "'", '"')
+    quotes = ("",) if rules != "mdpgrpo" else ("", "'", '"')
     return text.strip().lower().startswith(tuple(quote + wanted for quote in quotes))
 
 
-@instruction("startend:quotation")
-def quotation(text: str, rules: str) -> bool:
+@ifeval("startend:quotation")
+def quotation(text: str) -> bool:
+    """The whole response stands in double quotes."""
     text = text.strip()
     return len(text) > 1 and text[0] == text[-1] == '"'
 
@@ -151,7 +163,8 @@ class _Discard:
 
 
 @instruction("detectable_format:xml_format", rules=("mdpgrpo",))
-def xml_format(text: str, rules: str) -> bool:
+def xml_format(text: str) -> bool:
+    """The whole response is XML, in a fence or not."""
     text = _without_xml_fence(text.strip())
     parser = ET.XMLParser(target=_Discard())
     try:

@@ -1,0 +1,1 @@
+"""How a text is read: its sentences, words, capital words and language."""
