@@ -41,6 +41,11 @@ def punkt_folder() -> Path:
     raise AssertionError
 
 
+def oracle_data() -> list[Path]:
+    """Every folder with NLTK data that the official code of the rule sets reads."""
+    return [punkt_folder()]
+
+
 @contextmanager
 def nltk_data(*folders: Path) -> Iterator[pytest.MonkeyPatch]:
     """NLTK's data folders are `folders` alone, and nothing can be downloaded."""
