@@ -12,6 +12,7 @@ from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any, Literal
 
 from .config import ConfigError, PromptConfig, knob, require
+from .verifiers import scoring
 
 MUCH_TRUNCATED = 0.2  # share of completions cut at the length limit that is worth a line
 
@@ -77,25 +78,8 @@ def truncation_note(share: float, max_completion_length: int) -> str:
 
 
 def accuracy(examples: list[Example], flags: list[list[bool]]) -> dict[str, Any]:
-    """Shares of satisfied constraints: by prompt (hsr), averaged over prompts (ssr), by instruction, by type.
-
-    Prompts without constraints are left out; all values are None where none has any.
-    """
-    counted = [(e, f) for e, f in zip(examples, flags, strict=True) if f]
-    if not counted:
-        return {"hsr": None, "ssr": None, "instruction": None, "count": 0, "types": {}}
-    tally: dict[str, list[bool]] = {}
-    for example, row in counted:
-        for instruction_id, ok in zip(example.instruction_ids, row, strict=True):
-            tally.setdefault(instruction_id, []).append(ok)
-    everything = [ok for row in tally.values() for ok in row]
-    return {
-        "hsr": sum(all(f) for _, f in counted) / len(counted),
-        "ssr": sum(sum(f) / len(f) for _, f in counted) / len(counted),
-        "instruction": sum(everything) / len(everything),
-        "count": len(counted),
-        "types": {t: {"rate": sum(row) / len(row), "count": len(row)} for t, row in sorted(tally.items())},
-    }
+    """`mdpgrpo_fast.verifiers.scoring.accuracy` of the examples' constraints."""
+    return scoring.accuracy([e.instruction_ids for e in examples], flags)
 
 
 def from_scores(examples: list[Example], scores: list[Score]) -> dict[str, Any]:
@@ -125,42 +109,23 @@ def strict_and_loose(
 
     Second: the strict verdicts of each response, by position.
     """
-    verdicts = scorer.verify(examples, responses, "strict")
-    strict = accuracy(examples, verdicts)
-    loose = accuracy(examples, scorer.verify(examples, responses, "loose"))
-    result = {
-        "prompt_strict": strict["hsr"],
-        "instruction_strict": strict["instruction"],
-        "prompt_loose": loose["hsr"],
-        "instruction_loose": loose["instruction"],
-        "hsr": strict["hsr"],
-        "ssr": strict["ssr"],
-        "count": strict["count"],
-        "types": {
-            t: {"strict": row["rate"], "loose": loose["types"][t]["rate"], "count": row["count"]}
-            for t, row in strict["types"].items()
-        },
-        "unchecked": scorer.unchecked,
-    }
-    return result, verdicts
+    strict, loose = (scorer.verify(examples, responses, mode) for mode in ("strict", "loose"))
+    result = scoring.strict_and_loose([e.instruction_ids for e in examples], strict, loose)
+    return {**result, "unchecked": scorer.unchecked, "unchecked_reason": scorer.unchecked_reason}, strict
 
 
 def table(result: dict[str, Any]) -> str:
     """The result of `strict_and_loose` as plain text."""
-    lines = [
-        f"{result['count']} prompts",
-        f"{'':42}{'strict':>8}{'loose':>8}",
-        f"{'prompt level (all constraints, HSR)':42}{result['prompt_strict']:8.3f}{result['prompt_loose']:8.3f}",
-        f"{'instruction level':42}{result['instruction_strict']:8.3f}{result['instruction_loose']:8.3f}",
-        f"{'share per prompt (SSR)':42}{result['ssr']:8.3f}",
-    ]
-    lines += [f"  {t:34}{row['count']:5} {row['strict']:8.3f}{row['loose']:8.3f}" for t, row in result["types"].items()]
+    lines = [scoring.table(result)]
     if "truncated" in result:
         lines.append(f"{'cut at the length limit':42}{result['truncated']:8.3f}")
         if result["truncated"] > MUCH_TRUNCATED:
             lines.append(truncation_note(result["truncated"], result["max_completion_length"]))
     if result["unchecked"]:
-        lines.append(f"{result['unchecked']} checks ended without an answer and count as not satisfied")
+        lines.append(
+            f"{result['unchecked']} checks ended without an answer and count as not satisfied, the first one as "
+            f"{result['unchecked_reason']}"
+        )
     return "\n".join(lines)
 
 
@@ -209,7 +174,9 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         answers = answer(model, thinking, prompts, eos, longest, config.batch_size)
     except FloatingPointError as e:
         raise ConfigError(str(e)) from None
-    with Scorer(["constraints"], rules=config.rules, workers=config.workers) as scorer:
+    with Scorer(
+        ["constraints"], rules=config.rules, instructions=config.instructions, workers=config.workers
+    ) as scorer:
         result, flags = strict_and_loose(scorer, examples, [a.scored for a in answers])
     result |= {"truncated": fmean(not a.finished for a in answers), "max_completion_length": longest}
     result |= {"model": config.model, "file": config.file}

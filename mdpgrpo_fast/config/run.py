@@ -48,6 +48,9 @@ class PromptConfig:
     rules: Literal["ifeval", "mdpgrpo", "iftrain", "ifbench", "m-ifeval"] = knob(
         "ifeval", "verifier rules: Google's IFEval, the MDP-GRPO authors', IF-Train, IFBench or M-IFEval"
     )
+    instructions: list[str] = knob(
+        [], "modules or .py files that register instruction types of one's own (mdpgrpo_fast.verifiers.instruction)"
+    )
     cpu: bool = knob(False, "stay on the CPU even where a GPU is present")
 
     def __post_init__(self) -> None:

@@ -33,6 +33,12 @@ class Example:
             return self.prompt
         return next((m["content"] or "" for m in reversed(self.prompt) if m["role"] == "user"), "")
 
+    @property
+    def opening(self) -> str:
+        """How the answer begins already: the last assistant message of a prompt that ends with one, which goes on."""
+        last = self.prompt[-1] if isinstance(self.prompt, list) else {}
+        return verifiers.answer_of(last["content"]) if last.get("role") == "assistant" else ""
+
     def num_constraints(self, default: int) -> int:
         """K: the instructions of the prompt, else its `num_constraints` column, else the default."""
         return len(self.instruction_ids) or self.columns.get("num_constraints") or default
@@ -60,10 +66,12 @@ def read_prompts(path: str | Path, config: PromptConfig | None = None) -> Prompt
     """The prompts of a file, a folder or a hub id, with their constraints where they have any (`files` and `forms` have
     what is read).
 
-    Raises: ConfigError in one line where the source cannot be read or has no prompt; and for the first row that cannot
-        be used, with its file and line, unless on_bad_row is drop.
+    Raises: ConfigError in one line where the source cannot be read or has no prompt, or the module of an instruction
+        type of one's own cannot be loaded; and for the first row that cannot be used, with its file and line, unless
+        on_bad_row is drop.
     """
     config = config or PromptConfig()
+    verifiers.load_instructions(config.instructions)
     read_template(config.chat_template)  # not only once the model is loaded
     rows = read_rows(str(path), config.split, config.trust_remote_code)
     if not rows:

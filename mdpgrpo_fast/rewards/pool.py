@@ -21,6 +21,7 @@ from pebble import ProcessExpired, ProcessPool
 
 from ..config import ConfigError
 from ..data import Example
+from ..verifiers import CheckError
 from .constraints import ConstraintReward
 from .functions import Arguments, TrainerState, check_values, describe, load_reward, place_of, trace_of
 
@@ -81,13 +82,15 @@ class Verdict:
 
     values: list[float | Failure | None]
     satisfied: list[bool] | None = None
-    constraint_reward: float | None = None
+    constraint_reward: float | Failure | None = None
     metrics: dict[str, list[float]] = field(default_factory=dict)
     extra: dict[str, list[Any]] = field(default_factory=dict)
 
 
-def _load(specs: list[str]) -> None:
+def _load(specs: list[str], constraints: ConstraintReward) -> None:
     """Runs once in each worker: what importing and making takes is before a completion's time limit starts."""
+    with contextlib.suppress(ConfigError):
+        constraints.load()
     for spec in specs:
         with contextlib.suppress(ConfigError):  # which the call will say
             _loaded(spec)
@@ -98,9 +101,14 @@ _loaded = functools.cache(load_reward)  # one object for all calls of a worker, 
 
 def _work(specs: list[str], constraints: ConstraintReward, job: Job) -> Verdict:
     """Runs in a worker. Exceptions come back as text: many cannot be unpickled."""
-    reward = flags = None
+    reward: float | Failure | None = None
+    flags = None
     if job.example.instruction_ids:
-        reward, flags = constraints(job.example, job.answer)
+        try:
+            reward, flags = constraints(job.example, job.answer)
+        except CheckError as e:  # of a type of the user's own
+            cause = e.__cause__ or e
+            reward = Failure(str(e), f"{type(cause).__name__} {place_of(cause)}", trace_of(cause))
     arguments = Arguments([job.example], [job.text], [job.token_ids], job.state)
     values: list[float | Failure | None] = []
     for spec in specs:
@@ -137,7 +145,9 @@ class Workers:
         self._pool = self._new_pool()
 
     def _new_pool(self) -> ProcessPool:
-        return ProcessPool(max_workers=self.count, context=_Context(), initializer=_load, initargs=(self.specs,))
+        return ProcessPool(
+            max_workers=self.count, context=_Context(), initializer=_load, initargs=(self.specs, self.constraints)
+        )
 
     def start(self, jobs: list[Job]) -> list[Pending]:
         return [self._submit(_work, self.specs, self.constraints, job) for job in jobs]

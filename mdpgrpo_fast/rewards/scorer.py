@@ -15,6 +15,7 @@ from typing import Any
 from ..config import ConfigError, TrainConfig
 from ..data import Example
 from ..log import say_once
+from ..verifiers import INSTRUCTIONS
 from .calls import CallTimeout, call_async, call_limited
 from .constraints import ConstraintReward
 from .functions import (
@@ -108,6 +109,7 @@ class Scorer:
         weights: list[float] | None = None,
         *,
         rules: str = TrainConfig.rules,
+        instructions: Sequence[str] = (),
         constraint_reward: str = TrainConfig.constraint_reward,
         isolation: str = TrainConfig.reward_isolation,
         timeout: float | None = TrainConfig.reward_timeout,
@@ -120,11 +122,11 @@ class Scorer:
         self.weights = list(weights) if weights is not None else [1.0] * len(found)
         self.call_timeout = timeout or CALL_TIMEOUT
         self.drop_bad = on_bad_reward == "drop"
-        self.unchecked = 0  # of `verify`
+        self.unchecked, self.unchecked_reason = 0, ""  # of `verify`: how many, and why the first
         self.state = TrainerState()  # the trainer keeps it up to date
         self.specs = [r.spec for r in found if r.isolated]
         self.metrics: dict[str, list[float]] = {}
-        constraints = ConstraintReward(rules, constraint_reward)
+        constraints = ConstraintReward(rules, constraint_reward, instructions)
         self._workers = Workers(self.specs, constraints, workers, timeout or COMPLETION_TIMEOUT)
 
     @classmethod
@@ -134,6 +136,7 @@ class Scorer:
             run.reward,
             run.reward_weights,
             rules=run.rules,
+            instructions=run.instructions,
             constraint_reward=run.constraint_reward,
             isolation=run.reward_isolation,
             timeout=run.reward_timeout,
@@ -170,11 +173,12 @@ class Scorer:
                     )
 
     def try_out(self, examples: Sequence[Example]) -> None:
-        """Calls every reward but `constraints` with two sample completions. Raises RewardError where a run would lose
-        both."""
-        if all(r.spec == CONSTRAINTS for r in self.rewards):
+        """Calls every reward with two sample completions, `constraints` where it checks types of one's own. Raises
+        RewardError where a run would lose both."""
+        own = [e for e in examples if any(INSTRUCTIONS[id].own for id in e.instruction_ids)]
+        if all(r.spec == CONSTRAINTS for r in self.rewards) and not own:
             return
-        rows = [*examples[:2], *examples[:1]][:2]
+        rows = [*own[:1], *examples[:2], *examples[:1]][:2]
         scores = self(rows, list(SAMPLES), completion_ids=[[1, 2, 3], [4]])
         self.take_metrics()
         if all(s.cause for s in scores):
@@ -224,7 +228,9 @@ class Scorer:
         """Which constraints each response satisfies; all False, and counted in `unchecked`, where checking failed."""
         jobs = [Job(e, r, r) for e, r in zip(examples, responses, strict=True)]
         found = self._workers.collect(self._workers.start_verifying(jobs, mode))
-        self.unchecked += sum(isinstance(f, Failure) for f in found)
+        failures = [f for f in found if isinstance(f, Failure)]
+        self.unchecked += len(failures)
+        self.unchecked_reason = self.unchecked_reason or (failures[0].reason if failures else "")
         return [
             [False] * len(e.instruction_ids) if isinstance(f, Failure) else f
             for e, f in zip(examples, found, strict=True)

@@ -1,5 +1,6 @@
 """Checkable constraints: the instruction types of IFEval, MDP-GRPO, IF-Train, IFBench and M-IFEval, and one's own."""
 
+from .own import load_instructions
 from .registry import (
     INSTRUCTIONS,
     RULES,
@@ -26,6 +27,7 @@ __all__ = [
     "UnknownInstructionError",
     "answer_of",
     "instruction",
+    "load_instructions",
     "punkt_source",
     "validate",
     "verify",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
-from . import rules as _all_rules  # noqa: F401  enters every type in INSTRUCTIONS
+from . import rules as _rules  # noqa: F401  enters every type in INSTRUCTIONS
 from .registry import CheckError, Instruction, clean, lookup
 
 MODES = ("strict", "loose")
 Kwargs = Mapping[str, Any] | None
+Response = str | Sequence[Mapping[str, Any]]  # text, or chat messages
 # What opens and what closes a think block: Qwen, DeepSeek; Mistral; Seed; Cohere; gpt-oss.
 THINK_TAGS = (
     ("<think>", "</think>"),
@@ -32,7 +33,7 @@ def validate(instruction_id: str, kwargs: Kwargs = None, rules: str = "ifeval") 
 
 
 def verify(
-    instruction_id: str, response: str, kwargs: Kwargs = None, *, prompt: str = "", mode: str = "strict",
+    instruction_id: str, response: Response, kwargs: Kwargs = None, *, prompt: str = "", mode: str = "strict",
     rules: str = "ifeval", strip_thinking: bool = False,
 ) -> bool:  # fmt: skip
     """Whether `response` follows one instruction; see `verify_all`. `kwargs` may be left out where it takes none."""
@@ -42,7 +43,7 @@ def verify(
 
 def verify_all(
     instruction_ids: Sequence[str],
-    response: str,
+    response: Response,
     kwargs_list: Sequence[Kwargs],
     *,
     prompt: str = "",
@@ -52,18 +53,20 @@ def verify_all(
 ) -> list[bool]:
     """Whether `response` follows each instruction, by position: an id that comes twice is answered twice.
 
+    `response` is text, or a chat as a list of messages, of which the last assistant message alone is looked at.
     `mode` "loose" accepts if any of IFEval's eight variants of the response does (first line, last line, stars
     removed, in all combinations). A blank text follows nothing. `rules` are those of google-research
-    `instruction_following_eval` ("ifeval") or of m-salmani78/MDP-GRPO ("mdpgrpo"). `prompt` is IFEval's
-    interface; no instruction here reads it. `strip_thinking` looks at what follows the last closing think tag alone.
+    `instruction_following_eval` ("ifeval"), m-salmani78/MDP-GRPO ("mdpgrpo"), allenai/open-instruct's IF-Train
+    ("iftrain"), allenai/IFBench ("ifbench") or lightblue-tech/M-IFEval ("m-ifeval"). `prompt` is IFEval's interface; no
+    instruction here reads it. `strip_thinking` looks at what follows the last closing think tag alone.
 
     Raises InstructionError, a ValueError, as `validate` does, ValueError for an unknown mode or rule set or lists
-    of unequal length, TypeError for a response that is no str. Nothing in a response raises.
+    of unequal length, TypeError for a response that is neither text nor messages, CheckError where a check of one's own
+    raises. Nothing in a response raises.
     """
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
-    if not isinstance(response, str):
-        raise TypeError(f"response: expected str, got {type(response).__name__}")
+    response = last_answer(response)
     if len(instruction_ids) != len(kwargs_list):
         raise ValueError(f"kwargs_list: expected {len(instruction_ids)} items, one per id, got {len(kwargs_list)}")
     response = answer_of(response) if strip_thinking else response
@@ -93,6 +96,27 @@ def _own(entry: Instruction, text: str, arguments: dict[str, Any]) -> bool:
     if not isinstance(follows, bool):
         raise CheckError(f"{entry.id}: the check returned {follows!r}; expected True or False")
     return follows
+
+
+def last_answer(response: Response) -> str:
+    """The text itself, or that of the last assistant message of a chat, "" where that has none.
+
+    Raises TypeError where it is neither, ValueError for a chat without an assistant message.
+    """
+    if isinstance(response, str):
+        return response
+    if not isinstance(response, Sequence) or not all(isinstance(message, Mapping) for message in response):
+        raise TypeError(f"response: expected text or chat messages, got {type(response).__name__}")
+    messages = cast(Sequence[Mapping[str, Any]], response)
+    answers = [message.get("content") for message in messages if message.get("role") == "assistant"]
+    if not answers:
+        raise ValueError("response: the chat has no assistant message")
+    content = answers[-1]
+    if isinstance(content, list):  # parts, as multi-modal chats have them
+        content = "".join(part.get("text") or "" for part in content if isinstance(part, Mapping))
+    if content is not None and not isinstance(content, str):
+        raise TypeError(f"response: the content of a message must be text, got {type(content).__name__}")
+    return content or ""
 
 
 def answer_of(response: str, opened: bool = False) -> str:

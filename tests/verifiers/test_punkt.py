@@ -101,7 +101,7 @@ def test_get_punkt_without_network(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         assert run_module(monkeypatch, "--get-punkt") == 1
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err == "punkt_tab could not be fetched: Error loading punkt_tab: no route to host\n"
+    assert said.err == "error: punkt_tab could not be fetched: Error loading punkt_tab: no route to host\n"
 
 
 def test_module_says_which_model_answers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

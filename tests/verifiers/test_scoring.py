@@ -1,0 +1,155 @@
+"""The command line of the verifiers: types listed, response files scored."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mdpgrpo_fast.config import ConfigError
+from mdpgrpo_fast.verifiers import INSTRUCTIONS, RULES, MissingRequirementError, validate
+from mdpgrpo_fast.verifiers.__main__ import main
+from mdpgrpo_fast.verifiers.scoring import score_files
+
+PROMPTS = [
+    {
+        "key": 1,
+        "prompt": "Write two words.",
+        "instruction_id_list": ["length_constraints:number_words", "punctuation:no_comma"],
+        "kwargs": [{"num_words": 2, "relation": "at least", "keyword": None}, {}],
+    },
+    {"key": 2, "prompt": "Quote.", "instruction_id_list": ["startend:quotation"], "kwargs": [None]},
+    {"key": 3, "prompt": "No commas.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
+]
+RESPONSES = [
+    {"prompt": "Quote.", "response": 'Here it is:\n"Quoted."'},
+    {"prompt": "No commas.", "response": [{"role": "user", "content": "a, b"}, {"role": "assistant", "content": "ab"}]},
+    {"prompt": "Write two words.", "response": "One, two"},
+]
+
+
+def lines(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    prompts, responses = lines(tmp_path / "prompts.jsonl", PROMPTS), lines(tmp_path / "responses.jsonl", RESPONSES)
+    return ["--prompts", prompts, "--responses", responses]
+
+
+def test_the_accuracies_of_a_response_file(files: list[str], capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    output, verdicts = tmp_path / "scores.json", tmp_path / "verdicts.jsonl"
+    assert main([*files, "--json", "--output", str(output), "--verdicts", str(verdicts)]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result == json.loads(output.read_text())
+    assert (result["prompt_strict"], result["prompt_loose"]) == (1 / 3, 2 / 3)
+    assert (result["instruction_strict"], result["instruction_loose"]) == (2 / 4, 3 / 4)
+    assert result["ssr"] == pytest.approx((0.5 + 0 + 1) / 3) and result["count"] == 3
+    assert result["types"]["punctuation:no_comma"] == {"strict": 0.5, "loose": 0.5, "count": 2}
+    rows = [json.loads(line) for line in verdicts.read_text().splitlines()]
+    assert [row["strict"] for row in rows] == [[True, False], [False], [True]]
+    assert rows[1]["loose"] == [True] and rows[2]["response"] == "ab" and rows[0]["key"] == 1
+    assert main(files) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[0] == "3 prompts" and table[3].split() == ["instruction", "level", "0.500", "0.750"]
+
+
+def test_rows_are_matched_by_prompt_or_by_key(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.json.gz"
+    prompts.write_bytes(gzip.compress(json.dumps(PROMPTS).encode()))
+    by_key = [{"key": key, "response": text} for key, text in ((3, "a, b"), (1, "a b"), (2, None), (3, "ab"))]
+    scored = score_files(prompts, lines(tmp_path / "responses.jsonl", by_key))
+    assert [row.strict for row in scored] == [[True, True], [False], [True]]  # the last response to a prompt counts
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p, r: r.pop(), r"responses.jsonl: no response to .*prompts.jsonl:1, prompt \"Write two words"),
+        (
+            lambda p, r: r[1].pop("response"),
+            r"responses.jsonl:2: expected prompt \(or key\) and response; got 'prompt'",
+        ),
+        (lambda p, r: r[0].update(response=5), r"responses.jsonl:1: response: expected text or chat messages, got int"),
+        (lambda p, r: p[1].pop("kwargs"), r"prompts.jsonl:2: expected lists instruction_id_list and kwargs"),
+        (lambda p, r: p[1]["kwargs"].append({}), r"prompts.jsonl:2: expected lists .* of one length"),
+        (lambda p, r: p[2].update(instruction_id_list=["punctuation:no_coma"]), r":3: .*nearest: punctuation:no_comma"),
+        (lambda p, r: p[0]["kwargs"][0].pop("num_words"), r"prompts.jsonl:1: .*num_words: .*missing"),
+        (lambda p, r: p.insert(0, 5), r"prompts.jsonl:1: a row must be a JSON object; got int"),
+        (lambda p, r: p.clear(), r"prompts.jsonl holds no prompts"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, change: Any, message: str) -> None:
+    prompts, responses = json.loads(json.dumps(PROMPTS)), json.loads(json.dumps(RESPONSES))
+    change(prompts, responses)
+    paths = lines(tmp_path / "prompts.jsonl", prompts), lines(tmp_path / "responses.jsonl", responses)
+    with pytest.raises(ConfigError, match=message):
+        score_files(*paths)
+
+
+def test_wrong_command_lines(files: list[str], capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    assert main(["--prompts", files[1], "--responses", str(tmp_path / "none.jsonl")]) == 2
+    assert "none.jsonl' does not exist" in capsys.readouterr().err
+    (tmp_path / "no.jsonl").write_text("{\n")
+    assert main(["--prompts", files[1], "--responses", str(tmp_path / "no.jsonl")]) == 2
+    assert "no.jsonl:1: no JSON" in capsys.readouterr().err
+    for arguments, message in (
+        (files[:2], "go together"),
+        (["--output", "x.json"], "--output needs --responses"),
+        ([*files, "--output", str(tmp_path / "none" / "x.json")], "does not exist"),
+        ([*files, "--rules", "google"], "invalid choice"),
+        (["--lists"], "unrecognized"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_every_type_is_listed_with_an_example_that_it_takes(rules: str, capsys: pytest.CaptureFixture) -> None:
+    assert main(["--list", "--rules", rules, "--json"]) == 0
+    listed = {row["id"]: row for row in json.loads(capsys.readouterr().out)}
+    assert set(listed) == {id for id, entry in INSTRUCTIONS.items() if rules in entry.rules}
+    for id, row in listed.items():
+        assert row["description"], id
+        try:
+            validate(id, row["example"], rules)
+        except MissingRequirementError as error:
+            assert "pip install" in str(error) or "--get-" in str(error)
+
+
+def test_the_list_reads_well(capsys: pytest.CaptureFixture) -> None:
+    assert main(["--list", "--rules", "mdpgrpo"]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "length_constraints:number_words   (ifeval, mdpgrpo, iftrain, ifbench)\n"
+        "    `relation` `num_words` words.\n"
+        "    num_words: a whole number from 0\n"
+        "    relation: a relation, such as 'at least' or 'less than'\n"
+        '    example: {"num_words": 3, "relation": "at least"}\n'
+    ) in said
+
+
+def test_it_runs_without_torch(files: list[str]) -> None:
+    code = "import sys; sys.modules['torch'] = None; from mdpgrpo_fast.verifiers.__main__ import main; sys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("3 prompts"), done.stderr
+
+
+def test_own_types_are_scored(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    own = str(Path(__file__).parents[1] / "helpers" / "own_instructions.py")
+    rows = [{"prompt": "Shout.", "instruction_id_list": ["my:emphasis"], "kwargs": [{"minimum": 1}]}]
+    prompts = lines(tmp_path / "prompts.jsonl", rows)
+    responses = lines(tmp_path / "responses.jsonl", [{"prompt": "Shout.", "response": "Yes!"}])
+    command = [sys.executable, "-m", "mdpgrpo_fast.verifiers", "--prompts", prompts, "--responses", responses]
+    done = subprocess.run([*command, "--instructions", own, "--json"], capture_output=True, text=True)
+    assert done.returncode == 0 and json.loads(done.stdout)["types"]["my:emphasis"]["strict"] == 1, done.stderr
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "unknown instruction id 'my:emphasis'" in done.stderr
