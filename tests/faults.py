@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-NEEDED = ("mdpgrpo_fast", "csrc", "tests", "benchmarks", "examples", "pyproject.toml", "setup.py", "README.md")
+NEEDED = ("docs", "mdpgrpo_fast", "csrc", "tests", "benchmarks", "examples", "pyproject.toml", "setup.py", "README.md")
 LIMIT = 900  # seconds of one run of pytest
 PASSED, FAILED, INTERRUPTED = 0, 1, 2  # exit codes of pytest; what ends otherwise has not been tested
 
@@ -258,6 +258,11 @@ FAULTS = [
     verifiers("(lines[1:], lines[:-1], lines[1:-1])", "(lines[1:], lines[:-1])", "eight"),
     verifiers("stop=num_sentences + 1", "stop=num_sentences", "relations"),
     verifiers('rf"\\b{word}\\b"', 'rf"{word}"', "golden"),
+    verifiers("if not isinstance(follows, bool):", "if False:", "check_that_fails"),
+    verifiers("sum(all(row) for _, row in counted)", "sum(any(row) for _, row in counted)", "accuracies"),
+    verifiers("p.name for p in parameters if p.default is not p.empty", "", "annotations_are"),
+    verifiers("content = answers[-1]", "content = answers[0]", "last_answer"),
+    Fault("mdpgrpo_fast/rewards/constraints.py", "example.opening + response", "response", "tests/verifiers -k last_answer"),
     # Rewards: what a function sees, what it may return, what is lost, and what ends a run.
     rewards("if len(values) != count:", "if False:", "returns or one_value or fails_loses"),
     rewards("if not isinstance(value, (str, bytes)):", "if True:", "fails_loses"),
@@ -279,7 +284,7 @@ FAULTS = [
     rewards("        except RuntimeError:\n", "        except ZeroDivisionError:\n", "die_idle"),
     rewards("if result is None]", "if False]", "few_times"),
     rewards("            if not self._pool.active:", "            if False:", "stood_in_the_queue"),
-    rewards("with contextlib.suppress(ConfigError):", "with contextlib.suppress(ZeroDivisionError):", "is_a_sentence"),
+    rewards("suppress(ConfigError):  # which", "suppress(ZeroDivisionError):  # which", "is_a_sentence"),
     rewards("if self._steps and self.limit < 1 and all(", "if False and all(", "many_lost"),
     rewards("_loaded = functools.cache(load_reward)", "_loaded = load_reward", "keeps_its_state"),
     rewards("or frames[:1]\n", "and frames\n", "users_code"),

@@ -19,7 +19,7 @@ from ..data import Example
 
 RewardFunction = Callable[..., Any]
 F = TypeVar("F", bound=Callable[..., Any])
-PACKAGE = str(Path(__file__).resolve().parent)
+PACKAGE = str(Path(__file__).resolve().parents[1])
 LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 # What TRL passes by these names is made by the trainer, whatever columns a row has.
 RESERVED = (

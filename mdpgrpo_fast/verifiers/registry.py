@@ -166,6 +166,8 @@ def lookup(instruction_id: str, rules: str) -> Instruction:
     else:
         names = [name for name, entry in INSTRUCTIONS.items() if rules in entry.rules]
         hint = f"nearest: {difflib.get_close_matches(str(instruction_id), names, n=1, cutoff=0.0)[0]}"
+        if not any(name.startswith(str(instruction_id).partition(":")[0] + ":") for name in names):
+            hint += " (types of one's own are loaded by --instructions)"
     raise UnknownInstructionError(f"unknown instruction id {instruction_id!r} under rules {rules!r}; {hint}")
 
 
