@@ -262,7 +262,8 @@ FAULTS = [
     verifiers("sum(all(row) for _, row in counted)", "sum(any(row) for _, row in counted)", "accuracies"),
     verifiers("p.name for p in parameters if p.default is not p.empty", "", "annotations_are"),
     verifiers("content = answers[-1]", "content = answers[0]", "last_answer"),
-    Fault("mdpgrpo_fast/rewards/constraints.py", "example.opening + response", "response", "tests/verifiers -k last_answer"),
+    Fault("mdpgrpo_fast/rewards/constraints.py", "example.opening + response", "response",
+          "tests/verifiers -k last_answer"),
     # Rewards: what a function sees, what it may return, what is lost, and what ends a run.
     rewards("if len(values) != count:", "if False:", "returns or one_value or fails_loses"),
     rewards("if not isinstance(value, (str, bytes)):", "if True:", "fails_loses"),

@@ -1,7 +1,8 @@
 """The constraint verifiers by themselves.
 
 `--list` prints every instruction type with its arguments and an example; `--responses FILE --prompts FILE` scores
-responses in IFEval's form; `--get-punkt` fetches NLTK's sentence model; without any of these: which one answers.
+responses in IFEval's form; `--get-punkt` fetches NLTK's sentence model, `--get-data` its tagger too; without any of
+these: which sentence model answers.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ..config import ConfigError
 from .own import load_instructions
 from .registry import INSTRUCTIONS, RULES
 from .scoring import score_files, strict_and_loose, table
-from .text.sentences import get_punkt, punkt_source
+from .text.sentences import fetch, get_punkt, punkt_source
 
 
 def types(rules: str | None) -> list[dict[str, Any]]:
@@ -63,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--output", metavar="FILE", help="write the scores as JSON here too")
     add("--verdicts", metavar="FILE", help="write each response with its verdicts as JSON lines here")
     add("--get-punkt", action="store_true", help="fetch NLTK's punkt_tab data with NLTK's downloader")
+    add("--get-data", action="store_true", help="fetch all data of NLTK that a type asks: punkt_tab, and the tagger")
     args = parser.parse_args(argv)
     if bool(args.responses) != bool(args.prompts):
         parser.error("--responses and --prompts go together")
@@ -80,8 +82,10 @@ def main(argv: list[str] | None = None) -> int:
         elif args.responses:
             _score(args)
         else:
-            if args.get_punkt:
+            if args.get_punkt or args.get_data:
                 get_punkt()
+            if args.get_data:
+                fetch("averaged_perceptron_tagger_eng")
             print(punkt_source())
     except (ConfigError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -6,6 +6,7 @@ import difflib
 import functools
 import importlib.util
 import inspect
+import marshal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
@@ -42,7 +43,7 @@ class Instruction:
     `check(text, **arguments)` answers for one text, and takes the rules too where `takes_rules`; `arguments` maps each
     argument to its kind, `optional` are those that may be absent; `rules` are the rule sets that know the type, `agree`
     looks at the arguments together (ValueError where they disagree), `needs` raises InstructionError where something
-    is not installed; `own` marks a type that is none of the library's.
+    is not installed; `own` marks a type that is none of the library's; `known` remembers cleaned arguments.
     """
 
     id: str
@@ -51,9 +52,10 @@ class Instruction:
     optional: frozenset[str] = frozenset()
     rules: tuple[str, ...] = RULES
     agree: Callable[[Mapping[str, Any]], None] | None = None
-    needs: Callable[[], None] | None = None
+    needs: Callable[[], object] | None = None
     takes_rules: bool = False
     own: bool = True
+    known: dict[bytes, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def description(self) -> str:
@@ -67,6 +69,7 @@ class Instruction:
 
 
 INSTRUCTIONS: dict[str, Instruction] = {}
+_REMEMBERED = 1024  # arguments of each type
 
 
 def instruction(
@@ -74,7 +77,7 @@ def instruction(
     *,
     rules: tuple[str, ...] = RULES,
     agree: Callable[[Mapping[str, Any]], None] | None = None,
-    needs: Callable[[], None] | None = None,
+    needs: Callable[[], object] | None = None,
     examples: Mapping[str, Any] | None = None,
 ) -> Callable[[Callable[..., bool]], Callable[..., bool]]:
     """Enter the decorated check in `INSTRUCTIONS` under `id`, so that `verify` and training files know it.
@@ -157,10 +160,10 @@ def lookup(instruction_id: str, rules: str) -> Instruction:
 
     Raises UnknownInstructionError, which names the rule sets that know it, or the nearest id that `rules` know.
     """
-    check_rules(rules)
     known = INSTRUCTIONS.get(instruction_id) if isinstance(instruction_id, str) else None
     if known is not None and rules in known.rules:
         return known
+    check_rules(rules)
     if known is not None:
         hint = f"known under rules {', '.join(map(repr, known.rules))}"
     else:
@@ -174,8 +177,30 @@ def lookup(instruction_id: str, rules: str) -> Instruction:
 def clean(entry: Instruction, kwargs: Mapping[str, Any] | None, rules: str) -> dict[str, Any]:
     """`kwargs` without None values, each checked and as the check wants it, with `rules` where the check takes them.
 
-    Raises ArgumentError, which names the instruction and the argument, and MissingRequirementError.
+    Training asks for the same arguments hundreds of times, so those of the library's types are remembered; no check
+    may change them. Raises ArgumentError, which names the instruction and the argument, and MissingRequirementError.
     """
+    asked: Any = kwargs, rules
+    try:
+        key = marshal.dumps(asked, 2)  # which tells 1 from 1.0 and True
+    except ValueError:  # not plain data
+        key = None
+    cleaned = entry.known.get(key) if key and not entry.own else None
+    if cleaned is None:
+        cleaned = _clean(entry, kwargs, rules)
+        if key and not entry.own:
+            if len(entry.known) >= _REMEMBERED:
+                entry.known.clear()
+            entry.known[key] = cleaned
+    if entry.needs:
+        try:
+            entry.needs()
+        except MissingRequirementError as error:
+            raise MissingRequirementError(f"{entry.id}: {error}") from None
+    return cleaned
+
+
+def _clean(entry: Instruction, kwargs: Mapping[str, Any] | None, rules: str) -> dict[str, Any]:
     try:
         given = whole_mapping(kwargs)
     except ValueError as error:
@@ -195,10 +220,6 @@ def clean(entry: Instruction, kwargs: Mapping[str, Any] | None, rules: str) -> d
     try:
         if entry.agree:
             entry.agree(cleaned)
-        if entry.needs:
-            entry.needs()
-    except MissingRequirementError as error:
-        raise MissingRequirementError(f"{entry.id}: {error}") from None
     except ValueError as error:
         raise ArgumentError(f"{entry.id}: {error}") from None
     return {**cleaned, "rules": rules} if entry.takes_rules else cleaned

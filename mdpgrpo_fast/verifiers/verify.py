@@ -71,7 +71,7 @@ def verify_all(
         raise ValueError(f"kwargs_list: expected {len(instruction_ids)} items, one per id, got {len(kwargs_list)}")
     response = answer_of(response) if strip_thinking else response
     texts = _loose_variants(response) if mode == "loose" else [response]
-    texts = [text for text in texts if text.strip()]
+    texts = [text for text in texts if text and not text.isspace()]
     return [_follows(id, texts, kwargs, rules) for id, kwargs in zip(instruction_ids, kwargs_list, strict=True)]
 
 
@@ -81,11 +81,14 @@ def _follows(instruction_id: str, texts: list[str], kwargs: Kwargs, rules: str) 
     if entry.own:
         return any(_own(entry, text, arguments) for text in texts)
     try:
-        return any(entry.check(text, **arguments) for text in texts)
+        for text in texts:
+            if entry.check(text, **arguments):
+                return True
     except (RecursionError, UnicodeError):
         # JSON nested too deep, XML with half a surrogate pair: MDP-GRPO counts an error as not followed, whatever
         # the variants left to try; IFEval stops there, and a trainer must not.
-        return False
+        pass
+    return False
 
 
 def _own(entry: Instruction, text: str, arguments: dict[str, Any]) -> bool:

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import random
-import sys
-import types
-from collections.abc import Iterator
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.inputs import unavailable
-from helpers.verifiers import ARGUMENTS, nltk_data, punkt_folder, rows
+from golden import scripts
+from helpers.verifiers import ARGUMENTS, rows
 
 from mdpgrpo_fast.verifiers import INSTRUCTIONS, verify
 
@@ -29,31 +23,6 @@ PIECES = [
     "the cat is here and",
 ]  # fmt: skip
 THRESHOLDS = ("num_", "frequency", "nth_")
-
-
-@pytest.fixture(scope="module")
-def lm_eval() -> Iterator[Any]:
-    """lm_eval.tasks.ifeval.utils alone: its package imports far more than the tests install."""
-    try:
-        files = metadata.files("lm-eval") or []
-    except metadata.PackageNotFoundError:
-        unavailable("lm-eval is missing: pip install --no-deps lm-eval==0.4.13")
-    root = next(Path(str(f.locate())).parent for f in files if str(f) == "lm_eval/__init__.py")
-    with nltk_data(punkt_folder()) as patch:
-        for name in ("lm_eval", "lm_eval.tasks", "lm_eval.tasks.ifeval"):
-            package = types.ModuleType(name)
-            package.__path__ = [str(root.joinpath(*name.split(".")[1:]))]
-            patch.setitem(sys.modules, name, package)
-        try:
-            import langdetect
-
-            module = importlib.import_module("lm_eval.tasks.ifeval.utils")
-        except ImportError as error:
-            unavailable(f"lm-eval's IFEval cannot be imported: {error}")
-        patch.setattr(langdetect.DetectorFactory, "seed", 0)
-        yield module
-        for name in [name for name in sys.modules if name.startswith("lm_eval.tasks.ifeval.")]:
-            del sys.modules[name]
 
 
 def disagreements(lm_eval: Any, instruction_id: str, kwargs: dict[str, Any], response: str) -> list[Any]:
@@ -89,4 +58,19 @@ def test_on_generated_texts(lm_eval: Any, instruction_id: str) -> None:
             kwargs["num_paragraphs"] = rng.randint(kwargs["nth_paragraph"], 5)
         response = "".join(rng.choices(PIECES, k=rng.randint(1, 20)))
         wrong += disagreements(lm_eval, instruction_id, kwargs, response)
+    assert wrong == []
+
+
+def test_on_mixed_scripts(lm_eval: Any) -> None:
+    assert list(scripts.differences(lm_eval, scripts.texts(2000))) == []
+
+
+@pytest.mark.parametrize("instruction_id", [instruction_id for instruction_id, *_ in scripts.COUNTED])
+def test_on_mixed_scripts_loosely(lm_eval: Any, instruction_id: str) -> None:
+    kwargs = dict(ARGUMENTS[instruction_id])
+    threshold = next(name for name, value in kwargs.items() if isinstance(value, int))
+    wrong = []
+    for n, text in enumerate(scripts.texts(300, seed=instruction_id)):
+        kwargs[threshold] = n % 9 + 1
+        wrong += disagreements(lm_eval, instruction_id, kwargs, text)
     assert wrong == []

@@ -1,4 +1,4 @@
-"""Sentences and capital words against NLTK's own tokenizers, and the command line around their data."""
+"""Sentences against NLTK's own Punkt, and the command line around its data."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from golden import scripts
 from helpers.verifiers import nltk_data, punkt_folder, rows
 
 from mdpgrpo_fast.verifiers import punkt_source, verify
-from mdpgrpo_fast.verifiers.text import capitals, sentences
+from mdpgrpo_fast.verifiers.text import sentences
 
 # Whatever Punkt and the word tokenizer treat in a way of its own, put together at random.
 PIECES = [
@@ -20,7 +21,7 @@ PIECES = [
     "4.5", "1,000", ":5", ",5", "-5", "\u2019", "\u2018",
     "\u201c", "\xab", "\u2014", "\xe9", "\xc9", "\u0130", "\u01c5",
     "\U0001d400", "Bach", "vs", "p.m", "\r\n", "\u3002", "x-y", "X-", "'S", "'LL", "n't", "N'T", "'s", "'M", "DON'T",
-    "CANNOT", "cannot", "GIMME", "WANNA", "wanna", "WANNA.", "'TIS", "'twas", "MORE'N", "D'YE",
+    "\x1c", "\x1f", "½", "\u0301", "\u0967.", "\u0301.",
 ]  # fmt: skip
 
 
@@ -35,7 +36,7 @@ def texts(number: int) -> list[str]:
     texts = ["".join(rng.choices(PIECES, k=rng.randint(1, 25))) for _ in range(number)]
     golden = [row["response"] for row in rows("ifeval_golden.jsonl.gz") if len(row["response"]) < 3000]
     some = rng.sample(golden, 150)
-    return texts + some + [text.upper() for text in some[:50]]
+    return texts + some + [text.upper() for text in some[:50]] + list(scripts.texts(number // 4))
 
 
 def test_sentences_are_those_of_nltk() -> None:
@@ -43,12 +44,6 @@ def test_sentences_are_those_of_nltk() -> None:
 
     nltks = PunktTokenizer("english")
     assert [t for t in texts(8000) if list(sentences.spans(t)) != list(nltks.span_tokenize(t))] == []
-
-
-def test_capital_words_are_those_of_nltk() -> None:
-    from nltk import word_tokenize
-
-    assert [t for t in texts(2500) if capitals.count(t) != sum(map(str.isupper, word_tokenize(t)))] == []
 
 
 def test_counting_stops_where_it_is_told() -> None:
@@ -88,6 +83,16 @@ def test_get_punkt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
         assert run_module(monkeypatch, "--get-punkt") == 0
     assert fetched == ["punkt_tab"]
     assert capsys.readouterr().out.startswith("NLTK punkt_tab, ")
+
+
+def test_get_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    import nltk
+
+    fetched = []
+    with nltk_data(punkt_folder()) as patch:
+        patch.setattr(nltk, "download", lambda name, **kwargs: fetched.append(name))
+        assert run_module(monkeypatch, "--get-data") == 0
+    assert fetched == ["punkt_tab", "averaged_perceptron_tagger_eng"]
 
 
 def test_get_punkt_without_network(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

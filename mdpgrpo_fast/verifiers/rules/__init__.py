@@ -1,5 +1,5 @@
 """The instruction types, by rule set; importing this enters them all in `INSTRUCTIONS`."""
 
-from . import layout, wording
+from . import ifbench, iftrain, layout, wording
 
-__all__ = ["layout", "wording"]
+__all__ = ["ifbench", "iftrain", "layout", "wording"]

@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 import json
 import re
-import xml.etree.ElementTree as ET
 from collections.abc import Mapping
 from typing import Any
 
 from ..arguments import Count, Pattern, Phrase, Request
 from ..registry import instruction
+from ..text import markup
+from ..text.patterns import begins, compiled, compiles, plain
 from ..text.scan import up_to
 
 # IFEval's 25 types, which the rule sets built on it know too.
@@ -23,12 +24,12 @@ ifeval = functools.partial(instruction, rules=("ifeval", "mdpgrpo", "iftrain", "
 _OPTIONS = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
 _POSTSCRIPTS = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}
 _PERSIAN_POSTSCRIPT = {"\u067e.\u0646.": "\u067e\\.\\s?\u0646\\."}
-_STAR_BULLET = re.compile(r"^[^\S\n]*\*[^*].*", re.MULTILINE)
-_DASH_BULLET = re.compile(r"^[^\S\n]*-", re.MULTILINE)
+# Lines are found by the \n before them, which is five times as fast as ^.
+_STAR_BULLET = re.compile(r"\n[^\S\n]*\*[^*].*")
+_DASH_BULLET = re.compile(r"\n[^\S\n]*-")
 _PLACEHOLDER = re.compile(r"\[[^\[\]\n]*\]")  # the innermost bracket of each: as many, found in one pass
 _HIGHLIGHT = re.compile(r"\*([^\n*]*)\*")
 _DOUBLE_HIGHLIGHT = re.compile(r"\*\*([^\n*]*)\*\*")
-_DIVIDER = re.compile(r"\s?\*\*\*\s?")
 _XML_FENCE = re.compile(r"```(?:[xX][mM][lL])?\s*\n")
 _XML_DECLARATION = re.compile(r"<\?xml\s[^?]*\?>\s*")
 _XML_NAME = re.compile(r"[A-Za-z_][\w\-.:]*")
@@ -41,17 +42,18 @@ def placeholders(text: str, num_placeholders: Count) -> bool:
     return up_to(num_placeholders, _PLACEHOLDER.finditer(text)) >= num_placeholders
 
 
-@ifeval("detectable_content:postscript")
+@ifeval("detectable_content:postscript", agree=compiles("postscript_marker", lambda marker: marker.strip().lower()))
 def postscript(text: str, rules: str, postscript_marker: Pattern) -> bool:
     """A postscript that starts with `postscript_marker`."""
     marker = postscript_marker.strip()
     known = _POSTSCRIPTS if rules != "mdpgrpo" else _POSTSCRIPTS | _PERSIAN_POSTSCRIPT
-    return re.search(known.get(marker, marker.lower()), text.lower(), re.MULTILINE) is not None
+    return compiled(known.get(marker, marker.lower()), re.MULTILINE).search(text.lower()) is not None
 
 
 @ifeval("detectable_format:number_bullet_lists")
 def bullets(text: str, num_bullets: Count) -> bool:
     """Exactly `num_bullets` bullet points, each a line that starts with * or -."""
+    text = "\n" + text
     stars = up_to(num_bullets + 1, _STAR_BULLET.finditer(text))
     return stars + up_to(num_bullets + 1, _DASH_BULLET.finditer(text)) == num_bullets
 
@@ -69,10 +71,16 @@ def highlights(text: str, num_highlights: Count) -> bool:
     return sum(map(bool, map(str.strip, found))) >= num_highlights
 
 
-@ifeval("detectable_format:multiple_sections")
+def _section(spliter: str) -> str:
+    # In front of a plain word, a blank that may be there decides nothing, and slows the search for the word.
+    spliter = spliter.strip()
+    return rf"{spliter}\s?\d+\s?" if plain(spliter) else rf"\s?{spliter}\s?\d+\s?"
+
+
+@ifeval("detectable_format:multiple_sections", agree=compiles("section_spliter", _section))
 def sections(text: str, section_spliter: Pattern, num_sections: Count) -> bool:
     """At least `num_sections` sections, each begun by `section_spliter` and a number."""
-    section = re.compile(rf"\s?{section_spliter.strip()}\s?\d+\s?")
+    section = compiled(_section(section_spliter))
     # The original counts what re.split returns, groups of the pattern included.
     return up_to(num_sections, section.finditer(text)) * (1 + section.groups) >= num_sections
 
@@ -80,7 +88,7 @@ def sections(text: str, section_spliter: Pattern, num_sections: Count) -> bool:
 @ifeval("length_constraints:number_paragraphs")
 def paragraphs(text: str, num_paragraphs: Count) -> bool:
     """Exactly `num_paragraphs` paragraphs, divided by ***."""
-    pieces = [piece.strip() for piece in _DIVIDER.split(text)]
+    pieces = [piece.strip() for piece in text.split("***")]
     return all(pieces[1:-1]) and sum(map(bool, pieces)) == num_paragraphs
 
 
@@ -145,7 +153,7 @@ def repeat_prompt(text: str, rules: str, prompt_to_repeat: Request) -> bool:
     """The response begins with `prompt_to_repeat`, word for word."""
     wanted = prompt_to_repeat.strip().lower()
     quotes = ("",) if rules != "mdpgrpo" else ("", "'", '"')
-    return text.strip().lower().startswith(tuple(quote + wanted for quote in quotes))
+    return any(begins(text.strip(), quote + wanted) for quote in quotes)
 
 
 @ifeval("startend:quotation")
@@ -155,24 +163,11 @@ def quotation(text: str) -> bool:
     return len(text) > 1 and text[0] == text[-1] == '"'
 
 
-class _Discard:
-    """A target for the XML parser that keeps no tree."""
-
-    def close(self) -> None:
-        return None
-
-
 @instruction("detectable_format:xml_format", rules=("mdpgrpo",))
 def xml_format(text: str) -> bool:
     """The whole response is XML, in a fence or not."""
     text = _without_xml_fence(text.strip())
-    parser = ET.XMLParser(target=_Discard())
-    try:
-        parser.feed(text)
-        parser.close()
-    except ET.ParseError:
-        return _looks_like_xml(text)
-    return True
+    return markup.well_formed(text) or _looks_like_xml(text)
 
 
 def _without_xml_fence(text: str) -> str:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
-from itertools import pairwise
+from types import ModuleType
+
+from .scan import blanks
 
 # How a word was met in the training text: the bits of the model's data files.
 MID_UPPER = 1 << 2
@@ -21,14 +23,14 @@ LOWER = BEGIN_LOWER | 1 << 5 | 1 << 6
 _BLANK = r" \t\n\r\x0b\x0c"
 _NUMBER = re.compile(r"-?[.,]?\d[\d,.\-]*$")
 _KNOWN = 8192
-_INITIAL = re.compile(r"[^\W\d]\.$")
 
 
 @dataclass(frozen=True)
 class Tables:
     """What a Punkt model has learned; words in lower case and without their final period.
 
-    `curly`: the closing quotes known beside the ASCII ones, none before NLTK 3.10.
+    `curly`: the closing quotes known beside the ASCII ones, none before NLTK 3.10.2. `engine`: the module whose idea
+    of letters, digits and blanks counts, `re` or `regex`.
     """
 
     abbreviations: Set[str]
@@ -36,6 +38,7 @@ class Tables:
     starters: Set[str] = frozenset()
     met: Mapping[str, int] = field(default_factory=dict)
     curly: str = ""
+    engine: ModuleType = re
 
 
 class Splitter:
@@ -43,80 +46,102 @@ class Splitter:
 
     def __init__(self, tables: Tables) -> None:
         self.tables = tables
+        self._number = tables.engine.compile(_NUMBER.pattern)
+        self._initial = tables.engine.compile(r"[^\W\d]\.$")
+        self._collocating = {word for word, _ in tables.collocations}
+        self._special = self._collocating | tables.abbreviations
+        self._closers = f"\"')]}}{tables.curly}"
+        # The patterns themselves are `re`'s, which is twice as fast.
+        s = blanks(tables.engine)
         apart = rf"[)\";}}\]*:@'({{\[!?{tables.curly}]"  # never inside a word
-        many = r"-{2,}|\.{2,}|(?:\.\s){2,}\."
+        many = rf"-{{2,}}|\.{{2,}}|(?:\.[{s}]){{2,}}\."
         # One match a run of non-blanks, at its last place where a sentence could end; the look-behind keeps a run
         # without any such place from being tried again at each of its characters.
-        self._place = re.compile(rf"(?<![^{_BLANK}])[^{_BLANK}]*[.?!](?=({apart})|\s+(\S+))")
-        self._place_at_once = re.compile(rf"[.?!](?=({apart})|\s+(\S+))")
-        inside = rf"[^\s)\";}}\]*:@'({{\[!?{tables.curly}\-.,]+"
-        self._word = re.compile(
-            rf"{many}|[^\s(\"`{{\[:;&#*@)}}\]\-,](?:{inside}|-(?!-)|\.(?!\.|\s\.\s\.)|,(?!$|\s|{apart}|{many}))*|\S"
-        )
-        self._closing = re.compile(rf"[\"')\]}}{tables.curly}]+?(?:\s+|(?=--)|$)", re.MULTILINE)
+        self._place = re.compile(rf"(?<![^{_BLANK}])[^{_BLANK}]*[.?!](?=({apart})|[{s}]+([^{s}]+))")
+        self._place_at_once = re.compile(rf"[.?!](?=({apart})|[{s}]+([^{s}]+))")
+        first, inside = rf"[^{s}(\"`{{\[:;&#*@)}}\]\-,]", rf"[^{s})\";}}\]*:@'({{\[!?{tables.curly}\-.,]+"
+        period, comma = rf"\.(?!\.|[{s}]\.[{s}]\.)", rf",(?!$|[{s}]|{apart}|{many})"
+        self._word = re.compile(rf"{many}|{first}(?:{inside}|-(?!-)|{period}|{comma})*|[^{s}]")
+        self._closing = re.compile(rf"[\"')\]}}{tables.curly}]+?(?:[{s}]+|(?=--)|$)", re.MULTILINE)
         self._known: dict[str, bool] = {}  # context -> whether it breaks
 
     def spans(self, text: str) -> Iterator[tuple[int, int]]:
         """The (start, stop) of each sentence, found one by one."""
-        before, skip = None, 0
-        for start, stop in self._slices(text):
-            if before is not None:
-                # Quotes and brackets that close right after the end belong to the sentence that ends.
-                closing = self._closing.match(text, start, stop)
-                if closing:
-                    yield before[0] + skip, start + len(closing[0].rstrip())
-                elif before[0] + skip < before[1]:
-                    yield before[0] + skip, before[1]
-                skip = closing.end() - start if closing else 0
-            before = start, stop
-        if before is not None and before[0] + skip < before[1]:
-            yield before[0] + skip, before[1]
+        start, last = 0, len(text.rstrip())
+        for stop, following in self._breaks(text):
+            # Quotes and brackets that close right after the end belong to the sentence that ends.
+            closing = self._closing.match(text, following, last) if text[following] in self._closers else None
+            if closing:
+                yield start, following + len(closing[0].rstrip())
+                start = closing.end()
+            else:
+                if start < stop:
+                    yield start, stop
+                start = following
+        if start < last:
+            yield start, last
 
-    def _slices(self, text: str) -> Iterator[tuple[int, int]]:
-        start, known = 0, self._known
+    def _breaks(self, text: str) -> Iterator[tuple[int, int]]:
+        """Where sentences end, and where the next one starts."""
+        known = self._known
         for place in self._place.finditer(text):
-            run, end, after = place.start(), place.end(), place.lastindex or 0
+            run, end = place.span()
+            after = place.lastindex or 0
             # NLTK looks twice at a run that begins with an end mark, unless one blank is all that precedes it.
-            if end > run + 1 and text[run] in ".?!" and run != 1:
+            if end > run + 1 and run != 1 and text[run] in ".?!":
                 first = self._place_at_once.match(text, run)
-                if first and self._breaks(text[run : first.end(first.lastindex or 0)]):
-                    yield start, run + 1
-                    start = run + 1 if first.lastindex == 1 else first.start(2)
+                if first and self._is_break(text[run : first.end(first.lastindex or 0)], 1):
+                    yield run + 1, run + 1 if first.lastindex == 1 else first.start(2)
             context = text[run : place.end(after)]
-            breaks = known.get(context)
-            if breaks is None:
-                breaks = self._breaks(context)
+            is_break = known.get(context)
+            if is_break is None:
+                is_break = self._is_break(context, end - run)
                 if len(context) < 100:
                     if len(known) >= _KNOWN:
                         known.clear()
-                    known[context] = breaks
-            if breaks:
-                yield start, end
-                start = end if after == 1 else place.start(2)
-        yield start, len(text.rstrip())
+                    known[context] = is_break
+            if is_break:
+                yield end, end if after == 1 else place.start(2)
 
-    def _breaks(self, context: str) -> bool:
-        """Whether a sentence ends within `context`, which is a word with its end mark and what follows."""
-        words = (found[0] for line in context.split("\n") for found in self._word.finditer(line))
-        return any(self._ends(word, after) for word, after in pairwise(words) if word[-1] in ".?!")
+    def _is_break(self, context: str, length: int) -> bool:
+        """Whether a sentence ends in `context`: `length` characters up to an end mark, and what follows."""
+        # The first two answers are those of the loop below, and settle nearly all texts.
+        word, follows = context[: length - 1], context[length:].lstrip()[:1]
+        plain = len(word) > 1 and word.isalpha() and follows != "." and word.lower() not in self._special
+        if follows and (plain or context[length - 1] != "."):
+            return True
+        first, second = self._word.match(context), self._word.search(context, length)
+        if first and first.end() == length and second and not second[0].isspace():
+            ends = self._ends(first[0], second[0])
+            if ends or second.end() == len(context):
+                return ends
+        word = ""
+        for line in context.split("\n"):
+            for found in self._word.finditer(line) if line.strip() else ():
+                after = found[0]
+                if word and word[-1] in ".?!" and self._ends(word, after):
+                    return True
+                word = after
+        return False
 
     def _ends(self, word: str, after: str) -> bool:
-        if word in ("?", "!"):
-            return True
         if word[-1] != ".":
-            return False
-        dots = word.endswith("..")
+            return word in ("?", "!")
+        dots = word[-2:] == ".."
+        lower = word[:-1].lower() or word
+        abbreviation = not dots and self._abbreviates(lower)
         ellipsis = dots and not word.strip(".")
-        abbreviation = not dots and self._abbreviates(word)
-        ends = word == "." or not (dots or abbreviation)
-        kind, next_kind = _without_period(_kind(word)), _kind(after)
-        if after[-1] == "." and (after == "." or not (after.endswith("..") or self._abbreviates(after))):
+        initial = len(word) == 2 and (word[0].isalpha() or self._initial.match(word) is not None)
+        ends = not (dots or abbreviation)
+        kind = self._kind(lower)
+        if not (abbreviation or ellipsis or initial or kind == "##number##" or kind in self._collocating):
+            return ends
+        lower = after.lower()
+        next_kind = self._kind(lower)
+        if after[-1] == "." and (after == "." or not (after[-2:] == ".." or self._abbreviates(lower[:-1]))):
             next_kind = _without_period(next_kind)
         if (kind, next_kind) in self.tables.collocations:
             return False
-        initial = _INITIAL.match(word) is not None
-        if not (abbreviation or ellipsis or initial or kind == "##number##"):
-            return ends
         upper, starts = after[0].isupper(), self._starts(after, next_kind)
         if (abbreviation or ellipsis) and not initial and (starts or (upper and next_kind in self.tables.starters)):
             return True
@@ -128,8 +153,14 @@ class Splitter:
         return ends
 
     def _abbreviates(self, word: str) -> bool:
-        word = word[:-1].lower()
-        return word in self.tables.abbreviations or word.rpartition("-")[2] in self.tables.abbreviations
+        known = self.tables.abbreviations
+        return word in known or ("-" in word and word.rpartition("-")[2] in known)
+
+    def _kind(self, word: str) -> str:
+        if word[0].isalpha():
+            return word
+        number = (_NUMBER if word.isascii() else self._number).match(word)
+        return "##number##" if number else word
 
     def _starts(self, word: str, kind: str) -> bool | None:
         """Whether `word` starts a sentence, from its case here and in the training text; None where that is open."""
@@ -141,11 +172,6 @@ class Splitter:
         if word[0].islower() and (met & UPPER or not met & BEGIN_LOWER):
             return False
         return None
-
-
-def _kind(word: str) -> str:
-    word = word.lower()
-    return "##number##" if _NUMBER.match(word) else word
 
 
 def _without_period(kind: str) -> str:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 import io
 import logging
-import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from .punkt import Splitter, Tables
-from .scan import up_to
+from .scan import engine_of, up_to
 
 DATA = "tokenizers/punkt_tab/english/"
 _LOG = logging.getLogger(__name__)
@@ -36,17 +35,22 @@ def punkt_source() -> str:
     return _model().source
 
 
-def get_punkt() -> str:
-    """Fetch NLTK's `punkt_tab` with NLTK's own downloader and return `punkt_source()`.
+def fetch(name: str) -> None:
+    """Fetch data of NLTK with NLTK's own downloader. Nothing else in this package downloads anything.
 
-    Raises RuntimeError where the data cannot be fetched. Nothing else in this package downloads anything.
+    Raises RuntimeError where the data cannot be fetched.
     """
     import nltk
 
     try:
-        nltk.download("punkt_tab", quiet=True, raise_on_error=True, print_error_to=io.StringIO())
+        nltk.download(name, quiet=True, raise_on_error=True, print_error_to=io.StringIO())
     except Exception as error:  # the downloader lets through whatever the network or the disk raised
-        raise RuntimeError(f"punkt_tab could not be fetched: {' '.join(str(error).split())}") from error
+        raise RuntimeError(f"{name} could not be fetched: {' '.join(str(error).split())}") from error
+
+
+def get_punkt() -> str:
+    """Fetch NLTK's `punkt_tab` and return `punkt_source()`. Raises RuntimeError as `fetch` does."""
+    fetch("punkt_tab")
     _model.cache_clear()
     if _load() is None:
         raise RuntimeError("punkt_tab was fetched, but NLTK does not find it in its data folders")
@@ -67,22 +71,28 @@ def _model() -> _Model:
     return model
 
 
-def _load() -> _Model | None:
-    """The model from NLTK's data folders; None where it is not installed."""
-    from nltk.data import find
+def tables(folder: str) -> Tables:
+    """What the Punkt model in `folder`, one of a language of NLTK's `punkt_tab`, has learned."""
     from nltk.tokenize.punkt import PunktLanguageVars, load_punkt_params
 
-    try:
-        folder = find(DATA)
-        learned = load_punkt_params(folder)
-    except (LookupError, OSError):
-        return None
-    knows_curly = re.match(PunktLanguageVars.re_boundary_realignment.pattern, "\u2019") is not None
-    tables = Tables(
+    learned = load_punkt_params(folder)
+    closing = PunktLanguageVars.re_boundary_realignment
+    return Tables(
         abbreviations=learned.abbrev_types,
         collocations=learned.collocations,
         starters=learned.sent_starters,
         met=dict(learned.ortho_context),
-        curly="\u2018\u2019\u201c\u201d\xab\xbb" if knows_curly else "",
+        curly="\u2018\u2019\u201c\u201d\xab\xbb" if closing.match("\u2019") else "",
+        engine=engine_of(closing),
     )
-    return _Model(f"NLTK punkt_tab, {folder}", Splitter(tables))
+
+
+def _load() -> _Model | None:
+    """The model from NLTK's data folders; None where it is not installed."""
+    from nltk.data import find
+
+    try:
+        folder = find(DATA)
+        return _Model(f"NLTK punkt_tab, {folder}", Splitter(tables(folder)))
+    except (LookupError, OSError):
+        return None
