@@ -99,6 +99,7 @@ seed-policy: $(VENV)/.setup
 bench: $(VENV)/.setup-test
 	$(BIN)/python benchmarks/roofline.py
 	$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-only $(ARGS)
+	$(BIN)/python benchmarks/bench_verifiers.py --output benchmarks/results/cpu/verifiers.json
 	$(BIN)/python benchmarks/tables/readme.py
 
 clean:

@@ -250,7 +250,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--only", default="", help="types whose id has this in it")
     parser.add_argument(
-        "--seconds", type=float, default=0.2, help="for one type's many responses, strictly and loosely"
+        "--seconds", type=float, default=0.15, help="for one type's many responses, strictly and loosely"
     )
     args = parser.parse_args(argv)
     rows = []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any, Literal
@@ -135,7 +136,8 @@ def _check_constraints(examples: list[Example], file: str | None) -> None:
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
-    """Load, answer, check. Raises ConfigError for anything that cannot be used, before a token is generated."""
+    """Load, answer, check. Raises, before a token is generated, ConfigError for anything that cannot be used and
+    RewardError for an instruction type of one's own that answers no sample text."""
     import json
 
     from accelerate import PartialState
@@ -154,6 +156,11 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     read = read_prompts(config.file or DEMO_DIR / "heldout.jsonl", config)
     read = replace(read, examples=read.examples[: config.samples or None])
     _check_constraints(read.examples, config.file)
+    checking = partial(
+        Scorer, ["constraints"], rules=config.rules, instructions=config.instructions, workers=config.workers
+    )
+    with checking() as scorer:
+        scorer.try_own_types(read.examples)
     model, tokenizer = load(
         config.model, config.dtype, tokenizer=config.tokenizer, trust_remote_code=config.trust_remote_code,
         text_only=config.text_only or None,
@@ -174,9 +181,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         answers = answer(model, thinking, prompts, eos, longest, config.batch_size)
     except FloatingPointError as e:
         raise ConfigError(str(e)) from None
-    with Scorer(
-        ["constraints"], rules=config.rules, instructions=config.instructions, workers=config.workers
-    ) as scorer:
+    with checking() as scorer:
         result, flags = strict_and_loose(scorer, examples, [a.scored for a in answers])
     result |= {"truncated": fmean(not a.finished for a in answers), "max_completion_length": longest}
     result |= {"model": config.model, "file": config.file}
@@ -193,10 +198,15 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     from .cli import parse, report_errors
+    from .rewards import RewardError
 
     with report_errors():
         (config,) = parse(argv, EvaluateConfig, prog="python -m mdpgrpo_fast.evaluate")
-        result = run(config)
+        try:
+            result = run(config)
+        except RewardError as e:
+            print(e.trace, f"error: {e}", sep="\n", file=sys.stderr)
+            return 1
         for note in result["notes"]:
             print(f"note: {note}", file=sys.stderr)
         print(table(result))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
 from mdpgrpo_fast.config import PRESETS, ConfigError, MDPGRPOConfig, PromptConfig, TrainConfig, preset
 from mdpgrpo_fast.evaluate import EvaluateConfig
+from mdpgrpo_fast.verifiers import RULES
 
 METHOD_REFUSALS: list[tuple[str, Any]] = [
     ("num_generations", 1),
@@ -112,6 +113,10 @@ def test_training_and_evaluation_share_their_defaults() -> None:
     shared = {f.name for f in dataclasses.fields(PromptConfig)}
     for config in (TrainConfig(), EvaluateConfig()):
         assert {n: getattr(config, n) for n in shared} == dataclasses.asdict(PromptConfig())
+
+
+def test_the_rules_are_those_of_the_verifiers() -> None:
+    assert get_args(get_type_hints(PromptConfig)["rules"]) == RULES
 
 
 def test_every_knob_has_help_and_a_default() -> None:

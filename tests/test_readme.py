@@ -20,9 +20,11 @@ def readme() -> ModuleType:
     return module
 
 
-def test_readme_agrees_with_the_result_files(readme: ModuleType) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme.render(text) == text, "run python benchmarks/tables/readme.py"
+@pytest.mark.parametrize("page", ["README.md", "docs/verifiers.md"])
+def test_a_page_agrees_with_the_result_files(readme: ModuleType, page: str) -> None:
+    assert page in readme.PAGES
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert readme.render(text, page) == text, "run python benchmarks/tables/readme.py"
 
 
 def test_result_file_says_where_its_numbers_come_from(readme: ModuleType) -> None:

@@ -1,7 +1,7 @@
-"""Put the measured numbers and the table of settings into README.md, between its `results:` markers.
+"""Put the measured numbers and the table of settings into README.md and docs/, between their `results:` markers.
 
 `python benchmarks/tables/readme.py` writes, and draws the plots of the operation benchmarks; with `--check` it exits 1
-where the README differs from the result files.
+where a page differs from the result files.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import dataclasses
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import linear_table
 import speed_table
 import step_table
+import verifiers_table
 
 from mdpgrpo_fast.config import MDPGRPOConfig, TrainConfig
 
@@ -127,43 +129,48 @@ def knobs() -> str:
     return "\n".join(lines)
 
 
-def render(text: str) -> str:
-    """The README with every marked section drawn again."""
-    result = json.loads(LEARNING.read_text(encoding="utf-8"))
-    bodies = {
-        "claim": claim(),
-        "install": install(),
-        "learning": learning(result),
-        "speed": speed_table.section(),
-        "linear": linear_table.section(),
-        "step": step_table.section(),
-        "knobs": knobs(),
-    }
-    for name, body in bodies.items():
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {
+        "claim": claim,
+        "install": install,
+        "learning": lambda: learning(json.loads(LEARNING.read_text(encoding="utf-8"))),
+        "speed": speed_table.section,
+        "linear": linear_table.section,
+        "step": step_table.section,
+        "knobs": knobs,
+    },
+    "docs/verifiers.md": {"verifiers": verifiers_table.section},
+}
+
+
+def render(text: str, page: str = "README.md") -> str:
+    """The page with every marked section drawn again."""
+    for name, section in PAGES[page].items():
+        body = section()
         start, end = f"<!-- results:{name} -->", f"<!-- /results:{name} -->"
         pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
         if not pattern.search(text):
-            raise ValueError(f"README.md lacks the section {start}")
+            raise ValueError(f"{page} lacks the section {start}")
         text = pattern.sub(lambda _, part=f"{start}\n{body}\n{end}": part, text)
     return text
 
 
 def main() -> int:
-    path = ROOT / "README.md"
-    if "--check" not in sys.argv[1:]:
+    check = "--check" in sys.argv[1:]
+    if not check:
         speed_table.plot_all()
         linear_table.plot_all()
-    old = path.read_text(encoding="utf-8")
-    new = render(old)
-    if "--check" in sys.argv[1:]:
-        print(
-            "README.md agrees with the result files"
-            if old == new
-            else "README.md differs: run benchmarks/tables/readme.py"
-        )
-        return int(old != new)
-    path.write_text(new, encoding="utf-8")
-    return 0
+    differ = False
+    for page in PAGES:
+        path = ROOT / page
+        old = path.read_text(encoding="utf-8")
+        new = render(old, page)
+        if check:
+            differ |= old != new
+            print(f"{page} agrees with the result files" if old == new else f"{page} differs: run this without --check")
+        else:
+            path.write_text(new, encoding="utf-8")
+    return int(differ)
 
 
 if __name__ == "__main__":

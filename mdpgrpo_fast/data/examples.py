@@ -36,8 +36,7 @@ class Example:
     @property
     def opening(self) -> str:
         """How the answer begins already: the last assistant message of a prompt that ends with one, which goes on."""
-        last = self.prompt[-1] if isinstance(self.prompt, list) else {}
-        return verifiers.answer_of(last["content"]) if last.get("role") == "assistant" else ""
+        return verifiers.opening_of(self.prompt)
 
     def num_constraints(self, default: int) -> int:
         """K: the instructions of the prompt, else its `num_constraints` column, else the default."""

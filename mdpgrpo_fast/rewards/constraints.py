@@ -19,7 +19,7 @@ class ConstraintReward:
         kind: str = TrainConfig.constraint_reward,
         instructions: Sequence[str] = (),
     ) -> None:
-        self.rules, self.kind, self.instructions = rules, kind, tuple(instructions)
+        self.rules, self.kind, self.instructions = rules, kind, verifiers.own.absolute(instructions)
 
     def load(self) -> None:
         """Makes the types of one's own known in this process. Raises ConfigError where one cannot be loaded."""

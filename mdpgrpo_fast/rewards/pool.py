@@ -75,6 +75,12 @@ class Failure:
         said = text if text.startswith("returned ") else f"raised {describe(error)}"
         return cls(f"reward {name!r} {said}", f"{name} {type(error).__name__} {place_of(error)}", trace_of(error))
 
+    @classmethod
+    def of_check(cls, error: CheckError) -> Failure:
+        """A constraint of the user's own that raised."""
+        cause = error.__cause__ or error
+        return cls(str(error), f"{type(cause).__name__} {place_of(cause)}", trace_of(cause))
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -106,9 +112,8 @@ def _work(specs: list[str], constraints: ConstraintReward, job: Job) -> Verdict:
     if job.example.instruction_ids:
         try:
             reward, flags = constraints(job.example, job.answer)
-        except CheckError as e:  # of a type of the user's own
-            cause = e.__cause__ or e
-            reward = Failure(str(e), f"{type(cause).__name__} {place_of(cause)}", trace_of(cause))
+        except CheckError as e:
+            reward = Failure.of_check(e)
     arguments = Arguments([job.example], [job.text], [job.token_ids], job.state)
     values: list[float | Failure | None] = []
     for spec in specs:
@@ -119,8 +124,11 @@ def _work(specs: list[str], constraints: ConstraintReward, job: Job) -> Verdict:
     return Verdict(values, flags, reward, arguments.metrics, arguments.extra)
 
 
-def _verify(constraints: ConstraintReward, mode: str, example: Example, answer: str) -> list[bool]:
-    return constraints.satisfied(example, answer, mode)
+def _verify(constraints: ConstraintReward, mode: str, example: Example, answer: str) -> list[bool] | Failure:
+    try:
+        return constraints.satisfied(example, answer, mode)
+    except CheckError as e:
+        return Failure.of_check(e)
 
 
 def longest_wait(calls: int, workers: int, timeout: float) -> float:
@@ -198,7 +206,7 @@ class Workers:
             return Failure(f"the scoring process gave no answer within {self.timeout:g} s", "worker timeout")
         except ProcessExpired as e:
             return Failure(f"the scoring process died with exit code {e.exitcode}", f"worker exit {e.exitcode}")
-        except Exception as e:  # what a worker gave cannot be pickled, for one
+        except (Exception, SystemExit) as e:  # what a worker gave cannot be pickled, for one
             return Failure(f"the scoring process raised {describe(e)}", f"worker {type(e).__name__}")
 
     def stop(self) -> None:

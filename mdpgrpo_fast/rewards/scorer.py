@@ -127,6 +127,7 @@ class Scorer:
         self.specs = [r.spec for r in found if r.isolated]
         self.metrics: dict[str, list[float]] = {}
         constraints = ConstraintReward(rules, constraint_reward, instructions)
+        constraints.load()
         self._workers = Workers(self.specs, constraints, workers, timeout or COMPLETION_TIMEOUT)
 
     @classmethod
@@ -173,18 +174,33 @@ class Scorer:
                     )
 
     def try_out(self, examples: Sequence[Example]) -> None:
-        """Calls every reward with two sample completions, `constraints` where it checks types of one's own. Raises
-        RewardError where a run would lose both."""
-        own = [e for e in examples if any(INSTRUCTIONS[id].own for id in e.instruction_ids)]
-        if all(r.spec == CONSTRAINTS for r in self.rewards) and not own:
+        """Calls every reward but `constraints` with two sample completions. Raises RewardError where a run would lose
+        both."""
+        if all(r.spec == CONSTRAINTS for r in self.rewards):
             return
-        rows = [*own[:1], *examples[:2], *examples[:1]][:2]
+        rows = [*examples[:2], *examples[:1]][:2]
         scores = self(rows, list(SAMPLES), completion_ids=[[1, 2, 3], [4]])
         self.take_metrics()
         if all(s.cause for s in scores):
             raise RewardError(
                 f"{scores[0].problem}; it was tried on two sample rows (--no-reward-check)", scores[0].trace
             )
+
+    def try_own_types(self, examples: Sequence[Example]) -> None:
+        """Asks each instruction type of one's own that the examples have about two sample completions. Raises
+        RewardError where it answers neither."""
+        first: dict[str, Example] = {}
+        for example in examples:
+            for instruction_id, kwargs in zip(example.instruction_ids, example.kwargs, strict=True):
+                if INSTRUCTIONS[instruction_id].own:
+                    first.setdefault(
+                        instruction_id, replace(example, instruction_ids=[instruction_id], kwargs=[kwargs])
+                    )
+        for example in first.values():
+            jobs = [Job(example, sample, sample) for sample in SAMPLES]
+            found = self._workers.collect(self._workers.start_verifying(jobs, "strict"))
+            if all(isinstance(f, Failure) for f in found):
+                raise RewardError(f"{found[0].reason}; it was tried on two sample texts", found[0].trace)
 
     def __call__(
         self,
@@ -276,6 +292,8 @@ class Scorer:
             values = [verdict if r.function is None else v for r, v in zip(self.rewards, values, strict=True)]
         elif verdict is not None:
             satisfied, isolated = verdict.satisfied, iter(verdict.values)
+            if isinstance(verdict.constraint_reward, Failure) and CONSTRAINTS not in self.names:
+                say_once(logging.WARNING, f"constraints that cannot be checked: {verdict.constraint_reward.reason}")
             for name, logged in verdict.metrics.items():
                 self.metrics.setdefault(name, []).extend(logged)
             extra = {**extra, **{k: v[0] for k, v in verdict.extra.items() if len(v) == 1}}

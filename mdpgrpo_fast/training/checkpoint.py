@@ -116,12 +116,13 @@ def check_resume(run: TrainConfig, method: MDPGRPOConfig) -> None:
         )
     before = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     now = {"run": asdict(run), "method": asdict(method)}
+    # A knob that the library did not have then was at its default.
+    defaults = {"run": asdict(TrainConfig()), "method": asdict(MDPGRPOConfig())}
     for part, values in now.items():
         for name, value in values.items():
-            if name not in FREE_KNOBS and before[part].get(name) != value:
-                raise ConfigError(
-                    f"resume needs the settings of the run before: {name} was {before[part].get(name)!r}; got {value!r}"
-                )
+            was = before[part].get(name, defaults[part][name])
+            if name not in FREE_KNOBS and was != value:
+                raise ConfigError(f"resume needs the settings of the run before: {name} was {was!r}; got {value!r}")
 
 
 def load(accelerator: Accelerator, path: Path) -> int:

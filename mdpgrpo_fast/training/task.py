@@ -56,6 +56,7 @@ def prepare(run: TrainConfig, scorer: Scorer | None = None) -> Task:
         scorer.check(train.examples)
         scorer.check(held_out.examples)
         if run.reward_check:
+            scorer.try_own_types([*train.examples, *held_out.examples])
             scorer.try_out(train.examples)
     model, tokenizer = load(
         run.model, run.dtype, run.attention, tokenizer=run.tokenizer, trust_remote_code=run.trust_remote_code,

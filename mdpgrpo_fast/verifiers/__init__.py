@@ -13,7 +13,7 @@ from .registry import (
     instruction,
 )
 from .text.sentences import punkt_source
-from .verify import THINK_TAGS, answer_of, validate, verify, verify_all
+from .verify import THINK_TAGS, answer_of, opening_of, validate, verify, verify_all
 
 __all__ = [
     "INSTRUCTIONS",
@@ -28,6 +28,7 @@ __all__ = [
     "answer_of",
     "instruction",
     "load_instructions",
+    "opening_of",
     "punkt_source",
     "validate",
     "verify",

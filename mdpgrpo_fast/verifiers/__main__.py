@@ -8,6 +8,7 @@ these: which sentence model answers.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import signal
 import sys
@@ -54,32 +55,29 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--list", action="store_true", help="print the instruction types, of --rules alone where given")
+    what.add_argument("--responses", metavar="FILE", help="JSON lines of prompt and response, to score")
+    what.add_argument("--get-punkt", action="store_true", help="fetch NLTK's punkt_tab data with NLTK's downloader")
+    what.add_argument("--get-data", action="store_true", help="fetch all data of NLTK that a type asks, the tagger too")
     add = parser.add_argument
-    add("--list", action="store_true", help="print the instruction types, of --rules alone where it is given")
-    add("--responses", metavar="FILE", help="JSON lines of prompt and response")
     add("--prompts", metavar="FILE", help="JSON lines of prompt, instruction_id_list and kwargs")
     add("--rules", choices=RULES, help="the rule set; default: ifeval, for --list all")
     add("--instructions", metavar="MODULE", nargs="+", default=[], help="modules or .py files with types of one's own")
+    add("--strip-thinking", action="store_true", help="score what follows the last closing think tag")
     add("--json", action="store_true", help="print JSON in place of a table")
     add("--output", metavar="FILE", help="write the scores as JSON here too")
     add("--verdicts", metavar="FILE", help="write each response with its verdicts as JSON lines here")
-    add("--get-punkt", action="store_true", help="fetch NLTK's punkt_tab data with NLTK's downloader")
-    add("--get-data", action="store_true", help="fetch all data of NLTK that a type asks: punkt_tab, and the tagger")
     args = parser.parse_args(argv)
-    if bool(args.responses) != bool(args.prompts):
-        parser.error("--responses and --prompts go together")
-    for flag in ("output", "verdicts"):
-        path = getattr(args, flag)
-        if path and not args.responses:
-            parser.error(f"--{flag} needs --responses and --prompts")
-        if path and not Path(path).parent.is_dir():
-            parser.error(f"--{flag}: the folder of {path!r} does not exist")
+    _check(parser, args)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every letter of a type
     try:
         load_instructions(args.instructions)
         if args.list:
             found = types(args.rules)
-            print(json.dumps(found, indent=2, ensure_ascii=False) if args.json else "\n\n".join(map(show, found)))
-        elif args.responses:
+            print(json.dumps(found, indent=2) if args.json else "\n\n".join(map(show, found)))
+        elif args.responses is not None:
             _score(args)
         else:
             if args.get_punkt or args.get_data:
@@ -87,15 +85,31 @@ def main(argv: list[str] | None = None) -> int:
             if args.get_data:
                 fetch("averaged_perceptron_tagger_eng")
             print(punkt_source())
-    except (ConfigError, RuntimeError) as error:
+    except (ConfigError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     return 0
 
 
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends with status 2 where a flag would be left out of account."""
+    for flag in ("prompts", "output", "verdicts", "strip_thinking"):
+        if getattr(args, flag) not in (None, False) and args.responses is None:
+            parser.error(f"--{flag.replace('_', '-')} needs --responses")
+    if args.responses is not None and args.prompts is None:
+        parser.error("--responses needs --prompts")
+    for flag in ("json", "rules", "instructions"):
+        if getattr(args, flag) and args.responses is None and not args.list:
+            parser.error(f"--{flag} needs --list or --responses")
+    for flag in ("output", "verdicts"):
+        path = getattr(args, flag)
+        if path is not None and (Path(path).is_dir() or not Path(path).parent.is_dir()):
+            parser.error(f"--{flag}: {path!r} cannot be written: its folder does not exist, or it is one")
+
+
 def _score(args: argparse.Namespace) -> None:
     rules = args.rules or "ifeval"
-    scored = score_files(args.prompts, args.responses, rules)
+    scored, notes = score_files(args.prompts, args.responses, rules, args.strip_thinking)
     result = strict_and_loose(
         [s.instruction_ids for s in scored], [s.strict for s in scored], [s.loose for s in scored]
     )
@@ -105,6 +119,8 @@ def _score(args: argparse.Namespace) -> None:
     if args.verdicts:
         lines = [json.dumps(asdict(row)) + "\n" for row in scored]
         Path(args.verdicts).write_text("".join(lines), encoding="utf-8")
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     print(json.dumps(result, indent=2) if args.json else table(result))
 
 

@@ -152,8 +152,6 @@ def kind_of(annotation: Any) -> Kind:
         return _PLAIN[annotation]
     if origin is list:
         return list_of(kind_of(inner[0]))
-    if origin is dict:
-        return _PLAIN[dict]
     if origin is Literal:
         return one_of(*inner)
     if origin in (Union, types.UnionType):

@@ -5,52 +5,53 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from types import ModuleType
 
 from ..config import ConfigError
-from .registry import INSTRUCTIONS, Instruction
+from .registry import INSTRUCTIONS, Instruction, said
 
 
-def load_instructions(specs: Iterable[str]) -> None:
+def load_instructions(specs: Iterable[str | os.PathLike[str]]) -> None:
     """Import each module, named as Python names it or by its .py file, so that its `@instruction` functions are known.
 
     Raises: ConfigError where one cannot be imported or registers no type.
     """
-    for spec in specs:
+    for spec in absolute(specs):
         _load(spec)
+
+
+def absolute(specs: Iterable[str | os.PathLike[str]]) -> tuple[str, ...]:
+    """The names of modules as they are, of files from the root: other processes, and a later working directory, find
+    the same."""
+    names = [os.fspath(spec) for spec in ([specs] if isinstance(specs, (str, os.PathLike)) else specs)]
+    return tuple(os.path.abspath(name) if name.endswith(".py") else name for name in names)
 
 
 @functools.cache
 def _load(spec: str) -> None:
+    before, known = dict(INSTRUCTIONS), spec in sys.modules
     try:
-        module = _from_file(Path(spec)) if spec.endswith(".py") else importlib.import_module(spec)
+        _from_file(spec) if spec.endswith(".py") else importlib.import_module(spec)
     except (Exception, SystemExit) as error:  # whatever a user's module does when it is imported
-        said = " ".join(str(error).split()) or "no message"
-        raise ConfigError(f"instructions {spec!r} cannot be loaded: {type(error).__name__}: {said}") from error
-    if not any(entry.check.__module__.split(".")[0] == module.__name__.split(".")[0] for entry in own_types()):
+        raise ConfigError(f"instructions {spec!r} cannot be loaded: {said(error)}") from error
+    registered = any(before.get(id) is not entry for id, entry in INSTRUCTIONS.items())
+    if not (registered or (known and own_types())):
         raise ConfigError(f"instructions {spec!r} registers no type: functions under @instruction('group:name') do")
 
 
-def _from_file(path: Path) -> ModuleType:
-    """The module of a file, under the file's name, as an import finds it where its folder is on the path."""
-    name = path.stem
-    known = sys.modules.get(name)
-    if known is not None and Path(getattr(known, "__file__", None) or "").resolve() == path.resolve():
-        return known
-    if known is not None:
-        raise ImportError(f"a module {name!r} is there already; another file name is needed")
-    found = importlib.util.spec_from_file_location(name, path.resolve())
-    if found is None or found.loader is None:
-        raise ImportError("no Python file")
+def _from_file(path: str) -> ModuleType:
+    """The module of a file, under the file's path: no other module has that name."""
+    found = importlib.util.spec_from_file_location(path, path)
+    assert found is not None and found.loader is not None  # the name ends with .py
     module = importlib.util.module_from_spec(found)
-    sys.modules[name] = module
+    sys.modules[path] = module
     try:
         found.loader.exec_module(module)
     except BaseException:
-        del sys.modules[name]
+        del sys.modules[path]
         raise
     return module
 

@@ -7,12 +7,16 @@ import functools
 import importlib.util
 import inspect
 import marshal
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from .arguments import Kind, kind_of, whole_mapping
 
+_NO_PARAMETER = inspect.Parameter("rules", inspect.Parameter.KEYWORD_ONLY)
+_PACKAGE = str(Path(__file__).resolve().parent)
 RULES = ("ifeval", "mdpgrpo", "iftrain", "ifbench", "m-ifeval")
 
 
@@ -69,6 +73,7 @@ class Instruction:
 
 
 INSTRUCTIONS: dict[str, Instruction] = {}
+LEFT_OUT: dict[str, str] = {}  # types of the official codes that are none here: why
 _REMEMBERED = 1024  # arguments of each type
 
 
@@ -97,26 +102,22 @@ def instruction(
     if not group.strip() or not name.strip():
         raise ValueError(f"id: expected the form 'group:name', got {id!r}")
     unknown = [rule for rule in rules if rule not in RULES]
-    if unknown:
-        raise ValueError(f"rules: expected some of {', '.join(RULES)}, got {unknown[0]!r}")
+    if unknown or not rules:
+        raise ValueError(f"rules: expected some of {', '.join(RULES)}, got {unknown[0] if unknown else 'none'!r}")
 
     def enter(check: Callable[..., bool]) -> Callable[..., bool]:
+        if not inspect.isfunction(check):
+            raise TypeError(f"{id}: expected a function, got {type(check).__name__}")
         known = INSTRUCTIONS.get(id)
         if known is not None and _home(known.check) != _home(check):
-            raise ValueError(f"id: {id!r} is taken by {'.'.join(_home(known.check))}")
+            raise ValueError(f"id: {id!r} is taken by {known.check.__module__}.{known.check.__qualname__}")
         hints = get_type_hints(check, include_extras=True)
-        parameters = list(inspect.signature(check).parameters.values())[1:]
-        arguments = {}
-        for parameter in parameters:
-            if parameter.name == "rules":
-                continue
-            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
-                raise TypeError(f"{id}: parameter {parameter.name!r} cannot be passed by its name")
-            try:
-                kind = kind_of(hints.get(parameter.name))
-            except TypeError as error:
-                raise TypeError(f"{id}: parameter {parameter.name!r}: {error}") from None
-            arguments[parameter.name] = kind._replace(example=(examples or {}).get(parameter.name, kind.example))
+        text, *parameters = inspect.signature(check).parameters.values() or [_NO_PARAMETER]
+        if text.name == "rules" or text.kind not in (text.POSITIONAL_ONLY, text.POSITIONAL_OR_KEYWORD):
+            raise TypeError(f"{id}: the first parameter must take the response")
+        arguments = {p.name: _kind(id, p, hints.get(p.name)) for p in parameters if p.name != "rules"}
+        for name, value in (examples or {}).items():
+            arguments[name] = arguments[name]._replace(example=value)
         INSTRUCTIONS[id] = Instruction(
             id,
             check,
@@ -133,8 +134,30 @@ def instruction(
     return enter
 
 
+def _kind(id: str, parameter: inspect.Parameter, annotation: Any) -> Kind:
+    """The kind of a check's parameter. Raises TypeError where it has none, or its default is not of it."""
+    if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+        raise TypeError(f"{id}: parameter {parameter.name!r} cannot be passed by its name")
+    try:
+        kind = kind_of(annotation)
+        if parameter.default is not parameter.empty and parameter.default is not None:
+            kind.parse(parameter.default, RULES[0])
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{id}: parameter {parameter.name!r}: {error}") from None
+    return kind
+
+
 def _home(check: Callable[..., bool]) -> tuple[str, str]:
-    return check.__module__, check.__qualname__
+    """Where a function stands: a module may be loaded twice, under two names."""
+    return check.__code__.co_filename, check.__qualname__
+
+
+def said(error: BaseException) -> str:
+    """An exception of a user's code in one line: type, message, and the line that raised it."""
+    text = " ".join(str(error).split())
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((_PACKAGE, "<frozen"))]
+    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {text}{place}" if text else f"{type(error).__name__}{place}"
 
 
 def package(name: str, extra: str) -> Callable[[], None]:
@@ -166,12 +189,20 @@ def lookup(instruction_id: str, rules: str) -> Instruction:
     check_rules(rules)
     if known is not None:
         hint = f"known under rules {', '.join(map(repr, known.rules))}"
+    elif str(instruction_id) in LEFT_OUT:
+        hint = f"left out: {LEFT_OUT[instruction_id]}"
     else:
-        names = [name for name, entry in INSTRUCTIONS.items() if rules in entry.rules]
-        hint = f"nearest: {difflib.get_close_matches(str(instruction_id), names, n=1, cutoff=0.0)[0]}"
-        if not any(name.startswith(str(instruction_id).partition(":")[0] + ":") for name in names):
-            hint += " (types of one's own are loaded by --instructions)"
+        hint = _nearest(str(instruction_id), rules)
     raise UnknownInstructionError(f"unknown instruction id {instruction_id!r} under rules {rules!r}; {hint}")
+
+
+def _nearest(instruction_id: str, rules: str) -> str:
+    names = [name for name, entry in INSTRUCTIONS.items() if rules in entry.rules]
+    for among in (names, list(INSTRUCTIONS)):
+        for name in difflib.get_close_matches(instruction_id, among, n=1):
+            known = "" if among is names else f", known under rules {', '.join(map(repr, INSTRUCTIONS[name].rules))}"
+            return f"nearest: {name}{known}"
+    return "--list of mdpgrpo_fast.verifiers names them, --instructions loads one's own"
 
 
 def clean(entry: Instruction, kwargs: Mapping[str, Any] | None, rules: str) -> dict[str, Any]:

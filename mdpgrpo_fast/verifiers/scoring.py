@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError
-from .registry import check_rules
-from .verify import last_answer, validate, verify_all
+from .registry import CheckError, check_rules
+from .verify import last_answer, opening_of, validate, verify_all
 
 Verdicts = Sequence[Sequence[bool]]
 
@@ -85,47 +86,75 @@ class Scored:
     loose: list[bool]
 
 
-def score_files(prompts: str | Path, responses: str | Path, rules: str = "ifeval") -> list[Scored]:
-    """Verdicts on a file of responses, in the order of the prompts.
+def score_files(
+    prompts: str | Path, responses: str | Path, rules: str = "ifeval", strip_thinking: bool = False
+) -> tuple[list[Scored], list[str]]:
+    """Verdicts on a file of responses, in the order of the prompts, and notes on what was left out of account.
 
     prompts: rows of `prompt`, `instruction_id_list`, `kwargs`, as IFEval's input_data.jsonl. responses: rows of
     `prompt` and `response`, as IFEval's; or of `key` and `response`. A response is text, or a chat, whose last
     assistant message is scored; null is a blank text. Of several responses to one prompt the last one counts, as in
-    IFEval. JSON lines or an array, plain or .gz.
+    IFEval. JSON lines or an array, plain or .gz. strip_thinking: see `verify_all`.
 
     Raises: ConfigError in one line, with file and line, where a file cannot be read, a row is none of these, an
-        instruction is unknown or wrong, or a prompt has no response.
+        instruction is unknown or wrong, or a prompt has no response; CheckError where a check of one's own raises.
     """
     check_rules(rules)
-    given: dict[str, str] = {}
-    for where, row in _rows(Path(responses)):
+    given: dict[str, Any] = {}
+    answers = list(_rows(Path(responses)))
+    for where, row in answers:
         if "response" not in row or not ("prompt" in row or "key" in row):
             raise ConfigError(f"{where}: expected prompt (or key) and response; got {_names(row)}")
         try:
-            given[_name(row)] = "" if row["response"] is None else last_answer(row["response"])
+            last_answer(row["response"] or "")
         except (TypeError, ValueError) as error:
             raise ConfigError(f"{where}: {error}") from None
+        given[_name(row)] = row["response"] or ""
     by_key = bool(given) and all(name.startswith("key ") for name in given)
-    scored = []
+    scored, used = [], set()
     for where, row in _rows(Path(prompts)):
-        ids, kwargs = row.get("instruction_id_list"), row.get("kwargs")
-        if not isinstance(ids, list) or not isinstance(kwargs, list) or len(ids) != len(kwargs):
-            raise ConfigError(
-                f"{where}: expected lists instruction_id_list and kwargs of one length; got {_names(row)}"
-            )
+        ids, kwargs = _constraints(row, where)
+        if "prompt" not in row and "key" not in row:
+            raise ConfigError(f"{where}: expected prompt (or key); got {_names(row)}")
         name = _name(row, by_key)
         if name not in given:
             raise ConfigError(f"{responses}: no response to {where}, {name[:80]}")
+        used.add(name)
+        response = given[name]
+        if isinstance(response, str):
+            response = opening_of(row.get("prompt")) + response
         try:
             for instruction_id, arguments in zip(ids, kwargs, strict=True):
                 validate(instruction_id, arguments, rules)
+            strict, loose = (
+                verify_all(ids, response, kwargs, mode=mode, rules=rules, strip_thinking=strip_thinking)
+                for mode in ("strict", "loose")
+            )
         except ValueError as error:
             raise ConfigError(f"{where}: {error}") from None
-        strict, loose = (verify_all(ids, given[name], kwargs, mode=mode, rules=rules) for mode in ("strict", "loose"))
-        scored.append(Scored(row.get("key"), row.get("prompt"), given[name], ids, strict, loose))
-    if not scored:
-        raise ConfigError(f"{prompts} holds no prompts")
-    return scored
+        except CheckError as error:
+            raise CheckError(f"{where}: {error}") from error.__cause__
+        scored.append(Scored(row.get("key"), row.get("prompt"), last_answer(response), ids, strict, loose))
+    if not any(row.instruction_ids for row in scored):
+        raise ConfigError(f"{prompts} holds no prompts with constraints: there is nothing to check")
+    left = {
+        "match no prompt": len(given) - len(used),
+        "are to a prompt of another, later one": len(answers) - len(given),
+    }
+    return scored, [f"{number} responses {why}" for why, number in left.items() if number]
+
+
+def _constraints(row: dict[str, Any], where: str) -> tuple[list[Any], list[Any]]:
+    """The ids and arguments of a row: lists, or JSON text of such; NaN, as tables have it, is an empty cell."""
+    ids, kwargs = row.get("instruction_id_list"), row.get("kwargs")
+    try:
+        ids, kwargs = (json.loads(value) if isinstance(value, str) else value for value in (ids, kwargs))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: instruction_id_list and kwargs must be lists, or JSON text: {error}") from None
+    if not isinstance(ids, list) or not isinstance(kwargs, list) or len(ids) != len(kwargs):
+        got = " and ".join(str(len(v)) if isinstance(v, list) else type(v).__name__ for v in (ids, kwargs))
+        raise ConfigError(f"{where}: instruction_id_list and kwargs must be lists of one length; got {got}")
+    return ids, [{k: v for k, v in x.items() if v == v} if isinstance(x, dict) else x for x in kwargs]
 
 
 def _name(row: dict[str, Any], by_key: bool = False) -> str:
@@ -144,7 +173,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"file {str(path)!r} does not exist") from None
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise ConfigError(f"file {str(path)!r} cannot be read: {error}") from None
     if text.lstrip().startswith("["):
         texts, where = [text], str(path)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from . import rules as _rules  # noqa: F401  enters every type in INSTRUCTIONS
-from .registry import CheckError, Instruction, clean, lookup
+from .registry import CheckError, Instruction, clean, lookup, said
 
 MODES = ("strict", "loose")
 Kwargs = Mapping[str, Any] | None
@@ -94,8 +94,8 @@ def _follows(instruction_id: str, texts: list[str], kwargs: Kwargs, rules: str) 
 def _own(entry: Instruction, text: str, arguments: dict[str, Any]) -> bool:
     try:
         follows = entry.check(text, **arguments)
-    except Exception as error:
-        raise CheckError(f"{entry.id}: the check raised {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise CheckError(f"{entry.id}: the check raised {said(error)}") from error
     if not isinstance(follows, bool):
         raise CheckError(f"{entry.id}: the check returned {follows!r}; expected True or False")
     return follows
@@ -116,10 +116,21 @@ def last_answer(response: Response) -> str:
         raise ValueError("response: the chat has no assistant message")
     content = answers[-1]
     if isinstance(content, list):  # parts, as multi-modal chats have them
-        content = "".join(part.get("text") or "" for part in content if isinstance(part, Mapping))
+        content = [part.get("text") or "" if isinstance(part, Mapping) else part for part in content]
+        if all(isinstance(part, str) for part in content):
+            content = "".join(content)
     if content is not None and not isinstance(content, str):
         raise TypeError(f"response: the content of a message must be text, got {type(content).__name__}")
     return content or ""
+
+
+def opening_of(prompt: Any) -> str:
+    """How the answer to `prompt` begins already: the last message of a chat that ends with the assistant's, which goes
+    on, without think blocks; "" for any other prompt."""
+    last = prompt[-1] if isinstance(prompt, list) and prompt else None
+    if not isinstance(last, Mapping) or last.get("role") != "assistant":
+        return ""
+    return answer_of(last_answer([last]))
 
 
 def answer_of(response: str, opened: bool = False) -> str:

@@ -104,9 +104,9 @@ def cases(maker: Maker, seed: str) -> Iterator[Case]:
         yield maker(rng)
 
 
-def table(rules: str, checks: dict[str, Any], makers: dict[str, Maker]) -> list[dict[str, Any]]:
+def table(checks: dict[str, Any], makers: dict[str, Maker]) -> list[dict[str, Any]]:
     """ROWS different rows for each type, with at least LEAST of each answer."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for instruction_id, maker in makers.items():
         mine: dict[str, dict[str, Any]] = {}
         answers: Counter[bool] = Counter()
@@ -153,15 +153,21 @@ def main() -> int:
     parser.add_argument("--fuzz", type=int, metavar="N", help="compare N new cases of each type with this library")
     parser.add_argument("--only", default="", help="types whose id holds this text")
     args = parser.parse_args()
+    if args.fuzz is None and args.only:
+        parser.error("--only goes with --fuzz: the table is written whole")
+    if args.fuzz is not None and args.fuzz < 1:
+        parser.error("--fuzz: at least 1")
     from helpers.verifiers import nltk_data, oracle_data
 
     module = importlib.import_module(args.rules.replace("-", "_"))
     with nltk_data(*oracle_data()):
         checks = module.official(args.checkout)
         makers = {id: maker for id, maker in module.MAKERS.items() if args.only in id}
-        if args.fuzz:
+        if not makers:
+            parser.error(f"--only: no type's id holds {args.only!r}")
+        if args.fuzz is not None:
             return int(fuzz(args.rules, checks, makers, args.fuzz) > 0)
-        rows = table(args.rules, checks, makers)
+        rows = table(checks, makers)
     text = "".join(json.dumps(row) + "\n" for row in rows)
     target = DATA / f"{args.rules}_golden.jsonl.gz"
     target.write_bytes(gzip.compress(text.encode(), mtime=0))

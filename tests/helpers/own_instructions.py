@@ -21,3 +21,9 @@ def raises(text: str) -> bool:
 def half(text: str) -> bool:
     """Answers with a number."""
     return 0.5  # type: ignore[return-value]
+
+
+@instruction("my:exits")
+def exits(text: str) -> bool:
+    """Ends its process."""
+    raise SystemExit(0)

@@ -65,8 +65,29 @@ def test_rows_are_matched_by_prompt_or_by_key(tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.json.gz"
     prompts.write_bytes(gzip.compress(json.dumps(PROMPTS).encode()))
     by_key = [{"key": key, "response": text} for key, text in ((3, "a, b"), (1, "a b"), (2, None), (3, "ab"))]
-    scored = score_files(prompts, lines(tmp_path / "responses.jsonl", by_key))
+    by_key.append({"key": 9, "response": "no prompt's"})
+    scored, notes = score_files(prompts, lines(tmp_path / "responses.jsonl", by_key))
     assert [row.strict for row in scored] == [[True, True], [False], [True]]  # the last response to a prompt counts
+    assert notes == ["1 responses match no prompt", "1 responses are to a prompt of another, later one"]
+
+
+def test_columns_of_json_text_and_of_tables(tmp_path: Path) -> None:
+    row = {**PROMPTS[0], "instruction_id_list": json.dumps(PROMPTS[0]["instruction_id_list"])}
+    row["kwargs"] = '[{"num_words": 2.0, "relation": "at least", "keyword": NaN}, null]'
+    scored, notes = score_files(
+        lines(tmp_path / "prompts.jsonl", [row]), lines(tmp_path / "responses.jsonl", RESPONSES[2:])
+    )
+    assert [one.strict for one in scored] == [[True, False]] and notes == []
+
+
+def test_the_answer_that_a_prompt_began_and_think_blocks(tmp_path: Path) -> None:
+    prompt = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Well, "}]
+    asked = [{**PROMPTS[2], "prompt": prompt}, {**PROMPTS[2], "prompt": "Think."}]
+    answers = [{"prompt": prompt, "response": "yes"}, {"prompt": "Think.", "response": "<think>a, b</think>ab"}]
+    files = lines(tmp_path / "prompts.jsonl", asked), lines(tmp_path / "responses.jsonl", answers)
+    assert [row.strict for row in score_files(*files)[0]] == [[False], [False]]
+    scored = score_files(*files, strip_thinking=True)[0]
+    assert [row.strict for row in scored] == [[False], [True]] and scored[0].response == "Well, yes"
 
 
 @pytest.mark.parametrize(
@@ -78,8 +99,11 @@ def test_rows_are_matched_by_prompt_or_by_key(tmp_path: Path) -> None:
             r"responses.jsonl:2: expected prompt \(or key\) and response; got 'prompt'",
         ),
         (lambda p, r: r[0].update(response=5), r"responses.jsonl:1: response: expected text or chat messages, got int"),
-        (lambda p, r: p[1].pop("kwargs"), r"prompts.jsonl:2: expected lists instruction_id_list and kwargs"),
-        (lambda p, r: p[1]["kwargs"].append({}), r"prompts.jsonl:2: expected lists .* of one length"),
+        (lambda p, r: p[1].pop("kwargs"), r"prompts.jsonl:2: .* lists of one length; got 1 and NoneType"),
+        (lambda p, r: p[1]["kwargs"].append({}), r"prompts.jsonl:2: .* lists of one length; got 1 and 2"),
+        (lambda p, r: p[1].update(kwargs="[{"), r"prompts.jsonl:2: .* lists, or JSON text"),
+        (lambda p, r: [p[1].pop(name) for name in ("prompt", "key")], r"prompts.jsonl:2: expected prompt \(or key\)"),
+        (lambda p, r: [x.update(instruction_id_list=[], kwargs=[]) for x in p], "no prompts with constraints"),
         (lambda p, r: p[2].update(instruction_id_list=["punctuation:no_coma"]), r":3: .*nearest: punctuation:no_comma"),
         (lambda p, r: p[0]["kwargs"][0].pop("num_words"), r"prompts.jsonl:1: .*num_words: .*missing"),
         (lambda p, r: p.insert(0, 5), r"prompts.jsonl:1: a row must be a JSON object; got int"),
@@ -100,8 +124,16 @@ def test_wrong_command_lines(files: list[str], capsys: pytest.CaptureFixture, tm
     (tmp_path / "no.jsonl").write_text("{\n")
     assert main(["--prompts", files[1], "--responses", str(tmp_path / "no.jsonl")]) == 2
     assert "no.jsonl:1: no JSON" in capsys.readouterr().err
+    (tmp_path / "cut.gz").write_bytes(gzip.compress(b"x" * 1000)[:-20] + b"x" * 12)
+    assert main(["--prompts", files[1], "--responses", str(tmp_path / "cut.gz")]) == 2
+    assert "cannot be read" in capsys.readouterr().err
     for arguments, message in (
-        (files[:2], "go together"),
+        (files[:2], "--prompts needs --responses"),
+        (files[2:], "--responses needs --prompts"),
+        (["--list", *files], "not allowed with"),
+        (["--get-punkt", "--json"], "--json needs --list or --responses"),
+        (["--rules", "iftrain"], "--rules needs --list or --responses"),
+        ([*files, "--output", str(tmp_path)], "cannot be written"),
         (["--output", "x.json"], "--output needs --responses"),
         ([*files, "--output", str(tmp_path / "none" / "x.json")], "does not exist"),
         ([*files, "--rules", "google"], "invalid choice"),
@@ -151,5 +183,10 @@ def test_own_types_are_scored(tmp_path: Path, capsys: pytest.CaptureFixture) -> 
     command = [sys.executable, "-m", "mdpgrpo_fast.verifiers", "--prompts", prompts, "--responses", responses]
     done = subprocess.run([*command, "--instructions", own, "--json"], capture_output=True, text=True)
     assert done.returncode == 0 and json.loads(done.stdout)["types"]["my:emphasis"]["strict"] == 1, done.stderr
+    rows[0] |= {"instruction_id_list": ["my:exits"], "kwargs": [None]}
+    lines(tmp_path / "prompts.jsonl", rows)
+    done = subprocess.run([*command, "--instructions", own], capture_output=True, text=True)
+    assert done.returncode == 1 and "prompts.jsonl:1: my:exits: the check raised SystemExit: 0" in done.stderr
+    lines(tmp_path / "prompts.jsonl", [{**rows[0], "instruction_id_list": ["my:emphasis"]}])
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "unknown instruction id 'my:emphasis'" in done.stderr

@@ -81,6 +81,14 @@ def test_unknown_id_names_the_nearest() -> None:
         verify("no_comma", "text", {})
     with pytest.raises(UnknownInstructionError):
         validate(["punctuation:no_comma"], {})  # type: ignore[arg-type]
+    for id, rules, said in (
+        ("count:word_count_range", "ifeval", "known under rules 'ifbench'"),
+        ("keywords:palindrom", "ifeval", "nearest: keywords:palindrome, known under rules 'iftrain'"),
+        ("es:length_constraints:number_sentences", "m-ifeval", "left out: its sentences are"),
+        ("?", "ifeval", "--list of mdpgrpo_fast.verifiers names them"),
+    ):
+        with pytest.raises(UnknownInstructionError, match=said):
+            validate(id, {}, rules)
     assert issubclass(UnknownInstructionError, InstructionError) and issubclass(InstructionError, ValueError)
 
 

@@ -1,5 +1,5 @@
 """The instruction types, by rule set; importing this enters them all in `INSTRUCTIONS`."""
 
-from . import ifbench, iftrain, layout, wording
+from . import ifbench, iftrain, layout, m_ifeval, wording
 
-__all__ = ["ifbench", "iftrain", "layout", "wording"]
+__all__ = ["ifbench", "iftrain", "layout", "m_ifeval", "wording"]
