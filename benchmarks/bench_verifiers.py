@@ -176,12 +176,10 @@ def open_instruct(stack: ExitStack) -> Any:
     checkout = os.environ.get("OPEN_INSTRUCT")
     if not checkout:
         raise Unavailable("the environment variable OPEN_INSTRUCT names no checkout of allenai/open-instruct")
-    sys.path.insert(0, checkout)
-    import absl.logging
-    from open_instruct.IFEvalG import instructions_registry
+    sys.path.insert(0, str(ROOT / "tests" / "golden"))
+    import iftrain
 
-    absl.logging.set_verbosity(absl.logging.FATAL)  # it logs every text without a language
-    return dict(instructions_registry.INSTRUCTION_DICT)
+    return iftrain.official(Path(checkout))
 
 
 def official(stack: ExitStack) -> tuple[dict[str, Any], dict[str, str]]:

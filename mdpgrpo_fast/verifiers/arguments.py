@@ -49,6 +49,16 @@ def _count(value: Any, rules: str) -> int:
     return value
 
 
+def _positive(value: Any, rules: str) -> int:
+    try:
+        number = _count(value, rules)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise expected("a whole number from 1", value)
+    return number
+
+
 def _relation(value: Any, rules: str) -> str:
     known = tuple(RELATIONS) if rules == "mdpgrpo" else TWO_RELATIONS
     if value not in known:
@@ -108,6 +118,7 @@ def list_of(kind: Kind) -> Kind:
 
 
 Count = Annotated[int, Kind(_count, "a whole number from 0", 3)]
+Positive = Annotated[int, Kind(_positive, "a whole number from 1", 2)]
 Relation = Annotated[str, Kind(_relation, "a relation, such as 'at least' or 'less than'", "at least")]
 Phrase = Annotated[str, Kind(_phrase, "a text that is not blank", "the end")]
 Request = Annotated[str, Kind(_request, "the request to repeat", "Write a haiku.")]

@@ -197,11 +197,9 @@ def lookup(instruction_id: str, rules: str) -> Instruction:
 
 
 def _nearest(instruction_id: str, rules: str) -> str:
-    names = [name for name, entry in INSTRUCTIONS.items() if rules in entry.rules]
-    for among in (names, list(INSTRUCTIONS)):
-        for name in difflib.get_close_matches(instruction_id, among, n=1):
-            known = "" if among is names else f", known under rules {', '.join(map(repr, INSTRUCTIONS[name].rules))}"
-            return f"nearest: {name}{known}"
+    for name in difflib.get_close_matches(instruction_id, INSTRUCTIONS, n=1, cutoff=0.5):
+        known = INSTRUCTIONS[name].rules
+        return f"nearest: {name}" + ("" if rules in known else f", known under rules {', '.join(map(repr, known))}")
     return "--list of mdpgrpo_fast.verifiers names them, --instructions loads one's own"
 
 

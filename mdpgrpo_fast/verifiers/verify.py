@@ -80,14 +80,15 @@ def _follows(instruction_id: str, texts: list[str], kwargs: Kwargs, rules: str) 
     arguments = clean(entry, kwargs, rules)
     if entry.own:
         return any(_own(entry, text, arguments) for text in texts)
-    try:
-        for text in texts:
+    for text in texts:
+        try:
             if entry.check(text, **arguments):
                 return True
-    except (RecursionError, UnicodeError):
-        # JSON nested too deep, XML with half a surrogate pair: MDP-GRPO counts an error as not followed, whatever
-        # the variants left to try; IFEval stops there, and a trainer must not.
-        pass
+        except (RecursionError, UnicodeError):  # JSON nested too deep, XML with half a surrogate pair
+            # To MDP-GRPO's code the error is the answer, whatever the variants left; to other codes it is the end of a
+            # run, which a response must not be.
+            if rules == "mdpgrpo":
+                return False
     return False
 
 

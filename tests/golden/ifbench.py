@@ -98,7 +98,7 @@ def _quotes(rng: random.Random) -> Case:
 
 @maker("format:options")
 def _options(rng: random.Random) -> Case:
-    banks = "yes/no/maybe|I know or I don't know|a), b), c), d)|red, green, blue|orange, mint|A/B/C| (a) (b) (c), none"
+    banks = "left/right/neither|We go or we don't go|a), b), c)|red, green, blue|orange, mint|A/B/C| (a) (b) (c), none"
     options = one(rng, banks + "|a or b or c|Straße/İzmir/|!!!, 'so', -")
     separator = rng.choice([mark for mark in ("/", "or", ",") if mark in options])
     answer = rng.choice(options.split(separator))

@@ -17,7 +17,7 @@ from label import Case, Maker
 MAKERS: dict[str, Maker] = dict(ifeval.MAKERS)
 PHRASES = (
     "The early bird catches the worm",
-    "Don't judge a book by cover",
+    "Don't look a gift horse in the mouth",
     "Time flies when having fun",
     "Is it you?",
     "bread and butter",

@@ -163,6 +163,8 @@ def hostile(length: int = LONG) -> dict[str, str]:
         "one address": "a" * half + "@" + "b" * half,
         "letters": drawn("abcdefgHIJKLM    ."),
         "marks": drawn(".?! A)\"a'-*\n"),
+        "marks and abbreviations": "".join(rng.choices([")", "''", "..", "U.S. ", "``"], k=length // 2))[:length],
+        "marks beyond ASCII": drawn(". :“é\u0301,"),
         "anything": "".join(chr(rng.randrange(0x110000)) for _ in range(length)),
         "scripts": drawn("ab \u044f\u4e2d\u3042\u30a2\ud55c\u0627\u05d1\u03b1\u0e01\u0915\u0b95\u0d28"),
         "nested JSON": "[" * half + "]" * half,

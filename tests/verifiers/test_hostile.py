@@ -31,6 +31,10 @@ HARD = {
     "detectable_format:json_format": [name for name in HOSTILE if "JSON" in name or "long" in name or name == "keys"],
     "change_case:capital_word_frequency": ["new clitics", "marks", "A'S. ", "''A", "CAN'T ", "letters"],
     "length_constraints:number_sentences": ["I. ", "p. p. ", "new abbreviations", "marks"],
+    **{
+        instruction_id: ["marks and abbreviations", "marks beyond ASCII", "new abbreviations"]
+        for instruction_id in ("ratio:sentence_balance", "words:words_position", "keywords:start_end", "count:pronouns")
+    },
     "language:response_language": ["scripts", "addresses", "one address", "\xe9", "a"],
 }
 

@@ -33,7 +33,7 @@ def test_there_are_30_types_with_arguments_that_they_take() -> None:
     for instruction_id in MINE:
         entry = INSTRUCTIONS[instruction_id]
         validate(instruction_id, entry.example, "ifbench")
-        assert not entry.optional and entry.description.endswith((".", "?", "!", "?)"))
+        assert not entry.optional and entry.description.endswith((".", "?", "!"))
 
 
 # What IFBench's own prompts pass, numbers as floats and each argument of any type as None where it is not this type's.
@@ -47,11 +47,11 @@ AS_IN_THE_DATA = {
     "count:words_japanese": {"N": 29.0},
     "count:keywords_multiple": {f"keyword{n}": word for n, word in enumerate("door bread blue lamp river".split(), 1)},
     "ratio:stop_words": {"percentage": 27.0},
-    "ratio:overlap": {"percentage": 72.0, "reference_text": "Use induction to prove the following claims:\n\n..."},
+    "ratio:overlap": {"percentage": 72.0, "reference_text": "Name the rivers of this valley:\n\n..."},
     "words:repeats": {"small_n": 2.0},
-    "words:keywords_specific_position": {"keyword": "giggle", "m": 33, "n": 22},
-    "words:words_position": {"keyword": "vibrant"},
-    "sentence:keyword": {"N": 8.0, "word": "fleetness"},
+    "words:keywords_specific_position": {"keyword": "lantern", "m": 33, "n": 22},
+    "words:words_position": {"keyword": "copper"},
+    "sentence:keyword": {"N": 8.0, "word": "harbour"},
     "sentence:increment": {"small_n": 4.0},
 }
 ALL_ARGUMENTS = sorted({name for kwargs in AS_IN_THE_DATA.values() for name in kwargs} | {"options", "num_words"})

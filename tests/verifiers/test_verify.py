@@ -228,7 +228,10 @@ def test_an_error_within_a_check_is_not_followed() -> None:
     deep = "[" * 100_000 + "]" * 100_000
     for rules in RULES:
         assert not verify("detectable_format:json_format", deep, {}, rules=rules)
-    # The second variant would pass; MDP-GRPO's checker never reaches it.
+    for rules in RULES:  # the second variant would pass; MDP-GRPO's checker never reaches it
+        late = verify("detectable_format:json_format", deep[:100_000] + "\n{}", {}, rules=rules, mode="loose")
+        assert late == (rules != "mdpgrpo")
+    # The same for XML.
     half_a_pair = "\ud800\n<a>b</a>"
     assert not verify("detectable_format:xml_format", half_a_pair, {}, rules="mdpgrpo", mode="loose")
     assert verify("detectable_format:xml_format", "x\n<a>b</a>", {}, rules="mdpgrpo", mode="loose")

@@ -195,3 +195,9 @@ def _looks_like_xml(text: str) -> bool:
         and text.startswith(name, start + 1)
         and _WORD_EDGE.match(text, after_name) is not None
     )
+
+
+def span_holds_text(text: str, start: int, stop: int) -> None:
+    """Raises ValueError where nothing could be copied from text[start:stop]."""
+    if not text[start:stop].strip():
+        raise ValueError(f"n_start, n_end: prompt_to_repeat holds no text from character {start} to {stop - 1}")

@@ -93,6 +93,11 @@ def ends(text: str, phrase: str) -> bool:
     return (text if _SIGMA in tail else tail).lower().endswith(phrase)
 
 
+def same(text: str, wanted: str) -> bool:
+    """Whether `text` is `wanted`, in any case and between any blanks."""
+    return text.strip().lower() == wanted.strip().lower()
+
+
 def as_word(word: str) -> str:
     """The pattern of `word` between two ends of words."""
     return rf"\b{word}\b"

@@ -7,6 +7,7 @@ form of NLTK's `PunktSentenceTokenizer`, tables apart. NLTK's own code is not ca
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
@@ -64,6 +65,7 @@ class Splitter:
         self._word = re.compile(rf"{many}|{first}(?:{inside}|-(?!-)|{period}|{comma})*|[^{s}]")
         self._closing = re.compile(rf"[\"')\]}}{tables.curly}]+?(?:[{s}]+|(?=--)|$)", re.MULTILINE)
         self._known: dict[str, bool] = {}  # context -> whether it breaks
+        self._ends = functools.lru_cache(_KNOWN)(self._decide)
 
     def spans(self, text: str) -> Iterator[tuple[int, int]]:
         """The (start, stop) of each sentence, found one by one."""
@@ -124,7 +126,8 @@ class Splitter:
                 word = after
         return False
 
-    def _ends(self, word: str, after: str) -> bool:
+    def _decide(self, word: str, after: str) -> bool:
+        """Whether a sentence ends with `word`, which `after` follows."""
         if word[-1] != ".":
             return word in ("?", "!")
         dots = word[-2:] == ".."

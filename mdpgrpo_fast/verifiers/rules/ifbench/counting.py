@@ -12,17 +12,12 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-from ...arguments import Count, Phrase
-from ...registry import instruction
+from ...arguments import Count, Phrase, Positive
 from ...text import sentences, words
 from ...text.scan import up_to
-from .kinds import Ordinal, Percentage
+from .kinds import MARKS, Percentage, ifbench
 from .tables import CONJUNCTIONS, NAMES, PRONOUNS, STOP_WORDS
 
-ifbench = functools.partial(instruction, rules=("ifbench",))
-
-# What the official code strips from words and texts.
-MARKS = string.punctuation + " "
 _WORD = re.compile(r"\w+")
 # IFBench drops punctuation before it counts, so that 1,000 is one number.
 _NUMBER = re.compile(rf"\d[\d{re.escape(string.punctuation)}]*")
@@ -89,7 +84,7 @@ def pronouns(text: str, N: Count) -> bool:
 
 
 @ifbench("count:words_japanese", examples={"N": 5})
-def words_japanese(text: str, N: Ordinal) -> bool:
+def words_japanese(text: str, N: Positive) -> bool:
     """Every `N`-th word is in Japanese, or a number."""
     return all(map(_is_japanese, set(text.split()[N - 1 :: N])))
 

@@ -16,7 +16,9 @@ from typing import Any
 
 from ...arguments import Count, Request
 from ...text import sentences
-from .counting import MARKS, ifbench
+from ...text.patterns import same
+from ..layout import span_holds_text
+from .kinds import MARKS, ifbench
 from .tables import WITHOUT_PUNCTUATION
 
 _DIGITS = re.compile(r"\d+")
@@ -200,12 +202,10 @@ def repeat_instruction(text: str) -> bool:
 
 
 def _span_holds_text(arguments: Mapping[str, Any]) -> None:
-    start, end = arguments["n_start"], arguments["n_end"]
-    if not arguments["prompt_to_repeat"][start : end + 1].strip():
-        raise ValueError(f"n_start, n_end: prompt_to_repeat holds no text from character {start} to {end}")
+    span_holds_text(arguments["prompt_to_repeat"], arguments["n_start"], arguments["n_end"] + 1)
 
 
 @ifbench("repeat:repeat_span", agree=_span_holds_text, examples={"n_start": 0, "n_end": 4})
 def repeat_span(text: str, prompt_to_repeat: Request, n_start: Count, n_end: Count) -> bool:
     """The characters `n_start` to `n_end` (from 0, both included) of `prompt_to_repeat`, and nothing else."""
-    return text.strip().lower() == prompt_to_repeat[n_start : n_end + 1].strip().lower()
+    return same(text, prompt_to_repeat[n_start : n_end + 1])

@@ -13,7 +13,7 @@ from itertools import pairwise
 from ...arguments import Phrase
 from ...registry import package
 from ...text import sentences, words
-from .counting import MARKS, ifbench
+from .kinds import MARKS, ifbench
 from .tables import WITHOUT_PUNCTUATION
 
 _CLOSES = {")": "(", "]": "[", "}": "{"}

@@ -1,22 +1,18 @@
-"""Arguments that only IFBench's types take."""
+"""How IFBench's types are entered, and what they share."""
 
 from __future__ import annotations
 
+import functools
+import string
 from typing import Annotated, Any
 
-from ...arguments import Count, Kind, expected, kind_of
+from ...arguments import Kind, expected
+from ...registry import instruction
 
-_COUNT = kind_of(Count)
+ifbench = functools.partial(instruction, rules=("ifbench",))
 
-
-def _ordinal(value: Any, rules: str) -> int:
-    try:
-        number = _COUNT.parse(value, rules)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise expected("a whole number from 1", value)
-    return number
+# What the official code strips from words and texts.
+MARKS = string.punctuation + " "
 
 
 def _percentage(value: Any, rules: str) -> float:
@@ -25,5 +21,4 @@ def _percentage(value: Any, rules: str) -> float:
     return value
 
 
-Ordinal = Annotated[int, Kind(_ordinal, "a whole number from 1", 2)]
 Percentage = Annotated[float, Kind(_percentage, "a number from 0 to 100", 50)]

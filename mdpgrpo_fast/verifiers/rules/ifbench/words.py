@@ -13,13 +13,12 @@ from collections.abc import Iterator
 from itertools import groupby, islice, pairwise
 from typing import Any
 
-from ...arguments import Count, Phrase
+from ...arguments import Count, Phrase, Positive
 from ...registry import MissingRequirementError, package
 from ...text import sentences
 from ...text.scan import up_to
 from ...text.words import first_tokens, tokens
-from .counting import MARKS, ifbench
-from .kinds import Ordinal
+from .kinds import MARKS, ifbench
 from .tables import WITHOUT_PUNCTUATION
 
 _CLUSTER = re.compile("[b-df-hj-np-tv-z]{2}")
@@ -172,7 +171,7 @@ def no_consecutive(text: str) -> bool:
 
 
 @ifbench("words:keywords_specific_position", examples={"keyword": "river"})
-def keyword_at(text: str, keyword: Phrase, n: Ordinal, m: Ordinal) -> bool:
+def keyword_at(text: str, keyword: Phrase, n: Positive, m: Positive) -> bool:
     """`keyword` is the `m`-th word of the `n`-th sentence."""
     sentence = _nth_sentence(text, n)
     if sentence is None:
@@ -193,7 +192,7 @@ def words_position(text: str, keyword: Phrase) -> bool:
 
 @ifbench("sentence:alliteration_increment")
 def alliteration_increment(text: str) -> bool:
-    """More words in each sentence than in the one before start as their neighbour does."""
+    """In each sentence, more words than in the one before begin with the same character as a neighbour."""
     return all(before < after for before, after in pairwise(map(_alliterating, _each_sentence(text))))
 
 
@@ -205,7 +204,7 @@ def _alliterating(sentence: str) -> int:
 
 
 @ifbench("sentence:keyword", examples={"word": "river"})
-def sentence_keyword(text: str, word: Phrase, N: Ordinal) -> bool:
+def sentence_keyword(text: str, word: Phrase, N: Positive) -> bool:
     """The `N`-th sentence holds `word`."""
     sentence = _nth_sentence(text, N)
     return sentence is not None and re.search(rf"\b{re.escape(word)}\b", sentence, re.IGNORECASE) is not None

@@ -9,11 +9,11 @@ import re
 import string
 from collections import Counter
 
-from ...arguments import RELATIONS, Count, Letter, Relation
+from ...arguments import RELATIONS, Count, Letter, Positive, Relation
 from ...text import words
 from ...text.scan import up_to
 from ..wording import letter_frequency
-from .kinds import Number, iftrain
+from .kinds import iftrain
 from .sentences import split
 
 _LOWERCASE = re.compile(r"(?<!\w)[a-z]+(?!\w)")
@@ -22,13 +22,13 @@ _DIVIDER = re.compile(r"\s?\*\*\*\s?")
 
 
 @iftrain("count:lowercase_counting")
-def lowercase_words(text: str, N: Number) -> bool:
+def lowercase_words(text: str, N: Positive) -> bool:
     """At most `N` words in lower-case letters from a to z."""
     return up_to(N + 1, _LOWERCASE.finditer(text)) <= N
 
 
 @iftrain("letters:letter_counting")
-def letters(text: str, N: Number, relation: Relation) -> bool:
+def letters(text: str, N: Positive, relation: Relation) -> bool:
     """`relation` `N` letters from a to z, in either case."""
     return RELATIONS[relation](len(text.encode("ascii", "ignore").translate(None, _NO_LETTERS)), N)
 
@@ -40,7 +40,7 @@ def one_letter(text: str, letter: Letter, let_frequency: Count, let_relation: Re
 
 
 @iftrain("count:counting_composition")
-def composition(text: str, n_sent: Number, n_words: Number) -> bool:
+def composition(text: str, n_sent: Positive, n_words: Positive) -> bool:
     """Three paragraphs, divided by ***, of `n_sent` sentences each, of `n_words` words each."""
     paragraphs = _DIVIDER.split(text, maxsplit=3)
     return len(paragraphs) == 3 and all(_composed(paragraph, n_sent, n_words) for paragraph in paragraphs)

@@ -27,7 +27,7 @@ def square_brackets(text: str) -> bool:
 
 @iftrain("detectable_format:bigram_wrapping")
 def bigram_wrapping(text: str) -> bool:
-    """Every two words stand in double angle brackets: <<of joy>>."""
+    """Every two words, but for a last one alone, stand in double angle brackets: <<of joy>>."""
     words = text.split()
     return all(
         one.startswith("<<") and other.endswith(">>") for one, other in zip(words[::2], words[1::2], strict=False)

@@ -7,25 +7,14 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from ...arguments import Count, Kind, Pattern, Phrase, expected, kind_of
+from ...arguments import Kind, Pattern, Phrase, kind_of
 from ...registry import instruction
 from ...text.patterns import compiled
 
 iftrain = functools.partial(instruction, rules=("iftrain",))
 
-_COUNT, _PHRASE, _PATTERN = kind_of(Count), kind_of(Phrase), kind_of(Pattern)
+_PHRASE, _PATTERN = kind_of(Phrase), kind_of(Pattern)
 _ESCAPED = re.compile(r"\\[^\w\s]")
-
-
-def _number(value: Any, rules: str) -> int:
-    # 0 is refused: the original draws a number of its own in place of 0 and of none.
-    try:
-        number: int = _COUNT.parse(value, rules)
-    except ValueError:
-        number = 0
-    if not number:
-        raise expected("a whole number from 1", value)
-    return number
 
 
 def _word(value: Any, rules: str) -> str:
@@ -47,6 +36,5 @@ def _repeated(value: Any, rules: str) -> str:
     return value
 
 
-Number = Annotated[int, Kind(_number, "a whole number from 1", 2)]
 Word = Annotated[str, Kind(_word, "a word, or a list whose first item counts", "island")]
 Repeated = Annotated[str, Kind(_repeated, "a phrase to repeat", "Every cloud has a silver lining")]

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-from ...arguments import Count, Pattern, Phrase, Relation
+from ...arguments import Count, Pattern, Phrase, Positive, Relation
 from ...text import words as nltk_words
 from ...text.patterns import Folded, compiles
 from ..wording import keyword_frequency
-from .kinds import Number, Word, iftrain
+from .kinds import Word, iftrain
 from .sentences import split
 
 _NO_WORD = re.compile(r"[^\w\s]")
@@ -49,12 +49,12 @@ def count_increment_word(text: str, keyword1: Pattern, keyword2: Pattern) -> boo
 
 @iftrain("keywords:exclude_word_harder", examples={"keyword": "island"})
 def exclude_word(text: str, keyword: Phrase, instruction: str = "") -> bool:
-    """`keyword` does not stand between two blanks (`instruction` is not read)."""
+    """`keyword` does not stand between two spaces (`instruction` is not read)."""
     return f" {keyword.strip()} " not in text
 
 
 @iftrain("keywords:keyword_specific_position")
-def keyword_position(text: str, keyword: Word, n: Number, m: Number) -> bool:
+def keyword_position(text: str, keyword: Word, n: Positive, m: Positive) -> bool:
     """The `m`-th word of the `n`-th sentence is `keyword`."""
     sentences, keyword = split(text), keyword.strip()
     if len(sentences) < n or (keyword not in sentences[n - 1] and not any(quote in keyword for quote in _QUOTES)):
@@ -65,7 +65,7 @@ def keyword_position(text: str, keyword: Word, n: Number, m: Number) -> bool:
 
 @iftrain("keywords:palindrome")
 def palindrome(text: str) -> bool:
-    """A word that reads the same backwards; one character is such a word."""
+    """A word reads the same backwards, such as level; one character is such a word."""
     return any(word[0] == word[-1] and word == word[::-1] for word in text.split())
 
 
@@ -81,7 +81,7 @@ def start_end(text: str) -> bool:
 
 @iftrain("keywords:no_adjacent_consecutive")
 def no_adjacent_consecutive(text: str) -> bool:
-    """No two words side by side begin with letters that follow each other in the alphabet."""
+    """No word begins with the letter that follows, in the alphabet, the first letter of the word before."""
     letters = [word[0].lower() for word in text.split()]
     # A dotted capital I has two characters in lower case, which the original cannot compare.
     return all(len(one + other) == 2 and ord(other) - ord(one) != 1 for one, other in pairwise(letters))

@@ -6,6 +6,6 @@ from . import french, japanese, shared, spanish
 __all__ = ["french", "japanese", "shared", "spanish"]
 
 LEFT_OUT["es:length_constraints:number_sentences"] = (
-    "its sentences are those of spaCy's trained models es_core_news_sm and xx_sent_ud_sm 3.7, which pip does not find by"
-    " name"
+    "its sentences are those of spaCy's trained models es_core_news_sm and xx_sent_ud_sm 3.7, which pip does not find"
+    " by name"
 )
