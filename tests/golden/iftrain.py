@@ -88,7 +88,7 @@ def _copies(rng: random.Random) -> Case:
 def _span(rng: random.Random) -> Case:
     prompt = rng.choice(SENTENCES)
     start = rng.randrange(1, len(prompt) - 4)
-    end = rng.randint(start + 1, len(prompt) + 1)
+    end = rng.randint(start + 1 + prompt[start].isspace(), len(prompt) + 1)  # a blank alone is refused
     off = rng.choice(((0, 0), (0, 0), (0, 0), (0, 0), (0, 0), (0, 1), (1, 0), (0, -1)))
     copy = _copied(rng, prompt[start + off[0] : end + off[1]])
     return Case({"prompt_to_repeat": prompt, "n_start": start, "n_end": end}, copy)
