@@ -11,6 +11,7 @@ import functools
 import re
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import ModuleType
 
 from .scan import blanks
@@ -117,14 +118,14 @@ class Splitter:
             ends = self._ends(first[0], second[0])
             if ends or second.end() == len(context):
                 return ends
-        word = ""
-        for line in context.split("\n"):
-            for found in self._word.finditer(line) if line.strip() else ():
-                after = found[0]
-                if word and word[-1] in ".?!" and self._ends(word, after):
-                    return True
-                word = after
+        words = self._word.findall(context) if "\n" not in context else self._words(context)
+        for word, after in pairwise(words):  # noqa: SIM110  a generator takes a fifth longer
+            if word[-1] in ".?!" and self._ends(word, after):
+                return True
         return False
+
+    def _words(self, context: str) -> list[str]:
+        return [word for line in context.split("\n") if line.strip() for word in self._word.findall(line)]
 
     def _decide(self, word: str, after: str) -> bool:
         """Whether a sentence ends with `word`, which `after` follows."""

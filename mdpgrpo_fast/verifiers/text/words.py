@@ -19,7 +19,7 @@ _ASCII_WORD = re.compile(r"\w+", re.ASCII)
 # them is looked up behind them.
 _OPENING_QUOTE = re.compile(r"\"(?<=[ (\[{<]\")|''(?<=[ (\[{<]'')")
 _FINAL_PERIOD = re.compile(r"\.(?<=[^.\n]\.)(?=[\])}>\"'»”’ ]*\n)")
-_DOTS = re.compile(r"\.\.+")
+_DOTS = re.compile(r"(\.\.+)")
 _MARKS = re.compile(r"[:,][:,]+")
 _CLOSING_APOSTROPHE = re.compile(r"' (?<!'' )")
 
@@ -97,7 +97,7 @@ def _rules(is_ascii: bool) -> _Rules:
     contractions = [*Nltks.CONTRACTIONS2, *Nltks.CONTRACTIONS3]
     return _Rules(
         part_apostrophes=functools.partial(
-            engine.compile(rule.pattern.replace(r"(?<!\w)(\')", r"(\')(?<!\w')")).sub, replacement
+            engine.compile(rule.pattern.replace(r"(?<!\w)(\')", r"(\')(?<!\w')")).sub, replacement.replace(r"\1", "'")
         ),
         single_marks={mark: engine.compile(rf"{mark}(?<![:,]{mark})(?=[^\d:,])") for mark in ",:"},
         digit=engine.compile(r"\d"),
@@ -126,7 +126,7 @@ def _part_punctuation(text: str, rules: _Rules) -> str:
             text = single.sub(f" {mark} ", text)
     text = _MARKS.sub(functools.partial(_part_marks, rules.digit), text)
     if ".." in text:
-        text = _DOTS.sub(r" \g<0> ", text)
+        text = " ".join(_DOTS.split(text))
     text = _part(text, ";@#$%&?!" + rules.dashes)
     if "'" in text:
         text = _CLOSING_APOSTROPHE.sub(" ' ", text)
