@@ -42,9 +42,14 @@ def _rule_sets(rows: list[dict[str, Any]]) -> list[str]:
             [row["long_ms"]["prose"] for row in own],
             [row["long_ms"]["hostile"] for row in own],
         )
-        cells = [f"{statistics.median(column):.3g}, {max(column):.3g}" for column in columns]
+        cells = [f"{_short(statistics.median(column))}, {_short(max(column))}" for column in columns]
         lines.append(f"| `{rules}`, {len(own)} | {' | '.join(cells)} |")
     return lines
+
+
+def _short(value: float) -> str:
+    """Three digits."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _types(rows: list[dict[str, Any]]) -> list[str]:
@@ -54,11 +59,11 @@ def _types(rows: list[dict[str, Any]]) -> list[str]:
     ]
     for row in rows:
         times = row["strict"].get("x", {})
-        peers = [f"{times[name]:.3g}" if name in times else "–" for name in ("lm_eval", "open_instruct")]
+        peers = [_short(times[name]) if name in times else "–" for name in ("lm_eval", "open_instruct")]
         long = row["long_ms"]
         text = long["hostile_text"].replace("|", "\\|")
         lines.append(
-            f"| `{row['type']}` | {1e3 * row['strict']['ms']['ours']:.3g} | {' | '.join(peers)} | {long['prose']:.3g} "
-            f"| {long['hostile']:.3g} | `{text}` |"
+            f"| `{row['type']}` | {_short(1e3 * row['strict']['ms']['ours'])} | {' | '.join(peers)} | {_short(long['prose'])} "
+            f"| {_short(long['hostile'])} | `{text}` |"
         )
     return lines

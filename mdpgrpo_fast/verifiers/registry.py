@@ -61,6 +61,11 @@ class Instruction:
     own: bool = True
     known: dict[bytes, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)
 
+    @functools.cached_property
+    def bare(self) -> bool:
+        """Whether the check takes nothing but the text, and needs nothing."""
+        return not (self.arguments or self.agree or self.needs or self.takes_rules)
+
     @property
     def description(self) -> str:
         """The first line of the check's docstring."""
@@ -209,6 +214,8 @@ def clean(entry: Instruction, kwargs: Mapping[str, Any] | None, rules: str) -> d
     Training asks for the same arguments hundreds of times, so those of the library's types are remembered; no check
     may change them. Raises ArgumentError, which names the instruction and the argument, and MissingRequirementError.
     """
+    if entry.bare and (kwargs is None or kwargs == {}):
+        return {}
     asked: Any = kwargs, rules
     try:
         key = marshal.dumps(asked, 2)  # which tells 1 from 1.0 and True
