@@ -62,8 +62,7 @@ def _types(rows: list[dict[str, Any]]) -> list[str]:
         peers = [_short(times[name]) if name in times else "–" for name in ("lm_eval", "open_instruct")]
         long = row["long_ms"]
         text = long["hostile_text"].replace("|", "\\|")
-        lines.append(
-            f"| `{row['type']}` | {_short(1e3 * row['strict']['ms']['ours'])} | {' | '.join(peers)} | {_short(long['prose'])} "
-            f"| {_short(long['hostile'])} | `{text}` |"
-        )
+        cells = [1e3 * row["strict"]["ms"]["ours"], *peers, long["prose"], long["hostile"]]
+        shown = " | ".join(cell if isinstance(cell, str) else _short(cell) for cell in cells)
+        lines.append(f"| `{row['type']}` | {shown} | `{text}` |")
     return lines
