@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
-import importlib.metadata
 import json
 import os
 import random
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import ROOT, Unavailable, provenance, short, write_json
+from harness import ROOT, Unavailable, installed, provenance, short, write_json
 
 sys.path.insert(0, str(ROOT / "tests"))
 
@@ -233,16 +232,6 @@ def said(row: dict[str, Any]) -> str:
     )
 
 
-def versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
@@ -263,7 +252,7 @@ def main(argv: list[str] | None = None) -> int:
                 rows.append(measure(instruction_id, rules, peers, args.seconds))
                 print(said(rows[-1]), flush=True)
     document = provenance(f"python benchmarks/bench_verifiers.py --output {args.output}")
-    document["versions"] |= versions()
+    document["versions"] |= installed(PACKAGES)
     document["not_measured"] = missing
     document |= {"characters": {"long": LONG, "many": CHARACTERS}, "types": rows}
     write_json(args.output, document)

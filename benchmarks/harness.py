@@ -22,7 +22,7 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,14 +121,20 @@ def machine() -> str:
     )
 
 
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "mdpgrpo_fast": mdpgrpo_fast.__version__}
-    for name in PACKAGES:
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """Their versions."""
+    found = {}
+    for name in packages:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+def versions() -> dict[str, str]:
+    ours = {"python": platform.python_version(), "mdpgrpo_fast": mdpgrpo_fast.__version__}
+    return ours | installed(PACKAGES)
 
 
 def provenance(command: str) -> dict[str, Any]:
