@@ -25,8 +25,8 @@ def section() -> str:
             "Strict. Short: `verify_all` on up to 10,000 responses of 1,000 characters. Long: 200,000 characters, of "
             "prose and of the hostile text that takes longest. “×” is a peer's time over ours on the short ones, in "
             "turn; all verdicts compared were the same. Below 1 a check is a line or two, and what a call of "
-            "`verify_all` takes by itself decides. What langdetect said of a text is not remembered from one call to the "
-            f"next here. {step_table.source(document)}; {document['machine']}; {versions}.",
+            "`verify_all` takes by itself decides. What langdetect said of a text is not remembered from one call to "
+            f"the next here. {step_table.source(document)}; {document['machine']}; {versions}.",
         ]
     )
 

@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 
 from .arguments import Kind, kind_of, whole_mapping
 
+_NOTHING: dict[str, Any] = {}
 _NO_PARAMETER = inspect.Parameter("rules", inspect.Parameter.KEYWORD_ONLY)
 _PACKAGE = str(Path(__file__).resolve().parent)
 RULES = ("ifeval", "mdpgrpo", "iftrain", "ifbench", "m-ifeval")
@@ -215,7 +216,7 @@ def clean(entry: Instruction, kwargs: Mapping[str, Any] | None, rules: str) -> d
     may change them. Raises ArgumentError, which names the instruction and the argument, and MissingRequirementError.
     """
     if entry.bare and (kwargs is None or kwargs == {}):
-        return {}
+        return _NOTHING
     asked: Any = kwargs, rules
     try:
         key = marshal.dumps(asked, 2)  # which tells 1 from 1.0 and True
