@@ -205,7 +205,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             result = run(config)
         except RewardError as e:
-            print(e.trace, f"error: {e}", sep="\n", file=sys.stderr)
+            print(*filter(None, [e.trace, f"error: {e}"]), sep="\n", file=sys.stderr)
             return 1
         for note in result["notes"]:
             print(f"note: {note}", file=sys.stderr)

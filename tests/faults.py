@@ -264,7 +264,7 @@ FAULTS = [
     verifiers("engine_of(tokenizer._regexp).compile", "re.compile", "tokens or alphanumeric or scripts"),
     verifiers("SystemExit) as error:\n        raise CheckError", "OSError) as error:\n        raise CheckError",
               "check_that_fails"),
-    verifiers("if not (registered or (known and own_types())):", "if False:", "cannot_be_loaded"),
+    verifiers("if not (registered or (known and any(", "if False and not ((any(", "cannot_be_loaded"),
     verifiers("os.path.abspath(name) if name", "name if name", "training_file"),
     verifiers("if not isinstance(follows, bool):", "if False:", "check_that_fails"),
     verifiers("sum(all(row) for _, row in counted)", "sum(any(row) for _, row in counted)", "accuracies"),

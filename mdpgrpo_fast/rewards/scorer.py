@@ -122,6 +122,7 @@ class Scorer:
         self.weights = list(weights) if weights is not None else [1.0] * len(found)
         self.call_timeout = timeout or CALL_TIMEOUT
         self.drop_bad = on_bad_reward == "drop"
+        self._causes: set[str] = set()  # for which constraints could not be checked, each said once
         self.unchecked, self.unchecked_reason = 0, ""  # of `verify`: how many, and why the first
         self.state = TrainerState()  # the trainer keeps it up to date
         self.specs = [r.spec for r in found if r.isolated]
@@ -187,8 +188,8 @@ class Scorer:
             )
 
     def try_own_types(self, examples: Sequence[Example]) -> None:
-        """Asks each instruction type of one's own that the examples have about two sample completions. Raises
-        RewardError where it answers neither."""
+        """Asks each instruction type of one's own about two sample completions, with the first arguments that the
+        examples have. Raises RewardError where it answers neither."""
         first: dict[str, Example] = {}
         for example in examples:
             for instruction_id, kwargs in zip(example.instruction_ids, example.kwargs, strict=True):
@@ -200,7 +201,9 @@ class Scorer:
             jobs = [Job(example, sample, sample) for sample in SAMPLES]
             found = self._workers.collect(self._workers.start_verifying(jobs, "strict"))
             if all(isinstance(f, Failure) for f in found):
-                raise RewardError(f"{found[0].reason}; it was tried on two sample texts", found[0].trace)
+                raise RewardError(
+                    f"{found[0].reason}; it was tried on two sample texts (training: --no-reward-check)", found[0].trace
+                )
 
     def __call__(
         self,
@@ -292,8 +295,7 @@ class Scorer:
             values = [verdict if r.function is None else v for r, v in zip(self.rewards, values, strict=True)]
         elif verdict is not None:
             satisfied, isolated = verdict.satisfied, iter(verdict.values)
-            if isinstance(verdict.constraint_reward, Failure) and CONSTRAINTS not in self.names:
-                say_once(logging.WARNING, f"constraints that cannot be checked: {verdict.constraint_reward.reason}")
+            self._say_unchecked(verdict.constraint_reward)
             for name, logged in verdict.metrics.items():
                 self.metrics.setdefault(name, []).extend(logged)
             extra = {**extra, **{k: v[0] for k, v in verdict.extra.items() if len(v) == 1}}
@@ -319,6 +321,13 @@ class Scorer:
             return score(f"no reward applies: all gave None for {pair}")
         total = sum(w * v for w, v in zip(self.weights, parts.values(), strict=True) if v is not None)
         return replace(score(), total=total)
+
+    def _say_unchecked(self, reward: float | Failure | None) -> None:
+        """Where no reward loses its sample by it, that constraints cannot be checked would be lost in silence."""
+        if not isinstance(reward, Failure) or CONSTRAINTS in self.names or reward.cause in self._causes:
+            return
+        self._causes.add(reward.cause)
+        say_once(logging.WARNING, f"constraints that cannot be checked: {reward.reason}")
 
 
 def _limited(call: Callable[[], Any], seconds: float) -> Any:

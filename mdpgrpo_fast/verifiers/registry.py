@@ -121,7 +121,7 @@ def instruction(
         text, *parameters = inspect.signature(check).parameters.values() or [_NO_PARAMETER]
         if text.name == "rules" or text.kind not in (text.POSITIONAL_ONLY, text.POSITIONAL_OR_KEYWORD):
             raise TypeError(f"{id}: the first parameter must take the response")
-        arguments = {p.name: _kind(id, p, hints.get(p.name)) for p in parameters if p.name != "rules"}
+        arguments = {p.name: _kind(id, p, hints.get(p.name), rules[0]) for p in parameters if p.name != "rules"}
         for name, value in (examples or {}).items():
             arguments[name] = arguments[name]._replace(example=value)
         INSTRUCTIONS[id] = Instruction(
@@ -140,22 +140,22 @@ def instruction(
     return enter
 
 
-def _kind(id: str, parameter: inspect.Parameter, annotation: Any) -> Kind:
+def _kind(id: str, parameter: inspect.Parameter, annotation: Any, rules: str) -> Kind:
     """The kind of a check's parameter. Raises TypeError where it has none, or its default is not of it."""
     if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
         raise TypeError(f"{id}: parameter {parameter.name!r} cannot be passed by its name")
     try:
         kind = kind_of(annotation)
         if parameter.default is not parameter.empty and parameter.default is not None:
-            kind.parse(parameter.default, RULES[0])
+            kind.parse(parameter.default, rules)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{id}: parameter {parameter.name!r}: {error}") from None
     return kind
 
 
-def _home(check: Callable[..., bool]) -> tuple[str, str]:
+def _home(check: Callable[..., bool]) -> tuple[str, int]:
     """Where a function stands: a module may be loaded twice, under two names."""
-    return check.__code__.co_filename, check.__qualname__
+    return check.__code__.co_filename, check.__code__.co_firstlineno
 
 
 def said(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..config import ConfigError
 from .registry import CheckError, check_rules
-from .verify import last_answer, opening_of, validate, verify_all
+from .verify import THINK_TAGS, answer_of, last_answer, opening_of, validate, verify_all
 
 Verdicts = Sequence[Sequence[bool]]
 
@@ -106,10 +106,10 @@ def score_files(
         if "response" not in row or not ("prompt" in row or "key" in row):
             raise ConfigError(f"{where}: expected prompt (or key) and response; got {_names(row)}")
         try:
-            last_answer(row["response"] or "")
+            last_answer("" if row["response"] is None else row["response"])
         except (TypeError, ValueError) as error:
             raise ConfigError(f"{where}: {error}") from None
-        given[_name(row)] = row["response"] or ""
+        given[_name(row)] = "" if row["response"] is None else row["response"]
     by_key = bool(given) and all(name.startswith("key ") for name in given)
     scored, used = [], set()
     for where, row in _rows(Path(prompts)):
@@ -120,21 +120,16 @@ def score_files(
         if name not in given:
             raise ConfigError(f"{responses}: no response to {where}, {name[:80]}")
         used.add(name)
-        response = given[name]
-        if isinstance(response, str):
-            response = opening_of(row.get("prompt")) + response
         try:
+            text = _scored_text(row.get("prompt"), given[name], strip_thinking)
             for instruction_id, arguments in zip(ids, kwargs, strict=True):
                 validate(instruction_id, arguments, rules)
-            strict, loose = (
-                verify_all(ids, response, kwargs, mode=mode, rules=rules, strip_thinking=strip_thinking)
-                for mode in ("strict", "loose")
-            )
-        except ValueError as error:
+            strict, loose = (verify_all(ids, text, kwargs, mode=mode, rules=rules) for mode in ("strict", "loose"))
+        except (TypeError, ValueError) as error:
             raise ConfigError(f"{where}: {error}") from None
         except CheckError as error:
             raise CheckError(f"{where}: {error}") from error.__cause__
-        scored.append(Scored(row.get("key"), row.get("prompt"), last_answer(response), ids, strict, loose))
+        scored.append(Scored(row.get("key"), row.get("prompt"), text, ids, strict, loose))
     if not any(row.instruction_ids for row in scored):
         raise ConfigError(f"{prompts} holds no prompts with constraints: there is nothing to check")
     left = {
@@ -142,6 +137,21 @@ def score_files(
         "are to a prompt of another, later one": len(answers) - len(given),
     }
     return scored, [f"{number} responses {why}" for why, number in left.items() if number]
+
+
+def _scored_text(prompt: Any, response: Any, strip_thinking: bool) -> str:
+    """The answer that a prompt began and a response went on with; of a chat, the last one."""
+    text = last_answer(response)
+    if strip_thinking:
+        opened = isinstance(prompt, list) and _opens_block(prompt)
+        text = answer_of(text, opened)
+    return opening_of(prompt) + text if isinstance(response, str) else text
+
+
+def _opens_block(prompt: list[Any]) -> bool:
+    """Whether the last message ends inside a think block."""
+    last = str(prompt[-1].get("content") or "") if prompt and isinstance(prompt[-1], dict) else ""
+    return last.rstrip().endswith(tuple(tag for tag, _ in THINK_TAGS))
 
 
 def _constraints(row: dict[str, Any], where: str) -> tuple[list[Any], list[Any]]:

@@ -83,11 +83,9 @@ def variants(response: str) -> list[str]:
 
 
 def official_answer(check: Any, kwargs: dict[str, Any], response: str) -> dict[str, bool]:
-    """What the official class `check` answers, strictly and loosely."""
-    instruction = check("")
-    instruction.build_description(**kwargs)
+    """What the official class `check` answers, strictly and loosely, by an object of its own each."""
 
-    def follows(text: str) -> bool:
+    def follows(instruction: Any, text: str) -> bool:
         if not text.strip():
             return False
         try:
@@ -95,7 +93,11 @@ def official_answer(check: Any, kwargs: dict[str, Any], response: str) -> dict[s
         except Exception:
             return False
 
-    return {"strict": follows(response), "loose": any(map(follows, variants(response)))}
+    objects = [check(""), check("")]
+    for instruction in objects:
+        instruction.build_description(**kwargs)
+    loose = any(follows(objects[1], text) for text in variants(response))
+    return {"strict": follows(objects[0], response), "loose": loose}
 
 
 def cases(maker: Maker, seed: str) -> Iterator[Case]:

@@ -94,6 +94,16 @@ def test_wrong_registrations_are_refused() -> None:
         def comma(text: str) -> bool:
             return True
 
+    with pytest.raises(ValueError, match="'my:twice' is taken"):
+
+        @instruction("my:twice")
+        def once(text: str) -> bool:
+            return True
+
+        @instruction("my:twice")
+        def once(text: str) -> bool:  # type: ignore[no-redef]  # noqa: F811
+            return False
+
     with pytest.raises(TypeError, match="my:type: parameter 'n': expected int, float"):
 
         @instruction("my:type")
@@ -228,7 +238,8 @@ def test_a_check_that_fails_is_found_before_a_run(
         assert scores[0].total == 1 and scores[1].total is None and error in str(scores[1].problem)
     with Scorer(["helpers.rewards:length"], instructions=[OWN], workers=1) as scorer:
         assert scorer(examples, ["text", "text"])[1].total == 4
-    assert f"constraints that cannot be checked: my:{how}" in caplog.text
+        scorer(examples, ["other", "texts"])
+    assert caplog.text.count(f"constraints that cannot be checked: my:{how}") == 1
     evaluate = ["--model", str(tmp_path / "none"), "--file", path, "--instructions", OWN, "--workers", "1"]
     assert evaluate_main(evaluate) == 1  # before it looks for a model
     assert f"error: my:{how}: the check raised {error}" in capsys.readouterr().err

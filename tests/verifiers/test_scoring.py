@@ -87,7 +87,15 @@ def test_the_answer_that_a_prompt_began_and_think_blocks(tmp_path: Path) -> None
     files = lines(tmp_path / "prompts.jsonl", asked), lines(tmp_path / "responses.jsonl", answers)
     assert [row.strict for row in score_files(*files)[0]] == [[False], [False]]
     scored = score_files(*files, strip_thinking=True)[0]
-    assert [row.strict for row in scored] == [[False], [True]] and scored[0].response == "Well, yes"
+    assert [row.strict for row in scored] == [[False], [True]]
+    assert [row.response for row in scored] == ["Well, yes", "ab"]
+    answers[0]["response"] = "<think>x</think>ok"  # what the prompt began stays
+    files = files[0], lines(tmp_path / "responses.jsonl", answers)
+    assert score_files(*files, strip_thinking=True)[0][0].response == "Well, ok"
+    asked[0]["prompt"] = answers[0]["prompt"] = [prompt[0], {"role": "assistant", "content": "<think>"}]
+    answers[0]["response"] = "a thought without an end"
+    files = lines(tmp_path / "prompts.jsonl", asked), lines(tmp_path / "responses.jsonl", answers)
+    assert score_files(*files, strip_thinking=True)[0][0].response == ""
 
 
 @pytest.mark.parametrize(
@@ -99,6 +107,12 @@ def test_the_answer_that_a_prompt_began_and_think_blocks(tmp_path: Path) -> None
             r"responses.jsonl:2: expected prompt \(or key\) and response; got 'prompt'",
         ),
         (lambda p, r: r[0].update(response=5), r"responses.jsonl:1: response: expected text or chat messages, got int"),
+        (lambda p, r: r[0].update(response=0), r"responses.jsonl:1: response: expected text or chat messages, got int"),
+        (lambda p, r: r[0].update(response=[]), r"responses.jsonl:1: response: the chat has no assistant message"),
+        (
+            lambda p, r: [x.update(prompt=[{"role": "assistant", "content": 5}]) for x in (p[1], r[0])],
+            "prompts.jsonl:2: response: the content of a message must be text",
+        ),
         (lambda p, r: p[1].pop("kwargs"), r"prompts.jsonl:2: .* lists of one length; got 1 and NoneType"),
         (lambda p, r: p[1]["kwargs"].append({}), r"prompts.jsonl:2: .* lists of one length; got 1 and 2"),
         (lambda p, r: p[1].update(kwargs="[{"), r"prompts.jsonl:2: .* lists, or JSON text"),

@@ -60,7 +60,7 @@ def bullets(text: str, num_bullets: Count) -> bool:
 
 @ifeval("detectable_format:constrained_response")
 def constrained_response(text: str) -> bool:
-    """One of "My answer is yes.", "My answer is no.", "My answer is maybe."."""
+    """Holds one of "My answer is yes.", "My answer is no.", "My answer is maybe."."""
     return any(option in text for option in _OPTIONS)
 
 

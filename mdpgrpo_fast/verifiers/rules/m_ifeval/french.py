@@ -104,7 +104,7 @@ def number_words(text: str, num_words: Count, relation: FrenchRelation) -> bool:
 
 @m_ifeval("fr:detectable_format:constrained_response")
 def constrained_response(text: str) -> bool:
-    """One of "Oui.", "Non.", "Peut-être."."""
+    """Holds one of "Oui.", "Non.", "Peut-être."."""
     return any(option in text for option in _OPTIONS)
 
 
@@ -147,13 +147,13 @@ def without_character(text: str, forbidden_char: Phrase) -> bool:
 
 @m_ifeval("fr:special_character:no_accents")
 def no_accents(text: str) -> bool:
-    """No letter with an accent."""
+    """No accented letter from À to ÿ."""
     return _ACCENTED.search(text) is None
 
 
 @m_ifeval("fr:special_character:accents")
 def accents(text: str, word_to_accentuate: Accents) -> bool:
-    """Each word of `word_to_accentuate` that comes has its accents."""
+    """Each word of `word_to_accentuate` that occurs is written with its accents."""
     spelled = set(_WORD.findall(text.lower()))
     return all(word_to_accentuate.get(_plain(word), word) == word for word in spelled)
 
@@ -166,7 +166,7 @@ def _plain(word: str) -> str:
 
 @m_ifeval("fr:detectable_content:informal_address")
 def informal_address(text: str) -> bool:
-    """The reader is addressed by tu."""
+    """The reader is addressed by tu: one of tu, te, t', toi, ton, ta, tes."""
     return _FAMILIAR.search(text) is not None
 
 

@@ -165,7 +165,7 @@ def numbered(text: str, num_items: Count) -> bool:
 
 @m_ifeval("ja:detectable_format:constrained_response")
 def constrained_response(text: str) -> bool:
-    """One of はい、そうです。 いいえ、違います。 どちらとも言えません。"""
+    """Holds one of はい、そうです。 いいえ、違います。 どちらとも言えません。"""
     return any(option in text for option in _OPTIONS)
 
 
@@ -240,7 +240,7 @@ def _without(line: str, opening: str, closing: str) -> str:
 
 @m_ifeval("ja:detectable_format:nominal_ending", needs=with_janome)
 def nominal_endings(text: str, count: Count) -> bool:
-    """At least `count` sentences, out of 「」 and 『』, whose last word is a noun, as janome sees it."""
+    """At least `count` sentences, outside 「」 and 『』, whose last word is a noun, as janome sees it."""
     text = _without_quotes(text)
     found = _morphemes(text)
     marks = sum(map(text.count, _END_MARKS))  # as many endings, at most

@@ -61,7 +61,7 @@ def bullets(text: str, num_bullets: Count) -> bool:
 
 @m_ifeval("es:detectable_format:constrained_response")
 def constrained_response(text: str) -> bool:
-    """One of "Sí.", "No.", "Quizás."."""
+    """Holds one of "Sí.", "No.", "Quizás."."""
     return any(option in text for option in _OPTIONS)
 
 
@@ -106,13 +106,13 @@ def ends_with(text: str, end_phrase: Phrase) -> bool:
 
 @m_ifeval("es:punctuation:question_marks")
 def question(text: str) -> bool:
-    """A question between ¿ and ?."""
+    """Something that is not blank between ¿ and ?."""
     return _has_between(text, "¿", "?")
 
 
 @m_ifeval("es:punctuation:exclamation_marks")
 def exclamation(text: str) -> bool:
-    """An exclamation between ¡ and !."""
+    """Something that is not blank between ¡ and !."""
     return _has_between(text, "¡", "!")
 
 
