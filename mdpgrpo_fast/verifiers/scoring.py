@@ -132,11 +132,8 @@ def score_files(
         scored.append(Scored(row.get("key"), row.get("prompt"), text, ids, strict, loose))
     if not any(row.instruction_ids for row in scored):
         raise ConfigError(f"{prompts} holds no prompts with constraints: there is nothing to check")
-    left = {
-        "match no prompt": len(given) - len(used),
-        "are to a prompt of another, later one": len(answers) - len(given),
-    }
-    return scored, [f"{number} responses {why}" for why, number in left.items() if number]
+    left = {"no prompt": len(given) - len(used), "the prompt of a later one": len(answers) - len(given)}
+    return scored, [f"responses left out, to {why}: {number}" for why, number in left.items() if number]
 
 
 def _scored_text(prompt: Any, response: Any, strip_thinking: bool) -> str:

@@ -25,7 +25,7 @@ from helpers.inputs import unavailable  # noqa: E402
 from helpers.verifiers import nltk_data, punkt_folder  # noqa: E402
 
 from mdpgrpo_fast.verifiers import verify  # noqa: E402
-from mdpgrpo_fast.verifiers.text import capitals, sentences, words  # noqa: E402
+from mdpgrpo_fast.verifiers.text import sentences, words  # noqa: E402
 
 WORDS = """
 हिन्दी में शब्द। தமிழ் மொழி. ภาษาไทย ก็ดี العَرَبِيَّة كِتاب؟ עִבְרִית שָׁלוֹם. 日本語。 カタカナ 한국어. 中文！
@@ -43,7 +43,7 @@ MARKS = [
 COUNTED = (
     ("length_constraints:number_words", "num_words", "relation", lambda text: len(words.alphanumeric(text))),
     ("length_constraints:number_sentences", "num_sentences", "relation", lambda text: len(list(sentences.spans(text)))),
-    ("change_case:capital_word_frequency", "capital_frequency", "capital_relation", capitals.count),
+    ("change_case:capital_word_frequency", "capital_frequency", "capital_relation", words.capitals),
 )
 
 

@@ -68,7 +68,7 @@ def test_rows_are_matched_by_prompt_or_by_key(tmp_path: Path) -> None:
     by_key.append({"key": 9, "response": "no prompt's"})
     scored, notes = score_files(prompts, lines(tmp_path / "responses.jsonl", by_key))
     assert [row.strict for row in scored] == [[True, True], [False], [True]]  # the last response to a prompt counts
-    assert notes == ["1 responses match no prompt", "1 responses are to a prompt of another, later one"]
+    assert notes == ["responses left out, to no prompt: 1", "responses left out, to the prompt of a later one: 1"]
 
 
 def test_columns_of_json_text_and_of_tables(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import re
 from itertools import islice
 
 from ..arguments import RELATIONS, Count, Language, Letter, Pattern, Patterns, Phrase, Relation
-from ..text import capitals, sentences, words
+from ..text import sentences, words
 from ..text.language import detect
 from ..text.patterns import Folded, as_word, compiles, ends
 from ..text.scan import up_to
@@ -74,7 +74,7 @@ def _words(text: str, stop: int) -> int:
 @ifeval("change_case:capital_word_frequency")
 def capital_words(text: str, rules: str, capital_frequency: Count, capital_relation: Relation) -> bool:
     """`capital_relation` `capital_frequency` words in capital letters."""
-    number = capitals.count(text) if rules != "mdpgrpo" else sum(map(str.isupper, _HYPHENATED.findall(text)))
+    number = words.capitals(text) if rules != "mdpgrpo" else sum(map(str.isupper, _HYPHENATED.findall(text)))
     return RELATIONS[capital_relation](number, capital_frequency)
 
 

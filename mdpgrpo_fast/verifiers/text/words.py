@@ -54,6 +54,11 @@ def tokens(text: str) -> list[str]:
     return _tokens([flat[start:stop] for start, stop in sentences.spans(text)])
 
 
+def capitals(text: str) -> int:
+    """The number of `tokens` in capitals (`str.isupper`)."""
+    return sum(map(str.isupper, tokens(text)))
+
+
 def first_tokens(text: str, number: int) -> list[str]:
     """The first `number` of `tokens(text)`, without reading on."""
     found: list[str] = []

@@ -6,15 +6,16 @@ import functools
 import re
 import unicodedata
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from ...arguments import Count, Kind, Pattern, Phrase, expected
 from ...registry import MissingRequirementError
-from ...text import capitals, words
+from ...text import sentences, words
 from ...text.language import detect
 from ...text.patterns import Folded
-from ...text.punkt import Splitter, Tables
-from ...text.scan import engine_of, up_to
+from ...text.punkt import Splitter
+from ...text.scan import up_to
 from .shared import KEYWORD_AGREES, RELATIONS, LatinLetter, has_title, m_ifeval
 
 FrenchRelation = Literal["au moins", "moins de"]
@@ -36,20 +37,9 @@ juil sept oct nov déc svp p.v tél adj q.v p resp tel v vol nb n.b p.s ps p.p.s
 def _splitter(data: tuple[str, ...]) -> Splitter:
     """The French Punkt model of NLTK's `data` folders. Raises LookupError where none has it."""
     from nltk.data import find
-    from nltk.tokenize.punkt import PunktLanguageVars, load_punkt_params
 
-    learned = load_punkt_params(find("tokenizers/punkt_tab/french/", list(data)))
-    closing = PunktLanguageVars.re_boundary_realignment
-    return Splitter(
-        Tables(
-            abbreviations=learned.abbrev_types | set(_ABBREVIATIONS.split()),
-            collocations=learned.collocations,
-            starters=learned.sent_starters,
-            met=dict(learned.ortho_context),
-            curly="\u2018\u2019\u201c\u201d\xab\xbb" if closing.match("\u2019") else "",
-            engine=engine_of(closing),
-        )
-    )
+    learned = sentences.tables(find("tokenizers/punkt_tab/french/", list(data)))
+    return Splitter(replace(learned, abbreviations=learned.abbreviations | set(_ABBREVIATIONS.split())))
 
 
 def _french() -> Splitter:
@@ -124,7 +114,7 @@ def quotation(text: str) -> bool:
 @m_ifeval("fr:change_case:capital_word_frequency")
 def capital_words(text: str, capital_frequency: Count, capital_relation: FrenchRelation) -> bool:
     """`capital_relation` `capital_frequency` words in capital letters."""
-    return RELATIONS[capital_relation](capitals.count(text), capital_frequency)
+    return RELATIONS[capital_relation](words.capitals(text), capital_frequency)
 
 
 @m_ifeval("fr:change_case:french_capital")
