@@ -16,7 +16,6 @@ from ..text.scan import up_to
 from .layout import ifeval
 
 _HYPHENATED = re.compile(r"\b\w[\w\-]*\b")
-
 _ONLY_WORDS = bytes(code if chr(code).isalnum() or chr(code) == "_" else ord(" ") for code in range(256))
 
 # Counts stop at the threshold plus one: there every relation has made up its mind.
