@@ -59,9 +59,9 @@ def our_steps(size: Size, case: Case, folder: Path, steps: int) -> Iterator[Call
     """A function that takes the next step."""
     from mdpgrpo_fast.config import TrainConfig, preset
     from mdpgrpo_fast.rewards import Scorer
+    from mdpgrpo_fast.training.loop import TrainingLoop
     from mdpgrpo_fast.training.run_dir import RunDir
     from mdpgrpo_fast.training.task import prepare
-    from mdpgrpo_fast.training.trainer import Trainer
 
     run = TrainConfig(
         preset="grpo",
@@ -81,7 +81,7 @@ def our_steps(size: Size, case: Case, folder: Path, steps: int) -> Iterator[Call
     method = preset("grpo", num_generations=size.generations, kl_beta_pos=case.beta)
     numbers = itertools.count(1)
     with Scorer(run.reward) as scorer:
-        trainer = Trainer(prepare(run), run, method, RunDir(run.output_dir), scorer)
+        trainer = TrainingLoop(prepare(run), run, method, RunDir(run.output_dir), scorer)
         lengths = {len(ids) for ids in trainer.task.train_ids}
         if lengths != {size.prompt_length}:
             raise Wrong(f"prompts must have {size.prompt_length} tokens; got {lengths}")

@@ -9,18 +9,15 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import fmean, pstdev
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
 from .config import ConfigError, PromptConfig, knob, require
-from .verifiers import scoring
-
-MUCH_TRUNCATED = 0.2  # share of completions cut at the length limit that is worth a line
+from .evaluation.answers import answer
+from .evaluation.scores import strict_and_loose, table
 
 if TYPE_CHECKING:
     from .data import Example
-    from .rewards import Score, Scorer
-    from .rollout.thinking import Thinking
 
 
 @dataclass(frozen=True)
@@ -40,94 +37,6 @@ class EvaluateConfig(PromptConfig):
         for name in ("batch_size", "workers"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.samples >= 0, "samples", self.samples, "0 (all) or positive")
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A greedy response, as it is shown, as reward functions see it (`seen`) and as constraints do (`scored`)."""
-
-    response: str
-    seen: str
-    scored: str
-    token_ids: list[int]
-    finished: bool  # it ended by itself
-
-
-def answer(
-    model: Any, thinking: Thinking, prompts: list[list[int]], eos: list[int], max_new_tokens: int, batch_size: int,
-    keep_special_tokens: bool = False,
-) -> list[Answer]:  # fmt: skip
-    """Greedy responses to tokenised prompts, in the order of the prompts; thinking: of the model's tokenizer."""
-    from .rollout.generate import generate
-
-    answers: dict[int, Answer] = {}
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together: less padding
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        out = generate(model, [prompts[i] for i in rows], temperature=None, eos=eos, max_new_tokens=max_new_tokens)
-        texts = thinking.scored_texts(out, keep_special_tokens)
-        for i, *row in zip(rows, *texts, out.rows, out.finished.tolist(), strict=True):
-            answers[i] = Answer(*row)
-    return [answers[i] for i in range(len(prompts))]
-
-
-def truncation_note(share: float, max_completion_length: int) -> str:
-    return (
-        f"{share:.0%} of the completions were cut at {max_completion_length} tokens and score as they stand: "
-        "--max-completion-length gives them room"
-    )
-
-
-def accuracy(examples: list[Example], flags: list[list[bool]]) -> dict[str, Any]:
-    """`mdpgrpo_fast.verifiers.scoring.accuracy` of the examples' constraints."""
-    return scoring.accuracy([e.instruction_ids for e in examples], flags)
-
-
-def from_scores(examples: list[Example], scores: list[Score]) -> dict[str, Any]:
-    """`accuracy` of scored responses, with mean and spread of their rewards, each and summed; a dropped sample whose
-    constraints were not checked satisfies none."""
-    flags = [s.satisfied or [False] * len(e.instruction_ids) for e, s in zip(examples, scores, strict=True)]
-    total = _mean_and_std([s.total for s in scores])
-    names = scores[0].parts if scores else ()
-    return {
-        **accuracy(examples, flags),
-        "reward": total["mean"],
-        "reward_std": total["std"],
-        "rewards": {name: _mean_and_std([s.parts[name] for s in scores]) for name in names},
-    }
-
-
-def _mean_and_std(values: list[float | None]) -> dict[str, float | None]:
-    """Over those that are not None; None where there are none."""
-    found = [v for v in values if v is not None]
-    return {"mean": fmean(found) if found else None, "std": pstdev(found) if found else None}
-
-
-def strict_and_loose(
-    scorer: Scorer, examples: list[Example], responses: list[str]
-) -> tuple[dict[str, Any], list[list[bool]]]:
-    """The four accuracies of IFEval (prompt and instruction level, strict and loose), SSR, HSR and per-type rates.
-
-    Second: the strict verdicts of each response, by position.
-    """
-    strict, loose = (scorer.verify(examples, responses, mode) for mode in ("strict", "loose"))
-    result = scoring.strict_and_loose([e.instruction_ids for e in examples], strict, loose)
-    return {**result, "unchecked": scorer.unchecked, "unchecked_reason": scorer.unchecked_reason}, strict
-
-
-def table(result: dict[str, Any]) -> str:
-    """The result of `strict_and_loose` as plain text."""
-    lines = [scoring.table(result)]
-    if "truncated" in result:
-        lines.append(f"{'cut at the length limit':42}{result['truncated']:8.3f}")
-        if result["truncated"] > MUCH_TRUNCATED:
-            lines.append(truncation_note(result["truncated"], result["max_completion_length"]))
-    if result["unchecked"]:
-        lines.append(
-            f"{result['unchecked']} checks ended without an answer and count as not satisfied, the first one as "
-            f"{result['unchecked_reason']}"
-        )
-    return "\n".join(lines)
 
 
 def _check_constraints(examples: list[Example], file: str | None) -> None:

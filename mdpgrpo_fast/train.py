@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .config import PRESETS, ConfigError, MDPGRPOConfig, TrainConfig
 
 if TYPE_CHECKING:
-    from .training.trainer import Trainer
+    from .training.loop import TrainingLoop
 
 
 def resolve(argv: list[str]) -> tuple[TrainConfig, MDPGRPOConfig]:
@@ -62,7 +62,7 @@ def refuse_child_processes() -> None:
         )
 
 
-def make_trainer(argv: list[str], workers: ExitStack) -> Trainer:
+def make_trainer(argv: list[str], workers: ExitStack) -> TrainingLoop:
     """The trainer of a command line, all that can be checked before the first step checked, and its run directory made.
 
     workers: ends the processes that score. Raises: ConfigError; RewardError where a reward fails on two sample rows.
@@ -75,9 +75,9 @@ def make_trainer(argv: list[str], workers: ExitStack) -> Trainer:
     from .rewards import Scorer
     from .rollout.vllm.sampler import RolloutError
     from .training.checkpoint import check_resume
+    from .training.loop import TrainingLoop
     from .training.run_dir import RunDir
     from .training.task import prepare
-    from .training.trainer import Trainer
 
     run = resolve_adapter(run)
     if run.resume:
@@ -86,7 +86,7 @@ def make_trainer(argv: list[str], workers: ExitStack) -> Trainer:
     out = RunDir(run.output_dir, create=False)
     try:
         task = prepare(run, scorer)
-        trainer = Trainer(task, run, method, out, scorer)
+        trainer = TrainingLoop(task, run, method, out, scorer)
     except RolloutError as e:
         raise ConfigError(str(e)) from None
     if trainer.accelerator.is_main_process:
@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if summary is None else 130 if summary["interrupted"] else 0
 
 
-def _say_how_it_ended(trainer: Trainer, summary: dict[str, Any] | None, failure: Exception | None) -> None:
+def _say_how_it_ended(trainer: TrainingLoop, summary: dict[str, Any] | None, failure: Exception | None) -> None:
     """The report, and the last lines of a run; summary: None where it failed."""
     from .report.page import write_report
     from .training.run_dir import last_line

@@ -325,7 +325,7 @@ FAULTS = [
     Fault("mdpgrpo_fast/rollout/engine.py", "type(problem) is kind:", "True:", "tests/rollout/test_engine.py"),
     Fault("mdpgrpo_fast/rollout/engine.py", "kind(message) if trace is None", "RolloutError(message) if True",
           "tests/training/test_distributed.py -k ranks_stop"),
-    Fault("mdpgrpo_fast/training/trainer.py", "        acc.wait_for_everyone()  # a rank", "        pass  # a rank",
+    Fault("mdpgrpo_fast/training/loop.py", "        acc.wait_for_everyone()  # a rank", "        pass  # a rank",
           "tests/training/test_distributed.py -k ranks_stop"),
     Fault("mdpgrpo_fast/train.py", "trainer.accelerator.wait_for_everyone()  #", "pass  #",
           "tests/training/test_distributed.py -k torchrun_keeps"),

@@ -22,9 +22,9 @@ LAYERS = [
     {"data", "rewards"},
     {"models"},
     {"rollout"},
-    {"evaluate"},
+    {"evaluation"},
     {"training"},
-    {"train", "report", "explain", "integrations"},
+    {"train", "evaluate", "report", "explain", "integrations"},
 ]
 MOST_LEVELS, MOST_FILES, MOST_MODULES, MOST_LINES = 8, 12, 12, 400
 

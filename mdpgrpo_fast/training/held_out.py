@@ -9,9 +9,10 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from .. import evaluate
 from ..config import TrainConfig
-from ..evaluate import Answer
+from ..evaluation import answers as greedy
+from ..evaluation.answers import Answer
+from ..evaluation.scores import from_scores, intervals
 from ..rewards import RewardError, Score, Scorer
 from ..rewards.lost import raise_where_all_failed, why_all_failed
 from ..rollout.engine import raise_on_all_ranks
@@ -31,7 +32,7 @@ def answer_and_score(
     """
     mine = list(range(accelerator.process_index, len(task.held_out), accelerator.num_processes))
     answer = partial(
-        evaluate.answer, lm, thinking, [task.held_out_ids[i] for i in mine], task.eos, run.max_completion_length,
+        greedy.answer, lm, thinking, [task.held_out_ids[i] for i in mine], task.eos, run.max_completion_length,
         run.eval_batch_size, run.keep_special_tokens,
     )  # fmt: skip
     problem: Exception | None = None
@@ -50,7 +51,9 @@ def answer_and_score(
     found = sorted(gather_object(list(zip(mine, answers, scores, strict=True))), key=lambda x: x[0])
     scores = [s for *_, s in found]
     raise_where_all_failed([why_all_failed(scores)], "the held-out evaluation", len(scores))
-    result = evaluate.from_scores([task.held_out[i] for i, *_ in found], scores)
+    examples = [task.held_out[i] for i, *_ in found]
+    result = from_scores(examples, scores)
+    result["intervals"] = intervals(examples, scores)
     result["truncated"] = statistics.fmean(not a.finished for _, a, _ in found)
     result["dropped"] = sum(s.total is None for s in scores)
     result["logged"] = over_ranks(gather_object([scorer.take_metrics()]))

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import evaluate
 from ..config import MDPGRPOConfig, TrainConfig
-from ..evaluate import MUCH_TRUNCATED, truncation_note
+from ..evaluation.answers import MUCH_TRUNCATED, truncation_note
+from ..evaluation.scores import from_scores
 from ..reference import TOTALS, Advantages, TokenLoss
 from .batch import Batch
 from .scale import scale_note
@@ -22,9 +22,9 @@ MINIMA = ("reward_min",)
 
 
 def step_metrics(batch: Batch, updated: dict[str, Any], method: MDPGRPOConfig, memory_mb: float) -> dict[str, Any]:
-    """A step's row of metrics.jsonl on one rank, without its times; updated: what `Trainer.update` returned."""
+    """A step's row of metrics.jsonl on one rank, without its times; updated: what `TrainingLoop.update` returned."""
     rollout, has_kl = batch.rollout, method.needs_reference
-    quality = evaluate.from_scores(batch.examples, batch.scores)
+    quality = from_scores(batch.examples, batch.scores)
     return {
         **updated,
         **group_health(batch.rewards, batch.valid, batch.adv, has_kl),

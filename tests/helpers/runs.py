@@ -16,9 +16,9 @@ from accelerate.state import AcceleratorState
 from mdpgrpo_fast.config import MDPGRPOConfig, TrainConfig, preset
 from mdpgrpo_fast.models.load import load
 from mdpgrpo_fast.rewards import Scorer
+from mdpgrpo_fast.training.loop import TrainingLoop
 from mdpgrpo_fast.training.run_dir import RunDir
 from mdpgrpo_fast.training.task import Task, prepare
-from mdpgrpo_fast.training.trainer import Trainer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # spawned scoring processes inherit it
 
@@ -56,7 +56,7 @@ def make_task(run: TrainConfig) -> Task:
     return replace(known, model=model, held_out=known.held_out[:limit], held_out_ids=known.held_out_ids[:limit])
 
 
-def make_trainer(tmp_path: Path, method: MDPGRPOConfig | None = None, name: str = "run", **knobs: Any) -> Trainer:
+def make_trainer(tmp_path: Path, method: MDPGRPOConfig | None = None, name: str = "run", **knobs: Any) -> TrainingLoop:
     """A trainer of the embedded seed policy that would run for two short steps."""
     AcceleratorState._reset_state(True)  # one per process; a test may want another precision than the last
     run = TrainConfig(**{**SMALL, "log_completions": 2, "output_dir": str(tmp_path / name), **knobs})
@@ -66,20 +66,20 @@ def make_trainer(tmp_path: Path, method: MDPGRPOConfig | None = None, name: str 
         tuple(run.reward), weights, run.reward_timeout, run.on_bad_reward, run.constraint_reward, run.reward_isolation
     )
     scorer.take_metrics()
-    return Trainer(make_task(run), run, method or preset("exact", num_generations=4), out, scorer)
+    return TrainingLoop(make_task(run), run, method or preset("exact", num_generations=4), out, scorer)
 
 
-def run_small(tmp_path: Path, method: MDPGRPOConfig | None = None, name: str = "run", **knobs: Any) -> Trainer:
+def run_small(tmp_path: Path, method: MDPGRPOConfig | None = None, name: str = "run", **knobs: Any) -> TrainingLoop:
     """The trainer of `make_trainer` after its run; the trained model is saved where save_model is asked for."""
     trainer = make_trainer(tmp_path, method, name, **{"save_model": False, **knobs})
     trainer.train()
     return trainer
 
 
-def rows(trainer: Trainer, evals: bool = False) -> list[dict[str, Any]]:
+def rows(trainer: TrainingLoop, evals: bool = False) -> list[dict[str, Any]]:
     lines = (trainer.out.path / "metrics.jsonl").read_text().splitlines()
     return [r for r in map(json.loads, lines) if ("eval" in r) == evals]
 
 
-def parameters(trainer: Trainer) -> torch.Tensor:
+def parameters(trainer: TrainingLoop) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])

@@ -116,7 +116,7 @@ def test_an_engine_samples_with_the_weights_of_each_step(
 
     method = preset("exact", num_generations=4, temperature_objective="corrected")
     own = run_small(tmp_path, method, "own", steps=3, **knobs)
-    monkeypatch.setattr("mdpgrpo_fast.training.trainer.make_engine", fake)
+    monkeypatch.setattr("mdpgrpo_fast.training.loop.make_engine", fake)
     theirs = run_small(tmp_path, method, "engine", steps=3, rollout="vllm", **knobs)
     assert made[0].calls == ["sync", "generate", "sleep"] * 3
     for a, b in zip(rows(own), rows(theirs), strict=True):
@@ -136,7 +136,7 @@ def test_an_engine_that_fails_leaves_what_it_had(
             return super().generate(prompts, **knobs)
 
     monkeypatch.setattr(
-        "mdpgrpo_fast.training.trainer.make_engine",
+        "mdpgrpo_fast.training.loop.make_engine",
         lambda *_: Failing(prepare(TrainConfig(max_completion_length=12)).model.eval()),
     )
     folder = tmp_path / "run"

@@ -67,14 +67,14 @@ def train(
     from mdpgrpo_fast.rollout.generate import Rollout
     from mdpgrpo_fast.training.batch import replace_groups
     from mdpgrpo_fast.training.collect import Collector
+    from mdpgrpo_fast.training.loop import TrainingLoop
     from mdpgrpo_fast.training.run_dir import RunDir
     from mdpgrpo_fast.training.task import prepare
-    from mdpgrpo_fast.training.trainer import Trainer
 
     texts: list[list[int]] = []
-    step, sample, collect = Trainer.step, Collector.sample, Collector.collect
+    step, sample, collect = TrainingLoop.step, Collector.sample, Collector.collect
 
-    def watched_step(self: Trainer, number: int, rows: list[int]) -> dict[str, Any]:
+    def watched_step(self: TrainingLoop, number: int, rows: list[int]) -> dict[str, Any]:
         if number == stop_at:
             raise KeyboardInterrupt
         return step(self, number, rows)
@@ -101,7 +101,7 @@ def train(
         return whole
 
     patch = pytest.MonkeyPatch()
-    patch.setattr(Trainer, "step", watched_step)
+    patch.setattr(TrainingLoop, "step", watched_step)
     patch.setattr(Collector, "collect", watched_collect)
     if fixed:
         patch.setattr(Collector, "sample", fixed_sample)
@@ -109,7 +109,7 @@ def train(
     method = preset("exact", num_generations=4)
     with Scorer(run.reward, workers=1) as scorer:
         out = RunDir(folder, create=rank == 0 and not run.resume)
-        trainer = Trainer(prepare(run), run, method, out, scorer)
+        trainer = TrainingLoop(prepare(run), run, method, out, scorer)
         trainer.train()
         from mdpgrpo_fast.training.distributed import whole_state
 
@@ -145,9 +145,9 @@ def stopped(rank: int, ranks: int, folder: str, reward: str) -> tuple[str, bool]
 
 def not_finite(rank: int, ranks: int, folder: str) -> str:
     """How a rank ends where the second one's held-out answers fail."""
-    from mdpgrpo_fast import evaluate
+    from mdpgrpo_fast.evaluation import answers
 
-    answer = evaluate.answer
+    answer = answers.answer
 
     def failing(*args: Any) -> Any:
         if rank:
@@ -155,7 +155,7 @@ def not_finite(rank: int, ranks: int, folder: str) -> str:
         return answer(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "answer", failing)
+        patch.setattr(answers, "answer", failing)
         try:
             train(rank, ranks, "ddp", folder, {"steps": 1}, False)
         except FloatingPointError as e:
@@ -267,12 +267,12 @@ def test_ranks_without_a_token_that_counts_take_part(
 
 
 def train_unevenly(rank: int, ranks: int, kind: str, folder: str) -> dict[str, Any]:
-    from mdpgrpo_fast.training.trainer import Trainer
+    from mdpgrpo_fast.training.loop import TrainingLoop
 
     seen: dict[str, Any] = {}
-    micro_batches, update = Trainer.micro_batches, Trainer.update
+    micro_batches, update = TrainingLoop.micro_batches, TrainingLoop.update
 
-    def watched_micro_batches(self: Trainer, batch: Any) -> Any:
+    def watched_micro_batches(self: TrainingLoop, batch: Any) -> Any:
         if rank == 0:
             batch.mask = torch.zeros_like(batch.mask)
             batch.counted, batch.contributing = [[0] * len(batch.counted)] * 2
@@ -282,11 +282,11 @@ def train_unevenly(rank: int, ranks: int, kind: str, folder: str) -> dict[str, A
         found = micro_batches(self, batch)
         return seen.update(passes=len(found), counted=sum(m.counted for m in found)) or found
 
-    def watched_update(self: Trainer, *args: Any) -> Any:
+    def watched_update(self: TrainingLoop, *args: Any) -> Any:
         row = update(self, *args)
         return seen.update(norm=row["grad_norm"]) or row
 
-    Trainer.micro_batches, Trainer.update = watched_micro_batches, watched_update  # type: ignore[method-assign]
+    TrainingLoop.micro_batches, TrainingLoop.update = watched_micro_batches, watched_update  # type: ignore[method-assign]
     train(rank, ranks, kind, folder, {"steps": 1}, True)
     return seen
 

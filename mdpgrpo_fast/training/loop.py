@@ -51,7 +51,7 @@ from .task import Task
 from .timing import StageClock, peak_flops, traced
 
 
-class Trainer:
+class TrainingLoop:
     """MDP-GRPO over a Task. `train()` runs to the end and returns the summary."""
 
     def __init__(self, task: Task, run: TrainConfig, method: MDPGRPOConfig, out: RunDir, scorer: Scorer) -> None:

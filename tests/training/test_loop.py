@@ -17,8 +17,8 @@ from mdpgrpo_fast import train
 from mdpgrpo_fast.config import preset
 from mdpgrpo_fast.models import lora
 from mdpgrpo_fast.rewards import Score
+from mdpgrpo_fast.training.loop import TrainingLoop
 from mdpgrpo_fast.training.timing import StageClock
-from mdpgrpo_fast.training.trainer import Trainer
 
 
 def test_same_seed_same_run_other_seed_other_run(tmp_path: Path) -> None:
@@ -178,14 +178,14 @@ def test_the_loss_under_lora_is_that_of_a_reference_of_its_own(tmp_path: Path) -
 
 
 def test_interrupt_in_the_last_evaluation_keeps_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluated = Trainer.evaluate
+    evaluated = TrainingLoop.evaluate
 
-    def interrupted(self: Trainer, step: int, phase: str | None = None) -> dict[str, Any] | None:
+    def interrupted(self: TrainingLoop, step: int, phase: str | None = None) -> dict[str, Any] | None:
         if phase == "after":
             raise KeyboardInterrupt
         return evaluated(self, step, phase)
 
-    monkeypatch.setattr(Trainer, "evaluate", interrupted)
+    monkeypatch.setattr(TrainingLoop, "evaluate", interrupted)
     trainer = run_small(tmp_path, steps=1, save_model=True)
     summary = json.loads((trainer.out.path / "summary.json").read_text())
     assert summary["interrupted"] and summary["steps"] == 1 and summary["hsr_before"] is not None
@@ -193,14 +193,14 @@ def test_interrupt_in_the_last_evaluation_keeps_the_model(tmp_path: Path, monkey
 
 
 def test_interrupt_keeps_what_was_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = Trainer.step
+    step = TrainingLoop.step
 
-    def interrupted(self: Trainer, number: int, indices: list[int]) -> dict[str, Any]:
+    def interrupted(self: TrainingLoop, number: int, indices: list[int]) -> dict[str, Any]:
         if number == 2:
             raise KeyboardInterrupt
         return step(self, number, indices)
 
-    monkeypatch.setattr(Trainer, "step", interrupted)
+    monkeypatch.setattr(TrainingLoop, "step", interrupted)
     trainer = run_small(tmp_path, steps=5, save_model=True)
     summary = json.loads((trainer.out.path / "summary.json").read_text())
     assert summary["interrupted"] and summary["steps"] == 1 and summary["hsr_after"] is None
