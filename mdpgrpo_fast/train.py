@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, fields
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from .config import PRESETS, ConfigError, MDPGRPOConfig, TrainConfig
+from .config import PRESETS, ConfigError, MDPGRPOConfig, TrainConfig, unknown_name, without_effect
 
 if TYPE_CHECKING:
     from .training.loop import TrainingLoop
@@ -18,36 +20,49 @@ def resolve(argv: list[str]) -> tuple[TrainConfig, MDPGRPOConfig]:
 
     Without a model the embedded demonstration's settings (demo/demo.yaml) lie under the file. Raises ConfigError.
     """
-    import argparse
+    return read(argv)[:2]
 
-    from .cli import parse, read_yaml
-    from .config import unknown_name
+
+def read(argv: list[str]) -> tuple[TrainConfig, MDPGRPOConfig, set[str]]:
+    """`resolve`, and the knobs that the flags, or the file in place of what lies under it, have set."""
+    from . import cli
     from .demo import DEMO_DIR
 
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    first.add_argument("--preset")
-    first.add_argument("--model")
-    early, rest = first.parse_known_args(argv)
-    given = {k: v for k, v in (("preset", early.preset), ("model", early.model)) if v is not None}
-    from_file = read_yaml(early.config) if early.config else {}
-    if early.preset is not None and early.preset != from_file.get("preset", early.preset):
+    given = cli.peek(argv, "config", "preset", "model")
+    from_file = cli.read_yaml(given["config"]) if given.get("config") else {}
+    if given.get("preset", from_file.get("preset")) != from_file.get("preset"):
         # The file's method settings follow from its own preset; a preset on the command line replaces both.
         method_knobs = {f.name for f in fields(MDPGRPOConfig)}
         from_file = {k: v for k, v in from_file.items() if k not in method_knobs}
     model = given.get("model", from_file.get("model"))
-    demo = {} if model is not None else read_yaml(DEMO_DIR / "demo.yaml")
-    name = given.get("preset", from_file.get("preset", demo.get("preset", "paper")))
+    demo = {} if model is not None else cli.read_yaml(DEMO_DIR / "demo.yaml")
+    name = given.get("preset", from_file.get("preset") or demo.get("preset", "paper"))
     if name not in PRESETS:
         raise unknown_name("preset", str(name), list(PRESETS))
-    layers: list[tuple[str, dict[str, Any]]] = [
+    layers: list[cli.Layer] = [
         ("demo.yaml", demo),
-        (f"preset {name}", PRESETS[name]),
-        (str(early.config), from_file),
-        ("command line", given),
+        (f"preset {name}", {"preset": name, **PRESETS[name]}),
+        (str(given.get("config")), from_file),
     ]
-    run, method = parse(rest, TrainConfig, MDPGRPOConfig, prog="python -m mdpgrpo_fast.train", layers=layers)
-    return run, method
+    config = cli.Flag("config", str, "FILE", "settings as YAML, a run's own config.yaml too; flags go over them")
+    read_layers = partial(
+        cli.read, argv, TrainConfig, MDPGRPOConfig, prog="mdpgrpo train", extra=[config],
+        description=_description(model, name),
+    )  # fmt: skip
+    (run, method), flags = read_layers(layers=layers)
+    below = {k: v for _, layer in layers[:2] for k, v in layer.items()}
+    changed = {k for k, v in from_file.items() if v != below.get(k, _DEFAULTS.get(k))}
+    return run, method, {*flags, *changed} - {"config"}
+
+
+_DEFAULTS = {**asdict(TrainConfig()), **asdict(MDPGRPOConfig())}
+
+
+def _description(model: str | None, preset: str) -> str:
+    of = f"of preset {preset}"
+    if model is None:
+        of += " and of the embedded demonstration; with --model they are the paper's for a model of your own"
+    return f"Trains a language model on checkable constraints and rewards.\nDefaults in brackets are those {of}."
 
 
 def refuse_child_processes() -> None:
@@ -68,7 +83,7 @@ def make_trainer(argv: list[str], workers: ExitStack) -> TrainingLoop:
     workers: ends the processes that score. Raises: ConfigError; RewardError where a reward fails on two sample rows.
     """
     refuse_child_processes()
-    run, method = resolve(argv)
+    run, method, given = read(argv)
 
     # Heavy imports only now: `--help` and a wrong flag answer at once.
     from .models.adapters import resolve_adapter
@@ -95,7 +110,7 @@ def make_trainer(argv: list[str], workers: ExitStack) -> TrainingLoop:
             out.write_config(run, method)
             if task.dropped:
                 out.append("dropped_rows.jsonl", *map(asdict, task.dropped))
-        for note in task.notes:
+        for note in [*without_effect(run, method, given), *task.notes]:
             print(note, file=sys.stderr)
     if out.moved:
         print(f"an earlier {out.path} is now {out.moved}", file=sys.stderr)
@@ -160,11 +175,19 @@ def _say_how_it_ended(trainer: TrainingLoop, summary: dict[str, Any] | None, fai
     write_report(out)
 
 
-if __name__ == "__main__":
+def end(command: Callable[[], int]) -> NoReturn:
+    """Runs a command and ends the process with its status."""
     try:
-        code = main()
+        code = command()
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else 1
-    from .training.distributed import exit_process
+    # What has trained may have processes to end; what has only answered a flag has not loaded torch.
+    if "torch" in sys.modules:
+        from .training.distributed import exit_process
 
-    exit_process(code)
+        exit_process(code)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    end(main)

@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from helpers.inputs import ROOT
 
-from mdpgrpo_fast import evaluate, train
-from mdpgrpo_fast.cli import parse, read_yaml
-from mdpgrpo_fast.config import PRESETS, ConfigError, MDPGRPOConfig, TrainConfig, preset
+import mdpgrpo_fast.__main__ as console
+from mdpgrpo_fast import __version__, evaluate, train
+from mdpgrpo_fast.cli import foreign, parse, read_yaml
+from mdpgrpo_fast.config import (
+    ADVANCED,
+    GROUPS,
+    PRESETS,
+    ConfigError,
+    MDPGRPOConfig,
+    TrainConfig,
+    preset,
+    without_effect,
+)
 
 ROW = {"prompt": "Say hi.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
 
@@ -80,11 +95,11 @@ def test_every_knob_is_a_flag_with_help(capsys: pytest.CaptureFixture[str]) -> N
     for cls in (TrainConfig, MDPGRPOConfig, evaluate.EvaluateConfig):
         assert all(f.metadata["help"] for f in dataclasses.fields(cls))
     with pytest.raises(SystemExit) as stop:
-        train.main(["--help"])
-    out = capsys.readouterr().out
+        train.main(["--help-all"])
+    words = capsys.readouterr().out.split()
     assert stop.value.code == 0
     for f in (*dataclasses.fields(TrainConfig), *dataclasses.fields(MDPGRPOConfig)):
-        assert f"--{f.name}" in out
+        assert f"--{f.name.replace('_', '-')}" in words and ("_" not in f.name or f"--{f.name}" not in words)
 
 
 @pytest.mark.parametrize(
@@ -92,14 +107,40 @@ def test_every_knob_is_a_flag_with_help(capsys: pytest.CaptureFixture[str]) -> N
     [
         (["--learning-rat", "1"], "unknown flag '--learning-rat'; did you mean '--learning-rate'?"),
         (["--no-prospct"], "unknown flag '--no-prospct'; did you mean '--no-prospect'?"),
-        (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
+        (["--steps", "many"], "--steps must be a whole number; got 'many'"),
         (["--steps", "0"], "steps must be at least 1; got 0"),
+        (["--zzz", "1"], "unknown flag '--zzz'; --help-all lists the flags"),
         (["stray"], "unexpected argument 'stray'"),
+        (["--lora", "maybe"], "--lora must be true or false; got 'maybe'"),
+        (["--steps"], "--steps expected one argument"),
+        (["--beta", "0.1"], "unknown flag '--beta'; TRL's beta is --kl-beta-pos and --kl-beta-neg"),
+        (["--lr", "1"], "unknown flag '--lr'; it is --learning-rate"),
+        (["--bf16"], "unknown flag '--bf16'; it is --mixed-precision bf16"),
+        (["--loss_type=dapo"], "unknown flag '--loss-type'; TRL's loss_type is --aggregation"),
+        (["--use-vllm"], "unknown flag '--use-vllm'; it is --rollout vllm"),
+        (["--model-name-or-path", "m"], "unknown flag '--model-name-or-path'; it is --model"),
+        (["--num-train-epochs", "1"], "unknown flag '--num-train-epochs'; it is --epochs"),
+        (
+            ["--gradient-accumulation-steps", "4"],
+            "a step is --prompts-per-step prompts of --num-generations completions",
+        ),
+        (
+            ["--per-device-train-batch-size", "4"],
+            "a step is --prompts-per-step prompts of --num-generations completions",
+        ),
+        (["--resume-from-checkpoint", "x"], "unknown flag '--resume-from-checkpoint'; it is --resume"),
+        (
+            ["actor_rollout_ref.rollout.n=8"],
+            "unexpected argument 'actor_rollout_ref.rollout.n'; it is --num-generations",
+        ),
         (["--preset", "papr"], "unknown preset 'papr'; did you mean 'paper'?"),
         (["--num-generations", "1", "--temperatures", "1"], "num_generations must be at least 2"),
         (["--temperatures", "0.1", "0.4", "1"], "temperatures must be a list whose length divides num_generations = 4"),
         (["--temperatures", "0", "1"], "temperatures must be all above 0; got 0.0"),
-        (["--goal-mean", "third"], "argument --goal_mean/--goal-mean: invalid choice: 'third'"),
+        (
+            ["--goal-mean", "max_half"],
+            "--goal-mean must be one of half, max_half_mean, mean, running; got 'max_half'; did",
+        ),
         (["--train-file", "no.jsonl"], "prompt file 'no.jsonl' does not exist"),
         (["--model", "/no/such/model"], "train_file is required with a model of your own"),
         (["--model", "/no/such/model", "--train-file", "PROMPTS"], "model '/no/such/model' cannot be loaded: "),
@@ -133,6 +174,167 @@ def test_unknown_key_of_the_file_names_the_nearest(tmp_path: Path) -> None:
     path.write_text("learning_rte: 1\n")
     with pytest.raises(ConfigError, match=r"run\.yaml: unknown key 'learning_rte'; did you mean 'learning_rate'\?"):
         train.resolve(["--config", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("beta: 0.1\n", "run.yaml: unknown key 'beta'; TRL's beta is --kl-beta-pos and --kl-beta-neg"),
+        ("num_train_epochs: 3\n", "run.yaml: unknown key 'num_train_epochs'; it is --epochs"),
+        ("steps: many\n", "run.yaml: --steps must be a whole number; got 'many'"),
+        ("temperatures: [warm]\n", "run.yaml: --temperatures must be a number; got 'warm'"),
+    ],
+)
+def test_keys_of_the_file_are_said_like_flags(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        train.resolve(["--config", str(path)])
+    assert str(error.value).endswith(message)
+
+
+def test_every_name_of_another_trainer_leads_to_a_flag_of_ours() -> None:
+    flags = {f.name.replace("_", "-") for c in (TrainConfig, MDPGRPOConfig) for f in dataclasses.fields(c)}
+    for name in foreign.names():
+        said = foreign.hint(name)
+        assert said and set(re.findall(r"--([a-z][\w-]*)", said)) <= flags, (name, said)
+        assert name.replace("-", "_") not in {f.replace("-", "_") for f in flags}, f"{name} is a flag of ours"
+    assert foreign.hint("zzz") is None and foreign.hint("--num_train_epochs") == "it is --epochs"
+
+
+def test_every_knob_is_in_one_group() -> None:
+    names = [name for knobs in GROUPS.values() for name in knobs]
+    assert sorted(names) == sorted(f.name for c in (TrainConfig, MDPGRPOConfig) for f in dataclasses.fields(c))
+    assert set(names) >= ADVANCED
+
+
+@pytest.mark.parametrize("columns", ["80", "100", "200"])
+def test_help_is_short_grouped_and_names_each_flag_once(columns: str, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--help"])
+    text = capsys.readouterr().out
+    lines = text.splitlines()
+    assert stop.value.code == 0 and len(lines) <= 150 and max(map(len, lines)) <= min(120, int(columns))
+    heads = [line.split()[0] for line in lines if line.startswith("  --")]
+    assert len(heads) == len(set(heads)) == 2 + len(names_in_groups()) - len(ADVANCED) - 1
+    assert "--config" in heads and [line[:-1] for line in lines if line.endswith(":") and line[0] != " "][1:] == list(
+        GROUPS
+    )
+
+
+def names_in_groups() -> list[str]:
+    return [name for knobs in GROUPS.values() for name in knobs]
+
+
+def test_help_shows_the_defaults_that_are_in_effect(capsys: pytest.CaptureFixture[str]) -> None:
+    def shown(*argv: str) -> dict[str, str]:
+        with pytest.raises(SystemExit):
+            train.main([*argv, "--help-all"])
+        entries = re.split(r"\n  (?=--)", capsys.readouterr().out)
+        return {e.split()[0]: e.rsplit("[", 1)[1].split("]")[0] for e in entries if e.rstrip().endswith("]")}
+
+    demo, own, grpo = shown(), shown("--model", "m"), shown("--preset", "grpo")
+    assert (demo["--top-p"], demo["--top-k"], demo["--steps"], demo["--output-dir"]) == (
+        "0.9",
+        "50",
+        "140",
+        "runs/demo",
+    )
+    assert own["--top-p"] == "0.9" and own["--output-dir"] == "runs/train" and "--steps" not in own
+    assert "--dual-anchor" in own and "--dual-anchor" not in grpo and grpo["--group-std"] == "sample"
+
+
+def test_a_wrong_flag_and_help_load_no_torch() -> None:
+    for argv in (["--help"], ["--help-all"], ["--lr", "1"], ["train", "--help"], ["--version"], ["explain", "--help"]):
+        module = "mdpgrpo_fast" if not argv[0].startswith("--") or argv == ["--version"] else "mdpgrpo_fast.train"
+        done = subprocess.run(
+            [sys.executable, "-X", "importtime", "-m", module, *argv], capture_output=True, text=True, cwd=ROOT
+        )
+        loaded = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
+        assert done.returncode == (2 if argv == ["--lr", "1"] else 0) and "argparse" in loaded | {"argparse"}
+        if argv[0] != "explain":
+            assert not loaded & {"torch", "transformers", "accelerate", "numpy", "matplotlib"}, argv
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (
+            ["--temperature", "0.5"],
+            "--temperature has no effect: the group is sampled at --temperatures (--no-multi-temp",
+        ),
+        (
+            ["--preset", "grpo", "--temperatures", "1"],
+            "--temperatures has no effect: the group is sampled at one --temp",
+        ),
+        (["--lora-r", "8"], "--lora-r has no effect: all weights are trained (--lora)"),
+        (
+            ["--no-dual-anchor", "--dual-anchor-alpha", "0.5"],
+            "--dual-anchor-alpha has no effect: the goal anchor is off",
+        ),
+        (
+            ["--train-file", "x", "--eval-every", "2"],
+            "--eval-every has no effect: there are no held-out prompts (--eval-f",
+        ),
+        (["--vllm-url", "http://x"], "--vllm-url has no effect: the model samples by itself (--rollout vllm)"),
+        (
+            ["--epsilon-low", "0.1", "--delta", "3"],
+            "--epsilon-low, --delta have no effect: the ratio is 1 where a batch",
+        ),
+        (["--epochs", "2", "--steps", "3"], "--epochs has no effect: --steps says how many"),
+        (["--kl-beta-neg", "1", "--no-asymmetric-kl"], "--kl-beta-neg has no effect: --kl-beta-pos is for all"),
+        (["--refill", "2"], "--refill has no effect: with a KL term every group has a gradient"),
+        (["--no-prospect", "--prospect-gain", "1"], "--prospect-gain has no effect: the shaping is off (--prospect)"),
+    ],
+)
+def test_a_flag_without_effect_is_said(argv: list[str], line: str) -> None:
+    (said,) = without_effect(*train.read(argv))
+    assert said.startswith(line)
+
+
+def test_a_flag_with_effect_is_not(tmp_path: Path) -> None:
+    for argv in (
+        [],
+        ["--temperatures", "0.5", "1"],
+        ["--lora", "--lora-r", "4"],
+        ["--eval-every", "2"],
+        ["--preset", "grpo"],
+    ):
+        assert without_effect(*train.read(argv)) == []
+    run, method, _ = train.read([])
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"run": dataclasses.asdict(run), "method": dataclasses.asdict(method)}))
+    assert without_effect(*train.read(["--config", str(path)])) == [], "a run's own file has every knob"
+    path.write_text("temperature: 0.5\n")
+    assert len(without_effect(*train.read(["--config", str(path)]))) == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "out", "err"),
+    [
+        (["--version"], 0, f"mdpgrpo_fast {__version__}\n", ""),
+        (["trian"], 2, "", "error: unknown command 'trian'; did you mean 'train'?\n"),
+        (
+            ["zzz"],
+            2,
+            "",
+            "error: unknown command 'zzz'; commands: train, evaluate, score, explain, report, compare, verifiers",
+        ),
+        (["--lr"], 2, "", "error: unknown command '--lr'; commands: train, "),
+    ],
+)
+def test_the_console_script(argv: list[str], status: int, out: str, err: str, capsys: Any) -> None:
+    assert console.main(argv) == status
+    said = capsys.readouterr()
+    assert said.out == out and said.err.startswith(err)
+
+
+def test_the_console_script_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert console.main([]) == 0
+    text = capsys.readouterr().out
+    for name, (module, _) in console.COMMANDS.items():
+        assert f"  {name} " in text and callable(importlib.import_module(f"mdpgrpo_fast.{module}").main)
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n"])

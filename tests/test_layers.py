@@ -24,7 +24,8 @@ LAYERS = [
     {"rollout"},
     {"evaluation"},
     {"training"},
-    {"train", "evaluate", "report", "explain", "integrations"},
+    {"train", "evaluate", "report", "explain", "doctor", "integrations"},
+    {"api", "__main__"},
 ]
 MOST_LEVELS, MOST_FILES, MOST_MODULES, MOST_LINES = 8, 12, 12, 400
 

@@ -1,10 +1,14 @@
 """Every knob of the library: one default, one check, one sentence of help. Presets name the published settings."""
 
-from .knobs import ConfigError, check_choices, knob, require, unknown_name
+from .effects import without_effect
+from .groups import ADVANCED, GROUPS
+from .knobs import ConfigError, check_choices, knob, nearest, require, unknown_name
 from .method import PAPER_TEMPERATURES, PRESETS, MDPGRPOConfig, preset
 from .run import PromptConfig, TrainConfig
 
 __all__ = [
+    "ADVANCED",
+    "GROUPS",
     "PAPER_TEMPERATURES",
     "PRESETS",
     "ConfigError",
@@ -13,7 +17,9 @@ __all__ = [
     "TrainConfig",
     "check_choices",
     "knob",
+    "nearest",
     "preset",
     "require",
     "unknown_name",
+    "without_effect",
 ]

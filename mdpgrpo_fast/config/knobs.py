@@ -20,9 +20,14 @@ def knob(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+def nearest(name: str, known: list[str]) -> str | None:
+    """The known name that is spelt alike; None where none is near."""
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.6)), None)
+
+
 def unknown_name(kind: str, name: str, known: list[str]) -> ConfigError:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
+    near = nearest(name, known)
+    hint = f"; did you mean {near!r}?" if near else f"; known: {', '.join(sorted(known))}"
     return ConfigError(f"unknown {kind} {name!r}{hint}")
 
 

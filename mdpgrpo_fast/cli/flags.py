@@ -1,0 +1,92 @@
+"""Flags of a command line from the fields of dataclasses: how each is converted, and what it is called in the help."""
+
+from __future__ import annotations
+
+import types
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from ..config import nearest
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One knob as a command line has it."""
+
+    name: str
+    convert: Callable[[str], Any]
+    metavar: str
+    help: str
+    default: Any = None
+    many: bool = False
+
+    @property
+    def flag(self) -> str:
+        return f"--{self.name.replace('_', '-')}"
+
+    @property
+    def switch(self) -> bool:
+        return self.convert is _bool
+
+
+def flags_of(*kinds: type) -> list[Flag]:
+    """The knobs of dataclasses, in their order."""
+    found = []
+    for kind in kinds:
+        hints = get_type_hints(kind)
+        for f in fields(kind):
+            hint, many = _without_none(hints[f.name]), False
+            if get_origin(hint) is list:
+                hint, many = get_args(hint)[0], True
+            default = f.default_factory() if f.default_factory is not MISSING else f.default
+            found.append(Flag(f.name, *_conversion(hint), f.metadata["help"], default, many))
+    return found
+
+
+def _without_none(hint: Any) -> Any:
+    if get_origin(hint) in (Union, types.UnionType):
+        (hint,) = (arm for arm in get_args(hint) if arm is not type(None))
+    return hint
+
+
+def _conversion(hint: Any) -> tuple[Callable[[str], Any], str]:
+    if get_origin(hint) is Literal:
+        return _one_of(get_args(hint)), "{" + ",".join(get_args(hint)) + "}"
+    plain: dict[Any, tuple[Callable[[str], Any], str]] = {
+        bool: (_bool, ""), int: (_int, "N"), float: (_float, "X"), str: (str, "TEXT")
+    }  # fmt: skip
+    return plain[hint]
+
+
+def _one_of(choices: Sequence[str]) -> Callable[[str], str]:
+    def convert(text: str) -> str:
+        if text in choices:
+            return text
+        near = nearest(text, list(choices))
+        meant = f"; did you mean {near!r}?" if near else ""
+        raise ArgumentTypeError(f"must be one of {', '.join(choices)}; got {text!r}{meant}")
+
+    return convert
+
+
+def _bool(text: str) -> bool:
+    words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+    if text.lower() not in words:
+        raise ArgumentTypeError(f"must be true or false; got {text!r}")
+    return words[text.lower()]
+
+
+def _int(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ArgumentTypeError(f"must be a whole number; got {text!r}") from None
+
+
+def _float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ArgumentTypeError(f"must be a number; got {text!r}") from None

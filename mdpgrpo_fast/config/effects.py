@@ -1,0 +1,112 @@
+"""Settings that are given and have no effect, each with the reason in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from .method import MDPGRPOConfig
+from .run import TrainConfig
+
+Rule = tuple[str, Callable[[TrainConfig, MDPGRPOConfig], bool], str]
+
+# Knobs, when they have no effect, and why.
+_RULES: list[Rule] = [
+    (
+        "temperature",
+        lambda run, m: m.multi_temperature,
+        "the group is sampled at --temperatures (--no-multi-temperature)",
+    ),
+    (
+        "temperatures",
+        lambda run, m: not m.multi_temperature,
+        "the group is sampled at one --temperature (--multi-temperature)",
+    ),
+    (
+        "dual_anchor_alpha goal_mean goal_std",
+        lambda run, m: not m.dual_anchor,
+        "the goal anchor is off (--dual-anchor)",
+    ),
+    (
+        "prospect_beta prospect_gain prospect_loss prospect_on_goal",
+        lambda run, m: not m.prospect,
+        "the shaping is off (--prospect)",
+    ),
+    (
+        "prospect_on_goal",
+        lambda run, m: m.prospect and m.alpha == 0,
+        "the goal anchor has no weight (--dual-anchor, --dual-anchor-alpha)",
+    ),
+    ("kl_beta_neg", lambda run, m: not m.asymmetric_kl, "--kl-beta-pos is for all (--asymmetric-kl)"),
+    (
+        "kl_estimator kl_temperature",
+        lambda run, m: not m.needs_reference,
+        "there is no KL term (--kl-beta-pos, --kl-beta-neg)",
+    ),
+    (
+        "importance_weight_cap",
+        lambda run, m: m.temperature_objective != "corrected",
+        "--temperature-objective is not corrected",
+    ),
+    (
+        "epsilon_low epsilon_high delta importance_level",
+        lambda run, m: run.updates_per_rollout == 1,
+        "the ratio is 1 where a batch gets one update (--updates-per-rollout)",
+    ),
+    (
+        "refill",
+        lambda run, m: run.refill > 0 and all(b > 0 for b in m.betas),
+        "with a KL term every group has a gradient",
+    ),
+    (
+        "skip_idle",
+        lambda run, m: run.skip_idle and all(b > 0 for b in m.betas),
+        "with a KL term every completion counts",
+    ),
+    ("lora_r lora_alpha lora_target_modules", lambda run, m: not run.lora, "all weights are trained (--lora)"),
+    ("epochs", lambda run, m: run.steps is not None, "--steps says how many"),
+    (
+        "eval_every eval_samples eval_split eval_batch_size",
+        lambda run, m: run.eval_file is None and not (run.model is None and run.train_file is None),
+        "there are no held-out prompts (--eval-file)",
+    ),
+    ("constraint_reward", lambda run, m: "constraints" not in run.reward, "--reward has no 'constraints'"),
+    (
+        "reward_isolation keep_special_tokens",
+        lambda run, m: run.reward == ["constraints"],
+        "--reward has 'constraints' alone",
+    ),
+    ("workspace_mb fp32_logits skip_idle", lambda run, m: run.lm_head == "logits", "--lm-head is logits"),
+    ("tokens_per_micro_batch", lambda run, m: run.packing == "off", "--packing is off"),
+    (
+        "vllm_url vllm_memory vllm_sleep vllm_timeout vllm_retries vllm_sync_dir",
+        lambda run, m: run.rollout != "vllm",
+        "the model samples by itself (--rollout vllm)",
+    ),
+    (
+        "vllm_memory vllm_sleep",
+        lambda run, m: run.rollout == "vllm" and run.vllm_url is not None,
+        "a server samples (--vllm-url)",
+    ),
+    (
+        "vllm_timeout vllm_retries vllm_sync_dir",
+        lambda run, m: run.rollout == "vllm" and run.vllm_url is None,
+        "vLLM runs in this process (--vllm-url)",
+    ),
+    (
+        "split",
+        lambda run, m: run.train_file is not None and Path(run.train_file).is_file(),
+        "--train-file is no data set",
+    ),
+]
+
+
+def without_effect(run: TrainConfig, method: MDPGRPOConfig, given: Collection[str]) -> list[str]:
+    """One line for each given knob that changes nothing under these settings."""
+    lines = []
+    for names, applies, reason in _RULES:
+        found = [name for name in names.split() if name in given]
+        if found and applies(run, method):
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in found)
+            lines.append(f"{flags} {'has' if len(found) == 1 else 'have'} no effect: {reason}")
+    return lines

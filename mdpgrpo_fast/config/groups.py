@@ -1,0 +1,39 @@
+"""The knobs by what they are for, in the order of `--help`."""
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    name: tuple(knobs.split())
+    for name, knobs in {
+        "method": """preset dual_anchor dual_anchor_alpha goal_mean goal_std group_std prospect prospect_beta
+            prospect_gain prospect_loss prospect_on_goal asymmetric_kl kl_beta_pos kl_beta_neg kl_estimator
+            kl_temperature temperature_objective rescale_per_row importance_weight_cap importance_level
+            epsilon_low epsilon_high delta aggregation mask_truncated""",
+        "sampling": """num_generations multi_temperature temperatures temperature top_p top_k min_p
+            max_completion_length refill seed""",
+        "model and data": """model tokenizer train_file eval_file split eval_split prompt_column columns on_bad_row
+            max_prompt_length chat_template system_prompt template_args strip_thinking text_only
+            merge_adapter trust_remote_code""",
+        "rewards": """reward reward_weights constraint_reward rules instructions num_constraints reward_range
+            reward_isolation reward_timeout reward_workers reward_check on_bad_reward max_dropped
+            keep_special_tokens""",
+        "optimisation": """steps epochs prompts_per_step updates_per_rollout learning_rate lr_schedule warmup_steps
+            weight_decay adam_beta2 fused_adamw max_grad_norm lora lora_r lora_alpha lora_target_modules""",
+        "memory and speed": """dtype mixed_precision gradient_checkpointing packing tokens_per_micro_batch
+            micro_batch_size eval_batch_size lm_head workspace_mb fp32_logits skip_idle attention compile""",
+        "devices": "cpu backend cpu_linear",
+        "vLLM": "rollout vllm_url vllm_memory vllm_sleep vllm_timeout vllm_retries vllm_sync_dir",
+        "logging": "output_dir eval_every eval_samples report_to log_completions profile",
+        "checkpoints": "save_model save_every keep_best resume",
+    }.items()
+}
+# Left out of `--help`; `--help-all` has them.
+ADVANCED = frozenset(
+    """
+    group_std prospect_on_goal kl_estimator kl_temperature rescale_per_row importance_weight_cap importance_level
+    delta mask_truncated min_p columns split eval_split template_args text_only merge_adapter trust_remote_code
+    instructions num_constraints reward_timeout reward_workers reward_check on_bad_reward max_dropped
+    keep_special_tokens reward_isolation updates_per_rollout weight_decay adam_beta2 fused_adamw
+    lora_target_modules micro_batch_size workspace_mb fp32_logits skip_idle compile cpu_linear vllm_memory
+    vllm_sleep vllm_timeout vllm_retries vllm_sync_dir eval_samples log_completions profile save_model
+    prospect_beta goal_std strip_thinking attention refill lm_head reward_range eval_batch_size on_bad_row
+    """.split()
+)

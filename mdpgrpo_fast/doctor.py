@@ -1,0 +1,69 @@
+"""`mdpgrpo doctor`: what is installed here, what can run, and what is missing for what."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import os
+import platform
+import sys
+
+from .version import __version__
+
+# What needs it, and how it is installed.
+OPTIONAL = {
+    "peft": ("--lora", "the extra lora"),
+    "datasets": ("hub ids, folders and parquet files of prompts", "the extra data"),
+    "vllm": ("--rollout vllm in this process", "the extra vllm"),
+    "flash-attn": ("--attention flash_attention_2", "the extra flash, with a CUDA toolkit"),
+    "lm-eval": ("mdpgrpo evaluate --suite", "the extra eval"),
+    "emoji": ("one type of --rules ifbench", "the extra ifbench"),
+    "syllapy": ("one type of --rules ifbench", "the extra ifbench"),
+    "janome": ("Japanese types of --rules m-ifeval", "the extra m-ifeval"),
+    "triton": ("fused kernels on a GPU", "with a CUDA build of torch"),
+}
+REQUIRED = "torch transformers accelerate safetensors numpy langdetect nltk".split()
+
+
+def version_of(package: str) -> str | None:
+    """The installed version; None where there is none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def packages() -> tuple[list[str], bool]:
+    """One line for each package, and whether all that are required can be imported."""
+    lines, whole = [], True
+    for name in REQUIRED:
+        try:
+            importlib.import_module(name)
+            lines.append(f"  {name:<14}{version_of(name)}")
+        except Exception as e:  # whatever a broken installation raises
+            whole = False
+            lines.append(f"  {name:<14}cannot be imported: {type(e).__name__}: {' '.join(str(e).split())[:200]}")
+    for name, (purpose, how) in OPTIONAL.items():
+        version = version_of(name)
+        lines.append(f"  {name:<14}" + (version or f"not installed: {purpose} needs it ({how})"))
+    return lines, whole
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the report. Status 1 where a required package cannot be imported."""
+    argparse.ArgumentParser(prog="mdpgrpo doctor", description=__doc__, allow_abbrev=False).parse_args(argv)
+    print(f"mdpgrpo_fast {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    print(f"CPUs: {os.cpu_count()}")
+    lines, whole = packages()
+    print("packages:", *lines, sep="\n")
+    if not whole:
+        print("error: a required package cannot be imported; `pip install mdpgrpo-fast` installs them", file=sys.stderr)
+        return 1
+    from .ops.backends import backend_report
+    from .verifiers.text.sentences import punkt_source
+
+    print("kernels:")
+    backend_report()
+    print(f"sentences: {punkt_source()}")
+    return 0
