@@ -337,6 +337,10 @@ FAULTS = [
     training("statistics.pstdev(seen) or 1.0", "statistics.pstdev(seen)", "running_goal"),
     training("in dict.fromkeys(name for row in rows for name in row):", "in rows[0]:", "one_rank_alone"),
     training('if scores.get("reward") == scores.get("SSR"):', "if False:", "last_line"),
+    training("copy.deepcopy(row)) is True", "row) is True", "callback_sees"),
+    training("distributed.max_over_ranks(self.accelerator, int(stops))", "False", "callback_sees"),
+    Fault("mdpgrpo_fast/models/load.py", "return model, copy.copy(tokenizer)", "return model, tokenizer",
+          "tests/training/test_task.py -k stay_as_they_are"),
     # Prompts.
     prompts("return context - completion, f", "return config.max_prompt_length, f", "limit or context or long"),
     prompts("goes_on = messages[-1]", "goes_on = False and messages[-1]", "trl or continued"),

@@ -12,7 +12,7 @@ from typing import Any
 
 from .. import verifiers
 from ..config import ConfigError, PromptConfig
-from .files import read_rows, read_template
+from .files import Source, read_rows, read_template
 from .forms import Found, literal, missing, recognise
 
 
@@ -61,9 +61,11 @@ class Prompts:
     dropped: list[BadRow] = field(default_factory=list)
 
 
-def read_prompts(path: str | Path, config: PromptConfig | None = None) -> Prompts:
-    """The prompts of a file, a folder or a hub id, with their constraints where they have any (`files` and `forms` have
-    what is read).
+def read_prompts(source: Source, config: PromptConfig | None = None, name: str = "prompts") -> Prompts:
+    """The prompts of a file, a folder or a hub id, or of rows in memory, with their constraints where they have any
+    (`files` and `forms` have what is read). A row in memory that is a text, or a list of chat messages, is a prompt.
+
+    name: of what is in memory, for messages.
 
     Raises: ConfigError in one line where the source cannot be read or has no prompt, or the module of an instruction
         type of one's own cannot be loaded; and for the first row that cannot be used, with its file and line, unless
@@ -72,13 +74,20 @@ def read_prompts(path: str | Path, config: PromptConfig | None = None) -> Prompt
     config = config or PromptConfig()
     verifiers.load_instructions(config.instructions)
     read_template(config.chat_template)  # not only once the model is loaded
-    rows = read_rows(str(path), config.split, config.trust_remote_code)
-    if not rows:
-        raise ConfigError(f"prompt file {str(path)!r} holds no prompts")
+    rows = read_rows(source, config.split, config.trust_remote_code, name)
+    if isinstance(source, (str, Path)):
+        name, quoted = str(source), repr(str(source))
+        if not rows:
+            raise ConfigError(f"prompt file {quoted} holds no prompts")
+    else:
+        quoted = name
+        if not rows:
+            raise ConfigError(f"{name} must have at least one row; got none")
+        rows = [(where, {config.prompt_column: x} if isinstance(x, (str, list)) else x) for where, x in rows]
     for new, _, old in (item.partition("=") for item in config.columns):
         # A held-out file may have the new name already.
         if not any(isinstance(row, dict) and (old in row or new in row) for _, row in rows):
-            raise ConfigError(f"columns {new}={old}: no row of {str(path)!r} has a column {old!r}")
+            raise ConfigError(f"columns {new}={old}: no row of {quoted} has a column {old!r}")
     examples, bad = [], []
     seen: dict[str, int] = {}
     for where, row in rows:
@@ -101,7 +110,7 @@ def read_prompts(path: str | Path, config: PromptConfig | None = None) -> Prompt
         parts = [
             form if count == len(examples) else f"{form} ({count} of {len(examples)})" for form, count in seen.items()
         ]
-        notes.append(f"{path}: {'; '.join(parts)}")
+        notes.append(f"{name}: {'; '.join(parts)}")
     return sort_out(Prompts(examples, notes), bad)
 
 

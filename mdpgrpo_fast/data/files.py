@@ -9,7 +9,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,28 @@ from ..config import ConfigError
 
 # Where a row stands ("file:line", "file row 3"), and the row, or the ValueError that says why there is none.
 Row = tuple[str, Any]
+# A path, a hub id, or rows in memory: texts, objects, a data set of the package datasets, a table of pandas.
+Source = str | Path | Iterable[Any]
 
 SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".parquet", ".gz", ".txt")
 _INSTALL = "pip install datasets"
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
 
 
-def read_rows(path: str, split: str | None = None, trust_remote_code: bool = False) -> list[Row]:
+def read_rows(
+    source: Source, split: str | None = None, trust_remote_code: bool = False, name: str = "prompts"
+) -> list[Row]:
     """The rows of a file (by its suffix: .parquet, .csv, else JSON lines or an array, each also as .gz), of a folder or
-    of a hub id, the last two through the package datasets. A hub id takes a configuration behind a colon.
+    of a hub id, the last two through the package datasets; or those given, as "`name` row 1" and so on. A hub id takes
+    a configuration behind a colon.
 
     split: of a data set; None: the one named train, or the only one.
 
     Raises: ConfigError in one line where that is none of these, or a package is missing.
     """
-    place = Path(path)
+    if not isinstance(source, (str, Path)):
+        return list(_numbered(name, _given(source, split, name)))
+    path, place = str(source), Path(source)
     if place.is_file():
         return list(_file(place))
     if place.is_dir() or (_HUB_ID.fullmatch(path) and not path.endswith(SUFFIXES)):
@@ -154,6 +161,18 @@ def _data_set(path: str, is_folder: bool, split: str | None, trust_remote_code: 
         raise
     except Exception as e:  # the hub, the disk, a script of the data set: whatever they raise
         raise ConfigError(f"{what} cannot be loaded: {_reason(e)}") from None
+
+
+def _given(source: Any, split: str | None, name: str) -> list[Any]:
+    if isinstance(source, dict) and source and all(hasattr(rows, "features") for rows in source.values()):
+        source = source[_split(name, list(source), split)]  # a DatasetDict
+    if hasattr(source, "itertuples"):
+        return source.to_dict("records")  # type: ignore[no-any-return]  # its own iterator gives names of columns
+    if isinstance(source, (bytes, dict)) or not isinstance(source, Iterable):
+        raise ConfigError(
+            f"{name} must be a path, a hub id, a list of texts or rows, or a data set; got {type(source).__name__}"
+        )
+    return list(source.with_format(None) if hasattr(source, "with_format") else source)
 
 
 def _split(path: str, names: list[str], wanted: str | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..demo import SEED_POLICY
 from ..log import reason_of
 from .adapters import adapter_chain, attach_adapter, merge_adapter
 from .heads import body_of, causal_lm, other_parts
+from .lora import plain_lora
 
 
 def load(
@@ -47,6 +49,49 @@ def load(
         # Text alone gives them no gradient, for which DDP would wait.
         causal_lm(model).get_submodule(name).requires_grad_(False)
     return model, _load_tokenizer(source, [*reversed(adapters), base], tokenizer, trust_remote_code)
+
+
+def adopt(
+    model: Any, tokenizer: Any = None, attention: str = "auto", *, trust_remote_code: bool = False,
+    text_only: bool = False, keep_adapter: bool = False,
+) -> tuple[Any, Any]:  # fmt: skip
+    """A causal language model of transformers that is loaded already, and a copy of its tokenizer, as `load` has them.
+
+    The model keeps its dtype. In place: parts for images or sound are frozen, and attention other than "auto" is set.
+
+    tokenizer: loaded, a directory or a hub id; None: that of the directory that the model was loaded from.
+
+    Raises: ConfigError in one line for anything else, without a tokenizer, or where the attention cannot run.
+    """
+    if not isinstance(model, torch.nn.Module) or not hasattr(causal_lm(model), "generate"):
+        raise ConfigError(
+            "model must be a directory, a hub id or a causal language model of transformers; "
+            f"got {type(model).__name__}"
+        )
+    lm = causal_lm(model)
+    if hasattr(model, "peft_config"):
+        if not keep_adapter:
+            raise ConfigError("lora must be on for a model with LoRA adapters, whose training goes on; got False")
+        plain_lora(model)
+    if tokenizer is None:
+        tokenizer = getattr(lm.config, "_name_or_path", "")
+        if not tokenizer or not Path(tokenizer).is_dir():
+            raise ConfigError("tokenizer must be given beside a loaded model that names no directory to take it from")
+    if isinstance(tokenizer, str):
+        tokenizer = _load_tokenizer(tokenizer, [tokenizer], tokenizer, trust_remote_code)
+    if attention != "auto":
+        try:
+            lm.set_attn_implementation(attention)
+        except Exception as e:
+            raise ConfigError(f"the model cannot have attention = {attention}: {reason_of(e)}") from None
+    if text_only and _parts(lm.config):
+        if lm is not model:
+            raise ConfigError("text_only needs a model without adapters; this one has some already")
+        model = _text_part(model, type(model).__name__)
+    for name in other_parts(model):
+        causal_lm(model).get_submodule(name).requires_grad_(False)
+    # A chat template from a file becomes the copy's.
+    return model, copy.copy(tokenizer)
 
 
 def base_model(path: str | None) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -14,7 +14,6 @@ import torch
 import transformers
 from accelerate.utils import gather_object
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..config import MDPGRPOConfig, TrainConfig
 from ..data import batches
@@ -32,30 +31,35 @@ from . import checkpoint, distributed
 from .batch import Batch, MicroBatch, bin_groups, micro_batch_budget, packed_micro_batches, padded_micro_batches
 from .collect import Collector
 from .held_out import answer_and_score
-from .metrics import TokenStatistics, over_ranks, step_metrics, step_notes
+from .metrics import TokenStatistics, over_ranks, step_metrics
 from .run_dir import (
     RunDir,
     completion_row,
     flat_config,
     keep_partial,
     peak_memory_mb,
-    progress_values,
-    sample_table,
-    shares,
     summarize,
     tracker_values,
     training_rows,
 )
 from .scale import mapped
+from .show.progress import Progress, say, shares
 from .task import Task
 from .timing import StageClock, peak_flops, traced
 
 
 class TrainingLoop:
-    """MDP-GRPO over a Task. `train()` runs to the end and returns the summary."""
+    """MDP-GRPO over a Task. `train()` runs to the end and returns the summary.
 
-    def __init__(self, task: Task, run: TrainConfig, method: MDPGRPOConfig, out: RunDir, scorer: Scorer) -> None:
-        self.task, self.run, self.method, self.out, self.scorer = task, run, method, out, scorer
+    on_step: is called on the main process after each step with a copy of its row of metrics.jsonl; where it returns
+    True, the run ends with that step as it would with its last. All ranks are given one, or none is.
+    """
+
+    def __init__(
+        self, task: Task, run: TrainConfig, method: MDPGRPOConfig, out: RunDir, scorer: Scorer,
+        on_step: Callable[[dict[str, Any]], bool | None] | None = None,
+    ) -> None:  # fmt: skip
+        self.task, self.run, self.method, self.out, self.scorer, self.on_step = task, run, method, out, scorer, on_step
         self.accelerator = distributed.accelerator(
             run, out.path, max(run.prompts_per_step * method.num_generations, len(task.held_out))
         )
@@ -189,8 +193,8 @@ class TrainingLoop:
                 where = self.out.path / "partial_rollout.jsonl"
                 self.say(f"{kept} completions of step {self.done + 1} are kept in {where}")
         summary = summarize(
-            run, acc, before, after, steps=self.done, train_seconds=train_seconds, interrupted=interrupted,
-            total_seconds=time.perf_counter() - started, dropped_samples=self.dropped,
+            run, self.task.sources, acc, before, after, steps=self.done, train_seconds=train_seconds,
+            interrupted=interrupted, total_seconds=time.perf_counter() - started, dropped_samples=self.dropped,
             dropped_rows=len(self.task.dropped),
             failure=None if failure is None else str(failure),
         )  # fmt: skip
@@ -208,9 +212,8 @@ class TrainingLoop:
         """All steps, each logged as soon as it is done; `done` counts them."""
         run = self.run
         main = self.accelerator.is_main_process
-        bar = tqdm(total=self.steps, initial=self.done, disable=not main, dynamic_ncols=True, mininterval=1.0)
-        notes: set[str] = set()  # that were printed
-        with bar, traced(self.out.path / "profile" if run.profile and main else None) as profiler:
+        progress = Progress(run, self.method, self.steps, self.done, main)
+        with progress, traced(self.out.path / "profile" if run.profile and main else None) as profiler:
             for number, rows in enumerate(self.order, self.done + 1):
                 row = self.step(number, rows)
                 trace = row.pop("trace")
@@ -220,20 +223,17 @@ class TrainingLoop:
                 samples = self.prompts_per_step * self.method.num_generations
                 self.dropped += row["dropped"]
                 self.lost.check(number, row["dropped"], samples, row["problem"], trace)
-                bar.update()
                 if profiler is not None:
                     profiler.step()
-                bar.set_postfix_str(progress_values(row), refresh=False)
-                for kind, text in step_notes(row, run, self.method):
-                    if kind not in notes:
-                        notes.add(kind)
-                        self.say(f"step {number}: {text}")
-                if number % max(1, self.steps // 4) == 0 and run.log_completions:
-                    self.say(f"step {number}, some completions:\n{sample_table(self.last_rows)}")
+                progress.step(row, self.last_rows)
                 if run.eval_every and number % run.eval_every == 0 and number < self.steps:
                     self.evaluate(number)
                 if run.save_every and number % run.save_every == 0:
                     checkpoint.save(self.accelerator, self.out.path, number)
+                if self.on_step is not None:
+                    stops = main and self.on_step(copy.deepcopy(row)) is True
+                    if distributed.max_over_ranks(self.accelerator, int(stops)):
+                        break
 
     # ---- one step ---------------------------------------------------------------------------------------------------
 
@@ -393,5 +393,4 @@ class TrainingLoop:
 
     def say(self, text: str) -> None:
         """A line on stderr above the progress bar, from the first rank."""
-        if self.accelerator.is_main_process:
-            tqdm.write(text, file=sys.stderr)
+        say(text, self.accelerator.is_main_process)

@@ -124,42 +124,10 @@ def tracker_values(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
     return flat
 
 
-def progress_values(row: dict[str, Any]) -> str:
-    """The numbers of the progress bar."""
-    shares = "" if row["hsr"] is None else f"HSR {row['hsr']:.2f} SSR {row['ssr']:.2f} "
-    rewards = f"r {mean_and_spread(row['reward'], row['reward_std'])} "
-    # The one reward that there is, under its own name, would be said twice.
-    if len(row["rewards"]) > 1:
-        rewards += "".join(f"{name} {mean_and_spread(x['mean'], x['std'])} " for name, x in row["rewards"].items())
-    return (
-        f"{shares}{rewards}KL {row['kl']:.4f} clip {row['clip_low'] + row['clip_high']:.3f} "
-        f"H {row['entropy']:.2f} cut {row['truncated']:.0%} {row['tokens_per_second']:.0f} tok/s"
-    )
-
-
-def mean_and_spread(mean: float | None, std: float | None) -> str:
-    return "–" if mean is None else f"{mean:.2f}±{std or 0.0:.2f}"
-
-
 def evenly_spaced(total: int, limit: int) -> list[int]:
     """At most `limit` indices below `total`, evenly spaced: rows of like prompts stand next to each other."""
     limit = min(total, limit)
     return [i * total // limit for i in range(limit)]
-
-
-def sample_table(rows: list[dict[str, Any]], limit: int = 4) -> str:
-    """A few completions of a step as a plain-text table that fits the terminal."""
-    width = max(40, shutil.get_terminal_size((120, 20)).columns)
-    lines = []
-    for row in rows[:limit]:
-        marks = "".join("+" if ok else "-" for ok in row["satisfied"] or [])
-        reward = "dropped" if row["reward"] is None else f"{row['reward']:.2f}"
-        cut = "" if row["finished"] else "cut "
-        head = f"  τ {row['temperature']:<4g} r {reward:<5} {marks:<6} {cut}"
-        text = " ".join(row["response"].split())
-        room = width - len(head) - 1
-        lines.append(head + (text if len(text) <= room else text[: room - 1] + "…"))
-    return "\n".join(lines)
 
 
 def completion_row(
@@ -222,17 +190,9 @@ def peak_memory_mb() -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
 
 
-def shares(result: dict[str, Any] | None) -> str:
-    if result is None:
-        return "no held-out prompts"
-    cut = f", {result['truncated']:.0%} cut" if result["truncated"] else ""
-    if result["hsr"] is None:
-        return f"reward {mean_and_spread(result['reward'], result['reward_std'])}{cut}"
-    return f"HSR {result['hsr']:.3f}, SSR {result['ssr']:.3f} over {result['count']} prompts{cut}"
-
-
 def summarize(
     run: TrainConfig,
+    sources: dict[str, str | None],
     accelerator: Accelerator,
     before: dict[str, Any] | None,
     after: dict[str, Any] | None,
@@ -265,9 +225,7 @@ def summarize(
         },
         "method": run.preset,
         "seed": run.seed,
-        "model": run.model or "embedded seed policy",
-        "train_file": run.train_file or "embedded",
-        "eval_file": run.eval_file or ("embedded" if before else None),
+        **sources,
         "types": types,
         "versions": {
             "mdpgrpo_fast": __version__,

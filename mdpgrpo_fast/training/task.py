@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..config import ConfigError, TrainConfig
-from ..data import BadRow, Example, Prompts, read_prompts, tokenize
+from ..data import BadRow, Example, Prompts, Source, read_prompts, tokenize
 from ..demo import DEMO_DIR
-from ..models.load import context_length, load
+from ..models.load import adopt, context_length, load
 from ..models.lora import add_adapters
 from ..rewards import Scorer
 from ..rollout.generate import eos_ids
@@ -28,27 +29,45 @@ class Task:
     train_ids: list[list[int]]
     held_out: list[Example]
     held_out_ids: list[list[int]]
+    sources: dict[str, str | None] = field(default_factory=dict)  # where the model and the prompts come from, in words
     notes: list[str] = field(default_factory=list)  # how prompts were read and rendered
     dropped: list[BadRow] = field(default_factory=list)  # rows left out, of both files
 
 
-def prepare(run: TrainConfig, scorer: Scorer | None = None) -> Task:
+def prepare(
+    run: TrainConfig, scorer: Scorer | None = None, *, model: Any = None, tokenizer: Any = None,
+    prompts: Source | None = None, eval_prompts: Source | None = None,
+) -> Task:  # fmt: skip
     """Everything that can be wrong with the input is found here, rewards that fail before the model is loaded.
+
+    model: a causal language model of transformers in place of run.model. It is trained in place: its weights change, it
+    goes to the run's device and into eval() mode, and with run.lora its layers get adapters. It keeps its dtype.
+    tokenizer: the model's; None: of the directory that the model was loaded from. It is copied.
+    prompts, eval_prompts: in place of run.train_file and run.eval_file: a path, a hub id, a list of texts or rows, or
+    a data set of the package datasets.
 
     Raises: ConfigError; RewardError where the scorer's rewards fail on two sample rows.
     """
     check_trackers(run.report_to)
     if run.mixed_precision == "fp16" and (run.cpu or not torch.cuda.is_available()):
         raise ConfigError("mixed_precision fp16 needs a GPU; bf16 works on the CPU too")
-    embedded = run.model is None
-    if run.train_file is None and not embedded:
-        raise ConfigError("train_file is required with a model of your own")
-    train = read_prompts(run.train_file or DEMO_DIR / "train.jsonl", run)
+    for name, given, named in (("model", model, run.model), ("tokenizer", tokenizer, run.tokenizer)):
+        if given is not None and named is not None:
+            raise ConfigError(f"{name} must be given once: as {named!r}, or as it is loaded")
+    if tokenizer is not None and model is None:
+        raise ConfigError("a tokenizer that is loaded needs a model that is")
+    embedded = run.model is None and model is None
+    train_source = run.train_file if prompts is None else prompts
+    eval_source = run.eval_file if eval_prompts is None else eval_prompts
+    if train_source is None:
+        if not embedded:
+            raise ConfigError("train_file is required with a model of your own")
+        train_source = DEMO_DIR / "train.jsonl"
+        eval_source = eval_source if eval_source is not None else DEMO_DIR / "heldout.jsonl"
+    train = read_prompts(train_source, run)
     held_out = Prompts([])
-    if run.eval_file or (embedded and run.train_file is None):
-        held_out = read_prompts(
-            run.eval_file or DEMO_DIR / "heldout.jsonl", replace(run, split=run.eval_split or run.split)
-        )  # fmt: skip
+    if eval_source is not None:
+        held_out = read_prompts(eval_source, replace(run, split=run.eval_split or run.split), "eval_prompts")
         held_out = replace(held_out, examples=held_out.examples[: run.eval_samples or None])
     if run.keep_best and not held_out.examples:
         raise ConfigError("keep_best needs held-out prompts (eval_file) to compare models by; got none")
@@ -58,10 +77,20 @@ def prepare(run: TrainConfig, scorer: Scorer | None = None) -> Task:
         if run.reward_check:
             scorer.try_own_types([*train.examples, *held_out.examples])
             scorer.try_out(train.examples)
-    model, tokenizer = load(
-        run.model, run.dtype, run.attention, tokenizer=run.tokenizer, trust_remote_code=run.trust_remote_code,
-        text_only=run.text_only, keep_adapter=run.lora and not run.merge_adapter,
-    )  # fmt: skip
+    sources = {
+        "model": run.model or (type(model).__name__ if model is not None else "embedded seed policy"),
+        "train_file": _in_words(train_source), "eval_file": _in_words(eval_source),
+    }  # fmt: skip
+    if model is None:
+        model, tokenizer = load(
+            run.model, run.dtype, run.attention, tokenizer=run.tokenizer, trust_remote_code=run.trust_remote_code,
+            text_only=run.text_only, keep_adapter=run.lora and not run.merge_adapter,
+        )  # fmt: skip
+    else:
+        model, tokenizer = adopt(
+            model, tokenizer or run.tokenizer, run.attention, trust_remote_code=run.trust_remote_code,
+            text_only=run.text_only, keep_adapter=run.lora,
+        )  # fmt: skip
     eos = eos_ids(model, tokenizer)
     context = context_length(model)
     train, train_ids = tokenize(train, tokenizer, run, context=context, eos=eos)
@@ -72,6 +101,16 @@ def prepare(run: TrainConfig, scorer: Scorer | None = None) -> Task:
         model = add_adapters(
             model, r=run.lora_r, alpha=run.lora_alpha, dropout=0.0, target_modules=run.lora_target_modules
         )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError("the model has no weight to train: requires_grad is off for all of them")
     notes = list(dict.fromkeys([*train.notes, *held_out.notes]))  # both files are rendered alike
     dropped = [*train.dropped, *held_out.dropped]
-    return Task(model, tokenizer, eos, train.examples, train_ids, held_out.examples, held_out_ids, notes, dropped)
+    return Task(
+        model, tokenizer, eos, train.examples, train_ids, held_out.examples, held_out_ids, sources, notes, dropped
+    )
+
+
+def _in_words(source: Source | None) -> str | None:
+    if isinstance(source, (str, Path)):
+        return "embedded" if Path(source).parent == DEMO_DIR else str(source)
+    return None if source is None else "rows in memory"

@@ -12,7 +12,8 @@ from helpers.runs import make_trainer, rows, run_small
 
 from mdpgrpo_fast import train
 from mdpgrpo_fast.rewards import RewardError
-from mdpgrpo_fast.training.run_dir import last_line, progress_values, tracker_values
+from mdpgrpo_fast.training.run_dir import last_line, tracker_values
+from mdpgrpo_fast.training.show.progress import progress_values
 from mdpgrpo_fast.training.timing import StageClock
 
 SHORT = ["--steps", "2", "--prompts-per-step", "2", "--max-completion-length", "8", "--eval-samples", "2"]

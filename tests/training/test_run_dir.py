@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from mdpgrpo_fast.config import ConfigError
-from mdpgrpo_fast.training.run_dir import RunDir, move_aside, sample_table, tracker_values
+from mdpgrpo_fast.training.run_dir import RunDir, move_aside, tracker_values
+from mdpgrpo_fast.training.show.progress import sample_table
 
 
 def test_only_an_earlier_run_is_moved(tmp_path: Path) -> None:

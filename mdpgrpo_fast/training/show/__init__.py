@@ -1,0 +1,1 @@
+"""What a run tells on the terminal: the block at its start, its steps, and how it ended."""
