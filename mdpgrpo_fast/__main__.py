@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from .cli import end
 from .config import nearest
-from .train import end
 from .version import __version__
 
 COMMANDS = {

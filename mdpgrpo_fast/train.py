@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+import types
 from contextlib import ExitStack
 from dataclasses import asdict, fields
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from .config import PRESETS, ConfigError, MDPGRPOConfig, TrainConfig, unknown_name, without_effect
 
 if TYPE_CHECKING:
+    from .api import TrainResult
     from .training.loop import TrainingLoop
 
 
@@ -65,23 +66,13 @@ def _description(model: str | None, preset: str) -> str:
     return f"Trains a language model on checkable constraints and rewards.\nDefaults in brackets are those {of}."
 
 
-def refuse_child_processes() -> None:
-    """Raises ConfigError in a process that imports its parent's script to begin with: its run would be a second one,
-    and would move the first one's directory."""
-    import multiprocessing
-
-    if getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise ConfigError(
-            "this script starts a run when a child process imports it: its call belongs under "
-            "`if __name__ == '__main__':`"
-        )
-
-
 def make_trainer(argv: list[str], workers: ExitStack) -> TrainingLoop:
     """The trainer of a command line, all that can be checked before the first step checked, and its run directory made.
 
     workers: ends the processes that score. Raises: ConfigError; RewardError where a reward fails on two sample rows.
     """
+    from .api import refuse_child_processes
+
     refuse_child_processes()
     run, method, given = read(argv)
 
@@ -175,19 +166,18 @@ def _say_how_it_ended(trainer: TrainingLoop, summary: dict[str, Any] | None, fai
     write_report(out)
 
 
-def end(command: Callable[[], int]) -> NoReturn:
-    """Runs a command and ends the process with its status."""
-    try:
-        code = command()
-    except SystemExit as e:
-        code = e.code if isinstance(e.code, int) else 1
-    # What has trained may have processes to end; what has only answered a flag has not loaded torch.
-    if "torch" in sys.modules:
-        from .training.distributed import exit_process
+class _Module(types.ModuleType):
+    """`mdpgrpo_fast.train` is this module once it is imported, and the function `train` before: it can be called."""
 
-        exit_process(code)
-    sys.exit(code)
+    def __call__(self, *arguments: Any, **options: Any) -> TrainResult:
+        from .api import train
 
+        return train(*arguments, **options)
+
+
+sys.modules[__name__].__class__ = _Module
 
 if __name__ == "__main__":
+    from .cli import end
+
     end(main)

@@ -16,7 +16,8 @@ import yaml
 from helpers.inputs import ROOT
 
 import mdpgrpo_fast.__main__ as console
-from mdpgrpo_fast import __version__, evaluate, train
+import mdpgrpo_fast.train as train
+from mdpgrpo_fast import __version__, evaluate
 from mdpgrpo_fast.cli import foreign, parse, read_yaml
 from mdpgrpo_fast.config import (
     ADVANCED,

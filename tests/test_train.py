@@ -13,7 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mdpgrpo_fast import evaluate, train
+import mdpgrpo_fast.train as train
+from mdpgrpo_fast import evaluate
 from mdpgrpo_fast.config import preset
 
 
@@ -93,7 +94,7 @@ def test_a_child_that_imports_the_script_does_not_train(tmp_path: Path) -> None:
     out = tmp_path / "run"
     script = tmp_path / "script.py"
     script.write_text(
-        "import multiprocessing\nfrom mdpgrpo_fast import train\n"
+        "import multiprocessing\nimport mdpgrpo_fast.train as train\n"
         f"argv = ['--output-dir', {str(out)!r}, '--steps', '1', '--max-completion-length', '8', '--eval-samples', '2',"
         " '--prompts-per-step', '1', '--save-model', 'false']\n"
         "print('status', train.main(argv))\n"

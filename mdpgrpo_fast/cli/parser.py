@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, NoReturn
 
@@ -17,16 +16,6 @@ from .help import page
 from .layers import as_words
 
 Layer = tuple[str, dict[str, Any]]  # where the settings stand, and the settings by the names of their knobs
-
-
-@contextmanager
-def report_errors() -> Iterator[None]:
-    """A ConfigError becomes one line on stderr and exit status 2."""
-    try:
-        yield
-    except ConfigError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
 
 
 class _Parser(argparse.ArgumentParser):

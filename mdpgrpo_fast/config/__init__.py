@@ -3,7 +3,7 @@
 from .effects import without_effect
 from .groups import ADVANCED, GROUPS
 from .knobs import ConfigError, check_choices, knob, nearest, require, unknown_name
-from .method import PAPER_TEMPERATURES, PRESETS, MDPGRPOConfig, preset
+from .method import PAPER_TEMPERATURES, PRESETS, MDPGRPOConfig, nearest_preset, preset
 from .run import PromptConfig, TrainConfig
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "check_choices",
     "knob",
     "nearest",
+    "nearest_preset",
     "preset",
     "require",
     "unknown_name",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from .knobs import ConfigError, check_choices, knob, require, unknown_name
@@ -163,3 +163,14 @@ def preset(name: str, **overrides: Any) -> MDPGRPOConfig:
     if name not in PRESETS:
         raise unknown_name("preset", name, list(PRESETS))
     return MDPGRPOConfig(**copy.deepcopy({**PRESETS[name], **overrides}))
+
+
+def nearest_preset(config: MDPGRPOConfig, first: str = "paper") -> str:
+    """The preset from which the fewest knobs differ, the number of generations apart; `first` where several are."""
+
+    def differing(name: str) -> int:
+        start = preset(name)
+        names = (f.name for f in fields(config) if f.name != "num_generations")
+        return sum(getattr(config, n) != getattr(start, n) for n in names)
+
+    return min([first, *PRESETS], key=differing)

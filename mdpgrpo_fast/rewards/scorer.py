@@ -81,8 +81,9 @@ def _resolve(reward: str | RewardFunction, isolation: str, trust_remote_code: bo
 
 
 def _told_apart(rewards: list[Reward]) -> list[Reward]:
-    """Names that two rewards share, or one with `constraints`, become specs, and get a number where those are equal."""
-    counts = Counter([CONSTRAINTS, *(r.name for r in rewards if r.spec != CONSTRAINTS)])
+    """Names that two rewards share, or one with `constraints`, become specs; where those are equal, as of two lambdas,
+    they get a number."""
+    counts = Counter([CONSTRAINTS, *{(r.name, r.spec): r.name for r in rewards if r.spec != CONSTRAINTS}.values()])
     rewards = [replace(r, name=r.spec) if counts[r.name] > 1 else r for r in rewards]
     seen: Counter[str] = Counter()
     for i, reward in enumerate(rewards):
@@ -106,7 +107,7 @@ class Scorer:
     def __init__(
         self,
         rewards: Sequence[str | RewardFunction],
-        weights: list[float] | None = None,
+        weights: Sequence[float] | None = None,
         *,
         rules: str = TrainConfig.rules,
         instructions: Sequence[str] = (),
@@ -119,7 +120,9 @@ class Scorer:
     ) -> None:
         found = [_resolve(r, isolation, trust_remote_code) for r in rewards]
         self.rewards = found = _told_apart(found)
-        self.weights = list(weights) if weights is not None else [1.0] * len(found)
+        self.weights = [1.0] * len(found) if weights is None else list(map(float, weights))
+        if len(self.weights) != len(found):
+            raise ConfigError(f"reward_weights must have one weight per reward ({len(found)}); got {self.weights}")
         self.call_timeout = timeout or CALL_TIMEOUT
         self.drop_bad = on_bad_reward == "drop"
         self._causes: set[str] = set()  # for which constraints could not be checked, each said once
@@ -132,11 +135,16 @@ class Scorer:
         self._workers = Workers(self.specs, constraints, workers, timeout or COMPLETION_TIMEOUT)
 
     @classmethod
-    def of(cls, run: TrainConfig) -> Scorer:
-        """That of a run's settings."""
+    def of(
+        cls,
+        run: TrainConfig,
+        rewards: Sequence[str | RewardFunction] | None = None,
+        weights: Sequence[float] | None = None,
+    ) -> Scorer:
+        """That of a run's settings; rewards and weights: in place of the run's."""
         return cls(
-            run.reward,
-            run.reward_weights,
+            run.reward if rewards is None else rewards,
+            run.reward_weights if rewards is None and weights is None else weights,
             rules=run.rules,
             instructions=run.instructions,
             constraint_reward=run.constraint_reward,
@@ -151,6 +159,10 @@ class Scorer:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Ends the workers; a later call starts new ones."""
         self._workers.stop()
 
     @property

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
@@ -203,21 +200,6 @@ def norm_of(norm: Any) -> float:
     if norm is None:
         return float("nan")
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-
-
-def exit_process(code: int) -> NoReturn:
-    """End this process with an exit status.
-
-    gloo's threads take the GIL to free tensors of finished work: at the interpreter's shutdown they abort, and while a
-    process group is destroyed they may wait for ever. So a process of several under gloo ends without either.
-    """
-    if dist.is_available() and dist.is_initialized():
-        if dist.get_backend() == "gloo":
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        dist.destroy_process_group()
-    sys.exit(code)
 
 
 def max_over_ranks(accelerator: Accelerator, number: int) -> int:

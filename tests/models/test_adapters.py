@@ -14,7 +14,7 @@ import yaml
 from helpers.inputs import make_model
 from helpers.runs import make_trainer, rows, run_small
 
-from mdpgrpo_fast import train
+import mdpgrpo_fast.train as train
 from mdpgrpo_fast.config import ConfigError, TrainConfig
 from mdpgrpo_fast.demo import SEED_POLICY
 from mdpgrpo_fast.models import lora

@@ -13,7 +13,8 @@ import torch
 from helpers.runs import SMALL, make_trainer, parameters, rows, run_small
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mdpgrpo_fast import evaluate, train
+import mdpgrpo_fast.train as train
+from mdpgrpo_fast import evaluate
 from mdpgrpo_fast.config import ConfigError, TrainConfig, preset
 from mdpgrpo_fast.demo import DEMO_DIR
 from mdpgrpo_fast.models.load import load

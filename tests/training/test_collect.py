@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers.runs import PLAIN, make_trainer, rows, run_small
 
-from mdpgrpo_fast import train
+import mdpgrpo_fast.train as train
 from mdpgrpo_fast.config import TrainConfig, preset
 from mdpgrpo_fast.rewards import Score
 from mdpgrpo_fast.rollout.generate import Rollout, generate

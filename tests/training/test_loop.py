@@ -13,7 +13,7 @@ from helpers.losses import ALL_BACKENDS, BACKENDS
 from helpers.runs import PLAIN, make_trainer, parameters, rows, run_small
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
-from mdpgrpo_fast import train
+import mdpgrpo_fast.train as train
 from mdpgrpo_fast.config import preset
 from mdpgrpo_fast.models import lora
 from mdpgrpo_fast.rewards import Score

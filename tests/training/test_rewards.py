@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from helpers.runs import make_trainer, rows, run_small
 
-from mdpgrpo_fast import train
+import mdpgrpo_fast.train as train
 from mdpgrpo_fast.rewards import RewardError
 from mdpgrpo_fast.training.run_dir import last_line, tracker_values
 from mdpgrpo_fast.training.show.progress import progress_values

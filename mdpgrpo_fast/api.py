@@ -1,0 +1,233 @@
+"""The door in Python: `train(...)` in one call, or a `Trainer` that trains, evaluates and saves."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .config import ConfigError, MDPGRPOConfig, TrainConfig, nearest_preset, preset
+
+if TYPE_CHECKING:
+    from .data import Source
+
+Row = dict[str, Any]
+RewardFunction = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run leaves: its directory, the numbers of its summary.json, the rows of its steps.
+
+    summary: held-out scores before and after (`hsr_before`, `reward_after` …), settings, versions, times in seconds.
+    history: one row of metrics.jsonl for each step, in their order.
+    """
+
+    path: Path
+    summary: Row
+    history: list[Row] = field(repr=False)
+    report: Path  # report.html
+
+    @property
+    def model_path(self) -> Path | None:
+        """The trained model in from_pretrained form; None where it was not saved."""
+        path = self.path / "model"
+        return path if path.is_dir() else None
+
+    def __str__(self) -> str:
+        from .training.run_dir import last_line
+
+        return last_line(self.summary)
+
+
+class Trainer:
+    """MDP-GRPO on a model, prompts and rewards; for scripts and notebooks.
+
+    model: a directory or hub id, or a causal language model of transformers that is loaded, which is trained in place;
+        None: the embedded seed policy. tokenizer: of a loaded model, where it does not name its directory.
+    prompts, eval_prompts: a file, folder or hub id; a list of texts, of chats or of rows (`prompt` and the columns that
+        rewards take); a data set of the package datasets, a table of pandas. eval_prompts are answered greedily before
+        and after; None: none.
+    rewards: functions of TRL's signature, lambdas too, or names as `--reward` takes them; None: those of `run`, which
+        are the constraints of each prompt. reward_weights: one for each.
+    config: the method, as `preset("paper", num_generations=8)`; None: run's preset.
+    run: everything else; arguments of this class go over it. None: the defaults, and for the embedded model with the
+        embedded prompts those of the demonstration.
+    on_step: called after each step with its row of metrics.jsonl; where it returns True the run ends as it would after
+        its last step.
+
+    Everything that can be wrong is found here, before anything is written. Raises: ConfigError for what cannot be used,
+    in one line that names the argument; RewardError where a reward fails on two sample rows.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        prompts: Source | None = None,
+        rewards: Sequence[str | RewardFunction] | str | RewardFunction | None = None,
+        *,
+        eval_prompts: Source | None = None,
+        reward_weights: Sequence[float] | None = None,
+        tokenizer: Any = None,
+        config: MDPGRPOConfig | None = None,
+        run: TrainConfig | None = None,
+        on_step: Callable[[Row], bool | None] | None = None,
+    ) -> None:
+        from .models.adapters import resolve_adapter
+        from .rewards import Scorer
+        from .training.checkpoint import check_resume
+        from .training.loop import TrainingLoop
+        from .training.run_dir import RunDir
+        from .training.task import prepare
+
+        refuse_child_processes()
+        if run is None:
+            run, demo = _demonstration() if model is None and prompts is None else (TrainConfig(), None)
+            config = config or demo
+        config = config or preset(run.preset)
+        named, model = _named(model)
+        train_file, prompts = _named(prompts)
+        eval_file, eval_prompts = _named(eval_prompts)
+        given = {"model": named, "train_file": train_file, "eval_file": eval_file}
+        changed: Row = {name: value for name, value in given.items() if value is not None}
+        run = replace(run, preset=nearest_preset(config, run.preset), **changed)
+        if isinstance(rewards, str) or callable(rewards):
+            rewards = [rewards]
+        self.scorer = Scorer.of(run, rewards, reward_weights)
+        specs, weights = [r.spec for r in self.scorer.rewards], self.scorer.weights
+        self.run = run = replace(
+            resolve_adapter(run), reward=specs, reward_weights=weights if reward_weights else run.reward_weights
+        )
+        self.config = config
+        self._trained = False
+        weakref.finalize(self, self.scorer.stop)
+        with self.scorer:
+            if run.resume:
+                check_resume(run, config)
+            task = prepare(
+                run, self.scorer, model=model, tokenizer=tokenizer, prompts=prompts, eval_prompts=eval_prompts
+            )
+            self.out = RunDir(run.output_dir, create=False)
+            self.loop = TrainingLoop(task, run, config, self.out, self.scorer, on_step)
+
+    @property
+    def model(self) -> Any:
+        """The model, as it is trained by now."""
+        return self.loop.lm
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.loop.task.tokenizer
+
+    def train(self) -> TrainResult:
+        """All steps, with everything in run.output_dir; Ctrl-C ends it early and keeps what was learned.
+
+        Raises: what ends a run, after its directory is complete: RewardError, RolloutError, FloatingPointError;
+            RuntimeError where it has been called before.
+        """
+        from .report.page import write_report
+
+        if self._trained:
+            raise RuntimeError("train() runs once; a run with run.resume goes on from a checkpoint")
+        self._trained = True
+        main, out = self.loop.accelerator.is_main_process, self.out
+        if main and not self.run.resume:
+            out.make()
+            out.write_config(self.run, self.config)
+            if self.loop.task.dropped:
+                out.append("dropped_rows.jsonl", *map(asdict, self.loop.task.dropped))
+        try:
+            with self.scorer:
+                summary = self.loop.train()
+        finally:
+            report = write_report(out.path) if main else out.path / "report.html"
+            self.loop.accelerator.wait_for_everyone()
+        return TrainResult(out.path, summary, self.loop.history, report)
+
+    def evaluate(self, prompts: Source | None = None) -> Row:
+        """Greedy answers to prompts (None: the held-out ones), scored: hsr, ssr, reward with their intervals.
+
+        Raises: ConfigError where there are no such prompts.
+        """
+        from .data import read_prompts, tokenize
+        from .models.load import context_length
+        from .training.held_out import answer_and_score
+
+        loop, task = self.loop, self.loop.task
+        if prompts is not None:
+            read = read_prompts(prompts, self.run)
+            read, ids = tokenize(read, task.tokenizer, self.run, context=context_length(task.model), eos=task.eos)
+            task = replace(task, held_out=read.examples, held_out_ids=ids)
+        if not task.held_out:
+            raise ConfigError("prompts must be given where the run has no eval_prompts; got none")
+        with self.scorer:
+            thinking = loop.collector.thinking
+            return answer_and_score(task, self.run, loop.accelerator, self.scorer, thinking, loop.model, loop.lm)[0]
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the model as it is by now in from_pretrained form, LoRA adapters merged, with its tokenizer.
+
+        Raises: ConfigError where the path exists.
+        """
+        from .models.lora import save_merged
+        from .training.distributed import whole_state
+
+        path, loop = Path(path), self.loop
+        if path.exists():
+            raise ConfigError(f"path {str(path)!r} exists; a model is written into a new directory")
+        state = whole_state(loop.accelerator, loop.model)
+        if loop.accelerator.is_main_process and self.run.lora:
+            save_merged(loop.lm, self.tokenizer, path, state)
+        elif loop.accelerator.is_main_process:
+            loop.lm.save_pretrained(path, state_dict=state)
+            self.tokenizer.save_pretrained(path)
+        return path
+
+
+def train(
+    model: Any = None,
+    prompts: Source | None = None,
+    rewards: Sequence[str | RewardFunction] | str | RewardFunction | None = None,
+    *,
+    eval_prompts: Source | None = None,
+    reward_weights: Sequence[float] | None = None,
+    tokenizer: Any = None,
+    config: MDPGRPOConfig | None = None,
+    run: TrainConfig | None = None,
+    on_step: Callable[[Row], bool | None] | None = None,
+) -> TrainResult:
+    """`Trainer(...).train()`; arguments, result and errors are those. Without arguments: the demonstration."""
+    return Trainer(
+        model, prompts, rewards, eval_prompts=eval_prompts, reward_weights=reward_weights, tokenizer=tokenizer,
+        config=config, run=run, on_step=on_step,
+    ).train()  # fmt: skip
+
+
+def refuse_child_processes() -> None:
+    """Raises ConfigError in a process that imports its parent's script to begin with: its run would be a second one,
+    and would move the first one's directory."""
+    import multiprocessing
+
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise ConfigError(
+            "this script starts a run when a child process imports it: its call belongs under "
+            "`if __name__ == '__main__':`"
+        )
+
+
+def _named(given: Any) -> tuple[str | None, Any]:
+    """(path or hub id, None), or (None, what is in memory)."""
+    return (str(given), None) if isinstance(given, (str, Path)) else (None, given)
+
+
+def _demonstration() -> tuple[TrainConfig, MDPGRPOConfig]:
+    from .cli import parse, read_yaml
+    from .config import PRESETS
+    from .demo import DEMO_DIR
+
+    settings = read_yaml(DEMO_DIR / "demo.yaml")
+    layers = [("demo.yaml", settings), ("preset", PRESETS[settings["preset"]])]
+    run, config = parse([], TrainConfig, MDPGRPOConfig, prog="", layers=layers)
+    return run, config
