@@ -2,7 +2,7 @@
 
 from .effects import without_effect
 from .groups import ADVANCED, GROUPS
-from .knobs import ConfigError, check_choices, knob, nearest, require, unknown_name
+from .knobs import Backend, ConfigError, check_choices, knob, nearest, require, unknown_name
 from .method import PAPER_TEMPERATURES, PRESETS, MDPGRPOConfig, nearest_preset, preset
 from .run import PromptConfig, TrainConfig
 
@@ -11,6 +11,7 @@ __all__ = [
     "GROUPS",
     "PAPER_TEMPERATURES",
     "PRESETS",
+    "Backend",
     "ConfigError",
     "MDPGRPOConfig",
     "PromptConfig",

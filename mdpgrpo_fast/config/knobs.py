@@ -6,7 +6,9 @@ import dataclasses
 import difflib
 import math
 from dataclasses import field
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
+
+Backend = Literal["auto", "torch", "triton", "cpu", "cuda"]  # what the loss, log-probs and advantages run on
 
 
 class ConfigError(ValueError):

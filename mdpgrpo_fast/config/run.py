@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from .knobs import ConfigError, check_choices, knob, require
+from .knobs import Backend, ConfigError, check_choices, knob, require
 from .method import PRESETS
 
 
@@ -142,7 +142,7 @@ class TrainConfig(PromptConfig):
         "dtype of the trained weights; in bfloat16 small updates round away (mixed_precision saves memory); "
         "LoRA adapters stay in float32",
     )
-    backend: Literal["auto", "torch", "triton", "cpu", "cuda"] = knob(
+    backend: Backend = knob(
         "auto",
         "of the loss: triton, cpu and cuda are fused kernels, torch is the reference; auto: triton on a GPU, else cpu",
     )

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..config import ConfigError, MDPGRPOConfig, TrainConfig
+from ..config import Backend, ConfigError, MDPGRPOConfig, TrainConfig
 from ..log import say_once
 from ..ops.linear.losses import linear_token_logprobs, linear_token_loss
 from ..ops.logprobs import token_logprobs
@@ -115,7 +115,7 @@ class Policy(nn.Module):
     @torch.no_grad()
     def logprobs(
         self, inputs: PackedRow | tuple[Tensor, Tensor, Tensor, Tensor], mask: Tensor | None, lengths: list[int] | None,
-        temperature: Tensor | float, backend: str,
+        temperature: Tensor | float, backend: Backend,
     ) -> Tensor:  # fmt: skip
         """Log-probs of the completion tokens, (B, L) or packed (R,); 0 where mask is."""
         rows, tokens = self._rows(inputs)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..config import ConfigError, MDPGRPOConfig
+from ..config import Backend, ConfigError, MDPGRPOConfig
 from ..kernels.schemas import Groups, Rows
 from ..reference import Advantages
 from . import fused
@@ -25,7 +25,7 @@ def advantages(
     groups: Tensor | None = None,
     running: tuple[float, float] | None = None,
     check_values: bool | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Advantages:
     """Dual-anchor, prospect-shaped advantages and the KL coefficient of every completion (paper, Eq. 3 to 6).
 
@@ -50,8 +50,8 @@ def advantages(
     by_group = grouped(rewards, num_constraints, valid, groups, config, check_values, running)
     # Rewards of any float dtype are computed in float32 by a kernel, but float64 asks for float64.
     dtype = rewards.dtype if rewards.dtype == torch.float64 else torch.float32
-    backend = choose(backend, rewards.device, dtype)
-    out = _advantages("torch" if config.running_goal else backend, by_group, config, running)
+    chosen = choose(backend, rewards.device, dtype)
+    out = _advantages("torch" if config.running_goal else chosen, by_group, config, running)
     if by_group.slots is None:
         return out
     names = ("z", "delta", "advantage", "kl_beta")

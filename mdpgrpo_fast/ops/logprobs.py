@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..config import Backend
 from ..kernels.schemas import Rows
 from ..reference import Layout
 from . import fused
@@ -23,7 +24,7 @@ def token_logprobs(
     temperature: Tensor | float = 1.0,
     softcap: float | None = None,
     check_values: bool | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of given tokens, differentiable, and the detached entropy in nats; each of the shape of tokens.
 

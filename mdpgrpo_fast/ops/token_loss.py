@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import reference
-from ..config import MDPGRPOConfig
+from ..config import Backend, MDPGRPOConfig
 from ..kernels.schemas import Rows, Settings
 from ..reference import TokenLoss
 from . import fused
@@ -49,7 +49,7 @@ def token_loss(
     denominator: Tensor | float | None = None,
     in_place: bool = False,
     check_values: bool | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> TokenLoss:
     """The clipped policy objective with sign-dependent KL over completion tokens, aggregated to one loss.
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...config import MDPGRPOConfig
+from ...config import Backend, MDPGRPOConfig
 from ...kernels.schemas import Rows, Settings
 from ...reference import TokenLoss
 from ..advantages import grouped, with_advantages
@@ -55,7 +55,7 @@ def linear_token_loss(
     fp32_logits: bool = False,
     vocab_group: dist.ProcessGroup | None = None,
     check_values: bool | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> TokenLoss:
     """`token_loss` of logits = softcap(logit_scale (hidden weightᵀ + bias)), which are never built as a whole.
 
@@ -139,7 +139,7 @@ def linear_token_logprobs(
     fp32_logits: bool = False,
     vocab_group: dist.ProcessGroup | None = None,
     check_values: bool | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`token_logprobs` from hidden states and the head: log-probs, differentiable, and the detached entropy in nats.
 
