@@ -15,6 +15,7 @@ out.loss.backward()
 assert logits.grad is not None and abs(logits.grad[0, 0, 0].item() + (1 - 0.2) / 6) < 1e-6
 for name in (
     "report/page.html.jinja",
+    "report/compare.html.jinja",
     "report/page.css",
     "kernels/crossovers.json",
     "demo/train.jsonl",

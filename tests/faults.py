@@ -66,6 +66,10 @@ def prompts(old: str, new: str, tests: str) -> Fault:
     return Fault("mdpgrpo_fast/data/", old, new, f"tests/prompts -k '{tests}'")
 
 
+def report(old: str, new: str, tests: str) -> Fault:
+    return Fault("mdpgrpo_fast/report/", old, new, f"tests/report -k '{tests}'")
+
+
 def verifiers(old: str, new: str, tests: str) -> Fault:
     return Fault("mdpgrpo_fast/verifiers/", old, new, f"tests/verifiers -k '{tests}'")
 
@@ -348,6 +352,14 @@ FAULTS = [
     prompts("if ends and not self.eos & ends.keys():", "if False:", "base or chat"),
     prompts('if self.system is not None and not any', 'if False and not any', "system"),
     prompts('n + 1  # the same', 'n  # the same', "rlvr or function or forms"),
+    # The report.
+    report("_largest_z(method) <= 2:", "_largest_z(method) < 2:", "only_be_zero"),
+    report("if alike and not moved:", "if alike:", "value_of_the_loss"),
+    report("for pick in (np.argmin, np.argmax)", "for pick in (np.argmin,)", "outliers"),
+    report("autoescape=True", "autoescape=False", "untrusted or hostile"),
+    report("key=lambda p: p[0])", "key=lambda p: -p[0])", "either_direction"),
+    report("if options.output.exists() and not options.overwrite:", "if False:", "wrong_command_line"),
+    report("if len(set(values)) > 1]", "]", "what_differs"),
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Report of a run: its page, and the command `python -m mdpgrpo_fast.report RUN_DIR` that writes it."""
+"""Report of a run: its page, and the command `mdpgrpo report RUN_DIR` that writes it."""
 
 from __future__ import annotations
 
@@ -11,28 +11,19 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from ..cli import report_errors
 from ..config import ConfigError, MDPGRPOConfig, TrainConfig
-from .figures import draw_figures
-from .run import Row, Run, as_list, as_mapping, as_number, before_after, last_step, lookup, read_run, type_rates
+from .panels import figures
+from .run import Row, Run, as_list, as_mapping, as_number, last_step, lookup, read_run, scores, type_rates
+from .template import write_page
 
 PAIRS_SHOWN, CHARACTERS_SHOWN = 12, 1600
+SECTIONS = {"learning": "Learning", "group-health": "Group health", "pace": "Pace", "types": "Instruction types",
+            "completions": "Held-out completions", "configuration": "Configuration"}  # fmt: skip
+DRAWN = ("learning", "group-health", "pace")  # these are left out where there is no chart
 
 
-def _scores(run: Run) -> list[tuple[str, float, float, float]]:
-    """(name, before, after, gain in percentage points) of the held-out scores; the reward where there are no others."""
-    scores = {name: before_after(run, name.lower()) for name in ("HSR", "SSR")}
-    if run.evals and all(map(math.isnan, chain(*scores.values()))):
-        scores = {"reward": before_after(run, "reward")}
-    elif list(as_mapping(run.summary.get("rewards"))) not in ([], ["constraints"]):
-        scores["reward"] = before_after(run, "reward")
-    # The gain of the rounded shares, so that the three numbers agree.
-    return [(name, b, a, round(a * 100, 1) - round(b * 100, 1)) for name, (b, a) in scores.items()]
-
-
-def _duration(seconds: float) -> str | None:
+def duration(seconds: float) -> str | None:
     if math.isnan(seconds):
         return None
     return f"{seconds:.1f} s" if seconds < 120 else f"{int(seconds // 60)} min {int(seconds % 60)} s"
@@ -45,22 +36,39 @@ def _facts(run: Run) -> dict[str, Any]:
         return summary.get(name, lookup(run.config, "run", name))
 
     prompts, count = recorded("eval_file"), lookup(run.evals[0], "eval", "count") if run.evals else None
-    memory, versions = as_number(summary.get("peak_memory_mb")), summary.get("versions")
+    memory = as_number(summary.get("peak_memory_mb"))
     facts = {
         "Steps": summary.get("steps", last_step(run)),
-        "Training": _duration(as_number(summary.get("train_seconds"))),
-        "Total with evaluation": _duration(as_number(summary.get("total_seconds"))),
+        "Training": duration(as_number(summary.get("train_seconds"))),
+        "Total with evaluation": duration(as_number(summary.get("total_seconds"))),
+        "Started": summary.get("started"),
         "Device": summary.get("device"),
+        "Peak memory": None if math.isnan(memory) else f"{memory:,.0f} MB",
         "Model": recorded("model"),
+        "Parameters": _parameters(summary),
         "Training prompts": recorded("train_file"),
         "Held-out prompts": f"{prompts} ({count})" if prompts and count else prompts or count,
-        "Peak memory": None if math.isnan(memory) else f"{memory:,.0f} MB",
         "Dropped samples": summary.get("dropped_samples"),
         "Rows left out": summary.get("dropped_rows") or None,
         "Seed": recorded("seed"),
-        "Versions": ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else versions,
+        "Commit": summary.get("commit"),
+        "Backend": listed(summary.get("backend")),
+        "Versions": listed(summary.get("versions")),
+        "Command": summary.get("command"),
     }
     return {name: value for name, value in facts.items() if value not in (None, "")}
+
+
+def listed(value: Any) -> Any:
+    """A mapping as text, anything else as it is."""
+    return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+
+
+def _parameters(summary: Row) -> str | None:
+    every, trained = (as_number(summary.get(name)) for name in ("parameters", "trained_parameters"))
+    if math.isnan(every):
+        return None
+    return f"{every:,.0f}" + ("" if math.isnan(trained) or trained == every else f", {trained:,.0f} of them trained")
 
 
 def _completion(row: Row | None) -> dict[str, Any] | None:
@@ -99,8 +107,11 @@ def _score(row: Row | None) -> float:
     return as_number(lookup(row, "reward"))
 
 
-def _pairs(run: Run) -> list[tuple[float, Row | None, Row | None]]:
-    """(change of the score, row before, row after) by prompt; the largest changes first, in either direction."""
+Pair = tuple[float, Row | None, Row | None]
+
+
+def _pairs(run: Run) -> list[Pair]:
+    """(change of the score, row before, row after) by prompt."""
     rows: dict[tuple[str, int], dict[str, Row]] = {}
     repeats: Counter[tuple[str, str]] = Counter()
     for row in run.completions:
@@ -110,8 +121,22 @@ def _pairs(run: Run) -> list[tuple[float, Row | None, Row | None]]:
             rows.setdefault((prompt, repeats[phase, prompt]), {})[phase] = row
             repeats[phase, prompt] += 1
     sides = [(pair.get("before"), pair.get("after")) for pair in rows.values()]
-    pairs = [(_score(after) - _score(before), before, after) for before, after in sides]
-    return sorted(pairs, key=lambda pair: 0.0 if math.isnan(pair[0]) else -abs(pair[0]))
+    return [(_score(after) - _score(before), before, after) for before, after in sides]
+
+
+def _by_change(pairs: list[Pair]) -> dict[str, tuple[list[Pair], int]]:
+    """What got better and what got worse, the largest changes first: heading → (those shown, how many there are).
+
+    Each has half of the room, and what the other leaves; the rest is shown where nothing changed.
+    """
+    better = sorted((p for p in pairs if p[0] > 0), key=lambda p: -p[0])
+    worse = sorted((p for p in pairs if p[0] < 0), key=lambda p: p[0])
+    room = max(PAIRS_SHOWN // 2, PAIRS_SHOWN - len(better))
+    groups = {"Worse than before": worse[:room], "Better than before": better[: PAIRS_SHOWN - min(room, len(worse))]}
+    totals = {"Worse than before": len(worse), "Better than before": len(better)}
+    if not better and not worse:
+        groups, totals = {"As before": pairs[:PAIRS_SHOWN]}, {"As before": len(pairs)}
+    return {name: (groups[name], totals[name]) for name in sorted(groups) if groups[name]}
 
 
 def _configuration(run: Run) -> dict[str, list[tuple[Any, Any, str, bool]]]:
@@ -127,62 +152,50 @@ def _configuration(run: Run) -> dict[str, list[tuple[Any, Any, str, bool]]]:
     return sections
 
 
-def _number(value: float, spec: str) -> str:
-    return "–" if math.isnan(value) else format(value, spec)
-
-
-def _render(**content: Any) -> str:
-    """The page. Prompts and responses are hostile text: the template escapes whatever it is given."""
-    environment = Environment(loader=PackageLoader(__package__, ""), autoescape=True, undefined=StrictUndefined,
-                              trim_blocks=True, keep_trailing_newline=True)  # fmt: skip
-    environment.filters["number"] = _number
-    environment.tests["nan"] = math.isnan
-    return environment.get_template("page.html.jinja").render(content)
-
-
 def write_report(run_dir: Path | str) -> Path:
-    """Write report.html, curves.png, group_health.png, pace.png and types.png into the run directory.
+    """Write report.html into the run directory.
 
-    Parts that the directory lacks are named on the page. Raises ConfigError where it is no run directory.
+    Parts that the directory lacks are named on the page. Raises ConfigError where it is no run directory, or where the
+    page cannot be written.
     """
     run = read_run(Path(run_dir))
-    types, pairs = type_rates(run), _pairs(run)
-    page = _render(
+    out, pairs, held_out, drawn = run.path / "report.html", _pairs(run), scores(run), figures(run)
+    reasons = Counter(str(row["note"]) for row in run.train if row.get("note")).most_common(5)
+    if reasons:
+        drawn.setdefault("group-health", [])  # where they stand
+    write_page(
+        out,
+        "page.html.jinja",
         name=run.path.resolve().name,
         method=run.summary.get("method", lookup(run.config, "run", "preset")),
         notes=run.notes,
-        scores=_scores(run),
+        scores=held_out,
+        intervals=not all(map(math.isnan, chain.from_iterable(s[3:] for s in held_out))),
         facts=_facts(run),
-        figures=draw_figures(run, types),
-        reasons=Counter(str(row["note"]) for row in run.train if row.get("note")).most_common(5),
+        headings=SECTIONS,
+        contents=[(id, heading) for id, heading in SECTIONS.items() if id in drawn or id not in DRAWN],
+        figures=drawn,
+        reasons=reasons,
         steps=len(run.train),
-        types=types,
-        pairs=[
-            (_prompt(lookup(before or after, "prompt")), _completion(before), _completion(after))
-            for _, before, after in pairs[:PAIRS_SHOWN]
-        ],
+        types=type_rates(run),
+        changes={
+            heading: ([(_prompt(lookup(b or a, "prompt")), _completion(b), _completion(a)) for _, b, a in shown], total)
+            for heading, (shown, total) in _by_change(pairs).items()
+        },
         compared=len(pairs),
-        better=sum(change > 0 for change, _, _ in pairs),
-        worse=sum(change < 0 for change, _, _ in pairs),
         configuration=_configuration(run),
     )
-    out = run.path / "report.html"
-    out.write_text(page, encoding="utf-8", errors="replace")
     return out
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = _Parser(prog="python -m mdpgrpo_fast.report", description="Write the page of a run into its directory.")
+    parser = Parser(prog="mdpgrpo report", description="Write the page of a run into its directory.")
     parser.add_argument("run_dir", type=Path, help="run directory, as the trainer writes it")
     with report_errors():
-        path = parser.parse_args(argv).run_dir
-        try:
-            print(write_report(path))
-        except OSError as e:
-            raise ConfigError(f"the report of {str(path)!r} cannot be written: {e}") from None
+        print(write_report(parser.parse_args(argv).run_dir))
     return 0

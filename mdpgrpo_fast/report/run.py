@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..config import ConfigError
+from ..config import ConfigError, MDPGRPOConfig
 
 FILES = ("config.yaml", "metrics.jsonl", "summary.json", "completions.jsonl")
 Row = dict[str, Any]
@@ -123,11 +123,6 @@ def as_mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def drawable(name: Any) -> str:
-    """A name as matplotlib can draw it, which cannot encode a lone surrogate."""
-    return str(name).encode("utf-8", "replace").decode()
-
-
 def as_number(value: Any) -> float:
     """A finite number, or NaN for whatever is none."""
     try:
@@ -148,15 +143,54 @@ def last_step(run: Run) -> int:
     return int(max(series(run.train, "step")[0], default=0))
 
 
-def before_after(run: Run, name: str) -> tuple[float, float]:
-    """A held-out score before and after training: from the summary, else from the evaluations so far."""
-    first, last = (run.evals[0], run.evals[-1]) if run.evals else ({}, {})
-    before, after = (as_number(run.summary.get(f"{name}_{side}")) for side in ("before", "after"))
-    if math.isnan(before) and first.get("step") == 0:
-        before = as_number(lookup(first, "eval", name))
-    if math.isnan(after) and last.get("step") != 0:
-        after = as_number(lookup(last, "eval", name))
-    return before, after
+def method_of(run: Run) -> MDPGRPOConfig | None:
+    """The run's method settings; None where they are not recorded or are none."""
+    known = {f.name for f in fields(MDPGRPOConfig)}
+    values = {k: v for k, v in as_mapping(run.config.get("method")).items() if k in known}
+    try:
+        return MDPGRPOConfig(**values) if values else None
+    except (ConfigError, TypeError, ValueError):
+        return None
+
+
+class Score(NamedTuple):
+    """A held-out score before and after training, each with half of its 95 % interval; NaN where unknown."""
+
+    name: str
+    before: float
+    after: float
+    before_half: float
+    after_half: float
+
+    @property
+    def gain(self) -> float:
+        """In percentage points of the rounded shares, so that the three numbers agree."""
+        return round(self.after * 100, 1) - round(self.before * 100, 1)
+
+
+def score(run: Run, name: str) -> Score:
+    """From the summary, else from the evaluations so far."""
+    first, last, key = (*((run.evals[0], run.evals[-1]) if run.evals else ({}, {})), name.lower())
+    found = []
+    for side, row, there in (
+        ("before", first, first.get("step") == 0),
+        ("after", last, last.get("step") != 0 and bool(last)),
+    ):
+        mean = as_number(run.summary.get(f"{key}_{side}"))
+        half = as_number(lookup(run.summary, "intervals", side, key))
+        if there:
+            mean = as_number(lookup(row, "eval", key)) if math.isnan(mean) else mean
+            half = as_number(lookup(row, "eval", "intervals", key)) if math.isnan(half) else half
+        found.append((mean, half))
+    (before, before_half), (after, after_half) = found
+    return Score(name, before, after, before_half, after_half)
+
+
+def scores(run: Run) -> list[Score]:
+    """HSR and SSR, and the reward where it is not the share of constraints or nothing else is known."""
+    known = [s for name in ("HSR", "SSR", "reward") if not all(map(math.isnan, (s := score(run, name))[1:3]))]
+    alone = list(as_mapping(run.summary.get("rewards"))) in ([], ["constraints"])
+    return known[:-1] if alone and len(known) == 3 else known
 
 
 def type_rates(run: Run) -> TypeRates:
@@ -176,5 +210,5 @@ def type_rates(run: Run) -> TypeRates:
     rates = []
     for name, row in table.items() if isinstance(table, dict) else ():
         before, after, count = (as_number(lookup(row, key)) for key in ("before", "after", "count"))
-        rates.append((drawable(name), before, after, int(np.nan_to_num(count))))
+        rates.append((str(name), before, after, int(np.nan_to_num(count))))
     return sorted(rates, key=lambda r: (-np.nan_to_num(r[2] - r[1]), r[0]))

@@ -77,7 +77,11 @@ def training_row(step: int, steps: int, rng: random.Random) -> dict:
 
 def evaluation_row(step: int, hsr: float, ssr: float, rates: dict[str, float]) -> dict:
     types = {name: {"rate": rate, "count": 6 + i} for i, (name, rate) in enumerate(rates.items())}
-    return {"step": step, "eval": {"hsr": hsr, "ssr": ssr, "count": 32, "types": types}}
+    intervals = {"hsr": 0.125, "ssr": 0.0625, "reward": 0.0625}
+    return {
+        "step": step,
+        "eval": {"hsr": hsr, "ssr": ssr, "reward": ssr, "count": 32, "types": types, "intervals": intervals},
+    }
 
 
 def fake_run(path: Path, steps: int = 60) -> Path:
@@ -114,6 +118,13 @@ def fake_run(path: Path, steps: int = 60) -> Path:
         "train_file": "embedded",
         "eval_file": "embedded",
         "seed": 42,
+        "intervals": {side: {"hsr": 0.125, "ssr": 0.0625, "reward": None} for side in ("before", "after")},
+        "started": "2026-01-02T03:04:05+00:00",
+        "command": "mdpgrpo train --steps 60 --learning-rate 1e-4",
+        "commit": "0123456789abcdef",
+        "backend": {"loss": "cpu", "log-probs": "cpu", "advantages": "torch", "sampling": "transformers"},
+        "parameters": 700000,
+        "trained_parameters": 12000,
     }
     (path / "summary.json").write_text(json.dumps(summary))
     (path / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in completions(rng)))
@@ -173,6 +184,22 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if not self.hidden:
             self.words.append(data)
+
+
+def change_summary(run: Path, **changes: Any) -> None:
+    """None takes a key out."""
+    file = run / "summary.json"
+    summary = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({key: value for key, value in summary.items() if value is not None}))
+
+
+def change_config(run: Path, **changes: Any) -> None:
+    """Changed where the knob is, in `run` or `method`."""
+    file = run / "config.yaml"
+    config = yaml.safe_load(file.read_text())
+    for knob, value in changes.items():
+        config["method" if knob in config["method"] else "run"][knob] = value
+    file.write_text(yaml.safe_dump(config))
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Any]], dict[str, Any] | None]) -> None:

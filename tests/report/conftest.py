@@ -15,9 +15,3 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Page]:
     """A complete run and its page."""
     run = fake_run(tmp_path_factory.mktemp("report") / "a <run> & more")
     return run, Page(write_report(run))
-
-
-@pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave the figures out: what is tested is the text."""
-    monkeypatch.setattr("mdpgrpo_fast.report.page.draw_figures", lambda run, types: {"group_health": []})

@@ -9,7 +9,7 @@ import pytest
 from helpers.report import fake_run, odd_run
 
 from mdpgrpo_fast.config import ConfigError
-from mdpgrpo_fast.report.run import before_after, read_run, type_rates
+from mdpgrpo_fast.report.run import read_run, score, type_rates
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_run_stopped_halfway(tmp_path: Path) -> None:
     assert any("stopped after step 28 of 60." in note for note in run.notes)
     note = "metrics.jsonl: 1 unreadable line left out, the last one: writing it was probably cut short."
     assert note in run.notes
-    assert before_after(run, "hsr") == pytest.approx((0.15625, 0.15625 + 0.3125 / 3))
+    assert score(run, "HSR")[1:] == pytest.approx((0.15625, 0.15625 + 0.3125 / 3, 0.125, 0.125))
     first, last = (row["eval"]["types"] for row in (run.evals[0], run.evals[-1]))
     rates = {name: (before, after, count) for name, before, after, count in type_rates(run)}
     assert rates == {name: (first[name]["rate"], last[name]["rate"], last[name]["count"]) for name in last}
