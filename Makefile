@@ -81,7 +81,7 @@ sanitize: $(VENV)/.setup-test
 
 # What a GPU machine without a registry lacks: wheels for its Python, and csrc/ built here. `bash benchmarks/gpu.sh` there.
 GPU_PYTHON ?= 3.12
-GPU_WHEELS := liger-kernel trl datasets dill multiprocess nltk defusedxml langdetect pebble httpx2 httpcore2 truststore
+GPU_WHEELS := liger-kernel trl datasets dill multiprocess nltk defusedxml langdetect httpx2 httpcore2 truststore
 gpu-bundle: $(VENV)/.setup-test
 	rm -rf .whl && mkdir .whl
 	$(BIN)/python -m pip freeze --exclude-editable > .whl/installed.txt

@@ -6,19 +6,16 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from pebble.pool.base_pool import PoolStatus
 
 from mdpgrpo_fast.config import ConfigError, TrainConfig
 from mdpgrpo_fast.data import Example
 from mdpgrpo_fast.rewards import ConstraintReward, RewardError, Score, Scorer, TrainerState
 from mdpgrpo_fast.rewards.lost import LostSamples, raise_where_all_failed, why_all_failed
-from mdpgrpo_fast.rewards.pool import Job
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # spawned scoring processes inherit it
 
@@ -139,38 +136,24 @@ def test_an_isolated_scorer_costs_its_own_sample(name: str, reason: str) -> None
     assert reason in (rows[1].problem or "") and rows[1].cause and why_all_failed(rows) is None
 
 
-def test_workers_that_die_idle_are_replaced() -> None:
-    """To pebble that is the end of its pool, and to a run it would be one."""
-    with Scorer(["constraints"], workers=2) as scorer:
-        for _ in range(2):
-            assert scorer([EXAMPLE] * 2, ['"Hi."'] * 2)[1].total == 1.0
-            for process in list(scorer._workers._pool._pool_manager.worker_manager.workers.values()):
-                process.kill()
-                process.join()
-        time.sleep(0.5)
-        assert [s.total for s in scorer([EXAMPLE] * 2, ['"Hi."'] * 2)] == [1.0, 1.0]
-
-
-def test_a_pool_that_ends_is_started_again_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scorer_that_was_stopped_scores_again() -> None:
     with Scorer(["constraints"], workers=1) as scorer:
-        workers, tries = scorer._workers, []
-        wait = workers._wait
-        monkeypatch.setattr(
-            workers, "_wait", lambda p: tries.append(len(p)) or (wait(p) if len(tries) == 3 else [None] * len(p))
-        )
-        assert scorer([EXAMPLE] * 2, ['"Hi."'] * 2)[0].total == 1.0 and tries == [2, 2, 2, 0]
-        monkeypatch.setattr(workers, "_wait", lambda p: [None] * len(p))
-        assert scorer([EXAMPLE], ['"Hi."'])[0].problem.startswith("the scoring processes died 4 times")
+        for _ in range(2):
+            assert scorer([EXAMPLE], ['"Hi."'])[0].total == 1.0
+            scorer._workers.stop()
 
 
-def test_jobs_that_stood_in_the_queue_of_a_pool_that_ended_are_made_again() -> None:
-    long = "x" * 40_000  # more than the pipe to a worker holds
-    with Scorer([helper("half")], isolation="process", workers=1, timeout=1) as scorer:
-        workers = scorer._workers
-        pending = workers.start([Job(FREE, long, long)] * 16)
-        workers._pool._context.status = PoolStatus.ERROR  # as pebble has it of a worker that died idle
-        verdicts = workers.collect(pending)
-    assert [v.values for v in verdicts] == [[0.5]] * 16
+def test_processes_that_cannot_start_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ends.py").write_text(
+        "import os\nif os.environ.get('HERE') != str(os.getpid()):\n    os._exit(3)\n"
+        "def f(completions, **k):\n    return [1.0]\n"
+    )
+    monkeypatch.setenv("HERE", str(os.getpid()))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    rows, dropped = score(["ends:f"], ["a"] * 8, FREE, isolation="process")
+    assert dropped == 8 and (rows[0].problem or "").startswith(
+        "the scoring processes died 4 times, the last with exit code 3, for prompt 'Say hi.', response 'a'"
+    )
 
 
 def test_a_module_that_workers_cannot_import_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,7 +319,7 @@ def test_the_trial_call_finds_what_a_run_would_lose() -> None:
         scorer.try_out([FREE])
     with Scorer(["constraints"]) as scorer:
         scorer.try_out([EXAMPLE])
-        assert not scorer._workers._pool._pool_manager.worker_manager.workers, "and no worker was started for it"
+        assert not scorer._workers.pool.processes, "and no worker was started for it"
 
 
 def test_the_settings_of_a_run_reach_the_scorer() -> None:

@@ -1,0 +1,41 @@
+"""What the processes of a pool are asked in its tests: they import this module."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+def make() -> Callable[[tuple[str, Any]], Any]:
+    return answer
+
+
+def dies() -> Any:
+    os._exit(9)
+
+
+def hangs() -> Any:
+    time.sleep(60)
+
+
+def answer(question: tuple[str, Any]) -> Any:
+    kind, value = question
+    if kind == "sleep":
+        time.sleep(value)
+    elif kind == "deaf":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(value)
+    elif kind == "exit":
+        os._exit(value)
+    elif kind == "exit, and a child keeps the pipes":
+        if os.fork() == 0:
+            time.sleep(10)
+        os._exit(value)
+    elif kind == "lambda":
+        return lambda: value
+    elif kind == "raise":
+        raise value
+    return value if kind == "echo" else os.getpid()
