@@ -20,6 +20,12 @@ def knob(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+def knob_of(config: type, name: str) -> Any:
+    """The knob of another dataclass, with its default and its help, for a field of the same name and meaning."""
+    f = {f.name: f for f in dataclasses.fields(config)}[name]
+    return field(default=f.default, default_factory=f.default_factory, metadata=f.metadata)  # type: ignore[call-overload]
+
+
 def unknown_name(kind: str, name: str, known: list[str]) -> ConfigError:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .chat import tokenize
+from .chat import prompt_limit, tokenize
 from .examples import BadRow, Example, Prompts, batches, read_prompts
 
-__all__ = ["BadRow", "Example", "Prompts", "batches", "read_prompts", "tokenize"]
+__all__ = ["BadRow", "Example", "Prompts", "batches", "prompt_limit", "read_prompts", "tokenize"]

@@ -132,8 +132,8 @@ class Scorer:
         self._workers = Workers(self.specs, constraints, workers, timeout or COMPLETION_TIMEOUT)
 
     @classmethod
-    def of(cls, run: TrainConfig) -> Scorer:
-        """That of a run's settings."""
+    def of(cls, run: Any) -> Scorer:
+        """That of a run's settings: a TrainConfig, or what has its knobs of rewards by the same names."""
         return cls(
             run.reward,
             run.reward_weights,
