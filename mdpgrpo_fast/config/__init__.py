@@ -2,9 +2,9 @@
 
 from .effects import without_effect
 from .groups import ADVANCED, GROUPS
-from .knobs import Backend, ConfigError, check_choices, knob, nearest, require, unknown_name
+from .knobs import Backend, ConfigError, check_choices, knob, knob_of, nearest, require, unknown_name
 from .method import PAPER_TEMPERATURES, PRESETS, MDPGRPOConfig, nearest_preset, preset
-from .run import PromptConfig, TrainConfig
+from .run import PromptConfig, TrainConfig, check_rewards
 
 __all__ = [
     "ADVANCED",
@@ -17,7 +17,9 @@ __all__ = [
     "PromptConfig",
     "TrainConfig",
     "check_choices",
+    "check_rewards",
     "knob",
+    "knob_of",
     "nearest",
     "nearest_preset",
     "preset",

@@ -27,6 +27,12 @@ def nearest(name: str, known: list[str]) -> str | None:
     return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.6)), None)
 
 
+def knob_of(config: type, name: str) -> Any:
+    """The knob of another dataclass, with its default and its help, for a field of the same name and meaning."""
+    f = {f.name: f for f in dataclasses.fields(config)}[name]
+    return field(default=f.default, default_factory=f.default_factory, metadata=f.metadata)  # type: ignore[call-overload]
+
+
 def unknown_name(kind: str, name: str, known: list[str]) -> ConfigError:
     near = nearest(name, known)
     hint = f"; did you mean {near!r}?" if near else f"; known: {', '.join(sorted(known))}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from .knobs import Backend, ConfigError, check_choices, knob, require
 from .method import PRESETS
@@ -210,7 +210,6 @@ class TrainConfig(PromptConfig):
             "micro_batch_size",
             "eval_batch_size",
             "updates_per_rollout",
-            "reward_workers",
             "num_constraints",
             "lora_r",
         ):
@@ -239,15 +238,21 @@ class TrainConfig(PromptConfig):
         require(0 <= self.adam_beta2 < 1, "adam_beta2", self.adam_beta2, "in [0, 1)")
         require(self.steps is None or self.steps >= 1, "steps", self.steps, "at least 1")
         require(0 <= self.max_dropped <= 1, "max_dropped", self.max_dropped, "in [0, 1]")
-        timeout, bounds = self.reward_timeout, self.reward_range
-        require(timeout is None or timeout > 0, "reward_timeout", timeout, "above 0")
+        check_rewards(self)
+        bounds = self.reward_range
         if bounds is not None:
             ok = len(bounds) == 2 and all(map(math.isfinite, bounds)) and bounds[0] < bounds[1]
             require(ok, "reward_range", bounds, "two finite numbers, the lower one first")
-        require(len(self.reward) >= 1, "reward", self.reward, "at least one reward")
-        if self.reward_weights is not None and len(self.reward_weights) != len(self.reward):
-            raise ConfigError(
-                f"reward_weights must have one weight per reward ({len(self.reward)}); got {self.reward_weights}"
-            )
-        for weight in self.reward_weights or []:
-            require(math.isfinite(weight), "reward_weights", weight, "finite")
+
+
+def check_rewards(config: Any) -> None:
+    """Raises ConfigError for settings of rewards, which training and evaluation have by the same names, that cannot be
+    used."""
+    timeout, weights = config.reward_timeout, config.reward_weights
+    require(timeout is None or timeout > 0, "reward_timeout", timeout, "above 0")
+    require(config.reward_workers >= 1, "reward_workers", config.reward_workers, "at least 1")
+    require(len(config.reward) >= 1, "reward", config.reward, "at least one reward")
+    if weights is not None and len(weights) != len(config.reward):
+        raise ConfigError(f"reward_weights must have one weight per reward ({len(config.reward)}); got {weights}")
+    for weight in weights or []:
+        require(math.isfinite(weight), "reward_weights", weight, "finite")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .chat import tokenize
+from .chat import prompt_limit, tokenize
 from .examples import BadRow, Example, Prompts, batches, read_prompts
 from .files import Source
 
-__all__ = ["BadRow", "Example", "Prompts", "Source", "batches", "read_prompts", "tokenize"]
+__all__ = ["BadRow", "Example", "Prompts", "Source", "batches", "prompt_limit", "read_prompts", "tokenize"]

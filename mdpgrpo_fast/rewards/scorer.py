@@ -137,11 +137,12 @@ class Scorer:
     @classmethod
     def of(
         cls,
-        run: TrainConfig,
+        run: Any,
         rewards: Sequence[str | RewardFunction] | None = None,
         weights: Sequence[float] | None = None,
     ) -> Scorer:
-        """That of a run's settings; rewards and weights: in place of the run's."""
+        """That of a run's settings: a TrainConfig, or what has its knobs of rewards by the same names. rewards, weights:
+        in place of the run's."""
         return cls(
             run.reward if rewards is None else rewards,
             run.reward_weights if rewards is None and weights is None else weights,
