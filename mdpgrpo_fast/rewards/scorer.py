@@ -141,7 +141,7 @@ class Scorer:
         rewards: Sequence[str | RewardFunction] | None = None,
         weights: Sequence[float] | None = None,
     ) -> Scorer:
-        """That of a run's settings: a TrainConfig, or what has its knobs of rewards by the same names. rewards, weights:
+        """That of a run's settings: a TrainConfig, or what has its knobs of rewards. rewards, weights:
         in place of the run's."""
         return cls(
             run.reward if rewards is None else rewards,
