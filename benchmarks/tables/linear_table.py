@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pictures
 from speed_table import RESULTS, missing, origin
 
 OPS = {"linear_token_loss": "objective, forward + gradients", "linear_logprobs": "log-probs"}
@@ -105,13 +106,7 @@ def section() -> str:
 
 
 def plot(folder: Path) -> None:
-    """linear.png beside the result file: time and peak memory over T with a trained head."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import LogLocator, ScalarFormatter
-
+    """linear.png and linear-dark.png beside the result file: time and peak memory over T with a trained head."""
     document = load(folder).get("linear_token_loss")
     rows = [r for r in document["results"] if r["case"] == "trained"] if document else []
     sizes = [(r["vocab"], r["width"]) for r in rows]
@@ -119,38 +114,35 @@ def plot(folder: Path) -> None:
     rows = sorted((r for r in rows if "ms" in r["candidates"][own_name(r)]), key=lambda r: r["tokens"])
     if document is None or len(rows) < 2:
         return
+    ours, bound = "ours", "matmuls alone"
     labels = {
-        own_name(rows[0]): "from hidden states",
-        "logits": "through logits",
-        "liger": "Liger, chunked",
-        "liger logits": "through logits, Liger",
-        "trl": "TRL, fused head",
-        "matmuls": "matmuls alone",
+        own_name(rows[0]): ours,
+        "logits": "through the logits",
+        "liger": "Liger",
+        "liger logits": "the logits and Liger",
+        "trl": "TRL",
+        "matmuls": bound,
     }
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), dpi=100)
+    curves: dict[str, dict[str, tuple[list[float], list[float]]]] = {"ms": {}, "peak_mb": {}}
     for name, label in labels.items():
         entries = [(r["tokens"], r["candidates"].get(name, {})) for r in rows]
         entries = [(t, e) for t, e in entries if "ms" in e]
-        style = {"linestyle": "--", "color": "grey"} if name == "matmuls" else {"marker": "o"}
-        if entries:
-            axes[0].plot([t for t, _ in entries], [e["ms"] for _, e in entries], label=label, **style)
-        if entries and name != "matmuls":
-            axes[1].plot([t for t, _ in entries], [e["peak_mb"] for _, e in entries], label=label, marker="o")
-    for ax, what in zip(axes, ("ms, forward + gradients", "peak MB, gradients included"), strict=True):
-        ax.set(xscale="log", yscale="log", xlabel="tokens", ylabel=what)
-        ax.set_xticks([r["tokens"] for r in rows], [str(r["tokens"]) for r in rows])
-        ax.minorticks_off()
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.yaxis.set_major_formatter(ScalarFormatter())
-        ax.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
-    row = rows[0]
-    figure.suptitle(
-        f"Trained head, V = {row['vocab']}, D = {row['width']}, {row['dtype']}, {document['device']}", fontsize=10
+        for unit, found in curves.items():
+            if entries and (unit, label) != ("peak_mb", bound):
+                found[label] = ([t for t, _ in entries], [e[unit] for _, e in entries])
+
+    def draw(figure: Any, style: pictures.Style) -> None:
+        titles = ("Time, ms", "Peak memory with the gradients, MB")
+        for ax, found, title in zip(figure.subplots(1, 2), curves.values(), titles, strict=True):
+            style.lines(ax, found, {ours}, bound)
+            ax.set_title(title, loc="left", fontsize=9)
+
+    row, machine = rows[0], "CPU" if document["device"] == "cpu" else document["device"].upper()
+    title = (
+        f"Loss and its gradients from hidden states, trained head: vocabulary of {row['vocab']:,}, width "
+        f"{row['width']:,}, {row['dtype']}, {machine}"
     )
-    figure.tight_layout()
-    figure.savefig(folder / "linear.png", metadata={"Software": None})
-    plt.close(figure)
+    pictures.save(folder, "linear", (9.4, 3.5), title, draw)
 
 
 def plot_all() -> None:

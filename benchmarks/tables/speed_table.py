@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pictures
+
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 COMPILED = RESULTS / "compiled" / "kernel_resources.json"
 HOPPER = RESULTS / "compiled" / "cuda_resources.json"
@@ -35,6 +37,21 @@ TARGETS = {
     "compile": "≥ 2.5",
     "liger": "≥ 1",
     "peak": "≤ 1, in place 0",
+}
+# The picture's words for the candidates.
+LABELS = {
+    "reference": "plain PyTorch",
+    "compile": "torch.compile",
+    "liger": "Liger",
+    "trl": "TRL",
+    "flash_attn": "flash-attn",
+    "triton": "ours, Triton",
+    "triton in place": "ours, Triton, over the logits",
+    "cpu": "ours, C++",
+    "cpu in place": "ours, C++, over the logits",
+    "cuda": "ours, CUDA for Hopper",
+    "cuda in place": "ours, CUDA, over the logits",
+    "copy": "a mere copy of the logits",
 }
 # Reads and writes of the whole logits by one launch, at the least.
 PASSES = {"token_loss": (1, 1), "logprobs": (1, 0), "logprobs_backward": (1, 1), "scale": (1, 1)}
@@ -271,43 +288,35 @@ def section() -> str:
 
 
 def plot(folder: Path) -> None:
-    """speed.png beside the result files: GB/s over T where there are several, else a bar per candidate."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """speed.png and speed-dark.png beside the result files: times over T where there are several, else bars."""
     document = load(folder).get("token_loss")
     rows = [r for r in document["results"] if r["case"] == "on-policy"] if document else []
-    rows = [r for r in rows if any("gb_s" in e for e in r["candidates"].values())]
+    rows = [r for r in rows if any("ms" in e for e in r["candidates"].values())]
     if document is None or not rows:
         return
     sizes = [r["vocab"] for r in rows]
     vocab = max(sizes, key=sizes.count)
     rows = sorted((r for r in rows if r["vocab"] == vocab), key=lambda r: r["tokens"])
-    names = [n for n in rows[0]["candidates"] if any("gb_s" in r["candidates"].get(n, {}) for r in rows)]
-    figure, axes = plt.subplots(figsize=(7, 3.2 if len(rows) > 1 else 0.9 + 0.4 * len(names)), dpi=100)
-    if len(rows) > 1:
-        for name in names:
-            points = [
-                (r["tokens"], r["candidates"][name]["gb_s"]) for r in rows if "gb_s" in r["candidates"].get(name, {})
-            ]
-            axes.plot(*zip(*points, strict=True), marker="o", label=name)
-        axes.axhline(document["copy_gb_s"], color="grey", linestyle="--", label="measured copy")
-        axes.set(xscale="log", xlabel="tokens", ylabel="GB/s of one read + one write", ylim=(0, None))
-        axes.set_xticks([r["tokens"] for r in rows], [str(r["tokens"]) for r in rows])
-        axes.minorticks_off()
-        axes.legend(fontsize=8)
-    else:
-        bars = axes.barh(names[::-1], [rows[0]["candidates"][n]["ms"] for n in names[::-1]])
-        axes.bar_label(bars, fmt="%.3g", padding=3)
-        axes.set(xlabel="ms, forward + gradient")
-        axes.margins(x=0.15)
-    where = f"T = {rows[0]['tokens']}, " if len(rows) == 1 else ""
-    axes.set_title(f"Objective, on-policy, {where}V = {vocab}, {rows[0]['dtype']}, {document['device']}", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(folder / "speed.png", metadata={"Software": None})
-    plt.close(figure)
+    curves = {}
+    for name, label in LABELS.items():
+        found = [(r["tokens"], r["candidates"].get(name, {})) for r in rows]
+        found = [(t, e["ms"]) for t, e in found if "ms" in e]
+        if found:
+            curves[label] = ([t for t, _ in found], [ms for _, ms in found])
+    ours = {label for label in curves if label.startswith("ours")}
+
+    def draw(figure: Any, style: pictures.Style) -> None:
+        ax = figure.subplots()
+        if len(rows) > 1:
+            style.lines(ax, curves, ours, LABELS["copy"])
+            ax.set_ylabel("ms")
+        else:
+            style.bars(ax, {label: ms for label, (_, (ms,)) in curves.items()}, ours, LABELS["copy"], "ms")
+
+    tokens = f"{rows[0]['tokens']:,} tokens, " if len(rows) == 1 else ""
+    machine = "CPU" if document["device"] == "cpu" else document["device"].upper()
+    title = f"Loss and its gradient, on-policy: {tokens}vocabulary of {vocab:,}, {rows[0]['dtype']}, {machine}"
+    pictures.save(folder, "speed", (7.6, 3.6 if len(rows) > 1 else 0.7 + 0.29 * len(curves)), title, draw)
 
 
 def plot_all() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..cli import report_errors
 from ..config import ConfigError
-from .page import Parser, duration, listed
+from .page import Parser, duration, listed, moment
 from .run import Run, Score, as_mapping, as_number, last_step, lookup, read_run, score, scores
 
 SCORES = ("HSR", "SSR", "reward")
@@ -159,7 +159,7 @@ def write_comparison(paths: list[Path], out: Path) -> str:
         rows=rows,
         figures=_figures(labels, runs),
         settings=settings_that_differ(runs),
-        facts=[(run.path.resolve(), *(run.summary.get(n) for n in ("started", "command"))) for run in runs],
+        facts=[(run.path.resolve(), moment(run.summary.get("started")), run.summary.get("command")) for run in runs],
     )
     return table(labels, heads, rows)
 

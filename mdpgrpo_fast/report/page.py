@@ -7,6 +7,7 @@ import json
 import math
 from collections import Counter
 from dataclasses import fields
+from datetime import datetime
 from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
@@ -41,7 +42,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "Steps": summary.get("steps", last_step(run)),
         "Training": duration(as_number(summary.get("train_seconds"))),
         "Total with evaluation": duration(as_number(summary.get("total_seconds"))),
-        "Started": summary.get("started"),
+        "Started": moment(summary.get("started")),
         "Device": summary.get("device"),
         "Peak memory": None if math.isnan(memory) else f"{memory:,.0f} MB",
         "Model": recorded("model"),
@@ -57,6 +58,14 @@ def _facts(run: Run) -> dict[str, Any]:
         "Command": summary.get("command"),
     }
     return {name: value for name, value in facts.items() if value not in (None, "")}
+
+
+def moment(value: Any) -> Any:
+    """An ISO date to the minute, anything else as it is."""
+    try:
+        return datetime.fromisoformat(value).strftime("%Y-%m-%d %H:%M %Z").strip()
+    except (TypeError, ValueError):
+        return value
 
 
 def listed(value: Any) -> Any:
