@@ -17,7 +17,7 @@ from helpers.inputs import ROOT
 
 import mdpgrpo_fast.__main__ as console
 import mdpgrpo_fast.train as train
-from mdpgrpo_fast import __version__, evaluate
+from mdpgrpo_fast import __version__, evaluate, explain
 from mdpgrpo_fast.cli import foreign, parse, read_yaml
 from mdpgrpo_fast.config import (
     ADVANCED,
@@ -201,6 +201,18 @@ def test_every_name_of_another_trainer_leads_to_a_flag_of_ours() -> None:
         assert said and set(re.findall(r"--([a-z][\w-]*)", said)) <= flags, (name, said)
         assert name.replace("-", "_") not in {f.replace("-", "_") for f in flags}, f"{name} is a flag of ours"
     assert foreign.hint("zzz") is None and foreign.hint("--num_train_epochs") == "it is --epochs"
+
+
+def test_other_commands_hint_at_flags_of_theirs(capsys: pytest.CaptureFixture[str]) -> None:
+    """`--num-train-epochs` is --epochs, which explain does not have."""
+    with pytest.raises(SystemExit):
+        explain.main(["--num-train-epochs", "1"])
+    assert "--epochs" not in capsys.readouterr().err
+
+
+def test_negative_numbers_are_numbers() -> None:
+    run, _ = train.resolve(["--reward-range", "-1e-3", "-.5e-4", "--reward-weights", "-1"])
+    assert run.reward_range == [-1e-3, -0.5e-4] and run.reward_weights == [-1.0]
 
 
 def test_every_knob_is_in_one_group() -> None:
