@@ -33,7 +33,7 @@ def lm_eval(monkeypatch: pytest.MonkeyPatch, peer: Any) -> None:
 
 @pytest.fixture
 def tasks(tmp_path: Path) -> Path:
-    """A folder with a task of choices, one of free text, one whose data is on the hub, and a group of two in another."""
+    """A folder with tasks of choices, of free text, one whose data is on the hub, and a group of two in another."""
     folder = tmp_path / "tasks"
     folder.mkdir()
     lines = "".join(json.dumps(row) + "\n" for row in QUESTIONS)
