@@ -20,7 +20,7 @@ def _settings(argv: list[str] | None) -> EvaluateConfig:
     from .demo import DEMO_DIR
 
     (config,) = parse(argv, EvaluateConfig, prog="mdpgrpo evaluate")
-    if config.model is None:
+    if config.model is None and (config.scores_prompts or config.followbench):
         shared = {f.name for f in fields(PromptConfig)}
         demo = {name: value for name, value in read_yaml(DEMO_DIR / "demo.yaml").items() if name in shared}
         (config,) = parse(argv, EvaluateConfig, prog="mdpgrpo evaluate", layers=[("demo.yaml", demo)])
@@ -44,6 +44,9 @@ def main(argv: list[str] | None = None) -> int:
         except RewardError as e:
             print(*filter(None, [e.trace, f"error: {e}"]), sep="\n", file=sys.stderr)
             return 1
+        except KeyboardInterrupt:
+            print("interrupted: nothing is written", file=sys.stderr)
+            return 130
     for note in result["notes"]:
         print(f"note: {note}", file=sys.stderr)
     if text := table(result):

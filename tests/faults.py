@@ -74,6 +74,10 @@ def verifiers(old: str, new: str, tests: str) -> Fault:
     return Fault("mdpgrpo_fast/verifiers/", old, new, f"tests/verifiers -k '{tests}'")
 
 
+def evaluation(old: str, new: str, tests: str) -> Fault:
+    return Fault("mdpgrpo_fast/evaluation/", old, new, f"tests/evaluation -k '{tests}'")
+
+
 FAULTS = [
     # The reference: advantages.
     reference('n if group_std == "population" else n - 1', "n", "population_and_sample"),
@@ -376,6 +380,16 @@ FAULTS = [
     report("key=lambda p: p[0])", "key=lambda p: -p[0])", "either_direction"),
     report("if options.output.exists() and not options.overwrite:", "if False:", "wrong_command_line"),
     report("if len(set(values)) > 1]", "]", "what_differs"),
+    # Evaluation.
+    evaluation("return 1 - math.comb(n - passed, k)", "return 1 - math.comb(n - passed, 1)", "pass_at_k"),
+    evaluation("if path.exists() and not config.overwrite:", "if False:", "existing_files"),
+    evaluation("num_generations=g,", "num_generations=1,", "sampler or several"),
+    evaluation("all(strict) if example.instruction_ids else", "all(strict) or", "by_hand"),
+    evaluation("average(x[rows], weights=w[rows])", "average(x[rows])", "weighted"),
+    evaluation("values[i : i + self.samples] for", "values[i : i + 1] for", "by_hand"),
+    evaluation("[-1:] == [target]", "[:1] == [target]", "rules"),
+    evaluation("[*row, False].index(False)", "sum(row)", "consistency"),
+    evaluation("if scorer is not None or entries:", "if False:", "refused_before"),
 ]  # fmt: skip
 
 

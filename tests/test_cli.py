@@ -377,7 +377,6 @@ def test_tokenizer_without_eos(tmp_path: Path, model_dirs: dict[str, str], promp
         (["--file", "none.jsonl"], "prompt file 'none.jsonl' does not exist"),
         (["--model", "/no/such/model"], "cannot be loaded"),
         (["--batch-size", "0"], "batch_size must be at least 1; got 0"),
-        (["--samples", "-1"], "samples must be 0 (all) or positive; got -1"),
         (["--max-completion-length", "600"], "max_completion_length must be below the model's 512 positions; got 600"),
         (["--output", "/no/such/folder/x.json"], "the folder of '/no/such/folder/x.json' does not exist"),
     ],

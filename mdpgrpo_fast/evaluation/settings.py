@@ -10,6 +10,13 @@ from typing import Literal
 from ..config import ConfigError, PromptConfig, TrainConfig, check_rewards, knob, knob_of, require
 from .answers import Draw
 
+# How settings begin that concern prompts alone, which neither a suite nor FollowBench has.
+OF_PROMPTS = (
+    "reward", "constraint_reward", "on_bad_reward", "keep_special_tokens", "rules", "instructions", "split", "columns",
+    "prompt_column", "samples", "temperature", "top_", "min_p", "seed",
+)  # fmt: skip
+OF_MODEL = {"model", "tokenizer", "trust_remote_code", "text_only", "cpu"}  # of PromptConfig, what a suite needs too
+
 
 @dataclass(frozen=True)
 class EvaluateConfig(PromptConfig):
@@ -63,10 +70,14 @@ class EvaluateConfig(PromptConfig):
         require(self.limit >= 0, "limit", self.limit, "0 (all) or positive")
         require(self.suite_fewshot is None or self.suite_fewshot >= 0, "suite_fewshot", self.suite_fewshot, "0 or more")
         self._check_sampling()
+        names = {f.name for f in dataclasses.fields(self)}
         if not self.suite:
-            self._without_effect("suite", "suite_tasks", "suite_fewshot", "suite_chat_template", "suite_max_length")
+            self._without_effect("suite", {n for n in names if n.startswith("suite_")})
         if not self.scores_prompts:
-            self._without_effect("file", *(f.name for f in dataclasses.fields(self) if _is_of_prompts(f.name)))
+            self._without_effect("file", {n for n in names if n.startswith(OF_PROMPTS)})
+            if not self.followbench:
+                shared = {f.name for f in dataclasses.fields(PromptConfig)}
+                self._without_effect("file or followbench", (shared - OF_MODEL) | {"completions"})
 
     def _check_sampling(self) -> None:
         taus, one, g = self.temperatures, self.temperature, self.samples
@@ -87,7 +98,7 @@ class EvaluateConfig(PromptConfig):
                 if getattr(self, name) != getattr(Draw, name):
                     raise ConfigError(f"{name} has no effect on a greedy answer: it needs samples or a temperature")
 
-    def _without_effect(self, needed: str, *names: str) -> None:
+    def _without_effect(self, needed: str, names: set[str]) -> None:
         for field in dataclasses.fields(self):
             default = field.default_factory() if callable(field.default_factory) else field.default
             if field.name in names and getattr(self, field.name) != default:
@@ -110,9 +121,3 @@ class EvaluateConfig(PromptConfig):
     def scores_prompts(self) -> bool:
         """Whether a file of prompts, or the embedded one, is answered."""
         return self.file is not None or not (self.suite or self.followbench)
-
-
-def _is_of_prompts(name: str) -> bool:
-    """Whether a setting concerns prompts alone, which neither a suite nor FollowBench asks."""
-    others = ("constraint_reward", "keep_special_tokens", "on_bad_reward", "samples", "seed", "instructions", "split")
-    return name in others or name.startswith(("reward", "temperature", "top_", "min_p"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import math
 import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -39,8 +40,9 @@ def find(config: EvaluateConfig) -> Suite:
             with redirect_stdout(sys.stderr):  # the result alone goes to stdout
                 found = manager.load([name])
         except Exception as e:  # of any kind: the hub, the disk, what a task file imports
-            raise ConfigError(f"suite: task {name!r} cannot be loaded, its data set for one: {reason_of(e)}") from None
-        tasks += found["groups"].values() if found.get("groups") else found["tasks"].values()
+            raise ConfigError(f"suite: task {name!r} or its data set cannot be loaded: {reason_of(e)}") from None
+        group = found.get("groups", {}).get(name)  # which holds its own groups and tasks
+        tasks += found["tasks"].values() if group is None else [group]
     return Suite(manager, tasks)
 
 
@@ -110,6 +112,11 @@ def _metrics(name: str, row: dict[str, Any], found: dict[str, Any]) -> dict[str,
             continue
         label = metric if rule == "none" else f"{metric},{rule}"
         error = row.get(f"{metric}_stderr,{rule}")
-        values[label], halves[label] = value, Z * error if isinstance(error, float) else None
+        values[label], halves[label] = value if _is_finite(value) else None, Z * error if _is_finite(error) else None
     count = found["n-samples"].get(name, {}).get("effective", row.get("sample_len"))
     return {"count": count, "fewshot": found["n-shot"].get(name), "metrics": values, "intervals": halves}
+
+
+def _is_finite(value: Any) -> bool:
+    """lm-eval has "N/A" and NaN where it has no number."""
+    return isinstance(value, (int, float)) and math.isfinite(value)

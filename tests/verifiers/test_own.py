@@ -240,7 +240,7 @@ def test_a_check_that_fails_is_found_before_a_run(
         assert scorer(examples, ["text", "text"])[1].total == 4
         scorer(examples, ["other", "texts"])
     assert caplog.text.count(f"constraints that cannot be checked: my:{how}") == 1
-    evaluate = ["--model", str(tmp_path / "none"), "--file", path, "--instructions", OWN, "--workers", "1"]
+    evaluate = ["--model", str(tmp_path / "none"), "--file", path, "--instructions", OWN, "--reward-workers", "1"]
     assert evaluate_main(evaluate) == 1  # before it looks for a model
     assert f"error: my:{how}: the check raised {error}" in capsys.readouterr().err
 
