@@ -1,9 +1,9 @@
 """`python benchmarks/studies/torch_range.py VERSION ... --output FILE`: the package with other versions of torch.
 
-Each goes alone, with its own Triton, into a fresh environment that shares this one's other packages; the package runs from
-this checkout: import, backend_report, one loss on what `auto` takes and on each backend that works. A build for CUDA brings
-gigabytes of libraries that a CPU never calls: but for the two that torch calls when it is loaded, empty functions of
-their names stand in. For Linux; needs gcc and binutils. Exits 1 where a version fails.
+Each goes alone, with its own Triton, into a fresh environment that shares this one's other packages; the package runs
+from this checkout: backend_report, and one loss on what `auto` takes and on each backend that works. A build for CUDA
+brings gigabytes of libraries that a CPU never calls: but for the two that torch calls when it is loaded, empty functions
+of their names stand in. For Linux, with gcc and binutils. Exits 1 where a version fails.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections import defaultdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from harness import ROOT, provenance, write_json  # noqa: E402
+from harness import ROOT, provenance, write_json
 
 REAL = ("cudart", "cupti")
 OTHERS = re.compile(r"(mdpgrpo|__editable__|pip|setuptools|_distutils_hack|torch|functorch|nvidia|triton)")
