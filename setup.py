@@ -45,7 +45,7 @@ def extensions() -> list[Extension]:
 
 
 def stripped() -> list[str]:
-    """Link flags: Python's own flags for compilers hold -g, whose tables are six times the code. Who asks keeps them."""
+    """Link flags: Python's own flags for compilers hold -g, whose tables are six times the code."""
     if any(flag.startswith("-g") for flag in CXXFLAGS):
         return []
     return ["-Wl,-x" if sys.platform == "darwin" else "-Wl,-s"]

@@ -2,8 +2,8 @@
 
 Each goes alone, with its own Triton, into a fresh environment that shares this one's other packages; the package runs
 from this checkout: backend_report, and one loss on what `auto` takes and on each backend that works. A build for CUDA
-brings gigabytes of libraries that a CPU never calls: but for the two that torch calls when it is loaded, empty functions
-of their names stand in. For Linux, with gcc and binutils. Exits 1 where a version fails.
+brings gigabytes of libraries that a CPU never calls: but for the two that are called when torch is loaded, empty
+functions of their names stand in. For Linux, with gcc and binutils. Exits 1 where a version fails.
 """
 
 from __future__ import annotations
