@@ -44,6 +44,13 @@ def extensions() -> list[Extension]:
     return [Extension(f"mdpgrpo_fast.kernels._{part}", sorted(map(str, files)), **common) for part, files in found]
 
 
+def stripped() -> list[str]:
+    """Link flags: Python's own flags for compilers hold -g, whose tables are six times the code."""
+    if any(flag.startswith("-g") for flag in CXXFLAGS):
+        return []
+    return ["-Wl,-x" if sys.platform == "darwin" else "-Wl,-s"]
+
+
 class Build(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
@@ -73,7 +80,7 @@ class Build(build_ext):
         objects = self.compiler.compile(
             ext.sources, output_dir=self.build_temp, extra_postargs=FLAGS, depends=ext.depends
         )
-        link = [*FLAGS, *self.torch_libraries("torch_cpu")]
+        link = [*FLAGS, *stripped(), *self.torch_libraries("torch_cpu")]
         self.compiler.link_shared_object(objects, str(target), extra_postargs=link, target_lang="c++")
 
     def build_cuda(self, ext: Extension, target: Path) -> None:
@@ -81,11 +88,11 @@ class Build(build_ext):
         if nvcc is None:
             raise RuntimeError("there is no nvcc; CUDA_HOME has to name a CUDA toolkit")
         # nvcc knows no -Wl.
-        torch = self.torch_libraries("torch_cpu", "torch_cuda")
-        torch = [x for flag in torch for x in (["-Xlinker", flag[4:]] if flag.startswith("-Wl,") else [flag])]
+        link = [*stripped(), *self.torch_libraries("torch_cpu", "torch_cuda")]
+        link = [x for flag in link for x in (["-Xlinker", flag[4:]] if flag.startswith("-Wl,") else [flag])]
         codes = [x for a in ARCHITECTURES for x in ("-gencode", f"arch=compute_{a},code=sm_{a}")]
         host = ["-Xcompiler", ",".join(["-fPIC,-fvisibility=hidden,-Wall,-Wextra", *CXXFLAGS])]
-        self.spawn([nvcc, "-std=c++17", "-O3", "-shared", *codes, *host, *ext.sources, "-o", str(target), *torch])
+        self.spawn([nvcc, "-std=c++17", "-O3", "-shared", *codes, *host, *ext.sources, "-o", str(target), *link])
 
 
 ext_modules = extensions()

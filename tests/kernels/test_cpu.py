@@ -63,6 +63,8 @@ def test_only_what_is_meant_is_exported() -> None:
     assert {n for n in names if "mdpgrpo" in n} == {"mdpgrpo_error", "mdpgrpo_variant"}
     needed = subprocess.run(["objdump", "-p", str(binaries.file_of("cpu"))], capture_output=True, text=True).stdout
     assert "libtorch_cpu.so" in needed and "libpython" not in needed and "libc10" not in needed
+    sections = subprocess.run(["objdump", "-h", str(binaries.file_of("cpu"))], capture_output=True, text=True).stdout
+    assert ".text" in sections and ".debug_info" not in sections, "six times the size of the code"
 
 
 def test_why_a_part_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
