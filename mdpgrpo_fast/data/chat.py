@@ -32,7 +32,7 @@ def tokenize(
     Raises: ConfigError where a knob does not fit the prompts or none is left; and, unless on_bad_row is drop, for the
         first that is too long or that the template refuses.
     """
-    limit, knob = _limit(config, context)
+    limit, knob = prompt_limit(config, context)
     examples = prompts.examples
     if not examples:
         return prompts, []
@@ -71,7 +71,7 @@ def _count(examples: list[Example]) -> str:
     return f"{len(examples)} (the first: {first})"
 
 
-def _limit(config: PromptConfig, context: int | None) -> tuple[int, str]:
+def prompt_limit(config: PromptConfig, context: int | None) -> tuple[int, str]:
     """The longest prompt in tokens, and what sets it."""
     completion = config.max_completion_length
     if context is not None and completion >= context:
