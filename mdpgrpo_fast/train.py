@@ -80,14 +80,13 @@ def make_trainer(argv: list[str], workers: ExitStack) -> TrainingLoop:
     from .models.adapters import resolve_adapter
     from .rewards import Scorer
     from .rollout.vllm.sampler import RolloutError
-    from .training.checkpoint import check_resume
+    from .training.before.checks import check
     from .training.loop import TrainingLoop
     from .training.run_dir import RunDir
     from .training.task import prepare
 
     run = resolve_adapter(run)
-    if run.resume:
-        check_resume(run, method)
+    check(run, method)
     scorer = workers.enter_context(Scorer.of(run))
     out = RunDir(run.output_dir, create=False)
     try:
@@ -95,22 +94,14 @@ def make_trainer(argv: list[str], workers: ExitStack) -> TrainingLoop:
         trainer = TrainingLoop(task, run, method, out, scorer)
     except RolloutError as e:
         raise ConfigError(str(e)) from None
+    if trainer.accelerator.is_main_process and not run.resume:
+        out.make()
+        if task.dropped:
+            out.append("dropped_rows.jsonl", *map(asdict, task.dropped))
     if trainer.accelerator.is_main_process:
-        if not run.resume:
-            out.make()
-            out.write_config(run, method)
-            if task.dropped:
-                out.append("dropped_rows.jsonl", *map(asdict, task.dropped))
-        for note in [*without_effect(run, method, given), *task.notes]:
-            print(note, file=sys.stderr)
+        print(*without_effect(run, method, given), sep="\n", end="", file=sys.stderr)
     if out.moved:
         print(f"an earlier {out.path} is now {out.moved}", file=sys.stderr)
-    if method.temperature_objective == "paper" and any(t != 1 for t in method.slot_temperatures):
-        print(
-            "note: completions are sampled at several temperatures and trained on at temperature 1, uncorrected, as "
-            "the paper does; --temperature-objective per_row or corrected makes the log-probs agree",
-            file=sys.stderr,
-        )
     return trainer
 
 
@@ -152,16 +143,16 @@ def main(argv: list[str] | None = None) -> int:
 def _say_how_it_ended(trainer: TrainingLoop, summary: dict[str, Any] | None, failure: Exception | None) -> None:
     """The report, and the last lines of a run; summary: None where it failed."""
     from .report.page import write_report
-    from .training.run_dir import last_line
+    from .training.show.end import end_lines, how_to_resume
 
     out = trainer.out.path
     if summary is not None:
-        print(f"run directory: {out}   report: {write_report(out)}")
-        print(last_line(summary))
+        print("\n".join(end_lines(summary, trainer.run, write_report(out))))
         return
     learned = f"what was learned until then is in {out}" if trainer.done else "no step was done"
     if isinstance(failure, FloatingPointError):
         learned = f"its weights are not saved; checkpoints of before are in {out / 'checkpoints'}, where there are any"
+    print(f"go on   {how_to_resume(trainer.run, trainer.accelerator.num_processes)}", file=sys.stderr)
     print(f"error: {failure}; {learned}", file=sys.stderr)
     write_report(out)
 

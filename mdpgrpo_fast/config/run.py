@@ -205,6 +205,8 @@ class TrainConfig(PromptConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.report_to == ["none"]:  # as other trainers have it
+            object.__setattr__(self, "report_to", [])
         for name in (
             "prompts_per_step",
             "micro_batch_size",

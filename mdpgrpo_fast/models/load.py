@@ -32,12 +32,11 @@ def load(
 
     Raises: ConfigError in one line where the path is none or is no causal language model, or the attention cannot run.
     """
-    source = str(SEED_POLICY) if path is None else path
-    base, adapters = adapter_chain(source)
-    where = f"model {source!r} cannot be loaded"
-    if adapters:
-        where += f": base_model_name_or_path {base!r} of its adapter_config.json"
-    model = _load_model(base, dtype, attention, where, trust_remote_code, text_only)
+    source, base, adapters, where = _place(path)
+    config = _read_config(base, where, trust_remote_code)
+    places = [*reversed(adapters), base]
+    made = _load_tokenizer(source, places, tokenizer, trust_remote_code)  # before the weights, which take longer
+    model = _load_model(base, config, dtype, attention, where, trust_remote_code, text_only)
     for i, adapter in enumerate(adapters):
         model = attach_adapter(model, adapter)
         if i == len(adapters) - 1 and keep_adapter:
@@ -45,10 +44,32 @@ def load(
         model = merge_adapter(model)
         # What a new adapter is saved as being one of.
         model.name_or_path = _absolute(adapter)
-    for name in other_parts(model):
-        # Text alone gives them no gradient, for which DDP would wait.
-        causal_lm(model).get_submodule(name).requires_grad_(False)
-    return model, _load_tokenizer(source, [*reversed(adapters), base], tokenizer, trust_remote_code)
+    _freeze_other_parts(model)
+    return model, made
+
+
+def read_config(path: str | None, trust_remote_code: bool = False) -> Any:
+    """The configuration of the full model that `load` would load. Raises: ConfigError in one line, as `load` does."""
+    _, base, _, where = _place(path)
+    return _read_config(base, where, trust_remote_code)
+
+
+def _place(path: str | None) -> tuple[str, str, list[str], str]:
+    """The directory or hub id, that of the full model, the adapters over it, and how an error begins."""
+    source = str(SEED_POLICY) if path is None else path
+    base, adapters = adapter_chain(source)
+    where = f"model {source!r} cannot be loaded"
+    if adapters:
+        where += f": base_model_name_or_path {base!r} of its adapter_config.json"
+    return source, base, adapters, where
+
+
+def _read_config(source: str, where: str, trust_remote_code: bool) -> Any:
+    try:
+        # Said explicitly, so that nothing is asked on stdin.
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as e:  # of any kind: what a checkpoint or its code may have in it nobody knows
+        raise ConfigError(f"{where}: {_reason(e, source)}") from None
 
 
 def adopt(
@@ -88,8 +109,7 @@ def adopt(
         if lm is not model:
             raise ConfigError("text_only needs a model without adapters; this one has some already")
         model = _text_part(model, type(model).__name__)
-    for name in other_parts(model):
-        causal_lm(model).get_submodule(name).requires_grad_(False)
+    _freeze_other_parts(model)
     # A chat template from a file becomes the copy's.
     return model, copy.copy(tokenizer)
 
@@ -97,6 +117,12 @@ def adopt(
 def base_model(path: str | None) -> str:
     """The full model's directory or hub id: of an adapter its base."""
     return adapter_chain(str(SEED_POLICY) if path is None else path)[0]
+
+
+def _freeze_other_parts(model: Any) -> None:
+    for name in other_parts(model):
+        # Text alone gives them no gradient, for which DDP would wait.
+        causal_lm(model).get_submodule(name).requires_grad_(False)
 
 
 def _absolute(source: str) -> str:
@@ -114,7 +140,7 @@ def _reason(e: Exception, source: str) -> str:
 
 
 def _load_model(
-    source: str, dtype: str, attention: str, where: str, trust_remote_code: bool, text_only: bool | None
+    source: str, config: Any, dtype: str, attention: str, where: str, trust_remote_code: bool, text_only: bool | None
 ) -> Any:
     how = "" if attention == "auto" else f" with attention = {attention}"
     options: dict[str, Any] = {
@@ -122,8 +148,6 @@ def _load_model(
         "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     try:
-        # Said explicitly, so that nothing is asked on stdin.
-        config: Any = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
         parts = _parts(config)
         if parts and text_only is False and getattr(kind, "config_class", type(config)) is not type(config):
@@ -133,7 +157,7 @@ def _load_model(
         )
     except ConfigError:
         raise
-    except Exception as e:  # of any kind: what a checkpoint or its code may have in it nobody knows
+    except Exception as e:  # as above
         raise ConfigError(f"{where}{how}: {_reason(e, source)}") from None
     model, info = loaded
     _check_weights(model, info, where)
@@ -209,4 +233,9 @@ def _load_tokenizer(source: str, places: list[str], tokenizer: str | None, trust
 
 def context_length(model: Any) -> int | None:
     """Positions the model was built for, where its configuration says so."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return positions_of(model.config)
+
+
+def positions_of(config: Any) -> int | None:
+    """The same of a configuration."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -27,12 +27,21 @@ from ..models.lora import load_adapters, save_adapters
 # with one a killed save would leave none.
 TOTAL_LIMIT = 2
 WEIGHTS = "model.safetensors"
-# Knobs that a resumed run may be given anew: they change what is written, not what is learned.
+# Knobs that a resumed run may be given anew. What is written, and how long something may take:
 FREE_KNOBS = (
     "output_dir", "resume", "save_every", "eval_every", "log_completions", "report_to", "profile", "save_model",
     "reward_timeout", "reward_workers", "reward_isolation", "reward_check", "on_bad_reward", "max_dropped",
-    "keep_best",
+    "keep_best", "vllm_url", "vllm_memory", "vllm_sleep", "vllm_timeout", "vllm_retries", "vllm_sync_dir",
 )  # fmt: skip
+# How long the run is: its prompts are drawn in the same order, its learning rates follow the new schedule.
+SCHEDULE_KNOBS = ("steps", "epochs", "warmup_steps")
+# In which order the same sums are taken, or whether something is computed again: the last bits.
+ROUNDING_KNOBS = (
+    "eval_batch_size", "micro_batch_size", "tokens_per_micro_batch", "workspace_mb", "gradient_checkpointing",
+    "compile", "backend",
+)  # fmt: skip
+# bnpo divides by the tokens of a micro-batch.
+BNPO_KNOBS = ("micro_batch_size", "tokens_per_micro_batch")
 
 
 def configuration(path: Path) -> ProjectConfiguration:
@@ -72,14 +81,14 @@ def keep_loadable(accelerator: Accelerator, model: Any, tokenizer: Any) -> None:
     accelerator.register_load_state_pre_hook(read)
 
 
-def save(accelerator: Accelerator, path: Path, step: int) -> None:
-    """Model, optimiser, schedule and every rank's random state after `step` steps; called by all ranks."""
+def save(accelerator: Accelerator, path: Path, step: int, total: int) -> None:
+    """Model, optimiser, schedule and every rank's random state after `step` of `total` steps; called by all ranks."""
     accelerator.project_configuration.iteration = step
     accelerator.save_state()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         folder = path / "checkpoints" / f"checkpoint_{step}"
-        progress = {"step": step, "processes": accelerator.num_processes}
+        progress = {"step": step, "total": total, "processes": accelerator.num_processes}
         (folder / "progress.tmp").write_text(json.dumps(progress) + "\n", encoding="utf-8")
         (folder / "progress.tmp").rename(folder / "progress.json")
     accelerator.wait_for_everyone()
@@ -114,19 +123,43 @@ def check_resume(run: TrainConfig, method: MDPGRPOConfig) -> None:
         raise ConfigError(
             f"resume needs a checkpoint of this version of the library; {str(folder)!r} is of an earlier one"
         )
-    before = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-    now = {"run": asdict(run), "method": asdict(method)}
+    fixed = BNPO_KNOBS if method.aggregation == "bnpo" else ()
+    for name, (was, value) in _changed(run, method).items():
+        if name in fixed or name not in (*FREE_KNOBS, *SCHEDULE_KNOBS, *ROUNDING_KNOBS):
+            raise ConfigError(f"resume needs the settings of the run before: {name} was {was!r}; got {value!r}")
+    if run.steps is not None:
+        check_steps(run.steps, int(folder.name.rpartition("_")[2]))
+
+
+def check_steps(total: int, done: int) -> None:
+    """Raises ConfigError where a run has more steps behind it than it is to have."""
+    if total < done:
+        raise ConfigError(f"resume needs steps of at least the {done} that are done; got {total}")
+
+
+def _changed(run: TrainConfig, method: MDPGRPOConfig) -> dict[str, tuple[Any, Any]]:
+    """Knobs whose value is another than in the run's config.yaml, with what it was and is."""
+    before = yaml.safe_load((Path(run.output_dir) / "config.yaml").read_text(encoding="utf-8"))
     # A knob that the library did not have then was at its default.
     defaults = {"run": asdict(TrainConfig()), "method": asdict(MDPGRPOConfig())}
-    for part, values in now.items():
-        for name, value in values.items():
-            was = before[part].get(name, defaults[part][name])
-            if name not in FREE_KNOBS and was != value:
-                raise ConfigError(f"resume needs the settings of the run before: {name} was {was!r}; got {value!r}")
+    return {
+        name: (was, value)
+        for part, values in {"run": asdict(run), "method": asdict(method)}.items()
+        for name, value in values.items()
+        if (was := before[part].get(name, defaults[part][name])) != value
+    }
 
 
-def load(accelerator: Accelerator, path: Path) -> int:
-    """Reads the newest checkpoint back; returns its step. Raises ConfigError for one of another number of processes."""
+def changed_rounding(run: TrainConfig, method: MDPGRPOConfig) -> list[str]:
+    """Knobs of a resumed run that change the last bits of its numbers."""
+    return [name for name in _changed(run, method) if name in ROUNDING_KNOBS]
+
+
+def load(accelerator: Accelerator, path: Path) -> tuple[int, int | None]:
+    """Reads the newest checkpoint back; returns its step, and how many steps the run was to have (None: not known).
+
+    Raises: ConfigError for one of another number of processes.
+    """
     folder = newest(path)
     assert folder is not None, "check_resume has found one"
     progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
@@ -141,7 +174,16 @@ def load(accelerator: Accelerator, path: Path) -> int:
         for unfinished in (p for p in _folders(path) if not _is_whole(p)):
             shutil.rmtree(unfinished)
     accelerator.wait_for_everyone()
-    return int(progress["step"])
+    return int(progress["step"]), progress.get("total")
+
+
+def follow_schedule(scheduler: Any) -> float:
+    """The learning rate of the next step, set as the scheduler has it now: what was read back is of an earlier one."""
+    rates = [base * f(scheduler.last_epoch) for base, f in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates
+    return float(rates[0])
 
 
 def drop_later_rows(path: Path, step: int) -> None:

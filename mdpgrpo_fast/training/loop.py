@@ -17,9 +17,8 @@ from torch import Tensor
 
 from ..config import MDPGRPOConfig, TrainConfig
 from ..data import batches
-from ..kernels import onednn
 from ..models.adapters import adapter_values, adds_something, as_reference
-from ..models.blocks import compile_blocks, enable_checkpointing
+from ..models.blocks import compile_blocks
 from ..models.load import context_length
 from ..models.policy import Policy
 from ..reference import TokenLoss, default_denominator
@@ -38,13 +37,15 @@ from .run_dir import (
     flat_config,
     keep_partial,
     peak_memory_mb,
-    summarize,
     tracker_values,
     training_rows,
 )
 from .scale import mapped
-from .show.progress import Progress, say, shares
-from .task import Task
+from .show.end import evaluation_line, now, summarize
+from .show.progress import Progress, say
+from .show.quiet import quiet
+from .show.start import Facts, start_lines
+from .task import Task, make_policy
 from .timing import StageClock, peak_flops, traced
 
 
@@ -65,8 +66,20 @@ class TrainingLoop:
         )
         # Data order is the same on every rank, sampling differs (trl#2824).
         torch.manual_seed(run.seed + self.accelerator.process_index)
-        policy = self._make_policy()
-        self.budget = self._micro_batch_budget(policy)
+        policy = make_policy(task.model, run, self.accelerator.device)
+        self.budget, notes = self._micro_batch_budget(policy)
+        per_step = self.prompts_per_step = run.prompts_per_step * self.accelerator.num_processes
+        self.steps = run.steps or max(1, round(run.epochs * len(task.train) / per_step))
+        self.facts = Facts.of(
+            task,
+            run,
+            method,
+            policy,
+            steps=self.steps,
+            processes=self.accelerator.num_processes,
+            budget=self.budget,
+            notes=notes,
+        )
         # Under LoRA the reference is the model without its adapters, or with those that it came with.
         starts_adapted = method.needs_reference and run.lora and adds_something(task.model)
         distributed.check_adapted_start(self.accelerator, starts_adapted)
@@ -78,8 +91,6 @@ class TrainingLoop:
             [p for p in task.model.parameters() if p.requires_grad], lr=run.learning_rate,
             betas=(0.9, run.adam_beta2), weight_decay=run.weight_decay, fused=run.fused_adamw,
         )  # fmt: skip
-        per_step = self.prompts_per_step = run.prompts_per_step * self.accelerator.num_processes
-        self.steps = run.steps or max(1, round(run.epochs * len(task.train) / per_step))
         self.model, self.optimizer = distributed.prepare(self.accelerator, policy, optimizer, self.reference)
         self.first_adapters = adapter_values(self.model) if starts_adapted else None
         engine = make_engine(run, method, context_length(task.model), self.accelerator)
@@ -88,17 +99,17 @@ class TrainingLoop:
         if method.running_goal:
             self.accelerator.register_for_checkpointing(self.collector.goal)
         if self.collector.thinking.active:
-            self.say("rewards score what follows the last closing think tag (--strip-thinking off: whole completions)")
+            self.facts.notes.append(
+                "rewards score what follows the last closing think tag (--strip-thinking off: whole completions)"
+            )
         schedule = "constant_with_warmup" if run.lr_schedule == "constant" else run.lr_schedule
         updates = self.steps * run.updates_per_rollout
         self.scheduler = transformers.get_scheduler(schedule, optimizer, run.warmup_steps, updates)
         self.accelerator.register_for_checkpointing(self.scheduler)
         checkpoint.keep_loadable(self.accelerator, task.model, task.tokenizer)
-        self.done = checkpoint.load(self.accelerator, out.path) if run.resume else 0
+        self.done = self._resume() if run.resume else 0
         logged = checkpoint.logged_rows(self.accelerator, out.path) if run.resume else []
-        self.history = [
-            row for row in logged if "eval" not in row
-        ]  # reward functions see it as trainer_state.log_history
+        self.history = [r for r in logged if "eval" not in r]  # trainer_state.log_history of reward functions
         self.dropped = sum(row.get("eval", row).get("dropped", 0) for row in logged)
         self.lost = LostSamples(run.max_dropped)
         for row in self.history:
@@ -108,37 +119,30 @@ class TrainingLoop:
         self.order = itertools.islice(batches(len(task.train), per_step, self.steps, run.seed), self.done, None)
         self.peak = peak_flops(self.accelerator.device, run.mixed_precision != "no" or run.dtype == "bfloat16")
 
-    def _make_policy(self) -> Policy:
-        run, model, device = self.run, self.task.model, self.accelerator.device
-        # Never in training mode: dropout would make the ratio differ from 1 on-policy (trl#3234).
-        model.eval()
-        if run.cpu_linear == "auto" and device.type == "cpu":
-            onednn.install(model)
-        if run.gradient_checkpointing:
-            enable_checkpointing(model)
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(run.mixed_precision)
-        return Policy(
-            model,
-            run.lm_head,
-            run.workspace_mb and run.workspace_mb << 20,
-            run.fp32_logits,
-            run.skip_idle,
-            run.packing,
-            device,
-            dtype,
-        ).eval()
-
-    def _micro_batch_budget(self, policy: Policy) -> int:
-        """Tokens of a packed forward pass; 0: pad."""
+    def _micro_batch_budget(self, policy: Policy) -> tuple[int, list[str]]:
+        """Tokens of a packed forward pass, 0: pad; and what is to be said of it."""
         if policy.packing is None:
-            return 0
+            return 0, []
         lengths = list(map(len, self.task.train_ids))
         budget, why_padded = micro_batch_budget(policy.packing, lengths, self.run, self.method)
         if why_padded:
-            self.say(why_padded)
-        elif self.run.micro_batch_size != TrainConfig.micro_batch_size:
-            self.say("micro_batch_size is not used: groups are packed, by tokens_per_micro_batch")
-        return budget
+            return budget, [why_padded]
+        unused = self.run.micro_batch_size != TrainConfig.micro_batch_size
+        return budget, ["micro_batch_size is not used: groups are packed, by tokens_per_micro_batch"] * unused
+
+    def _resume(self) -> int:
+        """Steps done by the run that goes on, from its newest checkpoint; says what is another than it was."""
+        done, total = checkpoint.load(self.accelerator, self.out.path)
+        checkpoint.check_steps(self.steps, done)
+        was, rate = self.scheduler.get_last_lr()[0], checkpoint.follow_schedule(self.scheduler)
+        said = f"resumed after {done}{f' of {total}' if total else ''} steps"
+        if total != self.steps or was != rate:
+            said += f"; now {self.steps}: the learning rate goes on from {rate:.3g}"
+        self.say(said)
+        main = self.accelerator.is_main_process  # which writes the settings that are compared
+        if main and (rounding := checkpoint.changed_rounding(self.run, self.method)):
+            self.say(f"resumed with another {', '.join(rounding)}: numbers differ in their last bits from one run's")
+        return done
 
     @property
     def policy(self) -> Policy:
@@ -152,21 +156,23 @@ class TrainingLoop:
 
     # ---- the run ----------------------------------------------------------------------------------------------------
 
+    @quiet()
     def train(self) -> dict[str, Any]:
         """Evaluate, run all steps, save, evaluate. Ctrl-C or an unusable reward stops early and keeps the model."""
         acc, run = self.accelerator, self.run
         if run.report_to:
             acc.init_trackers("mdpgrpo_fast", config=flat_config(run, self.method))
-        started = time.perf_counter()
+        if acc.is_main_process:
+            self.out.write_config(run, self.method)
+        self.say("\n".join(start_lines(self.facts, run, self.method)))
+        started, started_at = time.perf_counter(), now()
         before = after = None
         train_seconds, interrupted, failure = 0.0, False, None
         try:
             if run.resume:
                 before = checkpoint.first_evaluation(self.out.path) if acc.is_main_process else None
-                self.say(f"resumed after {self.done} steps")
             else:
                 before = self.evaluate(0, "before")
-            self.say(f"held-out before: {shares(before)}")
             train_started = time.perf_counter()
             finite = True
             try:
@@ -179,7 +185,6 @@ class TrainingLoop:
                 if finite:
                     self.save()
             after = self.evaluate(self.done, "after")
-            self.say(f"held-out after: {shares(after)}")
             self.lost.check_end()
         except KeyboardInterrupt:
             interrupted = True
@@ -189,16 +194,13 @@ class TrainingLoop:
             if isinstance(e, RewardError) and e.trace:
                 self.say(e.trace)
             if isinstance(e, RolloutError):
-                kept = keep_partial(self.out, acc, e, self.done + 1, self.task.tokenizer)
-                where = self.out.path / "partial_rollout.jsonl"
-                self.say(f"{kept} completions of step {self.done + 1} are kept in {where}")
+                self.say(keep_partial(self.out, acc, e, self.done + 1, self.task.tokenizer))
         summary = summarize(
-            run, self.task.sources, acc, before, after, steps=self.done, train_seconds=train_seconds,
-            interrupted=interrupted, total_seconds=time.perf_counter() - started, dropped_samples=self.dropped,
-            dropped_rows=len(self.task.dropped),
-            failure=None if failure is None else str(failure),
+            run, self.facts, acc.device, before, after, steps=self.done, started=started_at,
+            train_seconds=round(train_seconds, 2), total_seconds=round(time.perf_counter() - started, 2),
+            dropped_samples=self.dropped, dropped_rows=len(self.task.dropped), interrupted=interrupted,
+            best=self.best.found, **({} if failure is None else {"failure": str(failure)}),
         )  # fmt: skip
-        summary["best"] = self.best.found
         if acc.is_main_process:
             self.out.write_json("summary.json", summary)
         if run.report_to:
@@ -229,7 +231,7 @@ class TrainingLoop:
                 if run.eval_every and number % run.eval_every == 0 and number < self.steps:
                     self.evaluate(number)
                 if run.save_every and number % run.save_every == 0:
-                    checkpoint.save(self.accelerator, self.out.path, number)
+                    checkpoint.save(self.accelerator, self.out.path, number, self.steps)
                 if self.on_step is not None:
                     stops = main and self.on_step(copy.deepcopy(row)) is True
                     if distributed.max_over_ranks(self.accelerator, int(stops)):
@@ -368,6 +370,8 @@ class TrainingLoop:
         if problems:
             self.say(f"{len(problems)} held-out samples have no reward, the first because {problems[0]}")
         self.log({"step": step, "eval": result, "phase": phase or "between"})
+        if phase != "after":  # which the end of the run says
+            self.say(evaluation_line(step, result))
         if phase and acc.is_main_process:
             rows = [
                 completion_row(step, phase, task.held_out[i], a.response, 0.0, s, None, a.finished)

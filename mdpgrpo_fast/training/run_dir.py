@@ -1,8 +1,9 @@
-"""The run directory and all that is shown of a run: JSON lines, trackers, progress bar, sample tables, summary."""
+"""The run directory: its files, their lines, and the same numbers for trackers."""
 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import sys
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -22,8 +22,28 @@ from ..data import Example
 from ..models.lora import save_adapters, save_merged
 from ..rewards import Score
 from ..rollout.vllm.sampler import RolloutError
-from ..version import __version__
 from .batch import Batch
+
+
+def check_output_dir(path: Path) -> bool:
+    """Whether there is an earlier run, to be moved aside.
+
+    Raises: ConfigError where the path holds something else, or nothing can be made there.
+    """
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"output_dir {str(path)!r} is a file")
+    try:
+        found = list(path.iterdir()) if path.exists() else []
+    except OSError as e:
+        raise ConfigError(f"output_dir {str(path)!r} cannot be read: {e.strerror or e}") from None
+    if found and not any((path / name).exists() for name in ("config.yaml", "metrics.jsonl", "summary.json")):
+        raise ConfigError(f"output_dir {str(path)!r} exists and is no earlier run")
+    # An earlier run is renamed in its parent.
+    parent = next(p for p in path.absolute().parents if p.exists()) if found or not path.exists() else path
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        why = "cannot be written to" if parent.is_dir() else "is a file"
+        raise ConfigError(f"output_dir {str(path)!r} cannot be made: {str(parent)!r} {why}")
+    return bool(found)
 
 
 def move_aside(path: Path) -> Path | None:
@@ -31,10 +51,8 @@ def move_aside(path: Path) -> Path | None:
 
     Raises: ConfigError where the path holds something else than a run, which is left alone.
     """
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    if not check_output_dir(path):
         return None
-    if not any((path / name).exists() for name in ("config.yaml", "metrics.jsonl", "summary.json")):
-        raise ConfigError(f"output_dir {str(path)!r} exists and is no earlier run")
     number = 1
     while (old := path.with_name(f"{path.name}.{number}")).exists():
         number += 1
@@ -63,7 +81,8 @@ class RunDir:
             raise ConfigError(f"output_dir {str(self.path)!r} cannot be made: {e.strerror or e}") from None
 
     def write_config(self, run: TrainConfig, method: MDPGRPOConfig) -> None:
-        text = yaml.safe_dump({"run": asdict(run), "method": asdict(method)}, sort_keys=False)
+        # With --config this file goes on with the run, or repeats it, as the command line says.
+        text = yaml.safe_dump({"run": {**asdict(run), "resume": False}, "method": asdict(method)}, sort_keys=False)
         (self.path / "config.yaml").write_text(text, encoding="utf-8")
 
     def append(self, name: str, *rows: dict[str, Any]) -> None:
@@ -93,18 +112,6 @@ class RunDir:
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         (self.path / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def check_trackers(names: list[str]) -> None:
-    """Raises ConfigError for a tracker that accelerate does not know or whose package is missing."""
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-
-    known, available = [str(n) for n in LOGGER_TYPE_TO_CLASS], [str(n) for n in get_available_trackers()]
-    for name in names:
-        if name not in known:
-            raise ConfigError(f"report_to must be among {', '.join(known)}; got {name!r}")
-        if name not in available:
-            raise ConfigError(f"report_to {name!r} needs the package {name}, which is not installed")
 
 
 def tracker_values(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
@@ -190,79 +197,12 @@ def peak_memory_mb() -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
 
 
-def summarize(
-    run: TrainConfig,
-    sources: dict[str, str | None],
-    accelerator: Accelerator,
-    before: dict[str, Any] | None,
-    after: dict[str, Any] | None,
-    *,
-    steps: int,
-    train_seconds: float,
-    total_seconds: float,
-    dropped_samples: int,
-    dropped_rows: int,
-    interrupted: bool,
-    failure: str | None,
-) -> dict[str, Any]:
-    """summary.json: settings, held-out results before and after (None: there is none), and how the run went."""
-    device = accelerator.device
-    first, last = before or {}, after or {}
-    types = {
-        t: {"before": row["rate"], "after": last["types"][t]["rate"] if last else None, "count": row["count"]}
-        for t, row in first.get("types", {}).items()
-    }
-    return {
-        "hsr_before": first.get("hsr"),
-        "hsr_after": last.get("hsr"),
-        "ssr_before": first.get("ssr"),
-        "ssr_after": last.get("ssr"),
-        "reward_before": first.get("reward"),
-        "reward_after": last.get("reward"),
-        "rewards": {
-            name: {"before": x["mean"], "after": last["rewards"][name]["mean"] if last else None}
-            for name, x in first.get("rewards", {}).items()
-        },
-        "method": run.preset,
-        "seed": run.seed,
-        **sources,
-        "types": types,
-        "versions": {
-            "mdpgrpo_fast": __version__,
-            "python": sys.version.split()[0],
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "steps": steps,
-        "train_seconds": round(train_seconds, 2),
-        "total_seconds": round(total_seconds, 2),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "processes": accelerator.num_processes,
-        "peak_memory_mb": peak_memory_mb(),
-        "dropped_samples": dropped_samples,
-        "dropped_rows": dropped_rows,
-        "interrupted": interrupted,
-        **({"failure": failure} if failure else {}),
-    }
-
-
-def last_line(summary: dict[str, Any]) -> str:
-    """What a run ends with: its held-out scores before and after, steps and time."""
-    names = {"HSR": "hsr", "SSR": "ssr", "reward": "reward"}
-    pairs = [(label, summary[f"{n}_before"], summary[f"{n}_after"]) for label, n in names.items()]
-    scores = {label: f"{before:.3f} -> {after:.3f}" for label, before, after in pairs if None not in (before, after)}
-    if scores.get("reward") == scores.get("SSR"):  # the reward is the share of constraints, and would be said twice
-        scores.pop("reward", None)
-    held_out = f"held-out {', '.join(f'{label} {score}' for label, score in scores.items())} " if scores else ""
-    return f"{held_out}in {summary['steps']} steps, {summary['train_seconds']:.0f} s"
-
-
-def keep_partial(out: RunDir, accelerator: Accelerator, error: RolloutError, step: int, tokenizer: Any) -> int:
-    """Completions that came before an engine failed, of all ranks, as partial_rollout.jsonl; how many."""
+def keep_partial(out: RunDir, accelerator: Accelerator, error: RolloutError, step: int, tokenizer: Any) -> str:
+    """Completions that came before an engine failed, of all ranks, as partial_rollout.jsonl; says so."""
     rank = accelerator.process_index
     kept = gather_object([(rank, i, c) for i, c in enumerate(error.partial) if c is not None])
     for rank, i, c in kept if accelerator.is_main_process else []:
         text = tokenizer.decode(c.tokens)
         row = {"step": step, "rank": rank, "row": i, "tokens": c.tokens, "response": text, "finished": c.finished}
         out.append("partial_rollout.jsonl", row)
-    return len(kept)
+    return f"{len(kept)} completions of step {step} are kept in {out.path / 'partial_rollout.jsonl'}"

@@ -11,11 +11,15 @@ import torch
 from ..config import ConfigError, TrainConfig
 from ..data import BadRow, Example, Prompts, Source, read_prompts, tokenize
 from ..demo import DEMO_DIR
+from ..kernels import onednn
+from ..models.blocks import enable_checkpointing
 from ..models.load import adopt, context_length, load
 from ..models.lora import add_adapters
+from ..models.policy import Policy
 from ..rewards import Scorer
 from ..rollout.generate import eos_ids
-from .run_dir import check_trackers
+from .before.checks import check_settings
+from .show.quiet import quiet
 
 
 @dataclass
@@ -34,6 +38,7 @@ class Task:
     dropped: list[BadRow] = field(default_factory=list)  # rows left out, of both files
 
 
+@quiet()
 def prepare(
     run: TrainConfig, scorer: Scorer | None = None, *, model: Any = None, tokenizer: Any = None,
     prompts: Source | None = None, eval_prompts: Source | None = None,
@@ -48,9 +53,7 @@ def prepare(
 
     Raises: ConfigError; RewardError where the scorer's rewards fail on two sample rows.
     """
-    check_trackers(run.report_to)
-    if run.mixed_precision == "fp16" and (run.cpu or not torch.cuda.is_available()):
-        raise ConfigError("mixed_precision fp16 needs a GPU; bf16 works on the CPU too")
+    check_settings(run, loaded=model is not None or prompts is not None)
     for name, given, named in (("model", model, run.model), ("tokenizer", tokenizer, run.tokenizer)):
         if given is not None and named is not None:
             raise ConfigError(f"{name} must be given once: as {named!r}, or as it is loaded")
@@ -108,6 +111,21 @@ def prepare(
     return Task(
         model, tokenizer, eos, train.examples, train_ids, held_out.examples, held_out_ids, sources, notes, dropped
     )
+
+
+def make_policy(model: Any, run: TrainConfig, device: torch.device) -> Policy:
+    """The model and its objective as the run's settings have them."""
+    # Never in training mode: dropout would make the ratio differ from 1 on-policy (trl#3234).
+    model.eval()
+    if run.cpu_linear == "auto" and device.type == "cpu":
+        onednn.install(model)
+    if run.gradient_checkpointing:
+        enable_checkpointing(model)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(run.mixed_precision)
+    workspace = run.workspace_mb and run.workspace_mb << 20
+    return Policy(
+        model, run.lm_head, workspace, run.fp32_logits, run.skip_idle, run.packing, device, dtype
+    ).eval()  # fmt: skip
 
 
 def _in_words(source: Source | None) -> str | None:

@@ -61,15 +61,14 @@ def test_the_budget_of_packing(tmp_path: Path) -> None:
         )
 
 
-def test_what_packing_does_not_use_or_not_pay_for_is_said(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_packing_does_not_use_or_not_pay_for_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for packing, said in (("on", True), ("off", False)):
-        make_trainer(tmp_path, name=packing, packing=packing, micro_batch_size=4)
-        assert ("micro_batch_size is not used: groups are packed" in capsys.readouterr().err) == said
+        notes = make_trainer(tmp_path, name=packing, packing=packing, micro_batch_size=4).facts.notes
+        assert any("micro_batch_size is not used: groups are packed" in note for note in notes) == said
     monkeypatch.setattr("mdpgrpo_fast.models.packing.Packing.mode_for", lambda self, longest: "masks")
-    assert make_trainer(tmp_path, name="masks", max_completion_length=400, micro_batch_size=4).budget == 0
-    said = capsys.readouterr().err
+    trainer = make_trainer(tmp_path, name="masks", max_completion_length=400, micro_batch_size=4)
+    said = " ".join(trainer.facts.notes)
+    assert trainer.budget == 0
     assert "prompts are not shared inside a group: under masks" in said and "micro_batch_size" not in said
 
 

@@ -106,10 +106,52 @@ def test_a_resumed_run_with_other_settings_is_refused(tmp_path: Path) -> None:
     checkpoint.check_resume(run, method)
     remedies = {"reward_timeout": 60.0, "max_dropped": 0.5, "on_bad_reward": "drop", "reward_check": False}
     checkpoint.check_resume(TrainConfig(**SMALL, output_dir=str(tmp_path), eval_every=1, **remedies), method)
+    rounding = {"backend": "torch", "micro_batch_size": 3, "workspace_mb": 9, "eval_batch_size": 5}
+    free = TrainConfig(**{**SMALL, "steps": 9}, output_dir=str(tmp_path), warmup_steps=3, vllm_timeout=9.0, **rounding)
+    checkpoint.check_resume(free, method)
+    assert sorted(checkpoint.changed_rounding(free, method)) == sorted(rounding)
+    bnpo = preset("exact", aggregation="bnpo")
+    RunDir(tmp_path, create=False).write_config(run, bnpo)
+    with pytest.raises(ConfigError, match="micro_batch_size was 8; got 3"):
+        checkpoint.check_resume(free, bnpo)
+    RunDir(tmp_path, create=False).write_config(run, method)
+    with pytest.raises(ConfigError, match="attention was 'auto'; got 'eager'"):
+        checkpoint.check_resume(TrainConfig(**SMALL, output_dir=str(tmp_path), attention="eager"), method)
+    folder.rename(folder.with_name("checkpoint_5"))
+    with pytest.raises(ConfigError, match=r"^resume needs steps of at least the 5 that are done; got 2$"):
+        checkpoint.check_resume(run, method)
     with pytest.raises(ConfigError, match=r"settings of the run before: learning_rate was 0.001; got 0.0005"):
         checkpoint.check_resume(TrainConfig(**{**SMALL, "learning_rate": 5e-4}, output_dir=str(tmp_path)), method)
     with pytest.raises(ConfigError, match="settings of the run before: top_k was 0; got 5"):
         checkpoint.check_resume(run, preset("exact", top_k=5))
+
+
+@pytest.mark.parametrize(
+    ("total", "warmup"), [(6, 0), (3, 0), (4, 0), (4, 3)], ids=["longer", "shorter", "same", "warmup"]
+)
+def test_a_resumed_run_may_be_longer_or_shorter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], total: int, warmup: int
+) -> None:
+    """Its prompts are those of a run that was so long from the start, and so are its learning rates from there on."""
+    knobs: dict[str, Any] = {"save_every": 2, "updates_per_rollout": 2, "max_completion_length": 6}
+    first = run_small(tmp_path, name="parts", steps=4, **knobs)
+    rates = [r["learning_rate"] for r in rows(first)]
+    shutil.rmtree(first.out.path / "checkpoints" / "checkpoint_4")
+    whole = make_trainer(tmp_path, name="whole", steps=total, warmup_steps=warmup, **knobs)
+    schedule = [whole.scheduler.base_lrs[0] * whole.scheduler.lr_lambdas[0](2 * i + 1) for i in range(total)]
+    drawn = list(whole.order)
+    capsys.readouterr()
+    resumed = make_trainer(tmp_path, name="parts", resume=True, steps=total, warmup_steps=warmup, **knobs)
+    next_rate = whole.scheduler.base_lrs[0] * whole.scheduler.lr_lambdas[0](4)
+    said = "resumed after 2 of 4 steps"
+    if (total, warmup) != (4, 0):
+        said += f"; now {total}: the learning rate goes on from {next_rate:.3g}"
+    assert capsys.readouterr().err.splitlines()[-1] == said
+    assert [g["lr"] for g in resumed.optimizer.param_groups] == resumed.scheduler.get_last_lr() == [next_rate]
+    order, resumed.order = list(resumed.order), iter(drawn[2:])  # type: ignore[assignment]
+    assert order == drawn[2:] and drawn[:2] == list(make_trainer(tmp_path, name="first", steps=4).order)[:2]
+    resumed.train()
+    assert [r["learning_rate"] for r in rows(resumed)] == pytest.approx([*rates[:2], *schedule[2:]])
 
 
 @pytest.mark.parametrize("kind", ["full", "bfloat16", "lora", "tied"])
@@ -134,7 +176,7 @@ def test_a_checkpoint_is_a_model_and_is_read_back_to_the_bit(
     assert torch.equal(parameters(resumed), parameters(whole)) and resumed.done == 3
     assert [r["loss"] for r in rows(resumed)] == [r["loss"] for r in expected]
     # The last checkpoint that a run of three steps with save_every = 3 leaves is the model that it ends with.
-    checkpoint.save(resumed.accelerator, resumed.out.path, 3)
+    checkpoint.save(resumed.accelerator, resumed.out.path, 3, 3)
     folder = folder.with_name("checkpoint_3")
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == resumed.task.tokenizer.get_vocab()
     plain, ours = AutoModelForCausalLM.from_pretrained(folder).eval(), load(str(folder))[0].eval()

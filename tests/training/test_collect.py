@@ -139,6 +139,7 @@ def test_an_engine_that_fails_leaves_what_it_had(
         "mdpgrpo_fast.training.loop.make_engine",
         lambda *_: Failing(prepare(TrainConfig(max_completion_length=12)).model.eval()),
     )
+    monkeypatch.setattr("mdpgrpo_fast.training.before.checks.check_vllm", lambda *_: None)
     folder = tmp_path / "run"
     argv = ["--output-dir", str(folder), "--steps", "4", "--prompts-per-step", "2", "--max-completion-length", "8",
             "--eval-samples", "2", "--rollout", "vllm"]  # fmt: skip

@@ -12,7 +12,8 @@ from helpers.runs import make_trainer, rows, run_small
 
 import mdpgrpo_fast.train as train
 from mdpgrpo_fast.rewards import RewardError
-from mdpgrpo_fast.training.run_dir import last_line, tracker_values
+from mdpgrpo_fast.training.run_dir import tracker_values
+from mdpgrpo_fast.training.show.end import last_line
 from mdpgrpo_fast.training.show.progress import progress_values
 from mdpgrpo_fast.training.timing import StageClock
 
@@ -142,18 +143,34 @@ def test_functions_see_special_tokens_where_they_are_kept(tmp_path: Path) -> Non
         (
             (0.5, 0.75, 0.75 + 1e-15),
             (0.9, 0.95, 0.95),
-            "held-out HSR 0.500 -> 0.900, SSR 0.750 -> 0.950 in 3 steps, 2 s",
+            "held-out HSR 0.500 ± 0.100 → 0.900, SSR 0.750 ± 0.100 → 0.950 (95 %, 7 prompts) in 3 steps, 2 s",
         ),
-        ((0.5, 0.75, 0.5), (0.9, 0.95, 0.9), "held-out HSR 0.500 -> 0.900, SSR 0.750 -> 0.950, reward 0.500 -> 0.9"),
-        ((None, None, -4.0), (None, None, -2.5), "held-out reward -4.000 -> -2.500 in 3 steps"),
+        (
+            (0.5, 0.75, 0.5),
+            (0.9, 0.95, 0.9),
+            "held-out HSR 0.500 ± 0.100 → 0.900, SSR 0.750 ± 0.100 → 0.950, reward 0.500 ± 0.100 → 0.900 (95 %, 7 "
+            "prompts) in 3 steps, 2 s",
+        ),
+        (
+            (None, None, -4.0),
+            (None, None, -2.5),
+            "held-out reward -4.000 ± 0.100 → -2.500 (95 %, 7 prompts) in 3 steps, 2 s",
+        ),
         ((None, None, None), (None, None, None), "in 3 steps, 2 s"),
     ],
 )
 def test_the_last_line_has_the_held_out_scores(before: Any, after: Any, line: str) -> None:
-    summary = {"steps": 3, "train_seconds": 2.0}
+    intervals = {w: dict.fromkeys(("hsr", "ssr", "reward"), x) for w, x in (("before", 0.1), ("after", None))}
+    summary: dict[str, Any] = {
+        "steps": 3,
+        "train_seconds": 2.0,
+        "interrupted": False,
+        "held_out": 7,
+        "intervals": intervals,
+    }
     for name, *pair in zip(("hsr", "ssr", "reward"), before, after, strict=True):
         summary |= dict(zip((f"{name}_before", f"{name}_after"), pair, strict=True))
-    assert last_line(summary).startswith(line)
+    assert last_line(summary) == line
 
 
 def test_much_truncation_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -75,12 +75,3 @@ def sample_table(rows: list[dict[str, Any]], limit: int = 4) -> str:
         room = width - len(head) - 1
         lines.append(head + (text if len(text) <= room else text[: room - 1] + "…"))
     return "\n".join(lines)
-
-
-def shares(result: dict[str, Any] | None) -> str:
-    if result is None:
-        return "no held-out prompts"
-    cut = f", {result['truncated']:.0%} cut" if result["truncated"] else ""
-    if result["hsr"] is None:
-        return f"reward {mean_and_spread(result['reward'], result['reward_std'])}{cut}"
-    return f"HSR {result['hsr']:.3f}, SSR {result['ssr']:.3f} over {result['count']} prompts{cut}"

@@ -1,0 +1,107 @@
+"""Settings that cannot work, found before the model is loaded, those first that are cheapest to find."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+
+from ...config import ConfigError, MDPGRPOConfig, TrainConfig, require
+from ...data.chat import prompt_limit
+from ...models.load import base_model, positions_of, read_config
+from ...models.lora import import_peft
+from ...ops import backends
+from ...rollout.vllm.sampler import MIN_TEMPERATURE
+from ..checkpoint import check_resume
+from ..run_dir import check_output_dir
+from .memory import check_memory
+
+
+def device_of(run: TrainConfig) -> torch.device:
+    """Where the run will be, as accelerate chooses it."""
+    if run.cpu or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def check(run: TrainConfig, method: MDPGRPOConfig, loaded: bool = False) -> None:
+    """Everything that is known before the model is loaded. loaded: it is there already, in memory.
+
+    Raises: ConfigError in one line.
+    """
+    device = device_of(run)
+    check_settings(run, loaded)
+    if run.resume:
+        check_resume(run, method)
+    else:
+        check_output_dir(Path(run.output_dir))
+    check_backend(run, device)
+    if run.lora:
+        import_peft()
+    check_attention(run, device)
+    check_vllm(run, method)
+    if not loaded:
+        config = read_config(run.model, run.trust_remote_code)
+        prompt_limit(run, positions_of(config))
+        check_memory(run, method, base_model(run.model), config, device)
+
+
+def check_settings(run: TrainConfig, loaded: bool = False) -> None:
+    """What needs no look at anything else."""
+    check_trackers(run.report_to)
+    if run.mixed_precision == "fp16" and device_of(run).type == "cpu":
+        raise ConfigError("mixed_precision fp16 needs a GPU; bf16 works on the CPU too")
+    if run.train_file is None and run.model is not None and not loaded:
+        raise ConfigError("train_file is required with a model of your own")
+
+
+def check_trackers(names: list[str]) -> None:
+    """Raises ConfigError for a tracker that accelerate does not know or whose package is missing."""
+    if not names:
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known, available = [str(n) for n in LOGGER_TYPE_TO_CLASS], [str(n) for n in get_available_trackers()]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"report_to must be none or among {', '.join(known)}; got {name!r}")
+        if name not in available:
+            raise ConfigError(f"report_to {name!r} needs the package {name}, which is not installed")
+
+
+def check_backend(run: TrainConfig, device: torch.device) -> None:
+    """Raises ConfigError for a backend that cannot run on the device."""
+    dtype = torch.bfloat16 if run.mixed_precision == "bf16" or run.dtype == "bfloat16" else torch.float32
+    try:
+        backends.choose(run.backend, device, dtype)
+    except ConfigError:
+        raise
+    except ValueError as e:
+        raise ConfigError(str(e)) from None
+
+
+def check_attention(run: TrainConfig, device: torch.device) -> None:
+    """Raises ConfigError for an attention whose package or device is missing."""
+    if run.attention == "flash_attention_2":
+        if device.type == "cpu":
+            raise ConfigError("attention = flash_attention_2 needs a GPU; sdpa works on the CPU")
+        if importlib.util.find_spec("flash_attn") is None:
+            raise ConfigError(
+                "attention = flash_attention_2 needs the package flash-attn (pip install flash-attn "
+                "--no-build-isolation), which is not installed"
+            )
+
+
+def check_vllm(run: TrainConfig, method: MDPGRPOConfig) -> None:
+    """Raises ConfigError where vLLM is asked for and cannot be had."""
+    if run.rollout != "vllm":
+        return
+    lowest = min(method.slot_temperatures)
+    require(lowest >= MIN_TEMPERATURE, "temperatures", lowest, f"at least {MIN_TEMPERATURE} (vLLM's floor)")
+    if run.vllm_url is not None:
+        ok = run.vllm_url.startswith(("http://", "https://"))
+        require(ok, "vllm_url", run.vllm_url, "an http:// or https:// address")
+    elif importlib.util.find_spec("vllm") is None:
+        raise ConfigError("rollout = vllm needs the package vllm (pip install vllm), which is not installed")
