@@ -28,7 +28,11 @@ class TrainResult:
     path: Path
     summary: Row
     history: list[Row] = field(repr=False)
-    report: Path  # report.html
+
+    @property
+    def report(self) -> Path:
+        """The page of the run."""
+        return self.path / "report.html"
 
     @property
     def model_path(self) -> Path | None:
@@ -37,7 +41,7 @@ class TrainResult:
         return path if path.is_dir() else None
 
     def __str__(self) -> str:
-        from .training.run_dir import last_line
+        from .training.show.end import last_line
 
         return last_line(self.summary)
 
@@ -77,7 +81,8 @@ class Trainer:
     ) -> None:
         from .models.adapters import resolve_adapter
         from .rewards import Scorer
-        from .training.checkpoint import check_resume
+        from .rollout.vllm.sampler import RolloutError
+        from .training.before.checks import check
         from .training.loop import TrainingLoop
         from .training.run_dir import RunDir
         from .training.task import prepare
@@ -92,25 +97,24 @@ class Trainer:
         eval_file, eval_prompts = _named(eval_prompts)
         given = {"model": named, "train_file": train_file, "eval_file": eval_file}
         changed: Row = {name: value for name, value in given.items() if value is not None}
-        run = replace(run, preset=nearest_preset(config, run.preset), **changed)
+        run = resolve_adapter(replace(run, preset=nearest_preset(config, run.preset), **changed))
         if isinstance(rewards, str) or callable(rewards):
             rewards = [rewards]
         self.scorer = Scorer.of(run, rewards, reward_weights)
-        specs, weights = [r.spec for r in self.scorer.rewards], self.scorer.weights
-        self.run = run = replace(
-            resolve_adapter(run), reward=specs, reward_weights=weights if reward_weights else run.reward_weights
-        )
-        self.config = config
-        self._trained = False
         weakref.finalize(self, self.scorer.stop)
+        if rewards is not None or reward_weights is not None:
+            run = replace(run, reward=[r.spec for r in self.scorer.rewards], reward_weights=self.scorer.weights)
+        self.run, self.config, self._trained = run, config, False
+        check(run, config, model is not None, prompts is not None)
+        self.out = RunDir(run.output_dir, create=False)
         with self.scorer:
-            if run.resume:
-                check_resume(run, config)
-            task = prepare(
-                run, self.scorer, model=model, tokenizer=tokenizer, prompts=prompts, eval_prompts=eval_prompts
-            )
-            self.out = RunDir(run.output_dir, create=False)
-            self.loop = TrainingLoop(task, run, config, self.out, self.scorer, on_step)
+            try:
+                task = prepare(
+                    run, self.scorer, model=model, tokenizer=tokenizer, prompts=prompts, eval_prompts=eval_prompts
+                )
+                self.loop = TrainingLoop(task, run, config, self.out, self.scorer, on_step)
+            except RolloutError as e:
+                raise ConfigError(str(e)) from None
 
     @property
     def model(self) -> Any:
@@ -127,24 +131,32 @@ class Trainer:
         Raises: what ends a run, after its directory is complete: RewardError, RolloutError, FloatingPointError;
             RuntimeError where it has been called before.
         """
-        from .report.page import write_report
-
         if self._trained:
             raise RuntimeError("train() runs once; a run with run.resume goes on from a checkpoint")
         self._trained = True
-        main, out = self.loop.accelerator.is_main_process, self.out
-        if main and not self.run.resume:
+        loop, out = self.loop, self.out
+        if loop.accelerator.is_main_process and not self.run.resume:
             out.make()
-            out.write_config(self.run, self.config)
-            if self.loop.task.dropped:
-                out.append("dropped_rows.jsonl", *map(asdict, self.loop.task.dropped))
+            if loop.task.dropped:
+                out.append("dropped_rows.jsonl", *map(asdict, loop.task.dropped))
+            if out.moved:
+                loop.say(f"an earlier {out.path} is now {out.moved}")
         try:
             with self.scorer:
-                summary = self.loop.train()
+                summary = loop.train()
         finally:
-            report = write_report(out.path) if main else out.path / "report.html"
-            self.loop.accelerator.wait_for_everyone()
-        return TrainResult(out.path, summary, self.loop.history, report)
+            if loop.accelerator.is_main_process:
+                self._report()
+            loop.accelerator.wait_for_everyone()  # a rank that ends first would take the one that writes with it
+        return TrainResult(out.path, summary, loop.history)
+
+    def _report(self) -> None:
+        from .report.page import write_report
+
+        try:
+            write_report(self.out.path)
+        except (ConfigError, OSError) as e:  # a full disk is no reason to lose the result
+            self.loop.say(f"the report cannot be written: {e}")
 
     def evaluate(self, prompts: Source | None = None) -> Row:
         """Greedy answers to prompts (None: the held-out ones), scored: hsr, ssr, reward with their intervals.

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import sys
 import types
-from contextlib import ExitStack
 from dataclasses import asdict, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .config import PRESETS, ConfigError, MDPGRPOConfig, TrainConfig, unknown_name, without_effect
+from .config import PRESETS, MDPGRPOConfig, TrainConfig, unknown_name, without_effect
 
 if TYPE_CHECKING:
-    from .api import TrainResult
-    from .training.loop import TrainingLoop
+    from .api import Trainer, TrainResult
 
 
 def resolve(argv: list[str]) -> tuple[TrainConfig, MDPGRPOConfig]:
@@ -66,43 +64,35 @@ def _description(model: str | None, preset: str) -> str:
     return f"Trains a language model on checkable constraints and rewards.\nDefaults in brackets are those {of}."
 
 
-def make_trainer(argv: list[str], workers: ExitStack) -> TrainingLoop:
-    """The trainer of a command line, all that can be checked before the first step checked, and its run directory made.
+def main(argv: list[str] | None = None) -> int:
+    """Status: 0 done, 1 a run that failed, 2 settings that cannot be used, 130 interrupted."""
+    from .cli import report_errors
 
-    workers: ends the processes that score. Raises: ConfigError; RewardError where a reward fails on two sample rows.
-    """
-    from .api import refuse_child_processes
-
-    refuse_child_processes()
-    run, method, given = read(argv)
-
-    # Heavy imports only now: `--help` and a wrong flag answer at once.
-    from .models.adapters import resolve_adapter
-    from .rewards import Scorer
-    from .rollout.vllm.sampler import RolloutError
-    from .training.before.checks import check
-    from .training.loop import TrainingLoop
-    from .training.run_dir import RunDir
-    from .training.task import prepare
-
-    run = resolve_adapter(run)
-    check(run, method)
-    scorer = workers.enter_context(Scorer.of(run))
-    out = RunDir(run.output_dir, create=False)
+    trainer = None
     try:
-        task = prepare(run, scorer)
-        trainer = TrainingLoop(task, run, method, out, scorer)
-    except RolloutError as e:
-        raise ConfigError(str(e)) from None
-    if trainer.accelerator.is_main_process and not run.resume:
-        out.make()
-        if task.dropped:
-            out.append("dropped_rows.jsonl", *map(asdict, task.dropped))
-    if trainer.accelerator.is_main_process:
-        print(*without_effect(run, method, given), sep="\n", end="", file=sys.stderr)
-    if out.moved:
-        print(f"an earlier {out.path} is now {out.moved}", file=sys.stderr)
-    return trainer
+        with report_errors():
+            run, method, given = read(sys.argv[1:] if argv is None else argv)
+            # A heavy import only now: `--help` and a wrong flag answer at once.
+            from .api import Trainer
+
+            trainer = Trainer(config=method, run=run)
+        for line in without_effect(run, method, given):
+            trainer.loop.say(line)
+        summary = trainer.train().summary
+    except KeyboardInterrupt:
+        print("interrupted before the first step", file=sys.stderr)
+        return 130
+    except Exception as e:
+        if not isinstance(e, _stopping()):
+            raise
+        if trainer is None or trainer.loop.accelerator.is_main_process:
+            _say_failure(trainer, e)
+        return 1
+    if trainer.loop.accelerator.is_main_process:
+        from .training.show.end import end_lines
+
+        print("\n".join(end_lines(summary, trainer.run, trainer.out.path / "report.html")))
+    return 130 if summary["interrupted"] else 0
 
 
 def _stopping() -> tuple[type[Exception], ...]:
@@ -113,48 +103,18 @@ def _stopping() -> tuple[type[Exception], ...]:
     return RewardError, RolloutError, FloatingPointError
 
 
-def main(argv: list[str] | None = None) -> int:
-    from .cli import report_errors
-
-    trainer = failure = summary = None
-    with ExitStack() as workers:
-        try:
-            with report_errors():
-                trainer = make_trainer(sys.argv[1:] if argv is None else argv, workers)
-            summary = trainer.train()
-        except KeyboardInterrupt:
-            print("interrupted before the first step", file=sys.stderr)
-            return 130
-        except Exception as e:
-            if not isinstance(e, _stopping()):
-                raise
-            failure = e
+def _say_failure(trainer: Trainer | None, failure: Exception) -> None:
     if trainer is None:  # a reward that failed when it was tried
         print(*filter(None, [getattr(failure, "trace", None), f"error: {failure}"]), sep="\n", file=sys.stderr)
-        return 1
-    try:
-        if trainer.accelerator.is_main_process:
-            _say_how_it_ended(trainer, summary, failure)
-    finally:
-        trainer.accelerator.wait_for_everyone()  # a rank that ends first would take the one that writes with it
-    return 1 if summary is None else 130 if summary["interrupted"] else 0
-
-
-def _say_how_it_ended(trainer: TrainingLoop, summary: dict[str, Any] | None, failure: Exception | None) -> None:
-    """The report, and the last lines of a run; summary: None where it failed."""
-    from .report.page import write_report
-    from .training.show.end import end_lines, how_to_resume
+        return
+    from .training.show.end import how_to_resume
 
     out = trainer.out.path
-    if summary is not None:
-        print("\n".join(end_lines(summary, trainer.run, write_report(out))))
-        return
-    learned = f"what was learned until then is in {out}" if trainer.done else "no step was done"
+    learned = f"what was learned until then is in {out}" if trainer.loop.done else "no step was done"
     if isinstance(failure, FloatingPointError):
         learned = f"its weights are not saved; checkpoints of before are in {out / 'checkpoints'}, where there are any"
-    print(f"go on   {how_to_resume(trainer.run, trainer.accelerator.num_processes)}", file=sys.stderr)
+    print(f"go on   {how_to_resume(trainer.run, trainer.loop.accelerator.num_processes)}", file=sys.stderr)
     print(f"error: {failure}; {learned}", file=sys.stderr)
-    write_report(out)
 
 
 class _Module(types.ModuleType):

@@ -100,7 +100,7 @@ def test_the_embedded_demonstration_is_the_default() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ({"model": "/no/such"}, "train_file is required with a model of your own"),
+        ({"model": "/no/such"}, "train_file, or prompts, is required with a model of your own"),
         ({"prompts": []}, "prompts must have at least one row; got none"),
         ({"prompts": 3}, "prompts must be a path, a hub id, a list of texts or rows, or a data set; got int"),
         ({"prompts": "none.jsonl"}, "prompt file 'none.jsonl' does not exist"),

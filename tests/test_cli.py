@@ -143,7 +143,7 @@ def test_every_knob_is_a_flag_with_help(capsys: pytest.CaptureFixture[str]) -> N
             "--goal-mean must be one of half, max_half_mean, mean, running; got 'max_half'; did",
         ),
         (["--train-file", "no.jsonl"], "prompt file 'no.jsonl' does not exist"),
-        (["--model", "/no/such/model"], "train_file is required with a model of your own"),
+        (["--model", "/no/such/model"], "train_file, or prompts, is required with a model of your own"),
         (["--model", "/no/such/model", "--train-file", "PROMPTS"], "model '/no/such/model' cannot be loaded: "),
         (["--config", "no.yaml"], "config file 'no.yaml' does not exist"),
         (["--report-to", "papyrus"], "report_to must be among "),

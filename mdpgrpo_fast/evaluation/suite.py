@@ -32,7 +32,7 @@ def find(config: EvaluateConfig) -> Suite:
     Raises: ConfigError in one line where lm-eval is missing, a task is unknown, or its data set cannot be loaded.
     """
     manager = _manager(config)
-    tasks = []
+    tasks: list[Any] = []
     for name in config.tasks:
         if name not in manager.task_index:
             raise ConfigError(f"suite: lm-eval has no task {name!r}{_where(config)}{_near(name, manager.all_tasks)}")
@@ -111,7 +111,7 @@ def _metrics(name: str, row: dict[str, Any], found: dict[str, Any]) -> dict[str,
         if not rule or metric.endswith("_stderr") or not isinstance(value, (int, float)):
             continue
         label = metric if rule == "none" else f"{metric},{rule}"
-        error = row.get(f"{metric}_stderr,{rule}")
+        error: Any = row.get(f"{metric}_stderr,{rule}")
         values[label], halves[label] = value if _is_finite(value) else None, Z * error if _is_finite(error) else None
     count = found["n-samples"].get(name, {}).get("effective", row.get("sample_len"))
     return {"count": count, "fewshot": found["n-shot"].get(name), "metrics": values, "intervals": halves}

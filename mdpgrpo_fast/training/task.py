@@ -53,18 +53,15 @@ def prepare(
 
     Raises: ConfigError; RewardError where the scorer's rewards fail on two sample rows.
     """
-    check_settings(run, loaded=model is not None or prompts is not None)
+    check_settings(run, model is not None, prompts is not None)
     for name, given, named in (("model", model, run.model), ("tokenizer", tokenizer, run.tokenizer)):
         if given is not None and named is not None:
             raise ConfigError(f"{name} must be given once: as {named!r}, or as it is loaded")
     if tokenizer is not None and model is None:
         raise ConfigError("a tokenizer that is loaded needs a model that is")
-    embedded = run.model is None and model is None
     train_source = run.train_file if prompts is None else prompts
     eval_source = run.eval_file if eval_prompts is None else eval_prompts
     if train_source is None:
-        if not embedded:
-            raise ConfigError("train_file is required with a model of your own")
         train_source = DEMO_DIR / "train.jsonl"
         eval_source = eval_source if eval_source is not None else DEMO_DIR / "heldout.jsonl"
     train = read_prompts(train_source, run)

@@ -58,7 +58,7 @@ FLASH = "attention = flash_attention_2 needs a GPU; sdpa works on the CPU"
         ),
         ("--max-completion-length 2048", r"max_completion_length must be below the model's \d+ positions; got 2048"),
         ("--model /no/such --train-file x", "model '/no/such' cannot be loaded: there is no such directory"),
-        ("--model /no/such", "train_file is required with a model of your own"),
+        ("--model /no/such", "train_file, or prompts, is required with a model of your own"),
         ("--train-file /no/such.jsonl", "prompt file '/no/such.jsonl' does not exist"),
         ("--eval-file /no/such.jsonl", "prompt file '/no/such.jsonl' does not exist"),
         ("--mixed-precision fp16", "mixed_precision fp16 needs a GPU; bf16 works on the CPU too"),

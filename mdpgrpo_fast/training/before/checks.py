@@ -26,13 +26,13 @@ def device_of(run: TrainConfig) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def check(run: TrainConfig, method: MDPGRPOConfig, loaded: bool = False) -> None:
-    """Everything that is known before the model is loaded. loaded: it is there already, in memory.
+def check(run: TrainConfig, method: MDPGRPOConfig, loaded: bool = False, prompts: bool = False) -> None:
+    """Everything that is known before the model is loaded. loaded: it is there already, in memory, as prompts may be.
 
     Raises: ConfigError in one line.
     """
     device = device_of(run)
-    check_settings(run, loaded)
+    check_settings(run, loaded, prompts)
     if run.resume:
         check_resume(run, method)
     else:
@@ -48,13 +48,13 @@ def check(run: TrainConfig, method: MDPGRPOConfig, loaded: bool = False) -> None
         check_memory(run, method, base_model(run.model), config, device)
 
 
-def check_settings(run: TrainConfig, loaded: bool = False) -> None:
+def check_settings(run: TrainConfig, loaded: bool = False, prompts: bool = False) -> None:
     """What needs no look at anything else."""
     check_trackers(run.report_to)
     if run.mixed_precision == "fp16" and device_of(run).type == "cpu":
         raise ConfigError("mixed_precision fp16 needs a GPU; bf16 works on the CPU too")
-    if run.train_file is None and run.model is not None and not loaded:
-        raise ConfigError("train_file is required with a model of your own")
+    if run.train_file is None and not prompts and (run.model is not None or loaded):
+        raise ConfigError("train_file, or prompts, is required with a model of your own")
 
 
 def check_trackers(names: list[str]) -> None:
