@@ -1,4 +1,4 @@
-"""The console script `mdpgrpo`, and `python -m mdpgrpo_fast`: one subcommand for each module with a `main`."""
+"""The console script `mdpgrpo`, and `python -m mdpgrpo_fast`: one function for each subcommand."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .config import nearest
 from .version import __version__
 
 COMMANDS = {
-    "train": ("train", "train a model; without arguments, the embedded demonstration"),
-    "evaluate": ("evaluate", "answer held-out prompts and score the answers; benchmark suites, pass@k"),
-    "score": ("verifiers.__main__", "score a file of responses, in IFEval's form"),
-    "explain": ("explain", "show what the method does to one group of rewards"),
-    "report": ("report.page", "write the page of a run into its directory"),
-    "compare": ("report.compare", "one page and one table of several runs"),
-    "verifiers": ("verifiers.__main__", "list the instruction types, fetch their data"),
-    "doctor": ("doctor", "what is installed here, what can run, and what is missing"),
+    "train": ("train:main", "train a model; without arguments, the embedded demonstration"),
+    "evaluate": ("evaluate:main", "answer held-out prompts and score the answers; benchmark suites, pass@k"),
+    "score": ("verifiers.__main__:score", "score a file of responses, in IFEval's form"),
+    "explain": ("explain:main", "show what the method does to one group of rewards"),
+    "report": ("report.page:main", "write the page of a run into its directory"),
+    "compare": ("report.compare:main", "one page and one table of several runs"),
+    "verifiers": ("verifiers.__main__:main", "list the instruction types, fetch their data"),
+    "doctor": ("doctor:main", "what is installed here, what can run, and what is missing"),
 }
 
 
@@ -52,7 +52,8 @@ def main(argv: list[str] | None = None) -> int:
         meant = f"did you mean {near!r}?" if near else f"commands: {', '.join(COMMANDS)}"
         print(f"error: unknown command {name!r}; {meant}", file=sys.stderr)
         return 2
-    run: Callable[[list[str]], int] = importlib.import_module(f".{COMMANDS[name][0]}", __package__).main
+    module, _, function = COMMANDS[name][0].partition(":")
+    run: Callable[[list[str]], int] = getattr(importlib.import_module(f".{module}", __package__), function)
     return run(rest)
 
 

@@ -247,7 +247,7 @@ def _resolve(argv: list[str] | None) -> tuple[list[float], int, MDPGRPOConfig]:
     hints = get_type_hints(MDPGRPOConfig)
     known = [f for f in fields(MDPGRPOConfig) if f.name in ADVANTAGE_KNOBS]
     knobs = make_dataclass("Knobs", [(f.name, hints[f.name], knob(f.default, f.metadata["help"])) for f in known])
-    read = partial(parse, argv, GroupConfig, knobs, prog="python -m mdpgrpo_fast.explain", description=__doc__)
+    read = partial(parse, argv, GroupConfig, knobs, prog="mdpgrpo explain", description=__doc__)
     group, _ = read()
     for name, value in (("--rewards", group.rewards), ("--constraints", group.constraints)):
         if value in ([], None):

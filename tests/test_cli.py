@@ -346,8 +346,9 @@ def test_the_console_script(argv: list[str], status: int, out: str, err: str, ca
 def test_the_console_script_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert console.main([]) == 0
     text = capsys.readouterr().out
-    for name, (module, _) in console.COMMANDS.items():
-        assert f"  {name} " in text and callable(importlib.import_module(f"mdpgrpo_fast.{module}").main)
+    for name, (place, _) in console.COMMANDS.items():
+        module, _, function = place.partition(":")
+        assert f"  {name} " in text and callable(getattr(importlib.import_module(f"mdpgrpo_fast.{module}"), function))
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n"])

@@ -25,7 +25,7 @@ class ConstraintReward:
         """Makes the types of one's own known in this process. Raises ConfigError where one cannot be loaded."""
         verifiers.load_instructions(self.instructions)
 
-    def satisfied(self, example: Example, response: str, mode: str = "strict") -> list[bool]:
+    def satisfied(self, example: Example, response: str, mode: verifiers.Mode = "strict") -> list[bool]:
         """Which of the example's constraints hold, by position; of the last answer alone, with what the prompt began of
         it."""
         self.load()

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config import ConfigError
 from ..data import Example
-from ..verifiers import CheckError
+from ..verifiers import CheckError, Mode
 from .constraints import ConstraintReward
 from .functions import Arguments, TrainerState, check_values, describe, load_reward, place_of, trace_of
 from .processes import Batch, Lost, Pool
@@ -75,7 +75,7 @@ _loaded = functools.cache(load_reward)  # one object for all calls of a worker, 
 
 
 def _answer(
-    specs: list[str], constraints: ConstraintReward, question: tuple[str | None, Job]
+    specs: list[str], constraints: ConstraintReward, question: tuple[Mode | None, Job]
 ) -> Verdict | list[bool] | Failure:
     """Runs in a worker. With a mode: which constraints hold; without: all that is scored."""
     mode, job = question
@@ -122,7 +122,7 @@ class Workers:
     def start(self, jobs: list[Job]) -> Batch:
         return self.pool.ask([(None, job) for job in jobs])
 
-    def start_verifying(self, jobs: list[Job], mode: str) -> Batch:
+    def start_verifying(self, jobs: list[Job], mode: Mode) -> Batch:
         return self.pool.ask([(mode, job) for job in jobs])
 
     def collect(self, batch: Batch) -> list[Any]:

@@ -15,7 +15,7 @@ from typing import Any
 from ..config import ConfigError, TrainConfig
 from ..data import Example
 from ..log import say_once
-from ..verifiers import INSTRUCTIONS
+from ..verifiers import INSTRUCTIONS, Mode
 from .calls import CallTimeout, call_async, call_limited
 from .constraints import ConstraintReward
 from .functions import (
@@ -256,7 +256,7 @@ class Scorer:
         self.metrics = {}
         return means
 
-    def verify(self, examples: Sequence[Example], responses: Sequence[str], mode: str) -> list[list[bool]]:
+    def verify(self, examples: Sequence[Example], responses: Sequence[str], mode: Mode) -> list[list[bool]]:
         """Which constraints each response satisfies; all False, and counted in `unchecked`, where checking failed."""
         jobs = [Job(e, r, r) for e, r in zip(examples, responses, strict=True)]
         found = self._workers.collect(self._workers.start_verifying(jobs, mode))

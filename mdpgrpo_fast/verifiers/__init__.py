@@ -13,7 +13,7 @@ from .registry import (
     instruction,
 )
 from .text.sentences import punkt_source
-from .verify import THINK_TAGS, answer_of, opening_of, validate, verify, verify_all
+from .verify import THINK_TAGS, Mode, answer_of, opening_of, validate, verify, verify_all
 
 __all__ = [
     "INSTRUCTIONS",
@@ -24,6 +24,7 @@ __all__ = [
     "Instruction",
     "InstructionError",
     "MissingRequirementError",
+    "Mode",
     "UnknownInstructionError",
     "answer_of",
     "instruction",

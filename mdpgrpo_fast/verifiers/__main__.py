@@ -49,17 +49,43 @@ def show(entry: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m mdpgrpo_fast.verifiers",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    """Status: 0 done, 1 data that cannot be fetched or written, 2 what cannot be used."""
+    parser = _parser("mdpgrpo verifiers", __doc__ or "")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--list", action="store_true", help="print the instruction types, of --rules alone where given")
-    what.add_argument("--responses", metavar="FILE", help="JSON lines of prompt and response, to score")
     what.add_argument("--get-punkt", action="store_true", help="fetch NLTK's punkt_tab data with NLTK's downloader")
     what.add_argument("--get-data", action="store_true", help="fetch all data of NLTK that a type asks, the tagger too")
+    what.add_argument("--responses", metavar="FILE", help="as `mdpgrpo score`")
+    _add_scoring(parser)
+    args = parser.parse_args(argv)
+    if args.responses is None:
+        for flag in ("prompts", "output", "verdicts", "strip_thinking", "overwrite"):
+            if getattr(args, flag):
+                parser.error(f"--{flag.replace('_', '-')} needs --responses")
+        for flag in ("json", "rules", "instructions"):
+            if getattr(args, flag) and not args.list:
+                parser.error(f"--{flag} needs --list or --responses")
+    return _run(parser, args)
+
+
+def score(argv: list[str] | None = None) -> int:
+    """Scores a file of responses. Status as of `main`."""
+    parser = _parser("mdpgrpo score", "Scores a file of responses in IFEval's form, without a model.")
+    parser.add_argument(
+        "--responses", metavar="FILE", required=True, help="JSON lines of prompt and response, to score"
+    )
+    _add_scoring(parser)
+    args = parser.parse_args(argv)
+    args.list = args.get_punkt = args.get_data = False
+    return _run(parser, args)
+
+
+def _parser(prog: str, description: str) -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(prog=prog, description=description, formatter_class=raw, allow_abbrev=False)
+
+
+def _add_scoring(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--prompts", metavar="FILE", help="JSON lines of prompt, instruction_id_list and kwargs")
     add("--rules", choices=RULES, help="the rule set; default: ifeval, for --list all")
@@ -68,8 +94,18 @@ def main(argv: list[str] | None = None) -> int:
     add("--json", action="store_true", help="print JSON in place of a table")
     add("--output", metavar="FILE", help="write the scores as JSON here too")
     add("--verdicts", metavar="FILE", help="write each response with its verdicts as JSON lines here")
-    args = parser.parse_args(argv)
-    _check(parser, args)
+    add("--overwrite", action="store_true", help="replace output and verdicts where they exist")
+
+
+def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    if args.responses is not None and args.prompts is None:
+        parser.error("--responses needs --prompts")
+    for flag in ("output", "verdicts"):
+        path = getattr(args, flag)
+        if path is not None and (Path(path).is_dir() or not Path(path).parent.is_dir()):
+            parser.error(f"--{flag}: {path!r} cannot be written: its folder does not exist, or it is one")
+        if path is not None and Path(path).exists() and not args.overwrite:
+            parser.error(f"--{flag}: {path!r} exists already; --overwrite replaces it")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every letter of a type
     try:
@@ -89,22 +125,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     return 0
-
-
-def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Ends with status 2 where a flag would be left out of account."""
-    for flag in ("prompts", "output", "verdicts", "strip_thinking"):
-        if getattr(args, flag) not in (None, False) and args.responses is None:
-            parser.error(f"--{flag.replace('_', '-')} needs --responses")
-    if args.responses is not None and args.prompts is None:
-        parser.error("--responses needs --prompts")
-    for flag in ("json", "rules", "instructions"):
-        if getattr(args, flag) and args.responses is None and not args.list:
-            parser.error(f"--{flag} needs --list or --responses")
-    for flag in ("output", "verdicts"):
-        path = getattr(args, flag)
-        if path is not None and (Path(path).is_dir() or not Path(path).parent.is_dir()):
-            parser.error(f"--{flag}: {path!r} cannot be written: its folder does not exist, or it is one")
 
 
 def _score(args: argparse.Namespace) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 from . import rules as _rules  # noqa: F401  enters every type in INSTRUCTIONS
 from .registry import CheckError, Instruction, clean, lookup, said
 
-MODES = ("strict", "loose")
+Mode = Literal["strict", "loose"]
+MODES = get_args(Mode)
 Kwargs = Mapping[str, Any] | None
 Response = str | Sequence[Mapping[str, Any]]  # text, or chat messages
 # What opens and what closes a think block: Qwen, DeepSeek; Mistral; Seed; Cohere; gpt-oss.
@@ -33,7 +34,7 @@ def validate(instruction_id: str, kwargs: Kwargs = None, rules: str = "ifeval") 
 
 
 def verify(
-    instruction_id: str, response: Response, kwargs: Kwargs = None, *, prompt: str = "", mode: str = "strict",
+    instruction_id: str, response: Response, kwargs: Kwargs = None, *, prompt: str = "", mode: Mode = "strict",
     rules: str = "ifeval", strip_thinking: bool = False,
 ) -> bool:  # fmt: skip
     """Whether `response` follows one instruction; see `verify_all`. `kwargs` may be left out where it takes none."""
@@ -47,7 +48,7 @@ def verify_all(
     kwargs_list: Sequence[Kwargs],
     *,
     prompt: str = "",
-    mode: str = "strict",
+    mode: Mode = "strict",
     rules: str = "ifeval",
     strip_thinking: bool = False,
 ) -> list[bool]:
