@@ -32,7 +32,7 @@ def find(config: EvaluateConfig) -> Suite:
     Raises: ConfigError in one line where lm-eval is missing, a task is unknown, or its data set cannot be loaded.
     """
     manager = _manager(config)
-    tasks = []
+    tasks: list[Any] = []
     for name in config.tasks:
         if name not in manager.task_index:
             raise ConfigError(f"suite: lm-eval has no task {name!r}{_where(config)}{_near(name, manager.all_tasks)}")
@@ -84,6 +84,8 @@ def ask(suite: Suite, config: EvaluateConfig, model: Any, tokenizer: Any, contex
     from lm_eval.models.huggingface import HFLM
 
     length = min(config.suite_max_length, context or config.suite_max_length)
+    # A length of the model's own would win over the task's, and cut answers in silence.
+    model.generation_config.max_new_tokens = None
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=config.batch_size, max_length=length)
     found = simple_evaluate(
         model=lm,
@@ -111,12 +113,12 @@ def _metrics(name: str, row: dict[str, Any], found: dict[str, Any]) -> dict[str,
         if not rule or metric.endswith("_stderr") or not isinstance(value, (int, float)):
             continue
         label = metric if rule == "none" else f"{metric},{rule}"
-        error = row.get(f"{metric}_stderr,{rule}")
-        values[label], halves[label] = value if _is_finite(value) else None, Z * error if _is_finite(error) else None
+        error = _number(row.get(f"{metric}_stderr,{rule}"))
+        values[label], halves[label] = _number(value), None if error is None else Z * error
     count = found["n-samples"].get(name, {}).get("effective", row.get("sample_len"))
     return {"count": count, "fewshot": found["n-shot"].get(name), "metrics": values, "intervals": halves}
 
 
-def _is_finite(value: Any) -> bool:
-    """lm-eval has "N/A" and NaN where it has no number."""
-    return isinstance(value, (int, float)) and math.isfinite(value)
+def _number(value: Any) -> float | None:
+    """None for the "N/A" and NaN of lm-eval."""
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
