@@ -100,6 +100,7 @@ bench: $(VENV)/.setup-test
 	$(BIN)/python benchmarks/roofline.py
 	$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-only $(ARGS)
 	$(BIN)/python benchmarks/bench_verifiers.py --output benchmarks/results/cpu/verifiers.json
+	$(BIN)/python benchmarks/bench_start.py --output benchmarks/results/cpu/start.json
 	$(BIN)/python benchmarks/tables/readme.py
 
 clean:

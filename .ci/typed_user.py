@@ -2,7 +2,7 @@
 
 import torch
 
-from mdpgrpo_fast import TrainConfig, preset, token_loss, verify
+from mdpgrpo_fast import TrainConfig, TrainResult, preset, token_loss, train, verify
 
 config = preset("paper")
 config.num_generations.bit_length()
@@ -11,3 +11,10 @@ TrainConfig(reward_workers="two")  # type: ignore[arg-type]  # which strict find
 holds: bool = verify("punctuation:no_comma", "No comma.")
 out = token_loss(torch.zeros(1, 2, 3), torch.zeros(1, 2, dtype=torch.long), None, config, advantage=1.0)
 print(out.loss, holds, run.reward_workers)
+
+
+def run_of(prompts: list[str]) -> TrainResult:
+    return train(prompts=prompts, rewards=lambda completions, **_: [1.0] * len(completions), config=config)
+
+
+verify("punctuation:no_comma", "No comma.", mode="lose")  # type: ignore[arg-type]

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -20,7 +24,7 @@ def readme() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/verifiers.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/command_line.md", "docs/verifiers.md"])
 def test_a_page_agrees_with_the_result_files(readme: ModuleType, page: str) -> None:
     assert page in readme.PAGES
     text = (ROOT / page).read_text(encoding="utf-8")
@@ -34,10 +38,23 @@ def test_result_file_says_where_its_numbers_come_from(readme: ModuleType) -> Non
     assert {r["variant"] for r in result["runs"]} >= {"paper", "grpo"}
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/command_line.md"])
+def test_code_runs_as_pasted(page: str, tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    complete = [block for block in blocks if "mdpgrpo_fast import" in block]
+    assert complete
+    for block in complete:
+        done = subprocess.run(
+            [sys.executable, "-c", block], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
+            capture_output=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+
+
 def test_files_that_the_readme_shows_exist() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert (ROOT / target).exists(), target
+    for target in re.findall(r'\]\(([^)#:]+)\)|(?:src|srcset)="([^"]+)"', text):
+        assert (ROOT / "".join(target)).exists(), target
 
 
 def test_scripts_that_the_readme_names_exist_or_are_said_to_have_moved() -> None:

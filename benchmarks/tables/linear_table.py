@@ -93,7 +93,12 @@ def section() -> str:
         for op, document in documents.items():
             lines += table(op, document["results"], gpu)
         if (folder / "linear.png").exists():
-            lines += [f"![Time and memory over T on {folder.name}](benchmarks/results/{folder.name}/linear.png)", ""]
+            lines += [
+                pictures.picture(
+                    f"Time and memory over T on {folder.name}", f"benchmarks/results/{folder.name}/linear.png"
+                ),
+                "",
+            ]
         lines += [text for text in (missing(documents),) if text]
         first = next(iter(documents.values()))
         lines += [

@@ -15,6 +15,13 @@ CUT = 4  # a bar this many times as long as the next is cut, or the others could
 Draw = Callable[[Any, "Style"], None]
 
 
+def picture(text: str, path: str) -> str:
+    """The picture on a page: the dark one where the reader's page is dark."""
+    dark = path.replace(".png", "-dark.png")
+    source = f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+    return f'<picture>{source}<img alt="{text}" src="{path}"></picture>'
+
+
 class Style:
     """The colours of one picture, and the two kinds of chart in them."""
 

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import linear_table
 import speed_table
+import start_table
 import step_table
 import verifiers_table
 
@@ -139,6 +140,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "step": step_table.section,
         "knobs": knobs,
     },
+    "docs/command_line.md": {"start": start_table.section},
     "docs/verifiers.md": {"verifiers": verifiers_table.section},
 }
 

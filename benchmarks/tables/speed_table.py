@@ -158,7 +158,7 @@ def of_device(folder: Path) -> list[str]:
     if gpu:
         lines += [*against_prediction(rows["token_loss"]), *profiled(folder)]
     if (folder / "speed.png").exists():
-        lines += [f"![Speed on {name}](benchmarks/results/{name}/speed.png)", ""]
+        lines += [pictures.picture(f"Speed on {name}", f"benchmarks/results/{name}/speed.png"), ""]
     lines += [text for text in (missing({op: documents[op] for op in OPS if op in documents}),) if text]
     first = next((documents[op] for op in OPS if op in documents), None)
     if first is not None:

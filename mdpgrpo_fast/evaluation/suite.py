@@ -84,6 +84,8 @@ def ask(suite: Suite, config: EvaluateConfig, model: Any, tokenizer: Any, contex
     from lm_eval.models.huggingface import HFLM
 
     length = min(config.suite_max_length, context or config.suite_max_length)
+    # A length of the model's own would win over the task's, and cut answers in silence.
+    model.generation_config.max_new_tokens = None
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=config.batch_size, max_length=length)
     found = simple_evaluate(
         model=lm,
@@ -111,12 +113,12 @@ def _metrics(name: str, row: dict[str, Any], found: dict[str, Any]) -> dict[str,
         if not rule or metric.endswith("_stderr") or not isinstance(value, (int, float)):
             continue
         label = metric if rule == "none" else f"{metric},{rule}"
-        error: Any = row.get(f"{metric}_stderr,{rule}")
-        values[label], halves[label] = value if _is_finite(value) else None, Z * error if _is_finite(error) else None
+        error = _number(row.get(f"{metric}_stderr,{rule}"))
+        values[label], halves[label] = _number(value), None if error is None else Z * error
     count = found["n-samples"].get(name, {}).get("effective", row.get("sample_len"))
     return {"count": count, "fewshot": found["n-shot"].get(name), "metrics": values, "intervals": halves}
 
 
-def _is_finite(value: Any) -> bool:
-    """lm-eval has "N/A" and NaN where it has no number."""
-    return isinstance(value, (int, float)) and math.isfinite(value)
+def _number(value: Any) -> float | None:
+    """None for the "N/A" and NaN of lm-eval."""
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else None

@@ -109,6 +109,29 @@ def test_limit_and_several_names(lm_eval: None, tasks: Path, tmp_path: Path) -> 
     assert found["first"]["metrics"]["acc"] == pytest.approx(sum(right()[:3]) / 3)
 
 
+def test_answers_are_as_long_as_the_task_says(
+    lm_eval: None, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not as the model's generation settings say, whose 64 tokens would win over them."""
+    from transformers import GenerationMixin
+
+    lengths: list[int | None] = []
+    real = GenerationMixin.generate
+
+    def generate(self: Any, *args: Any, **how: Any) -> Any:
+        lengths.append(self.generation_config.max_new_tokens)
+        return real(self, *args, **how)
+
+    monkeypatch.setattr(GenerationMixin, "generate", generate)
+    task = tasks / "2.yaml"
+    task.write_text(task.read_text().replace("600", "12"))
+    saved = tmp_path / "s.json"
+    argv = ["--suite", "free", "--suite-tasks", str(tasks), "--output", str(saved), "--cpu"]
+    assert evaluate.main(argv) == 0
+    assert json.loads(saved.read_text())["suite"]["tasks"]["free"]["metrics"]["exact_match"] is not None
+    assert lengths == [None]
+
+
 def test_a_suite_that_stops_keeps_the_other_scores(
     lm_eval: None, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
