@@ -7,7 +7,7 @@ from mdpgrpo_fast import TrainConfig, preset, token_loss, verify
 config = preset("paper")
 config.num_generations.bit_length()
 run = TrainConfig(reward_workers=2)
-TrainConfig(reward_workers="two")  # type: ignore[arg-type]  # which strict finds useless where nothing is typed
+wrong: str = run.reward_workers  # type: ignore[assignment]  # which strict finds useless where nothing is typed
 holds: bool = verify("punctuation:no_comma", "No comma.")
 out = token_loss(torch.zeros(1, 2, 3), torch.zeros(1, 2, dtype=torch.long), None, config, advantage=1.0)
-print(out.loss, holds, run.reward_workers)
+print(out.loss, holds, wrong)

@@ -114,8 +114,16 @@ def install() -> str:
     document = json.loads(INSTALL.read_text(encoding="utf-8"))
     lines = ["| way | `auto` on the CPU takes | seconds |", "|---|---|---|"]
     lines += [f"| {WAYS[x['way']]} | `{x['auto']}` | {x['seconds']} |" for x in document["ways"]]
+    lines += ["", "Into a fresh environment that has torch, with one loss run after it.", ""]
+    lines += ["| what pip adds | MB | seconds |", "|---|---|---|"]
+    names = {"torch": f"torch {document['versions']['torch']}", "package": "`mdpgrpo-fast` and all else that it needs"}
+    for x in document["sizes"]:
+        what = names.get(x["what"]) or f"`[{x['what']}]`"
+        lines.append(f"| {what} | {x['bytes'] / 1e6:.3g} | {x['seconds']} |")
+    packages = [f"`{x['name']}` has {x['bytes'] / 1e6:.2g} MB" for x in document["packages"]]
+    own = f"{' and '.join(packages)}; installed the package takes {document['installed_bytes'] / 1e6:.2g} MB."
     where = f"{step_table.source(document)}; {document['machine']}."
-    return "\n".join([*lines, "", f"Into a fresh environment that has torch, with one loss run after it. {where}"])
+    return "\n".join([*lines, "", f"One after the other into an empty environment. {own} {where}"])
 
 
 def knobs() -> str:
