@@ -9,5 +9,5 @@ config.num_generations.bit_length()
 run = TrainConfig(reward_workers=2)
 wrong: str = run.reward_workers  # type: ignore[assignment]  # which strict finds useless where nothing is typed
 holds: bool = verify("punctuation:no_comma", "No comma.")
-out = token_loss(torch.zeros(1, 2, 3), torch.zeros(1, 2, dtype=torch.long), None, config, advantage=1.0)
+out = token_loss(torch.zeros(1, 2, 3), torch.zeros(1, 2, dtype=torch.long), None, config, advantage=1.0, kl_beta=0.0)
 print(out.loss, holds, wrong)
