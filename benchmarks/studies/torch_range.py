@@ -1,9 +1,9 @@
 """`python benchmarks/studies/torch_range.py VERSION ... --output FILE`: the package with other versions of torch.
 
 Each goes alone, with its own Triton, into a fresh environment that shares this one's other packages; the package runs
-from this checkout: backend_report, one loss on what `auto` takes and on each backend, two steps of training. A build for
-CUDA brings gigabytes of libraries that a CPU never calls: but for the two that are called when torch is loaded, empty
-functions of their names stand in. For Linux, with gcc and binutils. Exits 1 where a version fails.
+from this checkout: backend_report, one loss on what `auto` takes and on each backend, two steps of training. A build
+for CUDA brings gigabytes of libraries that a CPU never calls: but for the two that are called when torch is loaded,
+empty functions of their names stand in. For Linux, with gcc and binutils. Exits 1 where a version fails.
 """
 
 from __future__ import annotations
