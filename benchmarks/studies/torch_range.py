@@ -1,9 +1,9 @@
 """`python benchmarks/studies/torch_range.py VERSION ... --output FILE`: the package with other versions of torch.
 
 Each goes alone, with its own Triton, into a fresh environment that shares this one's other packages; the package runs
-from this checkout: backend_report, and one loss on what `auto` takes and on each backend that works. A build for CUDA
-brings gigabytes of libraries that a CPU never calls: but for the two that are called when torch is loaded, empty
-functions of their names stand in. For Linux, with gcc and binutils. Exits 1 where a version fails.
+from this checkout: backend_report, one loss on what `auto` takes and on each backend, two steps of training. A build
+for CUDA brings gigabytes of libraries that a CPU never calls: but for the two that are called when torch is loaded,
+empty functions of their names stand in. For Linux, with gcc and binutils. Exits 1 where a version fails.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ for name in ("torch", "cpu", "triton"):
     tokens = torch.zeros(2, 3, dtype=torch.long)
     try:
         token_loss(logits, tokens, None, config, advantage=1.0, kl_beta=0.0, backend=name).loss.backward()
-    except ValueError as e:
-        print(e)
+    except Exception as e:
+        print(f"backend {name!r} does not run: {type(e).__name__}: {e}")
         continue
     assert abs(logits.grad[0, 0, 0].item() + (1 - 0.2) / 6) < 1e-6, name
     print(f"backend {name!r}: its loss is right")
@@ -119,7 +119,9 @@ def tried(version: str, folder: Path) -> dict[str, object]:
         "TRITON_INTERPRET": "1",
     }
     said = run(python, "-c", TRIAL, env=environment, cwd=ROOT).splitlines()
-    return {"torch": version, "auto": said[0], "said": said[1:]}
+    train = ["-m", "mdpgrpo_fast.train", "--steps", "2", "--output-dir", folder / "run"]
+    run(python, *train, env={**environment, "TRITON_INTERPRET": "0"}, cwd=folder)
+    return {"torch": version, "auto": said[0], "said": [*said[1:], "two steps of the demonstration: done"]}
 
 
 def main() -> int:

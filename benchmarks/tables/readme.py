@@ -29,6 +29,7 @@ LEARNING = ROOT / "benchmarks" / "results" / "cpu" / "learning.json"
 OTHERS = ROOT / "benchmarks" / "results" / "cpu" / "optimizations.json"
 DEMO = ROOT / "benchmarks" / "results" / "cpu" / "demo_summary.json"
 INSTALL = ROOT / "benchmarks" / "results" / "cpu" / "install.json"
+SIZES = ROOT / "benchmarks" / "results" / "cpu" / "install_sizes.json"
 LABELS = {
     "paper": "MDP-GRPO, `--preset paper` (the demonstration)",
     "exact": "MDP-GRPO, `--preset exact`",
@@ -119,6 +120,21 @@ def install() -> str:
     return "\n".join([*lines, "", f"Into a fresh environment that has torch, with one loss run after it. {where}"])
 
 
+def install_sizes() -> str:
+    document = json.loads(SIZES.read_text(encoding="utf-8"))
+    lines = ["| what pip adds, one after the other | MB | seconds |", "|---|---|---|"]
+    names = {"torch": f"torch {document['versions']['torch']}", "package": "`mdpgrpo-fast` and all else that it needs"}
+    for x in document["sizes"]:
+        what = names.get(x["what"]) or f"`[{x['what']}]`"
+        lines.append(f"| {what} | {x['bytes'] / 1e6:.3g} | {x['seconds']} |")
+    packages = [f"`{x['name']}` has {x['bytes'] / 1e6:.2g} MB" for x in document["packages"]]
+    own = (
+        f"{' and '.join(packages)}; the package takes {document['installed_bytes'] / 1e6:.2g} MB where it is installed."
+    )
+    where = f"{step_table.source(document)}; {document['machine']}."
+    return "\n".join([*lines, "", f"{own} {where}"])
+
+
 def knobs() -> str:
     lines = ["| flag | default | meaning |", "|---|---|---|"]
     for cls in (MDPGRPOConfig, TrainConfig):
@@ -134,6 +150,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
         "claim": claim,
         "install": install,
+        "install sizes": install_sizes,
         "learning": lambda: learning(json.loads(LEARNING.read_text(encoding="utf-8"))),
         "speed": speed_table.section,
         "linear": linear_table.section,

@@ -92,8 +92,8 @@ def test_what_cannot_be_sent_is_said() -> None:
         back, there, raised, fine = asked(
             made, ("lambda", 0), ("echo", lambda: 0), ("raise", KeyboardInterrupt("stop")), ("echo", 1)
         )
-    assert back.reason.startswith("the scoring process raised ") and "pickle" in back.reason
-    assert there.reason.startswith("a completion cannot be sent to a scoring process: ") and "pickle" in there.reason
+    assert back.reason.startswith("the scoring process raised ") and "<lambda>" in back.reason
+    assert there.reason.startswith("a completion cannot be sent to a scoring process: ") and "<lambda>" in there.reason
     assert "the scoring process raised KeyboardInterrupt: stop (" in raised.reason and fine == 1
 
 
@@ -115,7 +115,7 @@ def test_processes_that_cannot_start_lose_all_that_waits() -> None:
         assert set(others) == {first}
     with pool(1, make=lambda: None) as made:
         (lost,) = asked(made, ("echo", 1))
-        assert lost.reason.startswith("the scoring processes cannot be started: ") and "pickle" in lost.reason
+        assert lost.reason.startswith("the scoring processes cannot be started: ") and "<lambda>" in lost.reason
 
 
 def test_no_wait_is_without_a_limit() -> None:
