@@ -53,7 +53,7 @@ def prepare(
 
     Raises: ConfigError; RewardError where the scorer's rewards fail on two sample rows.
     """
-    check_settings(run, loaded=model is not None or prompts is not None)
+    check_settings(run, prompts is not None)
     for name, given, named in (("model", model, run.model), ("tokenizer", tokenizer, run.tokenizer)):
         if given is not None and named is not None:
             raise ConfigError(f"{name} must be given once: as {named!r}, or as it is loaded")
