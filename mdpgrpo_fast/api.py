@@ -105,7 +105,7 @@ class Trainer:
         if rewards is not None or reward_weights is not None:
             run = replace(run, reward=[r.spec for r in self.scorer.rewards], reward_weights=self.scorer.weights)
         self.run, self.config, self._trained = run, config, False
-        check(run, config, model is not None, prompts is not None)
+        check(run, config, model=model is not None, prompts=prompts is not None)
         self.out = RunDir(run.output_dir, create=False)
         with self.scorer:
             try:

@@ -146,7 +146,7 @@ def test_every_knob_is_a_flag_with_help(capsys: pytest.CaptureFixture[str]) -> N
         (["--model", "/no/such/model"], "train_file, or prompts, is required with a model of your own"),
         (["--model", "/no/such/model", "--train-file", "PROMPTS"], "model '/no/such/model' cannot be loaded: "),
         (["--config", "no.yaml"], "config file 'no.yaml' does not exist"),
-        (["--report-to", "papyrus"], "report_to must be among "),
+        (["--report-to", "papyrus"], "report_to must be none or among "),
         (["--reward", "nowhere:f"], "reward 'nowhere:f' cannot be loaded"),
         (
             ["--reward", "constraints", "--reward-weights", "1", "2"],

@@ -13,8 +13,9 @@ import importlib.metadata
 import json
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,7 +27,15 @@ NAMES = ("torch", "triton", "cpu", "cuda")
 # Importing it registers the backend's ops.
 MODULES = {"triton": "triton.library", "cpu": "cpu", "cuda": "cuda"}
 HOPPER = ((9, 0), (10, 0))  # the compute capabilities that csrc/cuda is built for
+F = TypeVar("F", bound=Callable[..., Any])
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def constant(function: F) -> F:
+    """torch.compiler.assume_constant_result, without the import of the whole compiler that it begins with, which is half
+    of what importing a loss would take. For a function whose answers do not change during a process."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def library(backend: str) -> Any:
@@ -73,7 +82,7 @@ def _cuda_refuses(device: torch.device) -> str | None:
 _REFUSES = {"triton": _triton_refuses, "cpu": _cpu_refuses, "cuda": _cuda_refuses}
 
 
-@torch.compiler.assume_constant_result  # for the compiler: nothing of it can change during a process
+@constant
 def refuses(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a fused backend cannot serve a tensor of this device and dtype; None where it can."""
     if dtype not in KERNEL_DTYPES:

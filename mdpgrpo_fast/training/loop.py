@@ -71,14 +71,7 @@ class TrainingLoop:
         per_step = self.prompts_per_step = run.prompts_per_step * self.accelerator.num_processes
         self.steps = run.steps or max(1, round(run.epochs * len(task.train) / per_step))
         self.facts = Facts.of(
-            task,
-            run,
-            method,
-            policy,
-            steps=self.steps,
-            processes=self.accelerator.num_processes,
-            budget=self.budget,
-            notes=notes,
+            task, run, method, policy, self.accelerator, steps=self.steps, budget=self.budget, notes=notes
         )
         # Under LoRA the reference is the model without its adapters, or with those that it came with.
         starts_adapted = method.needs_reference and run.lora and adds_something(task.model)

@@ -96,9 +96,11 @@ def test_the_lines_at_the_end(tmp_path: Path) -> None:
         f"report  {report}",
         f"go on   mdpgrpo evaluate --model '{out}/model' --file 'held out.jsonl'",
     ]
-    other = replace(run, eval_file=None, reward=["r:f"], rules="iftrain")
+    other = replace(run, eval_file=None, reward=["r:f"], rules="iftrain", columns=["a=b", "c=d"], eval_split="test")
+    other = replace(other, max_completion_length=64, cpu=True, learning_rate=1.0)
     assert end.end_lines(summary(eval_file=None), other, report)[-1] == (
-        f"go on   mdpgrpo evaluate --model '{out}/model' --file FILE --reward r:f --rules iftrain"
+        f"go on   mdpgrpo evaluate --model '{out}/model' --file FILE --reward r:f --split test --columns a=b c=d "
+        "--max-completion-length 64 --rules iftrain --cpu"
     )
     unsaved = end.end_lines(summary(eval_file="embedded"), replace(run, save_model=False), report)
     assert unsaved[1:] == ["model   not saved (save_model)", f"report  {report}"]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...kernels import onednn
 from ...kernels.schemas import NUM_STATISTICS, Rows, gradient_dtype
+from ..backends import constant
 from . import sharded
 from .engines import Engine, Weighed, logprobs_of
 from .select import Selection
@@ -41,7 +42,7 @@ class Needs(NamedTuple):
     bias: bool
 
 
-@torch.compiler.assume_constant_result
+@constant
 def default_workspace(device: torch.device, split: bool = False) -> int:
     """Bytes. On a GPU few, large chunks: with each the float32 sum of d weight is read and written once.
 

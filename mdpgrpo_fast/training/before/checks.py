@@ -26,13 +26,13 @@ def device_of(run: TrainConfig) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def check(run: TrainConfig, method: MDPGRPOConfig, loaded: bool = False, prompts: bool = False) -> None:
-    """Everything that is known before the model is loaded. loaded: it is there already, in memory, as prompts may be.
+def check(run: TrainConfig, method: MDPGRPOConfig, *, model: bool = False, prompts: bool = False) -> None:
+    """Everything that is known before the model is loaded. model, prompts: whether they are given, in memory.
 
     Raises: ConfigError in one line.
     """
     device = device_of(run)
-    check_settings(run, loaded, prompts)
+    check_settings(run, model, prompts)
     if run.resume:
         check_resume(run, method)
     else:
@@ -42,18 +42,18 @@ def check(run: TrainConfig, method: MDPGRPOConfig, loaded: bool = False, prompts
         import_peft()
     check_attention(run, device)
     check_vllm(run, method)
-    if not loaded:
+    if not model:
         config = read_config(run.model, run.trust_remote_code)
         prompt_limit(run, positions_of(config))
         check_memory(run, method, base_model(run.model), config, device)
 
 
-def check_settings(run: TrainConfig, loaded: bool = False, prompts: bool = False) -> None:
-    """What needs no look at anything else."""
+def check_settings(run: TrainConfig, model: bool = False, prompts: bool = False) -> None:
+    """What needs no look at anything else. model, prompts: whether they are given, in memory. Raises: ConfigError."""
     check_trackers(run.report_to)
     if run.mixed_precision == "fp16" and device_of(run).type == "cpu":
         raise ConfigError("mixed_precision fp16 needs a GPU; bf16 works on the CPU too")
-    if run.train_file is None and not prompts and (run.model is not None or loaded):
+    if run.train_file is None and not prompts and (run.model is not None or model):
         raise ConfigError("train_file, or prompts, is required with a model of your own")
 
 

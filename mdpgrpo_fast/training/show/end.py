@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 
-from ...config import TrainConfig
+from ...config import PromptConfig, TrainConfig
 from ...version import __version__
 from ..checkpoint import newest
 from ..run_dir import peak_memory_mb
@@ -147,9 +148,17 @@ def how_to_evaluate(run: TrainConfig, eval_file: str | None) -> str:
         words += ["--file", run.eval_file or "FILE"]
     if run.reward != TrainConfig().reward:
         words += ["--reward", *run.reward]
-    if run.rules != TrainConfig.rules:
-        words += ["--rules", run.rules]
+    for name, value in _prompt_settings(run).items():
+        words += [f"--{name.replace('_', '-')}"]
+        words += value if isinstance(value, list) else [] if value is True else [str(value)]
     return shlex.join(words)
+
+
+def _prompt_settings(run: TrainConfig) -> dict[str, Any]:
+    """How held-out prompts are read, rendered and answered, where that is not the default; the model has the rest."""
+    found = {f.name: getattr(run, f.name) for f in fields(PromptConfig) if f.name not in ("model", "tokenizer")}
+    found |= {"split": run.eval_split or run.split, "text_only": False}
+    return {name: value for name, value in found.items() if value != getattr(PromptConfig(), name)}
 
 
 def how_to_resume(run: TrainConfig, processes: int = 1) -> str:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from ...config import MDPGRPOConfig, TrainConfig, preset
 from ...models.policy import Policy
@@ -43,13 +44,13 @@ class Facts:
 
     @classmethod
     def of(
-        cls, task: Task, run: TrainConfig, method: MDPGRPOConfig, policy: Policy, *, steps: int, processes: int,
-        budget: int, notes: list[str],
+        cls, task: Task, run: TrainConfig, method: MDPGRPOConfig, policy: Policy, accelerator: Accelerator, *,
+        steps: int, budget: int, notes: list[str],
     ) -> Facts:  # fmt: skip
         """Before the policy is wrapped for training: its parameters are whole."""
         weights = list(policy.model.parameters())
         trained = [p for p in weights if p.requires_grad]
-        device = _device(run)
+        device = accelerator.device
         longest = max(map(len, task.train_ids))
         config = policy.model.config.get_text_config()
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(run.mixed_precision, weights[0].dtype)
@@ -74,7 +75,7 @@ class Facts:
             held_out=len(task.held_out),
             longest_prompt=longest,
             steps=steps,
-            processes=processes,
+            processes=accelerator.num_processes,
             device=_device_name(device),
             attention=str(config._attn_implementation),
             tokens_per_pass=budget,
@@ -84,13 +85,11 @@ class Facts:
         )
 
 
-def _device(run: TrainConfig) -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() and not run.cpu else "cpu")
-
-
 def _device_name(device: torch.device) -> str:
     if device.type == "cpu":
         return f"CPU, {torch.get_num_threads()} threads"
+    if device.type != "cuda":
+        return device.type
     return f"{torch.cuda.get_device_name(device)}, {gigabytes(torch.cuda.get_device_properties(device).total_memory)}"
 
 
