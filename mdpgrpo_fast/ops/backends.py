@@ -32,8 +32,8 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def constant(function: F) -> F:
-    """torch.compiler.assume_constant_result, without the import of the whole compiler that it begins with, which is half
-    of what importing a loss would take. For a function whose answers do not change during a process."""
+    """torch.compiler.assume_constant_result, without the import of the whole compiler that it begins with, half of what
+    importing a loss would take. For a function whose answers do not change during a process."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
