@@ -309,7 +309,7 @@ def test_torchrun_keeps_all_of_a_run_that_stops(tmp_path: Path) -> None:
 def test_torchrun_on_the_cpu(tmp_path: Path) -> None:
     done = torchrun(tmp_path / "run", "--steps", "1")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "held-out HSR" in done.stdout and done.stdout.count("run directory") == 1, "the first process alone speaks"
+    assert "held-out HSR" in done.stdout and done.stdout.count("report  ") == 1, "the first process alone speaks"
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["processes"] == 2
 
 
