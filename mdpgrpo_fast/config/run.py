@@ -196,11 +196,15 @@ class TrainConfig(PromptConfig):
     keep_best: bool = knob(
         False, "keep the model with the best held-out score (HSR, else reward) in the run directory too, as best/"
     )
-    report_to: list[str] = knob([], "trackers through accelerate: tensorboard, trackio, wandb, mlflow")
+    report_to: list[str] = knob([], "trackers through accelerate: tensorboard, trackio, wandb, mlflow; or none")
     log_completions: int = knob(8, "completions written to completions.jsonl each step")
     save_model: bool = knob(True, "write the trained model to the run directory")
     save_every: int = knob(0, "write a checkpoint every so many steps, the newest two are kept; 0: none")
-    resume: bool = knob(False, "go on from the newest checkpoint in output_dir, with the same settings")
+    resume: bool = knob(
+        False,
+        "go on from the newest checkpoint in output_dir, to more or fewer steps if asked; what does not change "
+        "learning may change too",
+    )
     profile: bool = knob(False, "write a torch profiler trace of two steps to the run directory")
 
     def __post_init__(self) -> None:
