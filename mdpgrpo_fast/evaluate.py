@@ -38,9 +38,11 @@ def main(argv: list[str] | None = None) -> int:
         from .evaluation.run import run
         from .evaluation.tables import table
         from .rewards import RewardError
+        from .training.show.quiet import quiet
 
         try:
-            result = run(config)
+            with quiet():
+                result = run(config)
         except RewardError as e:
             print(*filter(None, [e.trace, f"error: {e}"]), sep="\n", file=sys.stderr)
             return 1

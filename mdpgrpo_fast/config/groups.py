@@ -34,6 +34,7 @@ ADVANCED = frozenset(
     keep_special_tokens reward_isolation updates_per_rollout weight_decay adam_beta2 fused_adamw
     lora_target_modules micro_batch_size workspace_mb fp32_logits skip_idle compile cpu_linear vllm_memory
     vllm_sleep vllm_timeout vllm_retries vllm_sync_dir eval_samples log_completions profile save_model
-    prospect_beta goal_std strip_thinking attention refill lm_head reward_range eval_batch_size on_bad_row
+    prospect_beta goal_mean goal_std strip_thinking attention refill max_grad_norm lora_alpha lm_head reward_range
+    eval_batch_size on_bad_row
     """.split()
 )
