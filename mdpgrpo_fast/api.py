@@ -80,7 +80,7 @@ class Trainer:
         on_step: Callable[[Row], bool | None] | None = None,
     ) -> None:
         from .models.adapters import resolve_adapter
-        from .rewards import Scorer
+        from .rewards import Scorer, named_spec
         from .rollout.vllm.sampler import RolloutError
         from .training.before.checks import check
         from .training.loop import TrainingLoop
@@ -97,15 +97,17 @@ class Trainer:
         eval_file, eval_prompts = _named(eval_prompts)
         given = {"model": named, "train_file": train_file, "eval_file": eval_file}
         changed: Row = {name: value for name, value in given.items() if value is not None}
-        run = resolve_adapter(replace(run, preset=nearest_preset(config, run.preset), **changed))
         if isinstance(rewards, str) or callable(rewards):
             rewards = [rewards]
-        self.scorer = Scorer.of(run, rewards, reward_weights)
-        weakref.finalize(self, self.scorer.stop)
-        if rewards is not None or reward_weights is not None:
-            run = replace(run, reward=[r.spec for r in self.scorer.rewards], reward_weights=self.scorer.weights)
+        if rewards is not None:
+            changed["reward"] = [named_spec(reward) for reward in rewards]
+        if reward_weights is not None:
+            changed["reward_weights"] = list(map(float, reward_weights))
+        run = resolve_adapter(replace(run, preset=nearest_preset(config, run.preset), **changed))
         self.run, self.config, self._trained = run, config, False
         check(run, config, model=model is not None, prompts=prompts is not None)
+        self.scorer = Scorer.of(run, rewards)
+        weakref.finalize(self, self.scorer.stop)
         self.out = RunDir(run.output_dir, create=False)
         with self.scorer:
             try:

@@ -2,6 +2,15 @@
 
 from .constraints import ConstraintReward
 from .functions import RewardError, TrainerState, load_reward, per_completion
-from .scorer import Score, Scorer
+from .scorer import Score, Scorer, named_spec
 
-__all__ = ["ConstraintReward", "RewardError", "Score", "Scorer", "TrainerState", "load_reward", "per_completion"]
+__all__ = [
+    "ConstraintReward",
+    "RewardError",
+    "Score",
+    "Scorer",
+    "TrainerState",
+    "load_reward",
+    "named_spec",
+    "per_completion",
+]

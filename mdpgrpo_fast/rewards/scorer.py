@@ -62,11 +62,18 @@ class Reward:
     isolated: bool = False
 
 
+def named_spec(reward: str | RewardFunction) -> str:
+    """What a run's settings call a reward: its spec, or of a function its module and name, whether or not it could be
+    loaded by them."""
+    if isinstance(reward, str):
+        return reward
+    return f"{getattr(reward, '__module__', type(reward).__module__)}:{name_of(reward)}"
+
+
 def _resolve(reward: str | RewardFunction, isolation: str, trust_remote_code: bool) -> Reward:
     if not isinstance(reward, str):
         if isolation == "none" and not getattr(reward, "per_completion", False):
-            module = getattr(reward, "__module__", type(reward).__module__)
-            return Reward(name_of(reward), f"{module}:{name_of(reward)}", reward)
+            return Reward(name_of(reward), named_spec(reward), reward)
         reward = spec_of(reward)
     if reward == CONSTRAINTS:
         return Reward(reward, reward, None)
@@ -135,17 +142,11 @@ class Scorer:
         self._workers = Workers(self.specs, constraints, workers, timeout or COMPLETION_TIMEOUT)
 
     @classmethod
-    def of(
-        cls,
-        run: Any,
-        rewards: Sequence[str | RewardFunction] | None = None,
-        weights: Sequence[float] | None = None,
-    ) -> Scorer:
-        """That of a run's settings: a TrainConfig, or what has its knobs of rewards. rewards, weights:
-        in place of the run's."""
+    def of(cls, run: Any, rewards: Sequence[str | RewardFunction] | None = None) -> Scorer:
+        """That of a run's settings: a TrainConfig, or what has its knobs of rewards. rewards: in place of the run's."""
         return cls(
             run.reward if rewards is None else rewards,
-            run.reward_weights if rewards is None and weights is None else weights,
+            run.reward_weights,
             rules=run.rules,
             instructions=run.instructions,
             constraint_reward=run.constraint_reward,
