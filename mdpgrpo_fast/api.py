@@ -40,6 +40,11 @@ class TrainResult:
         path = self.path / "model"
         return path if path.is_dir() else None
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C ended it before its last step."""
+        return bool(self.summary["interrupted"])
+
     def __str__(self) -> str:
         from .training.show.end import last_line
 
@@ -57,8 +62,8 @@ class Trainer:
     rewards: functions of TRL's signature, lambdas too, or names as `--reward` takes them; None: those of `run`, which
         are the constraints of each prompt. reward_weights: one for each.
     config: the method, as `preset("paper", num_generations=8)`; None: run's preset.
-    run: everything else; arguments of this class go over it. None: the defaults, and for the embedded model with the
-        embedded prompts those of the demonstration.
+    run: everything else; arguments of this class go over it. None: the defaults, and for the embedded model those of
+        the demonstration.
     on_step: called after each step with its row of metrics.jsonl; where it returns True the run ends as it would after
         its last step.
 
@@ -89,7 +94,7 @@ class Trainer:
 
         refuse_child_processes()
         if run is None:
-            run, demo = _demonstration() if model is None and prompts is None else (TrainConfig(), None)
+            run, demo = _demonstration() if model is None else (TrainConfig(), None)
             config = config or demo
         config = config or preset(run.preset)
         named, model = _named(model)
@@ -186,17 +191,21 @@ class Trainer:
         Raises: ConfigError where the path exists.
         """
         from .models.lora import save_merged
-        from .training.distributed import whole_state
+        from .training.distributed import max_over_ranks, whole_state
+        from .training.show.quiet import quiet
 
-        path, loop = Path(path), self.loop
-        if path.exists():
+        path, loop, acc = Path(path), self.loop, self.loop.accelerator
+        # As the first rank sees it, before that writes.
+        if max_over_ranks(acc, int(acc.is_main_process and path.exists())):
             raise ConfigError(f"path {str(path)!r} exists; a model is written into a new directory")
-        state = whole_state(loop.accelerator, loop.model)
-        if loop.accelerator.is_main_process and self.run.lora:
-            save_merged(loop.lm, self.tokenizer, path, state)
-        elif loop.accelerator.is_main_process:
-            loop.lm.save_pretrained(path, state_dict=state)
-            self.tokenizer.save_pretrained(path)
+        with quiet():
+            state = whole_state(acc, loop.model)
+            if acc.is_main_process and self.run.lora:
+                save_merged(loop.lm, self.tokenizer, path, state)
+            elif acc.is_main_process:
+                loop.lm.save_pretrained(path, state_dict=state)
+                self.tokenizer.save_pretrained(path)
+        acc.wait_for_everyone()
         return path
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.metadata
 import os
 import platform
 import sys
 
+from .cli import Parser, report_errors
 from .version import __version__
 
 # What needs it, and how it is installed.
@@ -52,7 +52,8 @@ def packages() -> tuple[list[str], bool]:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the report. Status 1 where a required package cannot be imported."""
-    argparse.ArgumentParser(prog="mdpgrpo doctor", description=__doc__, allow_abbrev=False).parse_args(argv)
+    with report_errors():
+        Parser(prog="mdpgrpo doctor", description=__doc__, allow_abbrev=False).parse_args(argv)
     print(f"mdpgrpo_fast {__version__}, Python {platform.python_version()}, {platform.platform()}")
     print(f"CPUs: {os.cpu_count()}")
     lines, whole = packages()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import types
 from dataclasses import asdict, fields
@@ -35,9 +36,9 @@ def read(argv: list[str]) -> tuple[TrainConfig, MDPGRPOConfig, set[str]]:
         from_file = {k: v for k, v in from_file.items() if k not in method_knobs}
     model = given.get("model", from_file.get("model"))
     demo = {} if model is not None else cli.read_yaml(DEMO_DIR / "demo.yaml")
-    name = given.get("preset", from_file.get("preset") or demo.get("preset", "paper"))
+    name = str(given.get("preset", from_file.get("preset") or demo.get("preset", "paper")))
     if name not in PRESETS:
-        raise unknown_name("preset", str(name), list(PRESETS))
+        raise unknown_name("preset", name, list(PRESETS))
     layers: list[cli.Layer] = [
         ("demo.yaml", demo),
         (f"preset {name}", {"preset": name, **PRESETS[name]}),
@@ -72,15 +73,19 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with report_errors():
             run, method, given = read(sys.argv[1:] if argv is None else argv)
+            if os.environ.get("RANK", "0") == "0":
+                print(*(f"{line}\n" for line in without_effect(run, method, given)), sep="", end="", file=sys.stderr)
             # A heavy import only now: `--help` and a wrong flag answer at once.
             from .api import Trainer
 
             trainer = Trainer(config=method, run=run)
-        for line in without_effect(run, method, given):
-            trainer.loop.say(line)
         summary = trainer.train().summary
-    except KeyboardInterrupt:
-        print("interrupted before the first step", file=sys.stderr)
+    except KeyboardInterrupt:  # before the run had begun, or a second one while it ended
+        if trainer is not None and trainer.loop.done:
+            from .training.show.end import how_to_resume
+
+            print(f"go on   {how_to_resume(trainer.run, trainer.loop.accelerator.num_processes)}", file=sys.stderr)
+        print(f"interrupted after {trainer.loop.done if trainer else 0} steps", file=sys.stderr)
         return 130
     except Exception as e:
         if not isinstance(e, _stopping()):

@@ -183,6 +183,10 @@ def test_unknown_key_of_the_file_names_the_nearest(tmp_path: Path) -> None:
         ("beta: 0.1\n", "run.yaml: unknown key 'beta'; TRL's beta is --kl-beta-pos and --kl-beta-neg"),
         ("num_train_epochs: 3\n", "run.yaml: unknown key 'num_train_epochs'; it is --epochs"),
         ("steps: many\n", "run.yaml: --steps must be a whole number; got 'many'"),
+        ("config: other.yaml\n", "run.yaml: unknown key 'config'; --help-all lists the flags"),
+        ("actor_rollout_ref: {rollout: {n: 8}}\n", "'actor_rollout_ref.rollout.n'; it is --num-generations"),
+        ("preset: [paper]\n", "unknown preset \"['paper']\"; known: exact, grpo, paper, released_code"),
+        ("run: {1: 2}\n", "run.yaml: unknown key '1'; --help-all lists the flags"),
         ("temperatures: [warm]\n", "run.yaml: --temperatures must be a number; got 'warm'"),
     ],
 )
@@ -195,11 +199,12 @@ def test_keys_of_the_file_are_said_like_flags(tmp_path: Path, text: str, message
 
 
 def test_every_name_of_another_trainer_leads_to_a_flag_of_ours() -> None:
-    flags = {f.name.replace("_", "-") for c in (TrainConfig, MDPGRPOConfig) for f in dataclasses.fields(c)}
+    settings = (TrainConfig, MDPGRPOConfig, evaluate.EvaluateConfig)
+    flags = {f.name.replace("_", "-") for c in settings for f in dataclasses.fields(c)}
     for name in foreign.names():
         said = foreign.hint(name)
         assert said and set(re.findall(r"--([a-z][\w-]*)", said)) <= flags, (name, said)
-        assert name.replace("-", "_") not in {f.replace("-", "_") for f in flags}, f"{name} is a flag of ours"
+        assert name.replace("-", "_") not in names_in_groups(), f"{name} is a flag of ours"
     assert foreign.hint("zzz") is None and foreign.hint("--num_train_epochs") == "it is --epochs"
 
 

@@ -24,20 +24,22 @@ vllm-enable-sleep-mode vllm-sleep | vllm-server-timeout vllm-timeout | logger re
 max-response-length max-completion-length | max-new-tokens max-completion-length |
 max-length max-completion-length | group-size num-generations | n num-generations | num-samples num-generations
 | chat-template-path chat-template | chat-template-kwargs template-args | logging-dir output-dir |
-default-local-dir output-dir | data-seed seed | use-cpu cpu | no-cuda cpu | warmup-ratio warmup-steps |
-clip-ratio-c delta | data.train_files train-file | data.val_files eval-file |
-data.train_batch_size prompts-per-step | data.max_prompt_length max-prompt-length |
-data.max_response_length max-completion-length | data.prompt_key prompt-column | model.path model |
-rollout.n num-generations | rollout.top_p top-p | rollout.top_k top-k | rollout.name rollout |
-rollout.gpu_memory_utilization vllm-memory | model.enable_gradient_checkpointing gradient-checkpointing |
-model.lora_rank lora-r | model.lora_alpha lora-alpha | actor.optim.lr learning-rate |
-actor.optim.lr_warmup_steps warmup-steps | actor.optim.weight_decay weight-decay |
-actor.ppo_epochs updates-per-rollout | actor.grad_clip max-grad-norm | actor.clip_ratio_low epsilon-low |
-actor.clip_ratio_high epsilon-high | actor.clip_ratio_c delta | actor.loss_agg_mode aggregation |
-actor.ppo_max_token_len_per_gpu tokens-per-micro-batch | trainer.total_epochs epochs |
-trainer.total_training_steps steps | trainer.save_freq save-every | trainer.test_freq eval-every |
-trainer.logger report-to | trainer.default_local_dir output-dir | trainer.resume_mode resume |
-custom_reward_function.path reward | custom_reward_function.name reward
+default-local-dir output-dir | data-seed seed | use-cpu cpu | no-cuda cpu | clip-ratio-c delta |
+data.train_files train-file | data.val_files eval-file | data.train_batch_size prompts-per-step |
+data.max_prompt_length max-prompt-length | data.max_response_length max-completion-length |
+data.prompt_key prompt-column | model.path model | rollout.n num-generations | rollout.top_p top-p |
+rollout.top_k top-k | rollout.name rollout | rollout.gpu_memory_utilization vllm-memory |
+model.enable_gradient_checkpointing gradient-checkpointing | model.lora_rank lora-r |
+model.lora_alpha lora-alpha | actor.optim.lr learning-rate | actor.optim.lr_warmup_steps warmup-steps |
+actor.optim.weight_decay weight-decay | actor.ppo_epochs updates-per-rollout | actor.grad_clip max-grad-norm |
+actor.clip_ratio_low epsilon-low | actor.clip_ratio_high epsilon-high | actor.clip_ratio_c delta |
+actor.loss_agg_mode aggregation | actor.ppo_max_token_len_per_gpu tokens-per-micro-batch |
+trainer.total_epochs epochs | trainer.total_training_steps steps | trainer.save_freq save-every |
+trainer.test_freq eval-every | trainer.logger report-to | trainer.default_local_dir output-dir |
+trainer.resume_mode resume | custom_reward_function.path reward | custom_reward_function.name reward |
+run-name output-dir | project-name output-dir | device cpu | kl-beta kl-beta-pos |
+max-seq-length max-completion-length | tasks suite | num-fewshot suite-fewshot | output-path output |
+log-samples completions | num-return-sequences samples | include-path suite-tasks
 """
 _KL = "--kl-beta-pos and --kl-beta-neg"
 _STEP = "a step is --prompts-per-step prompts of --num-generations completions each"
@@ -76,6 +78,17 @@ _TOLD = {
     "load-best-model-at-end": "it is --keep-best",
     "overwrite-output-dir": "an earlier run in --output-dir is moved aside",
     "logging-first-step": "every step is in metrics.jsonl and --report-to",
+    "warmup-ratio": "it is --warmup-steps, a count and no share",
+    "save-total-limit": "the newest two checkpoints are kept (--save-every)",
+    "adam-beta1": "it is 0.9, as in transformers (--adam-beta2 may change)",
+    "wandb-project": "`--report-to wandb` writes to the project mdpgrpo_fast",
+    "generation-kwargs": "sampling has --temperatures, --top-p, --top-k and --min-p",
+    "repetition-penalty": "there is none: log-probs of training would not be those of sampling (--top-p, --min-p)",
+    "vllm-tensor-parallel-size": "a server decides it (--vllm-url)",
+    "num-gpus": "`torchrun` or `accelerate launch` decides it",
+    "entropy-coef": "there is no entropy term",
+    "gradient-clip": "it is --max-grad-norm",
+    "gen-kwargs": "sampling has --temperature, --top-p, --top-k and --min-p",
     "optim": "the optimiser is AdamW (--adam-beta2, --weight-decay, --fused-adamw)",
     "lora-dropout": "there is none: it would make the ratio differ from 1 on-policy (--lora)",
     "use-liger-kernel": "the objective is fused with the head already (--lm-head)",

@@ -23,10 +23,19 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"config file {str(path)!r} cannot be read: {' '.join(str(e).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"config file {str(path)!r} must hold a mapping of knobs; got {type(values).__name__}")
-    flat: dict[str, Any] = {}
+    return _flat({**values, **(values.get("run") or {}), **(values.get("method") or {})}, leave=("run", "method"))
+
+
+def _flat(values: dict[Any, Any], prefix: str = "", leave: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Mappings inside mappings by dotted keys, as verl names its settings."""
+    found: dict[str, Any] = {}
     for key, value in values.items():
-        flat.update(value if key in ("run", "method") and isinstance(value, dict) else {str(key): value})
-    return flat
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            found.update({} if name in leave else _flat(value, f"{name}."))
+        else:
+            found[name] = value
+    return found
 
 
 def as_words(values: dict[str, Any]) -> list[str]:

@@ -18,14 +18,14 @@ from .layers import as_words
 Layer = tuple[str, dict[str, Any]]  # where the settings stand, and the settings by the names of their knobs
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         # "argument --steps: must be …"; argparse names a switch by both of its spellings.
         raise ConfigError(re.sub(r"^argument (--[\w-]+)(/--[\w-]+)*: (must )?", r"\1 \3", message))
 
 
-def _parser(flags: list[Flag]) -> _Parser:
-    parser = _Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+def _parser(flags: list[Flag]) -> Parser:
+    parser = Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser._negative_number_matcher = re.compile(r"-\.?\d")  # -1e-3 and -.5 are numbers too
     for flag in flags:
         if flag.switch:
@@ -66,10 +66,11 @@ def read(
     flags = [*extra, *flags_of(*kinds)]
     parser, known = _parser(flags), [f.name for f in flags]
     values: dict[str, Any] = {}
+    knobs = known[len(extra) :]
     for where, layer in layers:
         for key in layer:
-            if key not in known:
-                raise ConfigError(f"{where}: {_unknown('key', key, known)}")
+            if key not in knobs:
+                raise ConfigError(f"{where}: {_unknown('key', key, knobs)}")
         try:
             found = vars(parser.parse_args(as_words(layer)))
         except ConfigError as e:

@@ -2,7 +2,7 @@
 
 from .effects import without_effect
 from .groups import ADVANCED, GROUPS
-from .knobs import Backend, ConfigError, check_choices, knob, knob_of, nearest, require, unknown_name
+from .knobs import Backend, ConfigError, check_values, knob, knob_of, nearest, require, unknown_name
 from .method import PAPER_TEMPERATURES, PRESETS, MDPGRPOConfig, nearest_preset, preset
 from .run import PromptConfig, TrainConfig, check_rewards
 
@@ -16,8 +16,8 @@ __all__ = [
     "MDPGRPOConfig",
     "PromptConfig",
     "TrainConfig",
-    "check_choices",
     "check_rewards",
+    "check_values",
     "knob",
     "knob_of",
     "nearest",

@@ -28,6 +28,11 @@ _RULES: list[Rule] = [
         "the goal anchor is off (--dual-anchor)",
     ),
     (
+        "goal_mean goal_std",
+        lambda run, m: m.dual_anchor and m.dual_anchor_alpha == 0,
+        "the goal anchor has no weight (--dual-anchor-alpha)",
+    ),
+    (
         "prospect_beta prospect_gain prospect_loss prospect_on_goal",
         lambda run, m: not m.prospect,
         "the shaping is off (--prospect)",
@@ -70,6 +75,11 @@ _RULES: list[Rule] = [
         lambda run, m: run.eval_file is None and not (run.model is None and run.train_file is None),
         "there are no held-out prompts (--eval-file)",
     ),
+    (
+        "eval_every",
+        lambda run, m: run.steps is not None and run.eval_every >= run.steps and run.eval_file is not None,
+        "the run is over before (--steps)",
+    ),
     ("constraint_reward", lambda run, m: "constraints" not in run.reward, "--reward has no 'constraints'"),
     (
         "reward_isolation keep_special_tokens",
@@ -77,6 +87,11 @@ _RULES: list[Rule] = [
         "--reward has 'constraints' alone",
     ),
     ("workspace_mb fp32_logits skip_idle", lambda run, m: run.lm_head == "logits", "--lm-head is logits"),
+    (
+        "fp32_logits",
+        lambda run, m: run.mixed_precision == "no" and run.dtype == "float32",
+        "logits are float32 already (--mixed-precision)",
+    ),
     ("tokens_per_micro_batch", lambda run, m: run.packing == "off", "--packing is off"),
     (
         "vllm_url vllm_memory vllm_sleep vllm_timeout vllm_retries vllm_sync_dir",
@@ -95,7 +110,7 @@ _RULES: list[Rule] = [
     ),
     (
         "split",
-        lambda run, m: run.train_file is not None and Path(run.train_file).is_file(),
+        lambda run, m: all(file is None or Path(file).is_file() for file in (run.train_file, run.eval_file)),
         "--train-file is no data set",
     ),
 ]

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import numbers
+import os
+import types
 from dataclasses import field
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 Backend = Literal["auto", "torch", "triton", "cpu", "cuda"]  # what the loss, log-probs and advantages run on
 
@@ -24,7 +27,7 @@ def knob(default: Any, help: str) -> Any:
 
 def nearest(name: str, known: list[str]) -> str | None:
     """The known name that is spelt alike; None where none is near."""
-    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.6)), None)
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.75)), None)
 
 
 def knob_of(config: type, name: str) -> Any:
@@ -39,16 +42,48 @@ def unknown_name(kind: str, name: str, known: list[str]) -> ConfigError:
     return ConfigError(f"unknown {kind} {name!r}{hint}")
 
 
-def check_choices(config: Any) -> None:
-    """Raises ConfigError for a choice that is none and for a number that is not finite."""
+def check_values(config: Any) -> None:
+    """Every knob as its type has it: a path as text, a single value of a list as a list, a whole number as a float.
+
+    Raises: ConfigError for a value of another type, a choice that is none, and a number that is not finite.
+    """
     hints = get_type_hints(type(config))
     for f in dataclasses.fields(config):
+        object.__setattr__(config, f.name, _converted(f.name, getattr(config, f.name), hints[f.name]))
         choices = get_args(hints[f.name])
         value = getattr(config, f.name)
         if choices and all(isinstance(c, str) for c in choices) and value not in choices:
             raise ConfigError(f"{f.name} must be one of {', '.join(choices)}; got {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{f.name} must be finite; got {value!r}")
+
+
+_WANTED = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
+
+
+def _converted(name: str, value: Any, hint: Any) -> Any:
+    if get_origin(hint) in (Union, types.UnionType):
+        if value is None:
+            return None
+        (hint,) = (arm for arm in get_args(hint) if arm is not type(None))
+    if get_origin(hint) is Literal:
+        return value
+    if get_origin(hint) is list:
+        if isinstance(value, (str, os.PathLike, int, float)):
+            value = [value]
+        require(isinstance(value, (list, tuple)), name, value, "a list")
+        return [_converted(name, item, get_args(hint)[0]) for item in value]
+    if hint is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    right = {
+        bool: isinstance(value, bool),
+        int: number and isinstance(value, numbers.Integral),
+        float: number,
+        str: isinstance(value, str),
+    }[hint]
+    require(right, name, value, _WANTED[hint])
+    return hint(value)
 
 
 def require(ok: bool, name: str, value: Any, expected: str) -> None:

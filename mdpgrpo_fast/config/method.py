@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from .knobs import ConfigError, check_choices, knob, require, unknown_name
+from .knobs import ConfigError, check_values, knob, require, unknown_name
 
 PAPER_TEMPERATURES = (0.1, 0.4, 0.7, 1.0)
 
@@ -75,7 +75,7 @@ class MDPGRPOConfig:
     mask_truncated: bool = knob(False, "leave completions that hit the length limit out of the loss and its normaliser")
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_values(self)
         g, taus = self.num_generations, self.temperatures
         require(g >= 2, "num_generations", g, "at least 2: a group of one has no relative anchor")
         require(self.temperature > 0, "temperature", self.temperature, "above 0")

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .knobs import Backend, ConfigError, check_choices, knob, require
+from .knobs import Backend, ConfigError, check_values, knob, require
 from .method import PRESETS
 
 
@@ -54,7 +54,7 @@ class PromptConfig:
     cpu: bool = knob(False, "stay on the CPU even where a GPU is present")
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_values(self)
         for name in ("max_prompt_length", "max_completion_length"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("columns", "template_args"):

@@ -34,6 +34,8 @@ def check_outputs(config: EvaluateConfig) -> None:
             raise ConfigError(f"{name} {str(path)!r} exists already; --overwrite replaces it")
         if not os.access(path if path.exists() else path.parent, os.W_OK):
             raise ConfigError(f"{name} {str(path)!r} cannot be written")
+        if config.file is not None and path.resolve() == Path(config.file).resolve():
+            raise ConfigError(f"{name} must be another file than the prompts; got {str(path)!r}")
     if len({path.resolve() for path in paths.values()}) < len(paths):
         raise ConfigError(f"output and completions must be two files; got {config.output!r} twice")
 

@@ -21,6 +21,7 @@ from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from safetensors.torch import load_model
 
 from ..config import ConfigError, MDPGRPOConfig, TrainConfig
+from ..log import reason_of
 from ..models.lora import load_adapters, save_adapters
 
 # accelerate deletes the oldest before it writes a new one. With two the newest whole one stays until that is whole too;
@@ -81,14 +82,17 @@ def keep_loadable(accelerator: Accelerator, model: Any, tokenizer: Any) -> None:
     accelerator.register_load_state_pre_hook(read)
 
 
-def save(accelerator: Accelerator, path: Path, step: int, total: int) -> None:
-    """Model, optimiser, schedule and every rank's random state after `step` of `total` steps; called by all ranks."""
+def save(accelerator: Accelerator, path: Path, step: int, total: int, prompts: str) -> None:
+    """Model, optimiser, schedule and every rank's random state after `step` of `total` steps; called by all ranks.
+
+    prompts: Task.fingerprint.
+    """
     accelerator.project_configuration.iteration = step
     accelerator.save_state()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         folder = path / "checkpoints" / f"checkpoint_{step}"
-        progress = {"step": step, "total": total, "processes": accelerator.num_processes}
+        progress = {"step": step, "total": total, "processes": accelerator.num_processes, "prompts": prompts}
         (folder / "progress.tmp").write_text(json.dumps(progress) + "\n", encoding="utf-8")
         (folder / "progress.tmp").rename(folder / "progress.json")
     accelerator.wait_for_everyone()
@@ -139,7 +143,12 @@ def check_steps(total: int, done: int) -> None:
 
 def _changed(run: TrainConfig, method: MDPGRPOConfig) -> dict[str, tuple[Any, Any]]:
     """Knobs whose value is another than in the run's config.yaml, with what it was and is."""
-    before = yaml.safe_load((Path(run.output_dir) / "config.yaml").read_text(encoding="utf-8"))
+    file = Path(run.output_dir) / "config.yaml"
+    try:
+        before = yaml.safe_load(file.read_text(encoding="utf-8"))
+        before = {"run": dict(before["run"]), "method": dict(before["method"])}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError, ValueError) as e:
+        raise ConfigError(f"resume needs the settings of the run before, {str(file)!r}: {reason_of(e)}") from None
     # A knob that the library did not have then was at its default.
     defaults = {"run": asdict(TrainConfig()), "method": asdict(MDPGRPOConfig())}
     return {
@@ -155,10 +164,11 @@ def changed_rounding(run: TrainConfig, method: MDPGRPOConfig) -> list[str]:
     return [name for name in _changed(run, method) if name in ROUNDING_KNOBS]
 
 
-def load(accelerator: Accelerator, path: Path) -> tuple[int, int | None]:
+def load(accelerator: Accelerator, path: Path, total: int, prompts: str) -> tuple[int, int | None]:
     """Reads the newest checkpoint back; returns its step, and how many steps the run was to have (None: not known).
 
-    Raises: ConfigError for one of another number of processes.
+    total, prompts: steps that the run is to have now, and its Task.fingerprint. Nothing is changed on the disk.
+    Raises: ConfigError for a checkpoint of another number of processes, of other prompts, or of more steps.
     """
     folder = newest(path)
     assert folder is not None, "check_resume has found one"
@@ -167,13 +177,11 @@ def load(accelerator: Accelerator, path: Path) -> tuple[int, int | None]:
         raise ConfigError(
             f"resume needs the {progress['processes']} processes that wrote {folder}; got {accelerator.num_processes}"
         )
+    check_steps(total, progress["step"])
+    was = progress.get("prompts", prompts)
+    if was != prompts:
+        raise ConfigError(f"resume needs the training prompts of the run before: they were {was}; got {prompts}")
     accelerator.load_state(str(folder))
-    if accelerator.is_main_process:
-        drop_later_rows(path, progress["step"])
-        # Or the limit would count them in place of whole ones.
-        for unfinished in (p for p in _folders(path) if not _is_whole(p)):
-            shutil.rmtree(unfinished)
-    accelerator.wait_for_everyone()
     return int(progress["step"]), progress.get("total")
 
 
@@ -186,8 +194,11 @@ def follow_schedule(scheduler: Any) -> float:
     return float(rates[0])
 
 
-def drop_later_rows(path: Path, step: int) -> None:
+def drop_what_came_later(path: Path, step: int) -> None:
     """Take lines of later steps, and of the evaluation at the end, out of the run's JSON lines."""
+    # Checkpoints that were not finished would be counted by the limit in place of whole ones.
+    for unfinished in (p for p in _folders(path) if not _is_whole(p)):
+        shutil.rmtree(unfinished)
     for name in ("metrics.jsonl", "completions.jsonl"):
         file = path / name
         if not file.exists():
@@ -204,11 +215,12 @@ def _is_of_steps_to(step: int, line: str) -> bool:
     return bool(row["step"] <= step and row.get("phase") != "after")
 
 
-def logged_rows(accelerator: Accelerator, path: Path) -> list[dict[str, Any]]:
-    """All of metrics.jsonl, on every rank."""
+def logged_rows(accelerator: Accelerator, path: Path, step: int) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl up to a step, on every rank."""
     found: list[list[dict[str, Any]]] = [[]]
     if accelerator.is_main_process:
-        found = [list(map(json.loads, (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()))]
+        lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        found = [[json.loads(line) for line in lines if _is_of_steps_to(step, line)]]
     broadcast_object_list(found)
     return found[0]
 

@@ -101,7 +101,7 @@ class TrainingLoop:
         self.accelerator.register_for_checkpointing(self.scheduler)
         checkpoint.keep_loadable(self.accelerator, task.model, task.tokenizer)
         self.done = self._resume() if run.resume else 0
-        logged = checkpoint.logged_rows(self.accelerator, out.path) if run.resume else []
+        logged = checkpoint.logged_rows(self.accelerator, out.path, self.done) if run.resume else []
         self.history = [r for r in logged if "eval" not in r]  # trainer_state.log_history of reward functions
         self.dropped = sum(row.get("eval", row).get("dropped", 0) for row in logged)
         self.lost = LostSamples(run.max_dropped)
@@ -125,8 +125,7 @@ class TrainingLoop:
 
     def _resume(self) -> int:
         """Steps done by the run that goes on, from its newest checkpoint; says what is another than it was."""
-        done, total = checkpoint.load(self.accelerator, self.out.path)
-        checkpoint.check_steps(self.steps, done)
+        done, total = checkpoint.load(self.accelerator, self.out.path, self.steps, self.task.fingerprint)
         was, rate = self.scheduler.get_last_lr()[0], checkpoint.follow_schedule(self.scheduler)
         said = f"resumed after {done}{f' of {total}' if total else ''} steps"
         if total != self.steps or was != rate:
@@ -155,12 +154,15 @@ class TrainingLoop:
         acc, run = self.accelerator, self.run
         if run.report_to:
             acc.init_trackers("mdpgrpo_fast", config=flat_config(run, self.method))
+        resumed_after = self.done
         if acc.is_main_process:
+            if run.resume:
+                checkpoint.drop_what_came_later(self.out.path, self.done)
             self.out.write_config(run, self.method)
         self.say("\n".join(start_lines(self.facts, run, self.method)))
-        started, started_at = time.perf_counter(), now()
+        started, started_at, train_seconds, interrupted = time.perf_counter(), now(), 0.0, False
         before = after = None
-        train_seconds, interrupted, failure = 0.0, False, None
+        failure: Exception | None = None
         try:
             if run.resume:
                 before = checkpoint.first_evaluation(self.out.path) if acc.is_main_process else None
@@ -188,9 +190,14 @@ class TrainingLoop:
                 self.say(e.trace)
             if isinstance(e, RolloutError):
                 self.say(keep_partial(self.out, acc, e, self.done + 1, self.task.tokenizer))
+        except Exception as e:  # of on_step, for one; on other ranks there is none, and they are ended with this one
+            if acc.num_processes > 1:
+                raise
+            interrupted, failure = True, e
         summary = summarize(
-            run, self.facts, acc.device, before, after, steps=self.done, started=started_at,
-            train_seconds=round(train_seconds, 2), total_seconds=round(time.perf_counter() - started, 2),
+            run, self.facts, acc.device, before, after, steps=self.done, resumed_after=resumed_after,
+            started=started_at, train_seconds=round(train_seconds, 2),
+            total_seconds=round(time.perf_counter() - started, 2),
             dropped_samples=self.dropped, dropped_rows=len(self.task.dropped), interrupted=interrupted,
             best=self.best.found, **({} if failure is None else {"failure": str(failure)}),
         )  # fmt: skip
@@ -224,7 +231,7 @@ class TrainingLoop:
                 if run.eval_every and number % run.eval_every == 0 and number < self.steps:
                     self.evaluate(number)
                 if run.save_every and number % run.save_every == 0:
-                    checkpoint.save(self.accelerator, self.out.path, number, self.steps)
+                    checkpoint.save(self.accelerator, self.out.path, number, self.steps, self.task.fingerprint)
                 if self.on_step is not None:
                     stops = main and self.on_step(copy.deepcopy(row)) is True
                     if distributed.max_over_ranks(self.accelerator, int(stops)):

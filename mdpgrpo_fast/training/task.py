@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,14 @@ class Task:
     sources: dict[str, str | None] = field(default_factory=dict)  # where the model and the prompts come from, in words
     notes: list[str] = field(default_factory=list)  # how prompts were read and rendered
     dropped: list[BadRow] = field(default_factory=list)  # rows left out, of both files
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the training prompts in their order: a run that goes on takes them by their numbers."""
+        digest = hashlib.blake2b(digest_size=8)
+        for ids in self.train_ids:
+            digest.update(array("q", [len(ids), *ids]).tobytes())
+        return f"{len(self.train_ids)} prompts ({digest.hexdigest()})"
 
 
 @quiet()

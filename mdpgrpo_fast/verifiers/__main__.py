@@ -10,11 +10,10 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ..config import ConfigError
 from .own import load_instructions
@@ -80,9 +79,15 @@ def score(argv: list[str] | None = None) -> int:
     return _run(parser, args)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
 def _parser(prog: str, description: str) -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(prog=prog, description=description, formatter_class=raw, allow_abbrev=False)
+    return _Parser(prog=prog, description=description, formatter_class=raw, allow_abbrev=False)
 
 
 def _add_scoring(parser: argparse.ArgumentParser) -> None:
@@ -100,8 +105,12 @@ def _add_scoring(parser: argparse.ArgumentParser) -> None:
 def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     if args.responses is not None and args.prompts is None:
         parser.error("--responses needs --prompts")
+    used = {Path(path).resolve() for path in (args.prompts, args.responses) if path is not None}
     for flag in ("output", "verdicts"):
         path = getattr(args, flag)
+        if path is not None and Path(path).resolve() in used:
+            parser.error(f"--{flag}: {path!r} is another file of this command")
+        used |= {Path(path).resolve()} if path is not None else set()
         if path is not None and (Path(path).is_dir() or not Path(path).parent.is_dir()):
             parser.error(f"--{flag}: {path!r} cannot be written: its folder does not exist, or it is one")
         if path is not None and Path(path).exists() and not args.overwrite:
@@ -145,6 +154,4 @@ def _score(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--list | head` ends in silence
     sys.exit(main())

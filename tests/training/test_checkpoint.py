@@ -176,7 +176,7 @@ def test_a_checkpoint_is_a_model_and_is_read_back_to_the_bit(
     assert torch.equal(parameters(resumed), parameters(whole)) and resumed.done == 3
     assert [r["loss"] for r in rows(resumed)] == [r["loss"] for r in expected]
     # The last checkpoint that a run of three steps with save_every = 3 leaves is the model that it ends with.
-    checkpoint.save(resumed.accelerator, resumed.out.path, 3, 3)
+    checkpoint.save(resumed.accelerator, resumed.out.path, 3, 3, resumed.task.fingerprint)
     folder = folder.with_name("checkpoint_3")
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == resumed.task.tokenizer.get_vocab()
     plain, ours = AutoModelForCausalLM.from_pretrained(folder).eval(), load(str(folder))[0].eval()

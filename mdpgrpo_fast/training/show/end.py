@@ -20,6 +20,11 @@ from ..run_dir import peak_memory_mb
 from .start import Facts
 
 SCORES = {"HSR": "hsr", "SSR": "ssr", "reward": "reward"}
+# Settings of rewards that decide a score, which `mdpgrpo evaluate` has by the same names.
+OF_SCORES = (
+    "reward", "reward_weights", "constraint_reward", "reward_isolation", "reward_timeout", "on_bad_reward",
+    "keep_special_tokens",
+)  # fmt: skip
 NO_INTERVALS = dict.fromkeys(SCORES.values())
 
 
@@ -100,6 +105,8 @@ def last_line(summary: dict[str, Any]) -> str:
             scores[label] = " → ".join(with_interval(*x) for x in pair)
     held_out = f"held-out {_listed(scores)} (95 %, {summary['held_out']} prompts) " if scores else ""
     steps = f"in {summary['steps']} steps"
+    if summary["resumed_after"]:
+        steps += f", {summary['steps'] - summary['resumed_after']} of them now"
     if summary["interrupted"]:
         steps = f"interrupted after {summary['steps']} of {summary['total_steps']} steps"
     return f"{held_out}{steps}, {_duration(summary['train_seconds'])}"
@@ -133,10 +140,12 @@ def _duration(seconds: float) -> str:
 def end_lines(summary: dict[str, Any], run: TrainConfig, report: Path) -> list[str]:
     """Scores, where the model and the report are, and the command that goes on."""
     out = Path(run.output_dir)
-    rows = {"model": str(out / "model") if run.save_model else "not saved (save_model)", "report": str(report)}
+    saved = (out / "model").is_dir()
+    why_not = "not saved: no step was done" if run.save_model else "not saved (save_model)"
+    rows = {"model": str(out / "model") if saved else why_not, "report": str(report)}
     if summary["interrupted"]:
         rows["go on"] = how_to_resume(run, summary["processes"])
-    elif run.save_model:
+    elif saved:
         rows["go on"] = how_to_evaluate(run, summary["eval_file"])
     return [last_line(summary), *(f"{name:<6}  {text}" for name, text in rows.items())]
 
@@ -146,12 +155,25 @@ def how_to_evaluate(run: TrainConfig, eval_file: str | None) -> str:
     words = ["mdpgrpo", "evaluate", "--model", str(Path(run.output_dir) / "model")]
     if eval_file != "embedded":
         words += ["--file", run.eval_file or "FILE"]
-    if run.reward != TrainConfig().reward:
-        words += ["--reward", *run.reward]
-    for name, value in _prompt_settings(run).items():
-        words += [f"--{name.replace('_', '-')}"]
-        words += value if isinstance(value, list) else [] if value is True else [str(value)]
+    default = TrainConfig()
+    settings = {name: getattr(run, name) for name in OF_SCORES if getattr(run, name) != getattr(default, name)}
+    if "constraints" not in run.reward:
+        settings.pop("constraint_reward", None)
+    settings |= _prompt_settings(run)
+    if run.eval_samples:
+        settings["limit"] = run.eval_samples
+    for name, value in settings.items():
+        words += _flag(f"--{name.replace('_', '-')}", value)
     return shlex.join(words)
+
+
+def _flag(flag: str, value: Any) -> list[str]:
+    """A setting as words of a command line."""
+    if isinstance(value, list):
+        return [flag, *map(str, value)]
+    if value is True:
+        return [flag]
+    return [f"{flag}={value}"] if str(value).startswith("-") else [flag, str(value)]
 
 
 def _prompt_settings(run: TrainConfig) -> dict[str, Any]:
@@ -169,6 +191,6 @@ def how_to_resume(run: TrainConfig, processes: int = 1) -> str:
         return "there is no checkpoint to go on from: --save-every 50 writes one every 50 steps"
     launch = ["mdpgrpo", "train"]
     if processes > 1:
-        launch = ["accelerate", "launch", "--num_processes", str(processes), "-m", "mdpgrpo_fast.train"]
+        launch = ["torchrun", "--nproc-per-node", str(processes), "-m", "mdpgrpo_fast.train"]
     command = shlex.join([*launch, "--config", str(out / "config.yaml"), "--resume"])
     return f"{command} (from step {found.name.rpartition('_')[2]})"

@@ -66,7 +66,7 @@ def _model() -> _Model:
         model = _Model("built-in English model (NLTK's punkt_tab not found)", Splitter(TABLES))
         _LOG.warning(
             "NLTK's punkt_tab is not installed: sentences are split by a built-in model that agrees on most texts but"
-            " not all; `python -m mdpgrpo_fast.verifiers --get-punkt` fetches it"
+            " not all; `mdpgrpo verifiers --get-punkt` fetches it"
         )
     return model
 

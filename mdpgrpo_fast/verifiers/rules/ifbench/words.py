@@ -90,7 +90,7 @@ def tagger_data() -> str:
         return str(find(_TAGGER))
     except LookupError:
         raise MissingRequirementError(
-            "needs NLTK's averaged_perceptron_tagger_eng; `python -m mdpgrpo_fast.verifiers --get-data` fetches it"
+            "needs NLTK's averaged_perceptron_tagger_eng; `mdpgrpo verifiers --get-data` fetches it"
         ) from None
 
 

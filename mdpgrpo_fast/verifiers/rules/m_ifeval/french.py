@@ -52,7 +52,7 @@ def _with_punkt() -> None:
     try:
         _french()
     except (LookupError, OSError):
-        fetch = "python -m mdpgrpo_fast.verifiers --get-punkt"
+        fetch = "mdpgrpo verifiers --get-punkt"
         raise MissingRequirementError(f"needs the French model of NLTK's punkt_tab: {fetch}") from None
 
 
