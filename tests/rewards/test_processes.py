@@ -301,14 +301,19 @@ def test_the_interpreter_ends_whatever_processes_do(tmp_path: Path, kind: str) -
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
 def test_processes_end_with_a_program_that_is_killed(tmp_path: Path, kind: str, end: signal.Signals) -> None:
     # A fork that lives on holds the program's pipes open.
-    fork = "if os.fork() == 0:\n    os.close(1)\n    os.close(2)\n    time.sleep(15)\n    os._exit(0)\n"
+    fork = "if os.fork() == 0:\n    time.sleep(60)\n    os._exit(0)\n"
     more = f"pool.ask([({kind!r}, 60)])\ntime.sleep(0.3)\n{fork}os.kill(os.getpid(), {int(end)})\n"
     with script(tmp_path, more) as program:
-        pid = int(program.communicate(timeout=20)[0])
-    deadline = time.monotonic() + 6
-    while not (gone := is_gone(pid) or is_zombie(pid)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert gone
+        assert program.stdout is not None
+        pid = int(program.stdout.readline())
+        try:
+            assert program.wait(20) == -end
+            deadline = time.monotonic() + 6
+            while not (gone := is_gone(pid) or is_zombie(pid)) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            assert gone
+        finally:
+            os.killpg(program.pid, signal.SIGKILL)
 
 
 def test_both_sides_of_a_fork_can_ask(tmp_path: Path) -> None:
