@@ -13,7 +13,8 @@ from ..data import Example
 from ..verifiers import CheckError, Mode
 from .constraints import ConstraintReward
 from .functions import Arguments, TrainerState, check_values, describe, load_reward, place_of, trace_of
-from .processes import Batch, Lost, Pool
+from .processes import Batch, Pool
+from .worker import Lost
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,12 @@ def _work(specs: list[str], constraints: ConstraintReward, job: Job) -> Verdict:
     return Verdict(values, flags, reward, arguments.metrics, arguments.extra)
 
 
+PAUSE, RESTART = 60.0, 10.0  # seconds that a process may take to start: the slowest, and each in a long row of them
+
+
 def longest_wait(calls: int, workers: int, timeout: float) -> float:
-    """Seconds after which calls that all took their whole time are done, and a minute."""
-    return 60 + timeout * (calls / workers + 1)
+    """Seconds after which calls are done that all take too long, so that each costs its process as well."""
+    return PAUSE + (timeout + RESTART) * (calls / workers + 1)
 
 
 class Workers:
@@ -127,7 +131,8 @@ class Workers:
 
     def collect(self, batch: Batch) -> list[Any]:
         """What each worker gave, or a Failure. No wait is without a limit."""
-        answers = self.pool.answers(batch, longest_wait(len(batch.questions), self.count, self.timeout))
+        limit = longest_wait(len(batch.questions), self.count, self.timeout)
+        answers = self.pool.answers(batch, self.timeout + PAUSE, limit)
         return [Failure(*answer) if isinstance(answer, Lost) else answer for answer in answers]
 
     def stop(self) -> None:

@@ -1,142 +1,52 @@
-"""A pool of spawned processes, each with its pipe and, while there is work, a thread here that keeps its time limit."""
+"""A pool of spawned processes, each with, while there is work, a thread here that keeps its time limit."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
 import math
-import multiprocessing
 import multiprocessing.context
 import os
-import selectors
-import signal
-import sys
 import threading
 import time
-import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection, Pipe
+from collections.abc import Sequence
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, NamedTuple
+from typing import Any
 
+from ..log import say_once
 from .functions import describe
-
-Make = Callable[[], Callable[[Any], Any]]
+from .worker import GRACE, Lost, Make, Worker
 
 STARTS = 4  # that fail, whatever the process, before what is asked is given up
-POLL = 1.0  # seconds between two looks at a process whose pipes a child of its own may hold open
-GRACE = 5.0  # seconds for a process that was killed to be gone
-# multiprocessing reaps children and lists them without a lock, and __main__ is hidden for one start at a time.
-_CHILDREN = threading.RLock()
-
-
-class _Process(multiprocessing.context.SpawnProcess):
-    """One that does not import the program's main script: a script without a main guard would start a second run."""
-
-    @staticmethod
-    def _Popen(process_obj: Any) -> Any:
-        main = sys.modules["__main__"]
-        sys.modules["__main__"] = types.ModuleType("__main__")
-        try:
-            return multiprocessing.context.SpawnProcess._Popen(process_obj)  # type: ignore[attr-defined]
-        finally:
-            sys.modules["__main__"] = main
-
-
-class Lost(NamedTuple):
-    """Why a question has no answer, in one line, and what those that are lost alike share."""
-
-    reason: str
-    cause: str
-
-    @classmethod
-    def by(cls, error: BaseException) -> Lost:
-        return cls(f"the scoring process raised {describe(error)}", f"worker {type(error).__name__}")
-
-
-def _serve(connection: Connection, make: Make) -> None:
-    """Runs in a process until its pipe is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the program that is interrupted ends the others
-    answer = make()
-    connection.send(None)
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            data = connection.recv_bytes()
-            try:
-                found = ForkingPickler.dumps(answer(ForkingPickler.loads(data)))
-            except BaseException as e:  # an answer that cannot be pickled, for one
-                found = ForkingPickler.dumps(Lost.by(e))
-            connection.send_bytes(found)
-
-
-class _Worker:
-    """A process with the parent's end of its pipe."""
-
-    def __init__(self, make: Make) -> None:
-        self.connection, theirs = Pipe()
-        try:
-            with _CHILDREN:
-                self.process = _Process(target=_serve, args=(theirs, make), daemon=True)
-                self.process.start()
-        finally:
-            theirs.close()
-        self._ready = selectors.PollSelector()  # one for all answers: to make it takes as long as a short answer
-        self._ready.register(self.connection, selectors.EVENT_READ)
-        self._ready.register(self.process.sentinel, selectors.EVENT_READ)
-
-    def is_alive(self) -> bool:
-        with _CHILDREN:
-            return self.process.is_alive()
-
-    def receive(self, limit: float) -> bytes:
-        """Raises TimeoutError after that many seconds; EOFError or OSError where the process has ended."""
-        end = time.monotonic() + limit
-        while True:
-            came = [key.fileobj for key, _ in self._ready.select(min(POLL, max(0.0, end - time.monotonic())))]
-            if self.connection in came:
-                return self.connection.recv_bytes()
-            if came or not self.is_alive():
-                raise EOFError
-            if time.monotonic() >= end:
-                raise TimeoutError
-
-    def end(self, late: bool = False) -> int | None:
-        """Its exit code. It is killed, at once where it is late, else unless it ends by itself."""
-        self.connection.close()
-        with _CHILDREN:
-            self.process.join(0 if late else POLL)
-            self.process.kill()
-            self.process.join(GRACE)
-            code = self.process.exitcode
-            if code is not None:
-                self.process.close()
-        return code
+_UNANSWERED = object()
 
 
 class Batch:
     """Questions that are asked together, and the answers so far."""
 
     def __init__(self, questions: Sequence[Any]) -> None:
-        self.questions, self.answers, self.left = questions, [None] * len(questions), len(questions)
+        self.questions, self.answers = questions, [_UNANSWERED] * len(questions)
+        self.unanswered = len(questions)
         self.done = threading.Event()
         if not questions:
             self.done.set()
 
     def give(self, index: int, answer: Any) -> None:
         self.answers[index] = answer
-        self.left -= 1
-        if not self.left:
+        self.unanswered -= 1
+        if not self.unanswered:
             self.done.set()
 
 
 class _Slot:
-    """Room for one process. A thread that it has owns its worker."""
+    """Room for one process. A thread that it has owns its worker and its job."""
 
     def __init__(self) -> None:
-        self.worker: _Worker | None = None
+        self.worker: Worker | None = None
         self.thread: threading.Thread | None = None
+        self.job: tuple[Batch, int] | None = None
         self.stopped = False
 
 
@@ -155,6 +65,7 @@ class Pool:
         self._queue: deque[tuple[Batch, int]] = deque()
         self._slots = [_Slot() for _ in range(count)]
         self._failures = 0  # of processes that ended without a question, since the last answer
+        self._progress = time.monotonic()  # when a question was last answered, or a process ready
         _POOLS.add(self)
 
     @property
@@ -171,22 +82,34 @@ class Pool:
             self._queue.extend((batch, i) for i in range(len(questions)))
             idle = [slot for slot in self._slots if slot.thread is None]
             for slot in idle[: len(self._queue)]:
-                slot.thread = threading.Thread(target=self._run, args=(slot,), daemon=True)
-                slot.thread.start()
+                thread = threading.Thread(target=self._run, args=(slot,), daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as e:  # of the system, or because the interpreter ends
+                    if all(slot.thread is None for slot in self._slots):
+                        self._lose(f"cannot be started: {describe(e)}")
+                    break
+                slot.thread = thread
         return batch
 
-    def answers(self, batch: Batch, limit: float) -> list[Any]:
-        """An answer, or Lost, to each question, after limit seconds at the latest; the pool is stopped then, and by an
-        exception in the wait (Ctrl-C) too."""
+    def answers(self, batch: Batch, pause: float, limit: float = math.inf) -> list[Any]:
+        """An answer, or Lost, to each question, after limit seconds at the latest, and sooner where for pause seconds
+        no process was ready or gave an answer. The pool is stopped then, and by an exception in the wait (Ctrl-C)."""
         missing = Lost("the scoring processes were stopped", "workers")
+        began = time.monotonic()
         try:
-            if not batch.done.wait(limit):
-                missing = self._late
-                self.stop()
+            while not batch.done.wait(
+                left := min(max(began, self._progress) + pause, began + limit) - time.monotonic()
+            ):
+                if left <= 0:
+                    waited = time.monotonic() - began
+                    missing = Lost(f"no scoring process was done with it after {waited:.0f} s", "workers")
+                    self.stop()
+                    break
         except BaseException:
             self.stop()
             raise
-        return [missing if answer is None else answer for answer in batch.answers]
+        return [missing if answer is _UNANSWERED else answer for answer in batch.answers]
 
     def stop(self) -> None:
         """Ends the processes, and leaves what has no answer without one. What is asked later starts new ones."""
@@ -206,21 +129,55 @@ class Pool:
             if slot.thread is None:
                 self._end(slot)
 
+    def forked(self) -> None:
+        """In a process that was forked: the threads are not there, the processes are those of the other."""
+        jobs = [*self._queue, *(slot.job for slot in self._slots if slot.job is not None)]
+        for batch, _ in jobs:
+            batch.done = threading.Event()  # the lock of the old one may be held
+            batch.done.set()
+        self._lock, self._failures = threading.Lock(), 0
+        self._queue, self._slots = deque(), [_Slot() for _ in self._slots]
+
     # ---- the thread of a slot ---------------------------------------------------------------------------------------
 
     def _run(self, slot: _Slot) -> None:
+        while True:
+            try:
+                self._work(slot)
+                return
+            except Exception as e:  # unforeseen; without its thread, the slot would never be used again
+                self._recover(slot, e)
+
+    def _work(self, slot: _Slot) -> None:
         if slot.worker is not None and not slot.worker.is_alive():
             self._end(slot)  # it died with nothing to do
         while (job := self._next(slot)) is not None:
             batch, index = job
             answer = self._asked(slot, batch.questions[index])
             with self._lock:
+                slot.job = None
                 if slot.stopped:
                     batch.done.set()
-                elif answer is None:
+                elif answer is _UNANSWERED:
                     self._queue.appendleft(job)
                 else:
-                    batch.give(index, answer)
+                    self._give(job, answer)
+
+    def _recover(self, slot: _Slot, error: Exception) -> None:
+        with self._lock:
+            worker, slot.worker = slot.worker, None
+            job, slot.job = slot.job, None
+            if job is not None:
+                self._give(job, Lost(f"asking a scoring process raised {describe(error)}", "workers"))
+        if job is None:
+            self._fail(slot, f"cannot be used: {describe(error)}")
+        if worker is not None:
+            with contextlib.suppress(Exception):
+                worker.end(late=True)
+
+    def _give(self, job: tuple[Batch, int], answer: Any) -> None:
+        self._progress = time.monotonic()
+        job[0].give(job[1], answer)
 
     def _next(self, slot: _Slot) -> tuple[Batch, int] | None:
         """What to ask next, with a worker to ask it; None where there is nothing: the thread is not the slot's then."""
@@ -230,7 +187,8 @@ class Pool:
                     slot.thread = None
                     break
                 if slot.worker is not None:
-                    return self._queue.popleft()
+                    slot.job = self._queue.popleft()
+                    return slot.job
             self._start(slot)
         if slot.stopped:
             self._end(slot)
@@ -238,21 +196,22 @@ class Pool:
 
     def _start(self, slot: _Slot) -> None:
         try:
-            worker = _Worker(self.make)
+            worker = Worker(self.make, self.limit)
         except Exception as e:  # of the system, or of what cannot be pickled
-            self._fail(f"cannot be started: {describe(e)}")
+            self._fail(slot, f"cannot be started: {describe(e)}")
             return
         with self._lock:
             slot.worker = worker
             if slot.stopped:
                 worker.process.kill()
         try:
-            worker.receive(math.inf)
+            self._unpack(worker.receive(math.inf))
+            self._progress = time.monotonic()
         except (EOFError, OSError):
-            self._fail(f"died {STARTS} times, the last with exit code {self._end(slot)}")
+            self._died(slot)
 
     def _asked(self, slot: _Slot, question: Any) -> Any:
-        """The answer, or Lost; None where the process was gone before it took the question."""
+        """The answer, or Lost; _UNANSWERED where the process was gone before it took the question."""
         worker = slot.worker
         assert worker is not None
         try:
@@ -261,14 +220,18 @@ class Pool:
             return Lost(
                 f"a completion cannot be sent to a scoring process: {describe(e)}", f"worker {type(e).__name__}"
             )
+        end = time.monotonic() + self.limit
         try:
             worker.connection.send_bytes(data)
+        except BlockingIOError:
+            self._end(slot, late=True)
+            return self._late
         except OSError:
-            self._fail(f"died {STARTS} times, the last with exit code {self._end(slot)}")
-            return None
+            self._died(slot)
+            return _UNANSWERED
         try:
-            found = worker.receive(self.limit)
-        except TimeoutError:
+            found = worker.receive(max(0.0, end - time.monotonic()))
+        except (TimeoutError, BlockingIOError):
             self._end(slot, late=True)
             return self._late
         except (EOFError, OSError):
@@ -276,18 +239,33 @@ class Pool:
             return Lost(f"the scoring process died with exit code {code}", f"worker exit {code}")
         self._failures = 0
         try:
-            return ForkingPickler.loads(found)
+            return self._unpack(found)
         except Exception as e:
             return Lost.by(e)
 
-    def _fail(self, how: str) -> None:
+    def _unpack(self, found: bytes) -> Any:
+        answer, said = ForkingPickler.loads(found)
+        with self._lock:  # or two threads say the same
+            for level, text in said:
+                say_once(level, text)
+        return answer
+
+    def _died(self, slot: _Slot) -> None:
+        self._fail(slot, f"died {STARTS} times, the last with exit code {self._end(slot)}")
+
+    def _fail(self, slot: _Slot, how: str) -> None:
         """Counts a process that ended before it was asked; after a few, everything that waits is lost."""
         with self._lock:
+            if slot.stopped:
+                return  # it was killed, and what waits now waits for others
             self._failures += 1
             if self._failures >= STARTS:
-                for batch, index in self._queue:
-                    batch.give(index, Lost(f"the scoring processes {how}", "workers"))
-                self._queue.clear()
+                self._lose(how)
+
+    def _lose(self, how: str) -> None:
+        for job in self._queue:
+            self._give(job, Lost(f"the scoring processes {how}", "workers"))
+        self._queue.clear()
 
     def _end(self, slot: _Slot, late: bool = False) -> int | None:
         with self._lock:
@@ -296,11 +274,18 @@ class Pool:
 
 
 _POOLS: weakref.WeakSet[Pool] = weakref.WeakSet()
-os.register_at_fork(after_in_child=_POOLS.clear)
+
+
+def _forked() -> None:
+    for pool in list(_POOLS):
+        pool.forked()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 @atexit.register
 def _stop_all() -> None:
-    """Before multiprocessing waits for its children."""
+    """Else those that are busy would outlive the program for a moment."""
     for pool in list(_POOLS):
         pool.stop()

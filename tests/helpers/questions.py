@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import multiprocessing
 import os
 import signal
 import time
@@ -21,6 +23,11 @@ def hangs() -> Any:
     time.sleep(60)
 
 
+def slow() -> Any:
+    time.sleep(1.0)
+    return answer
+
+
 def answer(question: tuple[str, Any]) -> Any:
     kind, value = question
     if kind == "sleep":
@@ -34,8 +41,18 @@ def answer(question: tuple[str, Any]) -> Any:
         if os.fork() == 0:
             time.sleep(10)
         os._exit(value)
+    elif kind == "spin":
+        while True:
+            pass
+    elif kind == "compiled":
+        sum(range(10**12))  # one call that holds the interpreter's lock
+    elif kind == "children":
+        with multiprocessing.get_context("fork").Pool(2) as pool:
+            return pool.map(abs, value)
+    elif kind == "note":
+        logging.getLogger("mdpgrpo_fast.some").warning(value)
     elif kind == "lambda":
         return lambda: value
     elif kind == "raise":
         raise value
-    return value if kind == "echo" else os.getpid()
+    return value if kind in ("echo", "note") else os.getpid()

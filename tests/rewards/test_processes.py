@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -19,7 +21,8 @@ from helpers import questions
 from helpers.inputs import ROOT
 
 from mdpgrpo_fast.rewards import processes
-from mdpgrpo_fast.rewards.processes import Lost, Pool
+from mdpgrpo_fast.rewards.processes import Pool
+from mdpgrpo_fast.rewards.worker import Lost
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # spawned processes inherit it
 
@@ -43,6 +46,12 @@ def is_gone(pid: int) -> bool:
         os.kill(pid, 0)
         return False
     return True
+
+
+def is_zombie(pid: int) -> bool:
+    """Of a parent that is gone, where the first process of a container does not reap."""
+    status = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
+    return status.stdout.startswith("Z")
 
 
 def open_files() -> int:
@@ -122,7 +131,7 @@ def test_no_wait_is_without_a_limit() -> None:
     with pool(1, make=questions.hangs) as made:
         began = time.monotonic()
         assert {a.reason for a in asked(made, ("echo", 1), ("echo", 2), limit=1.0)} == {
-            "the scoring process gave no answer within 20 s"
+            "no scoring process was done with it after 1 s"
         }
         assert time.monotonic() - began < 5 and not made.processes
 
@@ -169,19 +178,160 @@ def test_a_pool_that_is_forgotten_ends() -> None:
     assert process.exitcode == 0
 
 
-def test_the_interpreter_ends_while_processes_are_busy(tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(
-        "import sys, time\nfrom helpers import questions\nfrom mdpgrpo_fast.rewards.processes import Pool\n"
-        "pool = Pool(questions.make, 1, 100.0)\n(pid,) = pool.answers(pool.ask([('pid', 0)]), 60)\nprint(pid)\n"
-        "if sys.argv[1:]:\n    print('waits', flush=True)\n    time.sleep(60)\n"
-        "pool.ask([('deaf', 30)] * 3)\n"
-    )
+def test_none_is_an_answer() -> None:
+    with pool(1) as made:
+        assert asked(made, ("echo", None), ("echo", 1)) == [None, 1]
+
+
+def test_a_process_may_have_children() -> None:
+    with pool(1) as made:
+        assert asked(made, ("children", [-1, 2])) == [[1, 2]]
+
+
+def test_a_start_leaves_the_main_module_alone() -> None:
+    seen, over = set(), threading.Event()
+
+    def look() -> None:
+        while not over.is_set():
+            seen.add(sys.modules["__main__"])
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    with pool(4) as made:
+        asked(made, *[("sleep", 0.1)] * 4)
+    over.set()
+    thread.join()
+    assert len(seen) == 1 and pickle.loads(pickle.dumps(Lost("a", "b"))) == Lost("a", "b")
+
+
+def test_a_wait_lasts_as_long_as_something_comes() -> None:
+    with pool(1, limit=0.5, make=questions.slow) as made:
+        began = time.monotonic()
+        found = made.answers(made.ask([("sleep", 30), ("echo", 1)] * 3), 4.0)
+        assert [a.kind if isinstance(a, Lost) else a for a in found] == ["worker timeout", 1] * 3
+        assert time.monotonic() - began > 4.0
+        (lost,) = made.answers(made.ask([("sleep", 0.4)]), 4.0, 0.1)
+        assert lost == Lost("no scoring process was done with it after 0 s", "workers")
+
+
+def test_processes_that_a_stop_ends_have_not_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "STARTS", 1)
+    with pool(3) as made:
+        for _ in range(3):
+            made.ask([("sleep", 3)] * 3)
+            time.sleep(0.02)
+            stopping = threading.Thread(target=made.stop)
+            stopping.start()
+            time.sleep(0.01)
+            assert asked(made, *[("echo", i) for i in range(3)]) == [0, 1, 2]
+            stopping.join()
+
+
+def test_a_question_that_a_suspended_process_does_not_read_is_late() -> None:
+    with pool(1, limit=1.0) as made:
+        (pid,) = asked(made, ("pid", 0))
+        os.kill(pid, signal.SIGSTOP)
+        late, fine = asked(made, ("echo", b"x" * 5_000_000), ("echo", 1))
+        assert late.kind == "worker timeout" and fine == 1 and is_gone(pid)
+
+
+def test_what_nobody_foresaw_costs_its_question_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Pool._asked
+
+    def breaks(self: Pool, slot: Any, question: Any) -> Any:
+        if question[0] == "break":
+            raise ZeroDivisionError("by zero")
+        return original(self, slot, question)
+
+    monkeypatch.setattr(Pool, "_asked", breaks)
+    with pool(1) as made:
+        (pid,) = asked(made, ("pid", 0))
+        lost, fine = asked(made, ("break", 0), ("echo", 1))
+        assert lost.reason.startswith("asking a scoring process raised ZeroDivisionError: by zero") and fine == 1
+        assert is_gone(pid)
+
+
+def test_threads_that_cannot_start_lose_all_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with pool(2) as made:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuses)
+            lost, other = asked(made, ("echo", 1), ("echo", 2))
+            assert lost == other and "cannot be started: RuntimeError: can't start new thread" in lost.reason
+        assert asked(made, ("echo", 1)) == [1]
+
+
+def test_a_warning_of_the_library_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "mdpgrpo_fast")
+    with pool(2) as made:
+        asked(made, ("sleep", 0.3), ("sleep", 0.3))
+        asked(made, *[("note", "this is missing")] * 20)
+    assert [r.getMessage() for r in caplog.records].count("this is missing") == 1
+
+
+SCRIPT = """import os, sys, time
+from helpers import questions
+from mdpgrpo_fast.rewards.processes import Pool
+pool = Pool(questions.make, 1, 100.0)
+(pid,) = pool.answers(pool.ask([("pid", 0)]), 60)
+print(pid, flush=True)
+"""
+
+
+def script(folder: Path, code: str) -> subprocess.Popen[str]:
+    (folder / "script.py").write_text(SCRIPT + code)
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, str(tmp_path / "script.py")]
-    started: dict[str, Any] = {"env": {**os.environ, "PYTHONPATH": paths}, "text": True, "start_new_session": True}
-    done = subprocess.run(command, capture_output=True, timeout=20, **started)
-    assert done.returncode == 0 and not done.stderr and is_gone(int(done.stdout))
-    with subprocess.Popen([*command, "waits"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **started) as program:
+    return subprocess.Popen(
+        [sys.executable, str(folder / "script.py")], env={**os.environ, "PYTHONPATH": paths}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["nothing", "deaf", "spin", "compiled"])
+def test_the_interpreter_ends_whatever_processes_do(tmp_path: Path, kind: str) -> None:
+    more = "" if kind == "nothing" else f"pool.ask([({kind!r}, 30)] * 3)\ntime.sleep(0.3)\n"
+    with script(tmp_path, more) as program:
+        out, err = program.communicate(timeout=20)
+        assert program.returncode == 0 and not err and is_gone(int(out))
+
+
+@pytest.mark.parametrize("kind", ["sleep", "spin"])
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_processes_end_with_a_program_that_is_killed(tmp_path: Path, kind: str, end: signal.Signals) -> None:
+    # A fork that lives on holds the program's pipes open.
+    fork = "if os.fork() == 0:\n    time.sleep(60)\n    os._exit(0)\n"
+    more = f"pool.ask([({kind!r}, 60)])\ntime.sleep(0.3)\n{fork}os.kill(os.getpid(), {int(end)})\n"
+    with script(tmp_path, more) as program:
+        assert program.stdout is not None
+        pid = int(program.stdout.readline())
+        try:
+            assert program.wait(20) == -end
+            deadline = time.monotonic() + 6
+            while not (gone := is_gone(pid) or is_zombie(pid)) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            assert gone
+        finally:
+            os.killpg(program.pid, signal.SIGKILL)
+
+
+def test_both_sides_of_a_fork_can_ask(tmp_path: Path) -> None:
+    more = """
+waits = pool.ask([("sleep", 1)] * 2)
+child = os.fork()
+print(pool.answers(pool.ask([("echo", 1)]), 20), flush=True)
+print({a.reason for a in pool.answers(waits, 5)} if child == 0 else len(pool.answers(waits, 20)), flush=True)
+if child:
+    os.wait()
+"""
+    with script(tmp_path, more) as program:
+        out, err = program.communicate(timeout=40)
+    assert not err and sorted(out.splitlines()[1:]) == ["2", "[1]", "[1]", "{'the scoring processes were stopped'}"]
+
+
+def test_ctrl_c_ends_a_program_and_says_it_once(tmp_path: Path) -> None:
+    with script(tmp_path, "print('waits', flush=True)\ntime.sleep(60)\n") as program:
         assert program.stdout is not None and program.stderr is not None
         pid = int(program.stdout.readline())
         program.stdout.readline()
