@@ -358,7 +358,7 @@ FAULTS = [
           "tests/training/test_distributed.py -k ranks_stop"),
     Fault("mdpgrpo_fast/training/loop.py", "        acc.wait_for_everyone()  # a rank", "        pass  # a rank",
           "tests/training/test_distributed.py -k ranks_stop"),
-    Fault("mdpgrpo_fast/train.py", "trainer.accelerator.wait_for_everyone()  #", "pass  #",
+    Fault("mdpgrpo_fast/api.py", "loop.accelerator.wait_for_everyone()  # a", "pass  #",
           "tests/training/test_distributed.py -k torchrun_keeps"),
     training("except (RewardError, FloatingPointError) as e:\n        problem = e\n    raise",
              "except RewardError as e:\n        problem = e\n    raise", "cannot_answer"),

@@ -122,9 +122,12 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], error: str, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_a_reward_that_fails_is_found_before_the_model_is_loaded(tmp_path: Path) -> None:
+def test_a_reward_that_fails_is_found_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mdpgrpo_fast.training.task.load", lambda *_, **__: pytest.fail("it is loaded"))
     with pytest.raises(RewardError, match=r"test_api:<lambda>' raised KeyError: 'nothing'"):
-        Trainer("/no/such", ["a"], lambda completions, **columns: columns["nothing"], run=settings(tmp_path))
+        Trainer(None, ["a"], lambda completions, **columns: columns["nothing"], run=settings(tmp_path))
 
 
 def test_a_script_without_a_main_guard_runs_once(tmp_path: Path) -> None:

@@ -89,12 +89,33 @@ def test_a_resumed_run_knows_what_was_before(tmp_path: Path) -> None:
     shutil.rmtree(whole.out.path / "checkpoints" / "checkpoint_4")
     again = make_trainer(tmp_path, name="parts", resume=True, save_model=False, **knobs)
     assert [r["step"] for r in again.history] == [1, 2]
-    assert again.dropped == sum(r["dropped"] for r in rows(again)) + rows(again, evals=True)[0]["eval"]["dropped"]
+    assert again.dropped == sum(r["dropped"] for r in again.history) + rows(again, evals=True)[0]["eval"]["dropped"]
     assert rows(again, evals=True)[0]["eval"]["dropped"] > 0 and len(again.lost._steps) == 2
     again.train()
     summary = json.loads((again.out.path / "summary.json").read_text())
     evals = sum(r["eval"]["dropped"] for r in rows(again, evals=True))
     assert summary["dropped_samples"] == dropped + evals and dropped > 0
+
+
+def test_a_refused_resume_changes_nothing_on_the_disk(tmp_path: Path) -> None:
+    whole = run_small(tmp_path, name="kept", steps=4, save_every=2)
+    shutil.rmtree(whole.out.path / "checkpoints" / "checkpoint_4")
+    (whole.out.path / "checkpoints" / "checkpoint_3").mkdir()  # one that was not finished
+    files = {p: p.read_bytes() for p in whole.out.path.rglob("*") if p.is_file()}
+    knobs: dict[str, Any] = {"name": "kept", "resume": True, "save_every": 2}
+    with pytest.raises(ConfigError, match="resume needs steps of at least the 2 that are done; got 1"):
+        make_trainer(tmp_path, **knobs, steps=None, epochs=1e-6)
+    progress = whole.out.path / "checkpoints" / "checkpoint_2" / "progress.json"
+    progress.write_text(progress.read_text().replace(" prompts (", "1 prompts ("))
+    with pytest.raises(
+        ConfigError, match=r"resume needs the training prompts of the run before: they were \d+1 prompts"
+    ):
+        make_trainer(tmp_path, **knobs, steps=4)
+    progress.write_bytes(files[progress])
+    again = make_trainer(tmp_path, **knobs, steps=4)
+    assert files == {p: p.read_bytes() for p in whole.out.path.rglob("*") if p.is_file()}, "it has not trained yet"
+    again.train()
+    assert not (whole.out.path / "checkpoints" / "checkpoint_3").exists() and len(rows(again)) == 4
 
 
 def test_a_resumed_run_with_other_settings_is_refused(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ WIDTHS = {"hsr": 0.06, "ssr": 0.04, "reward": 0.04}
 
 def summary(**more: Any) -> dict[str, Any]:
     scores = {f"{n}_{when}": x for n, x in SCORES.items() for when in ("before", "after")}
-    how = {"steps": 140, "total_steps": 140, "train_seconds": 83.4, "interrupted": False, "processes": 1}
+    how = {"steps": 140, "resumed_after": 0, "total_steps": 140, "train_seconds": 83.4, "interrupted": False, "processes": 1}
     return {**scores, "intervals": dict.fromkeys(("before", "after"), WIDTHS), "held_out": 300, **how, **more}
 
 
