@@ -3,6 +3,6 @@
 from .ending import end, report_errors
 from .flags import Flag
 from .layers import read_yaml
-from .parser import Layer, parse, peek, read
+from .parser import Layer, Parser, parse, peek, read
 
-__all__ = ["Flag", "Layer", "end", "parse", "peek", "read", "read_yaml", "report_errors"]
+__all__ = ["Flag", "Layer", "Parser", "end", "parse", "peek", "read", "read_yaml", "report_errors"]

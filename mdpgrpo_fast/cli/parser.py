@@ -18,14 +18,16 @@ from .layers import as_words
 Layer = tuple[str, dict[str, Any]]  # where the settings stand, and the settings by the names of their knobs
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Raises ConfigError, one line without the usage, where argparse ends the process."""
+
     def error(self, message: str) -> NoReturn:
         # "argument --steps: must be …"; argparse names a switch by both of its spellings.
         raise ConfigError(re.sub(r"^argument (--[\w-]+)(/--[\w-]+)*: (must )?", r"\1 \3", message))
 
 
-def _parser(flags: list[Flag]) -> _Parser:
-    parser = _Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+def _parser(flags: list[Flag]) -> Parser:
+    parser = Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser._negative_number_matcher = re.compile(r"-\.?\d")  # -1e-3 and -.5 are numbers too
     for flag in flags:
         if flag.switch:

@@ -155,6 +155,8 @@ def test_what_cannot_be_had_is_said_before_the_model_is_loaded(
     assert said == f"error: suite: lm-eval has no task 'firts' and {str(tasks)!r} none; did you mean 'first'?"
     said = refused(["--suite", "hub", *where], capsys)
     assert said.startswith("error: suite: task 'hub' or its data set cannot be loaded: ") and "nobody" in said
+    said = refused(["--suite", "second,both", "--suite-fewshot", "5", *where], capsys)
+    assert said == "error: suite: 5 examples before each question of task 'second' need 5 documents; it has 4"
     said = refused(["--suite", "first", "--suite-tasks", "no_folder"], capsys)
     assert said == "error: suite_tasks 'no_folder' is no folder"
 
