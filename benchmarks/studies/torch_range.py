@@ -37,7 +37,7 @@ config = MDPGRPOConfig(num_generations=2, multi_temperature=False)
 for name in ("torch", "cpu", "triton"):
     logits = torch.zeros(2, 3, 5, requires_grad=True)
     tokens = torch.zeros(2, 3, dtype=torch.long)
-    if reason := refuses(name, logits.device, logits.dtype):
+    if name != "torch" and (reason := refuses(name, logits.device, logits.dtype)):
         print(f"backend {name!r} is not here: {reason}")
         continue
     try:

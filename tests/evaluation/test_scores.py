@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 
 from mdpgrpo_fast.data import Example
-from mdpgrpo_fast.evaluation import scores
+from mdpgrpo_fast.evaluation import scores, tables
 from mdpgrpo_fast.evaluation.answers import Answer
 from mdpgrpo_fast.evaluation.intervals import half_width
+from mdpgrpo_fast.evaluation.run import _split
 from mdpgrpo_fast.evaluation.sampled import ks, over_samples, pass_at_k
 from mdpgrpo_fast.rewards import Score, Scorer
 
@@ -90,6 +91,20 @@ def test_several_samples_by_hand() -> None:
     assert over_samples(lost)["pass_at_k"]["2"] == (1.0, None), "who lacks a reward neither passes nor fails"
     whole = scores.summary(found)
     assert whole["hsr"] == 0.5 and whole["dropped"] == 1 and whole["truncated"] == 0.25
+
+
+def test_the_table_says_what_was_left_out_and_explains_only_what_it_has() -> None:
+    """One prompt of two samples, one of them without a reward: no score has a ±."""
+    given = [Score(1.0, {"f": 1.0}, None), Score(None, {"f": None}, None, "hung")]
+    found = scores.Scored([Example("free")], (0.5, 1.0), [answered("a")] * 2, [[], []], [[], []], given)
+    part = scores.summary(found)
+    part["sampled"], part["intervals"]["sampled"] = _split(over_samples(found))
+    part |= {"samples": 2, "temperatures": (0.5, 1.0), "top_p": 1, "top_k": 0, "min_p": 0, "max_completion_length": 9}
+    lines = tables.table({**part, "dropped_reason": "it hung", "unchecked": 0}).splitlines()
+    assert lines[0] == "1 prompt, 2 sampled each at temperature 0.5, 1"
+    said = "1 prompt with a completion that has no reward: left out of best of 2 and, without constraints, of pass@k"
+    assert said in lines and lines[-1] == "1 completion without a reward, the first because it hung"
+    assert [line.split()[-1] for line in lines if line.startswith(("pass@", "reward "))] == ["1.000", "-", "-", "-"]
 
 
 def test_interval_is_that_of_the_mean() -> None:

@@ -12,6 +12,8 @@ import torch
 import yaml
 
 from mdpgrpo_fast import evaluate
+from mdpgrpo_fast.evaluation.suite import _metrics
+from mdpgrpo_fast.evaluation.tables import table
 from mdpgrpo_fast.models.load import load
 
 QUESTIONS = [
@@ -98,6 +100,14 @@ def test_local_tasks(lm_eval: None, tasks: Path, tmp_path: Path, capsys: pytest.
     out = capsys.readouterr().out.splitlines()
     assert out[0] == f"lm-eval {found['lm_eval']}, at most 512 tokens; ±: 1.96 standard errors of lm-eval"
     assert "first (4 documents, 0-shot)" in out and f"  acc{' ' * 50}{expected:.3f} ± {half:.3f}" in out
+
+
+def test_a_standard_error_of_nothing_gives_no_interval() -> None:
+    found = {"n-samples": {"first": {"effective": 1}}, "n-shot": {}}
+    row = _metrics("first", {"acc,none": 1.0, "acc_stderr,none": 0.0}, found)
+    assert row["intervals"] == {"acc": None}
+    text = table({"suite": {"tasks": {"first": row}, "lm_eval": "0", "max_length": 512}})
+    assert text.splitlines()[:2] == ["lm-eval 0, at most 512 tokens", "first (1 document)"] and "±" not in text
 
 
 def test_limit_and_several_names(lm_eval: None, tasks: Path, tmp_path: Path) -> None:
