@@ -1,4 +1,4 @@
-"""The library's logger, messages that are said once, and errors of other libraries in one line."""
+"""The library's logger, messages that are said once, errors of other libraries in one line, counts in words."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ log = logging.getLogger("mdpgrpo_fast")
 @functools.cache
 def say_once(level: int, message: str) -> None:
     log.log(level, message)
+
+
+def counted(count: int, what: str) -> str:
+    """ "1 prompt", "2 prompts"."""
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def reason_of(error: BaseException, limit: int = 300) -> str:

@@ -19,6 +19,8 @@ Layer = tuple[str, dict[str, Any]]  # where the settings stand, and the settings
 
 
 class Parser(argparse.ArgumentParser):
+    """Raises ConfigError, one line without the usage, where argparse ends the process."""
+
     def error(self, message: str) -> NoReturn:
         # "argument --steps: must be …"; argparse names a switch by both of its spellings.
         raise ConfigError(re.sub(r"^argument (--[\w-]+)(/--[\w-]+)*: (must )?", r"\1 \3", message))

@@ -191,8 +191,8 @@ def satisfied(entry: Entry, text: str) -> bool:
 def read(folder: str | Path, limit: int = 0) -> list[Entry]:
     """The entries that rules check, each group's five levels in a row. limit: groups of each category; 0: all.
 
-    Raises: ConfigError in one line where a file is missing or is not of FollowBench's form, or a group has not each
-        level once.
+    Raises: ConfigError in one line where a file is missing or is not of FollowBench's form, a group has not each level
+        once, or there is no group.
     """
     if not Path(folder).is_dir():
         raise ConfigError(f"followbench {str(folder)!r} is no folder")
@@ -207,6 +207,8 @@ def read(folder: str | Path, limit: int = 0) -> list[Entry]:
                 place = f"followbench {category}_constraints.json: example_id {key[-1]!r}"
                 raise ConfigError(f"{place} must have the levels 1 to 5; got {got}")
         entries += [e for group in list(groups.values())[: limit or None] for e in group]
+    if not entries:
+        raise ConfigError(f"followbench {str(folder)!r} has no group that a rule checks")
     return entries
 
 
@@ -225,8 +227,13 @@ def _entries(folder: Path, category: str) -> list[Entry]:
             if not row["level"] or rule is None:
                 continue
             entry = Entry(category, row["example_id"], row["level"], row["instruction"], row["target"], rule)
+            hash(entry.group)  # a TypeError for an example_id that is a list
             texts = isinstance(entry.instruction, str) and isinstance(entry.target, str)
-            if not texts or (rule == "CONLL2003" and not isinstance(ast.literal_eval(entry.target), list)):
+            if (
+                not texts
+                or not isinstance(entry.level, int)
+                or (rule == "CONLL2003" and not isinstance(ast.literal_eval(entry.target), list))
+            ):
                 raise ValueError
         except (KeyError, TypeError, ValueError, SyntaxError):
             raise ConfigError(

@@ -10,12 +10,13 @@ RESAMPLES, CONFIDENCE = 2000, 0.95
 def half_width(values: Sequence[float], seed: int = 0, weights: Sequence[float] | None = None) -> float | None:
     """Half of the percentile bootstrap's 95 % interval of the mean (Efron 1979), the ± behind a score.
 
-    values: one per prompt. weights: of the mean, one per prompt; None: equal. None for fewer than two values. The same
-    values give the same number.
+    values: one per prompt. weights: of the mean, one per prompt; None: equal. None for fewer than two values, and where
+    all are equal: every resample is then the same, which would say that the mean is certain. The same values give the
+    same number.
     """
     import numpy as np
 
-    if len(values) < 2:
+    if len(values) < 2 or min(values) == max(values):
         return None
     x, draw = np.asarray(values, dtype=np.float64), np.random.default_rng(seed)
     w = None if weights is None else np.asarray(weights, dtype=np.float64)

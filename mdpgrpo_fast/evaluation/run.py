@@ -14,7 +14,7 @@ from typing import Any
 from ..config import ConfigError
 from ..data import Example, Prompts, prompt_limit, read_prompts, tokenize
 from ..demo import DEMO_DIR
-from ..log import reason_of
+from ..log import counted, reason_of
 from ..rewards import Scorer
 from ..rewards.lost import raise_where_all_failed, why_all_failed
 from . import followbench, sampled, scores, suite
@@ -245,7 +245,7 @@ def _followbench(
     part = followbench.summary(entries, verdicts)
     if part["groups_left_out"]:
         result["notes"].append(
-            f"{part['groups_left_out']} groups of FollowBench are left out, as not all of their levels were answered"
+            f"{counted(part['groups_left_out'], 'group')} of FollowBench left out, as not all levels were answered"
         )
     part["truncated"] = fmean(not a.finished for (a,) in found)
     part["max_completion_length"] = config.max_completion_length

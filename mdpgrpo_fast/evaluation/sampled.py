@@ -30,18 +30,28 @@ def passes(example: Example, strict: Sequence[bool], score: Score) -> bool:
 
 
 def over_samples(scored: Scored) -> dict[str, Any]:
-    """pass@k, best and mean of each reward, and scores by temperature, each an (value, ±) of `estimate`."""
+    """pass@k, best and mean of each reward, and scores by temperature, each an (value, ±) of `estimate`.
+
+    The best of those that are left would be the best of fewer than G: a prompt with a completion that lacks a reward is
+    left out where the reward counts. `incomplete`: how many lack the sum of them.
+    """
     g = scored.samples
     rows = range(len(scored.answers))
     passed = [passes(scored.examples[i // g], scored.strict[i], scored.scores[i]) for i in rows]
-    counts = [sum(passed[i : i + g]) for i in rows[::g]]
+    totals = [[s.total for s in scored.scores[i : i + g]] for i in rows[::g]]
+    incomplete = [None in group for group in totals]
+    counts = [
+        None if lacks and not example.instruction_ids else sum(passed[i : i + g])
+        for i, example, lacks in zip(rows[::g], scored.examples, incomplete, strict=True)
+    ]
     rewards = {
         name: {"best": _over(values, g, max), "mean": _over(values, g, _mean)}
         for name, values in rewards_of(scored.scores).items()
     }
     return {
-        "pass_at_k": {str(k): estimate([pass_at_k(g, c, k) for c in counts]) for k in ks(g)},
+        "pass_at_k": {str(k): estimate([None if c is None else pass_at_k(g, c, k) for c in counts]) for k in ks(g)},
         "best_of": rewards,
+        "incomplete": sum(incomplete),
         "by_temperature": {f"{tau:g}": _slots(scored, tau) for tau in dict.fromkeys(scored.temperatures)},
     }
 
@@ -51,9 +61,9 @@ def _mean(values: list[float]) -> float:
 
 
 def _over(values: list[float | None], g: int, of: Any) -> Estimate:
-    """What `of` gives for each prompt's values that are there."""
-    groups = [[v for v in values[i : i + g] if v is not None] for i in range(0, len(values), g)]
-    return estimate([of(group) if group else None for group in groups])
+    """What `of` gives for each prompt's G values; a prompt that lacks one is left out."""
+    groups = [values[i : i + g] for i in range(0, len(values), g)]
+    return estimate([None if None in group else of(group) for group in groups])
 
 
 def _slots(scored: Scored, tau: float) -> dict[str, Any]:

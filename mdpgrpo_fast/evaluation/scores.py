@@ -118,7 +118,8 @@ def score(scorer: Scorer, examples: list[Example], answers: list[list[Answer]], 
 
 def summary(scored: Scored) -> dict[str, Any]:
     """The four accuracies of IFEval (prompt and instruction level, strict and loose), HSR, SSR, rates by type, rewards
-    and the truncated share, as means over the completions; None where there is nothing to count.
+    and the truncated share; None where there is nothing to count. Each is a mean over prompts (the instruction level
+    and the types weighted by how often a prompt asks) of the mean over the prompt's completions that have it.
 
     `intervals` has half of the 95 % interval (bootstrap over prompts) of each, by the same names.
     """

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..config import ConfigError, PromptConfig, TrainConfig, check_rewards, knob, knob_of, require
+from ..log import counted
 from .answers import Draw
 
 # How settings begin that concern prompts alone, which neither a suite nor FollowBench has.
@@ -73,6 +74,8 @@ class EvaluateConfig(PromptConfig):
         names = {f.name for f in dataclasses.fields(self)}
         if not self.suite:
             self._without_effect("suite", {n for n in names if n.startswith("suite_")})
+        if self.scores_prompts and "constraints" not in self.reward:
+            self._without_effect("'constraints' among the rewards", {"constraint_reward"})
         if not self.scores_prompts:
             self._without_effect("file", {n for n in names if n.startswith(OF_PROMPTS)})
             if not self.followbench:
@@ -85,8 +88,9 @@ class EvaluateConfig(PromptConfig):
             raise ConfigError(f"temperature and temperatures exclude each other; got {one} and {taus}")
         for tau in taus:
             require(math.isfinite(tau) and tau > 0, "temperatures", tau, "all above 0")
-        expected = f"a list whose length divides samples = {g}"
-        require(not taus or (len(taus) <= g and g % len(taus) == 0), "temperatures", taus, expected)
+        if taus and g % len(taus):
+            shared = f"{counted(g, 'sample')} cannot be shared evenly among {counted(len(taus), 'temperature')}"
+            raise ConfigError(f"{shared}: samples must be a multiple of how many temperatures there are")
         require(one is None or one >= 0, "temperature", one, "0 (greedy) or above")
         if one == 0 and g > 1:
             raise ConfigError(f"temperature must be above 0 for samples = {g}, which would all be alike; got {one}")
@@ -94,8 +98,8 @@ class EvaluateConfig(PromptConfig):
         require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or positive")
         require(0 <= self.min_p < 1, "min_p", self.min_p, "in [0, 1)")
         if self.draw.temperatures == (0.0,):
-            for name in ("top_p", "top_k", "min_p"):
-                if getattr(self, name) != getattr(Draw, name):
+            for name in ("top_p", "top_k", "min_p", "seed"):
+                if getattr(self, name) != getattr(EvaluateConfig, name):
                     raise ConfigError(f"{name} has no effect on a greedy answer: it needs samples or a temperature")
 
     def _without_effect(self, needed: str, names: set[str]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError
-from ..log import reason_of
+from ..log import counted, reason_of
 from .settings import EvaluateConfig
 
 Z = 1.959964  # of lm-eval's standard error, the 95 % interval of a normal mean
@@ -42,6 +42,7 @@ def find(config: EvaluateConfig) -> Suite:
         except Exception as e:  # of any kind: the hub, the disk, what a task file imports
             raise ConfigError(f"suite: task {name!r} or its data set cannot be loaded: {reason_of(e)}") from None
         group = found.get("groups", {}).get(name)  # which holds its own groups and tasks
+        _check_shots(config, found["tasks"])
         tasks += found["tasks"].values() if group is None else [group]
     return Suite(manager, tasks)
 
@@ -61,6 +62,23 @@ def _manager(config: EvaluateConfig) -> Any:
         if all(name in own.task_index for name in config.tasks):
             return own  # lm-eval reads its 14,000 task files for half a minute
     return tasks.TaskManager(include_path=config.suite_tasks)
+
+
+def _check_shots(config: EvaluateConfig, tasks: dict[str, Any]) -> None:
+    """Raises ConfigError for a task with fewer documents than a question's examples need, where that is known."""
+    for name, task in tasks.items():
+        own, sampler = task.get_config("num_fewshot"), getattr(task, "sampler", None)
+        # 0 in a task file stays, as lm-eval has it; another number gives way to that of the settings.
+        shots = own or 0 if own == 0 or config.suite_fewshot is None else config.suite_fewshot
+        if not shots or sampler is None:
+            continue
+        # One more where the questions are of the same split: none is its own example.
+        needed, there = shots + (task.fewshot_cfg.split == task.config.test_split), len(sampler.fewshot_docs())
+        if there < needed:
+            raise ConfigError(
+                f"suite: {counted(shots, 'example')} before each question of task {name!r} need {needed} documents; it "
+                f"has {there}"
+            )
 
 
 def _where(config: EvaluateConfig) -> str:
@@ -114,7 +132,7 @@ def _metrics(name: str, row: dict[str, Any], found: dict[str, Any]) -> dict[str,
             continue
         label = metric if rule == "none" else f"{metric},{rule}"
         error = _number(row.get(f"{metric}_stderr,{rule}"))
-        values[label], halves[label] = _number(value), None if error is None else Z * error
+        values[label], halves[label] = _number(value), Z * error if error else None  # 0: all documents score alike
     count = found["n-samples"].get(name, {}).get("effective", row.get("sample_len"))
     return {"count": count, "fewshot": found["n-shot"].get(name), "metrics": values, "intervals": halves}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..log import counted
 from .answers import MUCH_TRUNCATED, truncation_note
 from .followbench import CATEGORIES, LEVELS
 
@@ -31,7 +32,7 @@ def table(result: dict[str, Any]) -> str:
 
 def _prompts(result: dict[str, Any]) -> list[str]:
     halves, g = result["intervals"], result["samples"]
-    lines = [f"{result['prompts']} prompts, {_drawn(result)}; ±: half of the 95 % interval, bootstrap over prompts"]
+    lines = [f"{counted(result['prompts'], 'prompt')}, {_drawn(result)}"]
     if result["count"]:
         labels = {"prompt": "prompt level (all constraints, HSR)", "instruction": "instruction level"}
         labels["ssr"] = "share per prompt (SSR)"
@@ -52,13 +53,20 @@ def _prompts(result: dict[str, Any]) -> list[str]:
     if result["truncated"] > MUCH_TRUNCATED:
         lines.append(truncation_note(result["truncated"], result["max_completion_length"]))
     if result["dropped"]:
-        lines.append(f"{result['dropped']} completions have no reward, the first because {result['dropped_reason']}")
+        lines.append(
+            f"{counted(result['dropped'], 'completion')} without a reward, the first because {result['dropped_reason']}"
+        )
     if result["unchecked"]:
         lines.append(
-            f"{result['unchecked']} checks ended without an answer and count as not satisfied, the first one as "
-            f"{result['unchecked_reason']}"
+            f"{counted(result['unchecked'], 'check')} ended without an answer and satisfied nothing, the first "
+            f"as {result['unchecked_reason']}"
         )
-    return lines
+    return _explained(lines, "half of the 95 % interval, bootstrap over prompts")
+
+
+def _explained(lines: list[str], meaning: str) -> list[str]:
+    """The first line says what ± means, where a score has one."""
+    return [f"{lines[0]}; ±: {meaning}", *lines[1:]] if any("±" in line for line in lines) else lines
 
 
 def _drawn(result: dict[str, Any]) -> str:
@@ -76,11 +84,14 @@ def _samples(result: dict[str, Any]) -> list[str]:
     lines = ["", "pass: all constraints hold (strict); for a prompt without any, reward ≥ 1"]
     for k, value in found["pass_at_k"].items():
         lines.append(_row(f"pass@{k}", _score(value, halves["pass_at_k"][k])))
-    lines.append(_row("", f"best of {result['samples']}", "mean"))
+    lines.append(_row("", f"best of {result['samples']}"))  # the means stand above
     names = found["best_of"] if len(found["best_of"]) > 2 else ["reward"]
     for name in names:
+        lines.append(_row(name, _score(found["best_of"][name]["best"], halves["best_of"][name]["best"])))
+    if found["incomplete"]:
         lines.append(
-            _row(name, *(_score(found["best_of"][name][of], halves["best_of"][name][of]) for of in ("best", "mean")))
+            f"{counted(found['incomplete'], 'prompt')} with a completion that has no reward: left out of best of "
+            f"{result['samples']} and, without constraints, of pass@k"
         )
     lines.append(_row("by temperature", "HSR", "SSR", "reward", "cut", width=NARROW))
     for tau, row in found["by_temperature"].items():
@@ -103,14 +114,16 @@ def _followbench(found: dict[str, Any]) -> list[str]:
         cells.append(_score(row["csl"], row["intervals"]["csl"]))
         lines.append(_row(f"{row['groups']:>5} {name}", *cells, width=NARROW))
     lines.append(f"cut at the length limit: {found['truncated']:.3f}")
+    if found["truncated"] > MUCH_TRUNCATED:
+        lines.append(truncation_note(found["truncated"], found["max_completion_length"]))
     return lines
 
 
 def _suite(found: dict[str, Any]) -> list[str]:
-    lines = [f"lm-eval {found['lm_eval']}, at most {found['max_length']} tokens; ±: 1.96 standard errors of lm-eval"]
+    lines = [f"lm-eval {found['lm_eval']}, at most {found['max_length']} tokens"]
     for name, row in found["tasks"].items():
         shots = "" if row["fewshot"] is None else f", {row['fewshot']}-shot"
-        lines.append(f"{name} ({row['count']} documents{shots})")
+        lines.append(f"{name} ({counted(row['count'], 'document')}{shots})")
         for metric, value in row["metrics"].items():
             lines.append(_row(f"  {metric}", _score(value, row["intervals"][metric])))
-    return lines
+    return _explained(lines, "1.96 standard errors of lm-eval")

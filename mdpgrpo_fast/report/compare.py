@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..cli import report_errors
+from ..cli import Parser, report_errors
 from ..config import ConfigError
-from .page import Parser, duration, listed, moment
+from .page import duration, listed, moment
 from .run import Run, Score, as_mapping, as_number, last_step, lookup, read_run, score, scores
 
 SCORES = ("HSR", "SSR", "reward")
@@ -19,14 +19,13 @@ CONTENTS = {"scores": "Held-out scores", "curves": "Curves", "settings": "Settin
 
 
 def names(paths: list[Path]) -> list[str]:
-    """The shortest parts of the paths that tell them apart: what all end with is left out, then as few parts from the
-    end as no other path ends with. Raises ConfigError where two are the same directory."""
+    """Of each path its last part, with as many before it as it takes to tell it from the other paths.
+
+    Raises ConfigError where two are the same directory."""
     parts = [path.resolve().parts for path in paths]
     for i, mine in enumerate(parts):
         if mine in parts[:i]:
             raise ConfigError(f"run directory {str(paths[i])!r} is given twice")
-    while len({p[-1] for p in parts}) == 1:
-        parts = [p[:-1] for p in parts]
     found = []
     for mine in parts:
         others = [p for p in parts if p is not mine]
@@ -132,27 +131,33 @@ def _total(seconds: Any) -> float:
 def notes(labels: list[str], runs: list[Run]) -> list[str]:
     """What the runs lack, and why their scores may not be comparable."""
     found = [f"{label}: {note}" for label, run in zip(labels, runs, strict=True) for note in run.notes]
-    prompts = [(_held_out(run), lookup(run.evals[0], "eval", "count")) for run in runs if run.evals]
-    if len({str(p) for p in prompts}) > 1:
+    if len(set(_held_out([run for run in runs if run.evals]))) > 1:
         found.append("The runs have different held-out prompts: their scores are not comparable.")
     return found
 
 
-def _held_out(run: Run) -> Any:
-    return run.summary.get("eval_file", lookup(run.config, "run", "eval_file"))
+def _held_out(runs: list[Run]) -> list[str]:
+    """Of each run its held-out prompts' file and number; where a run, older or without its end, has recorded the number
+    of those with constraints alone, that number of every run."""
+    files = [run.summary.get("eval_file", lookup(run.config, "run", "eval_file")) for run in runs]
+    counts = [run.summary.get("held_out") for run in runs]
+    if None in counts:
+        counts = [lookup(run.evals[0], "eval", "count") for run in runs]
+    return [str(pair) for pair in zip(files, counts, strict=True)]
 
 
-def write_comparison(paths: list[Path], out: Path) -> str:
-    """Write the page; returns the table. Raises ConfigError for a directory that is no run, or is given twice."""
+def write_comparison(paths: list[Path], out: Path) -> tuple[str, list[str]]:
+    """Write the page; returns the table, and the notes. Raises ConfigError for a directory that is no run, or is given
+    twice."""
     from .template import write_page
 
     labels, runs = names(paths), [read_run(path) for path in paths]
-    heads, rows = cells(runs)
+    (heads, rows), said = cells(runs), notes(labels, runs)
     write_page(
         out,
         "compare.html.jinja",
         labels=labels,
-        notes=notes(labels, runs),
+        notes=said,
         headings=CONTENTS,
         contents=list(CONTENTS.items()),
         heads=heads,
@@ -161,7 +166,7 @@ def write_comparison(paths: list[Path], out: Path) -> str:
         settings=settings_that_differ(runs),
         facts=[(run.path.resolve(), moment(run.summary.get("started")), run.summary.get("command")) for run in runs],
     )
-    return table(labels, heads, rows)
+    return table(labels, heads, rows), said
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -175,7 +180,10 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError(f"compare needs two run directories or more; got {str(options.runs[0])!r} alone")
         if options.output.exists() and not options.overwrite:
             raise ConfigError(f"output {str(options.output)!r} exists; --overwrite replaces it")
-        print(write_comparison(options.runs, options.output))
+        text, said = write_comparison(options.runs, options.output)
+        for note in said:
+            print(f"note: {note}", file=sys.stderr)
+        print(text)
         print(options.output)
     return 0
 

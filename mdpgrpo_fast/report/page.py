@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections import Counter
@@ -10,10 +9,10 @@ from dataclasses import fields
 from datetime import datetime
 from itertools import chain
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from ..cli import report_errors
-from ..config import ConfigError, MDPGRPOConfig, TrainConfig
+from ..cli import Parser, report_errors
+from ..config import MDPGRPOConfig, TrainConfig
 from .panels import figures
 from .run import Row, Run, as_list, as_mapping, as_number, last_step, lookup, read_run, scores, type_rates
 from .template import write_page
@@ -36,7 +35,9 @@ def _facts(run: Run) -> dict[str, Any]:
     def recorded(name: str) -> Any:
         return summary.get(name, lookup(run.config, "run", name))
 
-    prompts, count = recorded("eval_file"), lookup(run.evals[0], "eval", "count") if run.evals else None
+    prompts, count = recorded("eval_file"), summary.get("held_out")
+    if count is None and run.evals:  # an older run, or one without its end: the prompts with constraints
+        count = lookup(run.evals[0], "eval", "count")
     memory = as_number(summary.get("peak_memory_mb"))
     facts = {
         "Steps": summary.get("steps", last_step(run)),
@@ -195,11 +196,6 @@ def write_report(run_dir: Path | str) -> Path:
         configuration=_configuration(run),
     )
     return out
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
 
 
 def main(argv: list[str] | None = None) -> int:

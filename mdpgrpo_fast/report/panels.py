@@ -67,7 +67,7 @@ def _learning(run: Run) -> list[Panel]:
     checked = any(not math.isnan(as_number(lookup(row, "eval", "hsr"))) for row in run.evals)
     held_out = {k: ("eval", *v) for k, v in quality.items()} if checked else {"reward": ("eval", "reward")}
     greedy = "Greedy answers to prompts that training does not see"
-    known = any(lookup(row, "eval", "intervals") for row in run.evals)
+    known = any(as_number(w) >= 0 for row in run.evals for w in as_mapping(lookup(row, "eval", "intervals")).values())
     bars = "; bars: 95 % intervals, by the bootstrap over prompts" * known
     method = method_of(run)
     unmeasured = None if method is None or method.needs_reference else "not measured: both KL coefficients are 0"
@@ -77,7 +77,7 @@ def _learning(run: Run) -> list[Panel]:
         Panel("Training HSR and SSR", "Sampled completions of each step; thin: as measured, bold: moving mean.",
               quality, percent=True),
         Panel("Training reward", "Mean over the completions of a step.", {"reward": ("reward",)}, from_zero=False),
-        *_each_reward(run, beside_shares=checked),
+        *_reward_panels(run, beside_shares=checked),
         Panel("Loss", loss_caption(run), {"loss": ("loss",)}, from_zero=False),
         Panel("KL to the reference", "How far the policy has moved, in nats per token.", {"KL": ("kl",)},
               impossible=unmeasured),
@@ -108,7 +108,7 @@ def loss_caption(run: Run) -> str:
     return f"Minus the advantages, {why}{', plus the KL term' * method.needs_reference}. {little}"
 
 
-def _each_reward(run: Run, beside_shares: bool) -> list[Panel]:
+def _reward_panels(run: Run, beside_shares: bool) -> list[Panel]:
     """A chart for each reward, whose scales may differ, and the held-out sum beside HSR and SSR; none where the one
     reward is the share of constraints, which those show."""
     names = list(dict.fromkeys(name for row in run.train for name in as_mapping(row.get("rewards"))))

@@ -56,12 +56,13 @@ def test_writes_scores_and_completions(tmp_path: Path, capsys: pytest.CaptureFix
     assert result["hsr"] == sum(all(r["strict"]) for r in rows) / 5
     assert result["ssr"] == pytest.approx(sum(sum(r["strict"]) / len(r["strict"]) for r in rows) / 5)
     assert result["reward"] == pytest.approx(result["ssr"]) and result["prompt_loose"] >= result["prompt_strict"]
-    assert all(isinstance(result["intervals"][name], float) for name in ("hsr", "ssr", "reward", "truncated"))
+    assert all(isinstance(result["intervals"][name], float) for name in ("ssr", "reward"))
     assert all(row["temperature"] == 0 and row["reward"] == row["rewards"]["constraints"] for row in rows)
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "5 prompts, answered greedily; ±: half of the 95 % interval, bootstrap over prompts"
-    hsr = f"{result['hsr']:.3f} ± {result['intervals']['hsr']:.3f}"
-    assert any(line.startswith("prompt level (all constraints, HSR)") and hsr in line for line in out)
+    ssr = f"{result['ssr']:.3f} ± {result['intervals']['ssr']:.3f}"
+    assert any(line.startswith("share per prompt (SSR)") and ssr in line for line in out)
+    assert "± 0.000" not in "\n".join(out)
 
 
 def test_several_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,7 +89,7 @@ def test_several_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     out = capsys.readouterr().out
     assert out.startswith("4 prompts, 4 sampled each at temperature 0.5, 1, top_p 0.9; ±: ")
     assert "pass: all constraints hold (strict); for a prompt without any, reward ≥ 1\npass@1 " in out
-    for start in ("pass@4", " " * 59 + "best of 4            mean", "  0.5, 2 a prompt", "    1, 2 a prompt"):
+    for start in ("pass@4", " " * 59 + "best of 4", "  0.5, 2 a prompt", "    1, 2 a prompt"):
         assert any(line.startswith(start) for line in out.splitlines()), start
 
 
@@ -159,7 +160,13 @@ def test_overwrite_replaces(tmp_path: Path) -> None:
         ),
         (
             "--samples 4 --temperatures 1 2 3",
-            "temperatures must be a list whose length divides samples = 4; got [1.0, 2.0, 3.0]",
+            "4 samples cannot be shared evenly among 3 temperatures: samples must be a multiple of how many "
+            "temperatures there are",
+        ),
+        ("--temperature 0 --seed 1", "seed has no effect on a greedy answer: it needs samples or a temperature"),
+        (
+            "--reward helpers.rewards:length --constraint-reward all",
+            "constraint_reward has no effect without 'constraints' among the rewards",
         ),
         ("--temperature 1 --temperatures 1", "temperature and temperatures exclude each other; got 1.0 and [1.0]"),
         ("--temperatures 0", "temperatures must be all above 0; got 0.0"),

@@ -151,6 +151,18 @@ def test_the_published_data(shared_data: Callable[[str], Path]) -> None:
             "FollowBench's data has them",
         ),
         (
+            "content",
+            json.dumps([{**row, "example_id": [1]} for row in rows("content", "E2E")]),
+            "followbench {path!r}, entry 2: expected example_id, category, source, level, instruction and target, as "
+            "FollowBench's data has them",
+        ),
+        (
+            "content",
+            json.dumps([{**row, "level": str(row["level"])} for row in rows("content", "E2E")]),
+            "followbench {path!r}, entry 1: expected example_id, category, source, level, instruction and target, as "
+            "FollowBench's data has them",
+        ),
+        (
             "example",
             json.dumps(rows("example", "any")[1:]),
             "followbench example_constraints.json: example_id 1 must have the levels 1 to 5; got [2, 3, 4, 5]",
@@ -165,6 +177,19 @@ def test_a_copy_that_is_none(folder: Path, name: str, text: str | None, said: st
     with pytest.raises(ConfigError) as raised:
         read(folder)
     assert str(raised.value) == said.format(folder=str(folder), path=str(path))
+
+
+def test_no_group_is_one_line(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.write_text("[]")
+    with pytest.raises(ConfigError) as raised:
+        read(folder)
+    assert str(raised.value) == f"followbench {str(folder)!r} has no group that a rule checks"
+
+
+def test_much_truncation_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate.main(["--followbench", str(folder), "--cpu", "--max-completion-length", "2"]) == 0
+    assert "of the completions were cut at 2 tokens" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
 from mdpgrpo_fast.data import Example
-from mdpgrpo_fast.evaluation import scores
+from mdpgrpo_fast.evaluation import scores, tables
 from mdpgrpo_fast.evaluation.answers import Answer
 from mdpgrpo_fast.evaluation.intervals import half_width
+from mdpgrpo_fast.evaluation.run import _split
 from mdpgrpo_fast.evaluation.sampled import ks, over_samples, pass_at_k
 from mdpgrpo_fast.rewards import Score, Scorer
 
@@ -51,7 +53,7 @@ def test_summary_of_one_answer_each() -> None:
     assert result["reward"] == pytest.approx((0.5 + 5.5 + 0 + 3 + 0.5) / 3)
     assert result["rewards"]["constraints"]["mean"] == 0.25, "over the prompts that have constraints"
     halves = result["intervals"]
-    assert halves["reward"] == half_width([6.0, 3.0, 0.5]) and halves["hsr"] == 0 and halves["ssr"] == 0.25
+    assert halves["reward"] == half_width([6.0, 3.0, 0.5]) and halves["hsr"] is None and halves["ssr"] == 0.25
     assert halves["instruction_strict"] == half_width([0.5, 0.0], weights=[2, 1])
     assert halves["types"][QUOTED]["strict"] is None and halves["types"][NO_COMMA]["strict"] == 0.5
 
@@ -79,14 +81,30 @@ def test_several_samples_by_hand() -> None:
     found = scores.Scored(examples, (0.5, 1.0), answers, flags, flags, given)
     result = over_samples(found)
     assert result["pass_at_k"]["1"][0] == 0.5 and result["pass_at_k"]["2"][0] == 1.0
-    assert result["best_of"]["f"]["best"][0] == (2.0 + 1.0) / 2
-    assert result["best_of"]["reward"]["mean"][0] == (2.0 + 0.95) / 2, "a sample without a reward is left out"
+    assert result["best_of"]["f"]["best"][0] == 1.0, "the best of fewer than G is none of G"
+    assert result["best_of"]["reward"]["mean"][0] == 0.95 and result["incomplete"] == 1
     low, high = result["by_temperature"]["0.5"], result["by_temperature"]["1"]
     assert low["hsr"] == (1.0, None) and high["hsr"] == (0.0, None) and low["samples"] == 1
     assert low["reward"][0] == pytest.approx(1.45) and high["reward"] == (1.0, None)
     assert (low["truncated"][0], high["truncated"][0]) == (0.0, 0.5)
+    lost = replace(found, scores=[given[2], given[3], given[0], given[1]])  # of the prompt that only rewards judge
+    assert over_samples(lost)["pass_at_k"]["2"] == (1.0, None), "who lacks a reward neither passes nor fails"
     whole = scores.summary(found)
     assert whole["hsr"] == 0.5 and whole["dropped"] == 1 and whole["truncated"] == 0.25
+
+
+def test_the_table_says_what_was_left_out_and_explains_only_what_it_has() -> None:
+    """One prompt of two samples, one of them without a reward: no score has a ±."""
+    given = [Score(1.0, {"f": 1.0}, None), Score(None, {"f": None}, None, "hung")]
+    found = scores.Scored([Example("free")], (0.5, 1.0), [answered("a")] * 2, [[], []], [[], []], given)
+    part = scores.summary(found)
+    part["sampled"], part["intervals"]["sampled"] = _split(over_samples(found))
+    part |= {"samples": 2, "temperatures": (0.5, 1.0), "top_p": 1, "top_k": 0, "min_p": 0, "max_completion_length": 9}
+    lines = tables.table({**part, "dropped_reason": "it hung", "unchecked": 0}).splitlines()
+    assert lines[0] == "1 prompt, 2 sampled each at temperature 0.5, 1"
+    said = "1 prompt with a completion that has no reward: left out of best of 2 and, without constraints, of pass@k"
+    assert said in lines and lines[-1] == "1 completion without a reward, the first because it hung"
+    assert [line.split()[-1] for line in lines if line.startswith(("pass@", "reward "))] == ["1.000", "-", "-", "-"]
 
 
 def test_interval_is_that_of_the_mean() -> None:
@@ -95,7 +113,7 @@ def test_interval_is_that_of_the_mean() -> None:
     wide = half_width(values)
     assert wide is not None and wide == half_width(values)
     assert wide == pytest.approx(1.96 * (0.25 * 0.75 / 400) ** 0.5, rel=0.05)
-    assert half_width([1.0]) is None and half_width([1.0, 1.0]) == 0.0
+    assert half_width([1.0]) is None and half_width([1.0, 1.0]) is None
     assert half_width(values, weights=[3.0] * 400) == pytest.approx(wide)
 
 

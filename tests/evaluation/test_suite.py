@@ -12,6 +12,8 @@ import torch
 import yaml
 
 from mdpgrpo_fast import evaluate
+from mdpgrpo_fast.evaluation.suite import _metrics
+from mdpgrpo_fast.evaluation.tables import table
 from mdpgrpo_fast.models.load import load
 
 QUESTIONS = [
@@ -100,6 +102,14 @@ def test_local_tasks(lm_eval: None, tasks: Path, tmp_path: Path, capsys: pytest.
     assert "first (4 documents, 0-shot)" in out and f"  acc{' ' * 50}{expected:.3f} ± {half:.3f}" in out
 
 
+def test_a_standard_error_of_nothing_gives_no_interval() -> None:
+    found = {"n-samples": {"first": {"effective": 1}}, "n-shot": {}}
+    row = _metrics("first", {"acc,none": 1.0, "acc_stderr,none": 0.0}, found)
+    assert row["intervals"] == {"acc": None}
+    text = table({"suite": {"tasks": {"first": row}, "lm_eval": "0", "max_length": 512}})
+    assert text.splitlines()[:2] == ["lm-eval 0, at most 512 tokens", "first (1 document)"] and "±" not in text
+
+
 def test_limit_and_several_names(lm_eval: None, tasks: Path, tmp_path: Path) -> None:
     saved = tmp_path / "s.json"
     argv = ["--suite", "first,second", "--suite-tasks", str(tasks), "--limit", "3", "--output", str(saved), "--cpu"]
@@ -155,6 +165,8 @@ def test_what_cannot_be_had_is_said_before_the_model_is_loaded(
     assert said == f"error: suite: lm-eval has no task 'firts' and {str(tasks)!r} none; did you mean 'first'?"
     said = refused(["--suite", "hub", *where], capsys)
     assert said.startswith("error: suite: task 'hub' or its data set cannot be loaded: ") and "nobody" in said
+    said = refused(["--suite", "second,both", "--suite-fewshot", "5", *where], capsys)
+    assert said == "error: suite: 5 examples before each question of task 'second' need 5 documents; it has 4"
     said = refused(["--suite", "first", "--suite-tasks", "no_folder"], capsys)
     assert said == "error: suite_tasks 'no_folder' is no folder"
 

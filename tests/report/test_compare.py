@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.report import ATTACK, Page, change_config, change_summary, fake_run, odd_run
@@ -28,9 +29,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_table_on_the_terminal(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["a/run", "b/run"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "run  HSR before    HSR after     SSR before   SSR after    steps  training    total",
-        "a    15.6% ± 12.5  46.9% ± 12.5  51.4% ± 6.2  78.5% ± 6.2  24     2 min 23 s  2 min 51 s",
-        "b    15.6% ± 12.5  75.0% ± 12.5  51.4% ± 6.2  78.5% ± 6.2  24     12.5 s      2 min 51 s",
+        "run    HSR before    HSR after     SSR before   SSR after    steps  training    total",
+        "a/run  15.6% ± 12.5  46.9% ± 12.5  51.4% ± 6.2  78.5% ± 6.2  24     2 min 23 s  2 min 51 s",
+        "b/run  15.6% ± 12.5  75.0% ± 12.5  51.4% ± 6.2  78.5% ± 6.2  24     12.5 s      2 min 51 s",
         "compare.html",
     ]
 
@@ -41,8 +42,8 @@ def test_the_page_has_curves_scores_and_what_differs(here: Path) -> None:
     for title in ("Held-out HSR", "Held-out SSR", "Training reward", "Training HSR", "Entropy", "KL to the reference",
                   "Completion length", "Seconds per step"):  # fmt: skip
         assert f'aria-label="{title}"' in page.source, title
-    assert "b 15.6% ± 12.5 75.0% ± 12.5" in page.text
-    assert "<title>step 20\na 41.7% ± 12.5%\nb 41.7% ± 12.5%</title>" in page.source
+    assert "b/run 15.6% ± 12.5 75.0% ± 12.5" in page.text
+    assert "<title>step 20\na/run 41.7% ± 12.5%\nb/run 41.7% ± 12.5%</title>" in page.source
     for row in ("learning_rate 0.0001 0.0003", "seed 42 7", "prospect True False", "device cpu NVIDIA H200"):
         assert f" {row} " in page.text, row
     assert "output_dir" not in page.text and "num_generations" not in page.text  # no setting of learning; the same
@@ -62,16 +63,16 @@ def test_settings_of_other_versions_and_of_runs_alike(here: Path) -> None:
     ("paths", "expected"),
     [
         (["x/a", "x/b"], ["a", "b"]),
-        (["s1/demo", "s2/demo"], ["s1", "s2"]),
+        (["s1/demo", "s2/demo"], ["s1/demo", "s2/demo"]),
         (["x/a/demo", "x/b/demo", "c"], ["a/demo", "b/demo", "c"]),
-        (["demo", "old/demo"], None),
+        (["r1", "sub/r1"], None),
         (["x/demo", "x/demo/again"], ["demo", "again"]),
-        (["p/a/r/1", "p/b/r/1", "p/b/s/1"], ["a/r", "b/r", "s"]),
+        (["p/a/r/1", "p/b/r/1", "p/b/s/1"], ["a/r/1", "b/r/1", "s/1"]),
     ],
 )
 def test_names_are_the_shortest_that_tell_apart(tmp_path: Path, paths: list[str], expected: list[str] | None) -> None:
     found = names([tmp_path / path for path in paths])
-    assert found == (expected or [tmp_path.name, "old"])
+    assert found == (expected or [f"{tmp_path.name}/r1", "sub/r1"])
     assert len(set(found)) == len(found)
 
 
@@ -80,12 +81,24 @@ def test_the_same_directory_twice(tmp_path: Path) -> None:
         names([tmp_path / "a", tmp_path / "b" / ".." / "a"])
 
 
-def test_other_held_out_prompts_are_said(here: Path) -> None:
-    change_summary(here / "b/run", eval_file="other.jsonl")
+@pytest.mark.parametrize(
+    ("of_a", "of_b", "said"),
+    [
+        ({}, {"eval_file": "other.jsonl"}, True),
+        ({"held_out": 40}, {"held_out": 50}, True),  # as many with constraints in both
+        ({"held_out": 40}, {"held_out": 40}, False),
+        ({}, {"held_out": 40}, False),  # one of before, which tells of those with constraints alone
+    ],
+)
+def test_other_held_out_prompts_are_said(
+    here: Path, of_a: dict[str, Any], of_b: dict[str, Any], said: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change_summary(here / "a/run", **of_a)
+    change_summary(here / "b/run", **of_b)
     main(["a/run", "b/run"])
-    assert (
-        "The runs have different held-out prompts: their scores are not comparable." in Page(here / "compare.html").text
-    )
+    note = "The runs have different held-out prompts: their scores are not comparable."
+    assert (note in Page(here / "compare.html").text) is said
+    assert capsys.readouterr().err == f"note: {note}\n" * said
 
 
 def test_damaged_and_unfinished_runs_are_compared(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,6 +44,22 @@ def test_a_run_of_before_has_no_intervals_and_fewer_facts(tmp_path: Path) -> Non
     assert not any(fact in text for fact in ("Started", "Commit", "Backend", "Parameters"))
 
 
+def test_intervals_of_scores_that_are_all_alike_are_not_announced(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run", steps=20)
+    none = {"hsr": None, "ssr": None, "reward": None}
+    change_summary(run, intervals={"before": none, "after": none}, held_out=40)
+
+    def alike(row: dict[str, Any]) -> dict[str, Any]:
+        if "eval" in row:
+            row["eval"]["intervals"] = none
+        return row
+
+    rewrite(run / "metrics.jsonl", alike)
+    text = Page(write_report(run)).text
+    assert "15.6% → 46.9% +31.3 points" in text and "±" not in text and "bootstrap" not in text
+    assert "embedded (40)" in text, "all held-out prompts, of which 32 have constraints"
+
+
 def test_every_section_is_there(full: tuple[Path, Page]) -> None:
     _, page = full
     ids = [value for name, value in page.attributes if name == "id"]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from mdpgrpo_fast import train
+import mdpgrpo_fast.train as train
 from mdpgrpo_fast.config import ConfigError, TrainConfig, preset
 from mdpgrpo_fast.demo import SEED_POLICY
 from mdpgrpo_fast.models.load import read_config

@@ -15,7 +15,7 @@ import pytest
 import transformers
 from helpers.runs import SMALL, make_trainer
 
-from mdpgrpo_fast import train
+import mdpgrpo_fast.train as train
 from mdpgrpo_fast.config import TrainConfig, preset
 from mdpgrpo_fast.training.loop import TrainingLoop
 from mdpgrpo_fast.training.show import end
@@ -82,7 +82,14 @@ WIDTHS = {"hsr": 0.06, "ssr": 0.04, "reward": 0.04}
 
 def summary(**more: Any) -> dict[str, Any]:
     scores = {f"{n}_{when}": x for n, x in SCORES.items() for when in ("before", "after")}
-    how = {"steps": 140, "resumed_after": 0, "total_steps": 140, "train_seconds": 83.4, "interrupted": False, "processes": 1}
+    how = {
+        "steps": 140,
+        "resumed_after": 0,
+        "total_steps": 140,
+        "train_seconds": 83.4,
+        "interrupted": False,
+        "processes": 1,
+    }
     return {**scores, "intervals": dict.fromkeys(("before", "after"), WIDTHS), "held_out": 300, **how, **more}
 
 
@@ -102,6 +109,8 @@ def test_the_lines_at_the_end(tmp_path: Path) -> None:
         f"go on   mdpgrpo evaluate --model '{out}/model' --file FILE --reward r:f --split test --columns a=b c=d "
         "--max-completion-length 64 --rules iftrain --cpu"
     )
+    alike = summary(intervals=dict.fromkeys(("before", "after"), end.NO_INTERVALS), held_out=1, reward_after=None)
+    assert end.last_line(alike).startswith("held-out HSR 0.500 → 0.500, SSR 0.750 → 0.750 (1 prompt) in ")
     unsaved = end.end_lines(summary(eval_file="embedded"), replace(run, save_model=False), report)
     assert unsaved[1:] == ["model   not saved (save_model)", f"report  {report}"]
     stopped = summary(eval_file="embedded", interrupted=True, steps=31, hsr_after=None, ssr_after=None)
@@ -127,7 +136,7 @@ def test_an_evaluation_is_one_line() -> None:
     )
     rewards = {"hsr": None, "ssr": None, "reward": -3.0, "intervals": {**WIDTHS, "reward": None}}
     assert end.evaluation_line(0, {**rewards, "truncated": 0, "count": 1}) == (
-        "step 0: held-out reward -3.000 over 1 prompts"
+        "step 0: held-out reward -3.000 over 1 prompt"
     )
 
 
@@ -148,14 +157,15 @@ def test_a_run_tells_this_and_nothing_else(
     bars = [x for x in rest if re.search(r"\d/2 \[", x)]
     evaluations = [x for x in rest if x not in bars]
     assert [x.split(":")[0] for x in evaluations] in (["step 0", "step 1"], ["step 0", "step 1", "step 1"]), said
-    assert all(" ± " in x for x in evaluations if "held-out" in x) and bars
+    assert not any("± 0.000" in x for x in evaluations) and bars
     scores, *where = printed.splitlines()
     assert scores.startswith("held-out HSR") and [x.split()[0] for x in where] == ["model", "report", "go"]
     written = json.loads((out / "summary.json").read_text())
     assert written["command"] == "mdpgrpo train --system-prompt 'a b'" and re.fullmatch(
         r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d", written["started"]
     )
-    assert written["intervals"].keys() == {"before", "after"} and written["intervals"]["after"]["hsr"] is not None
+    assert written["intervals"].keys() == {"before", "after"}
+    assert written["intervals"]["after"].keys() == {"hsr", "ssr", "reward"}
     assert written["parameters"] == written["trained_parameters"] > 0 and written["backend"].keys() == {
         "loss", "log-probs", "advantages", "sampling"
     }  # fmt: skip

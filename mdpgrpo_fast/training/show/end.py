@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from ...config import PromptConfig, TrainConfig
+from ...log import counted
 from ...version import __version__
 from ..checkpoint import newest
 from ..run_dir import peak_memory_mb
@@ -103,7 +104,10 @@ def last_line(summary: dict[str, Any]) -> str:
         pair = [(summary[f"{n}_{when}"], summary["intervals"][when][n]) for when in ("before", "after")]
         if pair[0][0] is not None and pair[1][0] is not None:
             scores[label] = " → ".join(with_interval(*x) for x in pair)
-    held_out = f"held-out {_listed(scores)} (95 %, {summary['held_out']} prompts) " if scores else ""
+    over = counted(summary["held_out"], "prompt")
+    if any("±" in text for text in scores.values()):
+        over = f"95 %, {over}"
+    held_out = f"held-out {_listed(scores)} ({over}) " if scores else ""
     steps = f"in {summary['steps']} steps"
     if summary["resumed_after"]:
         steps += f", {summary['steps'] - summary['resumed_after']} of them now"
@@ -128,7 +132,9 @@ def evaluation_line(step: int, result: dict[str, Any]) -> str:
         label: with_interval(result[n], result["intervals"][n]) for label, n in SCORES.items() if result[n] is not None
     }
     cut = f", {result['truncated']:.0%} cut" if result["truncated"] else ""
-    return f"step {step}: held-out {_listed(scores) or 'without a reward'} over {result['count']} prompts{cut}"
+    return (
+        f"step {step}: held-out {_listed(scores) or 'without a reward'} over {counted(result['count'], 'prompt')}{cut}"
+    )
 
 
 def _duration(seconds: float) -> str:
