@@ -97,6 +97,11 @@ def test_the_lines_at_the_end(tmp_path: Path) -> None:
     out, report = tmp_path / "my run", tmp_path / "my run" / "report.html"
     scores = "held-out HSR 0.500 ± 0.060 → 0.500 ± 0.060, SSR 0.750 ± 0.040 → 0.750 ± 0.040 (95 %, 300 prompts) in "
     run = TrainConfig(output_dir=str(out), model="m", train_file="t.jsonl", eval_file="held out.jsonl")
+    unsaved = end.end_lines(summary(eval_file="embedded"), replace(run, save_model=False), report)
+    assert unsaved[1:] == ["model   not saved (save_model)", f"report  {report}"]
+    early = end.end_lines(summary(eval_file="embedded", interrupted=True, steps=0), run, report)
+    assert early[1] == "model   not saved: no step was done"
+    (out / "model").mkdir(parents=True)
     assert end.end_lines(summary(eval_file="held out.jsonl"), run, report) == [
         scores + "140 steps, 1 min 23 s",
         f"model   {out}/model",
@@ -104,15 +109,13 @@ def test_the_lines_at_the_end(tmp_path: Path) -> None:
         f"go on   mdpgrpo evaluate --model '{out}/model' --file 'held out.jsonl'",
     ]
     other = replace(run, eval_file=None, reward=["r:f"], rules="iftrain", columns=["a=b", "c=d"], eval_split="test")
-    other = replace(other, max_completion_length=64, cpu=True, learning_rate=1.0)
+    other = replace(other, max_completion_length=64, cpu=True, learning_rate=1.0, eval_samples=4, system_prompt="-x")
     assert end.end_lines(summary(eval_file=None), other, report)[-1] == (
         f"go on   mdpgrpo evaluate --model '{out}/model' --file FILE --reward r:f --split test --columns a=b c=d "
-        "--max-completion-length 64 --rules iftrain --cpu"
+        "--max-completion-length 64 --system-prompt=-x --rules iftrain --cpu --limit 4"
     )
     alike = summary(intervals=dict.fromkeys(("before", "after"), end.NO_INTERVALS), held_out=1, reward_after=None)
     assert end.last_line(alike).startswith("held-out HSR 0.500 → 0.500, SSR 0.750 → 0.750 (1 prompt) in ")
-    unsaved = end.end_lines(summary(eval_file="embedded"), replace(run, save_model=False), report)
-    assert unsaved[1:] == ["model   not saved (save_model)", f"report  {report}"]
     stopped = summary(eval_file="embedded", interrupted=True, steps=31, hsr_after=None, ssr_after=None)
     stopped |= {"reward_after": None}
     assert end.end_lines(stopped, run, report) == [
@@ -121,11 +124,13 @@ def test_the_lines_at_the_end(tmp_path: Path) -> None:
         f"report  {report}",
         "go on   there is no checkpoint to go on from: --save-every 50 writes one every 50 steps",
     ]
+    went_on = summary(eval_file="embedded", resumed_after=100)
+    assert end.last_line(went_on).endswith(" in 140 steps, 40 of them now, 1 min 23 s")
     (out / "checkpoints" / "checkpoint_30").mkdir(parents=True)
     (out / "checkpoints" / "checkpoint_30" / "progress.json").touch()
     command = f"train --config '{out}/config.yaml' --resume (from step 30)"
     assert end.end_lines(stopped, run, report)[-1] == f"go on   mdpgrpo {command}"
-    several = f"accelerate launch --num_processes 2 -m mdpgrpo_fast.{command}"
+    several = f"torchrun --nproc-per-node 2 -m mdpgrpo_fast.{command}"
     assert end.end_lines({**stopped, "processes": 2}, run, report)[-1] == f"go on   {several}"
 
 
