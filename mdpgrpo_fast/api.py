@@ -93,6 +93,9 @@ class Trainer:
         from .training.task import prepare
 
         refuse_child_processes()
+        for name, value, kind in (("config", config, MDPGRPOConfig), ("run", run, TrainConfig)):
+            if value is not None and not isinstance(value, kind):
+                raise ConfigError(f"{name} must be a {kind.__name__}; got {type(value).__name__}")
         if run is None:
             run, demo = _demonstration() if model is None else (TrainConfig(), None)
             config = config or demo
@@ -102,16 +105,19 @@ class Trainer:
         eval_file, eval_prompts = _named(eval_prompts)
         given = {"model": named, "train_file": train_file, "eval_file": eval_file}
         changed: Row = {name: value for name, value in given.items() if value is not None}
-        if isinstance(rewards, str) or callable(rewards):
-            rewards = [rewards]
-        if rewards is not None:
-            changed["reward"] = [named_spec(reward) for reward in rewards]
+        several = rewards is None or isinstance(rewards, (list, tuple))
+        functions: Any = rewards if several else [rewards]
+        for reward in functions or ():
+            if not (isinstance(reward, str) or callable(reward)):
+                raise ConfigError(f"rewards must be functions or names of rewards; got {reward!r}")
+        if functions is not None:
+            changed["reward"] = [named_spec(reward) for reward in functions]
         if reward_weights is not None:
-            changed["reward_weights"] = list(map(float, reward_weights))
+            changed["reward_weights"] = reward_weights
         run = resolve_adapter(replace(run, preset=nearest_preset(config, run.preset), **changed))
         self.run, self.config, self._trained = run, config, False
         check(run, config, model=model is not None, prompts=prompts is not None)
-        self.scorer = Scorer.of(run, rewards)
+        self.scorer = Scorer.of(run, functions)
         weakref.finalize(self, self.scorer.stop)
         self.out = RunDir(run.output_dir, create=False)
         with self.scorer:

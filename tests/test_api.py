@@ -111,6 +111,9 @@ def test_the_embedded_demonstration_is_the_default() -> None:
             {"prompts": ["a"], "rewards": [answered], "reward_weights": [1, 2]},
             "reward_weights must have one weight",
         ),
+        ({"prompts": ["a"], "rewards": [3]}, "rewards must be functions or names of rewards; got 3"),
+        ({"prompts": ["a"], "rewards": answered, "reward_weights": ["a"]}, "reward_weights must be a number; got 'a'"),
+        ({"config": "grpo"}, "config must be a MDPGRPOConfig; got str"),
         ({"model": object(), "prompts": ["a"], "rewards": answered}, "model must be a directory, a hub id or a causal"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -269,3 +270,17 @@ def test_preset_overrides_and_unknown_names() -> None:
 def test_train_config_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         TrainConfig().steps = 3  # type: ignore[misc]
+
+
+def test_a_setting_of_another_type_is_named() -> None:
+    with pytest.raises(ConfigError, match="steps must be a whole number; got '2'"):
+        TrainConfig(steps="2")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"steps must be a whole number; got 2\.5"):
+        TrainConfig(steps=2.5)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="lora must be True or False; got 'yes'"):
+        TrainConfig(lora="yes")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="temperatures must be a number; got 'warm'"):
+        MDPGRPOConfig(temperatures=["warm"])  # type: ignore[list-item]
+    run = TrainConfig(output_dir=Path("a") / "b", report_to="none", reward="m:f", learning_rate=1)  # type: ignore[arg-type]
+    assert (run.output_dir, run.report_to, run.reward) == (str(Path("a/b")), [], ["m:f"])
+    assert isinstance(run.learning_rate, float)
