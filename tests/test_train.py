@@ -24,7 +24,7 @@ def test_run_directory_is_complete(tmp_path: Path) -> None:
     assert train.main([*argv, "--output-dir", str(out), "--report-to", "tensorboard"]) == 0
     for name in ("config.yaml", "metrics.jsonl", "summary.json", "completions.jsonl", "report.html", "model"):
         assert (out / name).exists(), name
-    assert list(out.glob("*.png")) and list(out.rglob("events.out.tfevents*"))
+    assert list(out.rglob("events.out.tfevents*"))
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in metrics] == [0, 1, 1, 2, 2]
     summary = json.loads((out / "summary.json").read_text())

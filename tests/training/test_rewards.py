@@ -163,6 +163,7 @@ def test_the_last_line_has_the_held_out_scores(before: Any, after: Any, line: st
     intervals = {w: dict.fromkeys(("hsr", "ssr", "reward"), x) for w, x in (("before", 0.1), ("after", None))}
     summary: dict[str, Any] = {
         "steps": 3,
+        "resumed_after": 0,
         "train_seconds": 2.0,
         "interrupted": False,
         "held_out": 7,
