@@ -49,7 +49,7 @@ train: $(VENV)/.setup
 	$(BIN)/python -m mdpgrpo_fast.train --output-dir $(OUTPUT) $(ARGS)
 
 test: $(VENV)/.setup-test
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Without Triton's interpreter, compilers, other processes and measurements of memory.
 FAST := $(addprefix tests/,test_reference.py test_reference_advantages.py test_config.py test_cli.py test_layers.py prompts verifiers ops)

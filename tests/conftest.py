@@ -46,6 +46,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
             interpreter.InterpreterBuilder.create_fma = _fma
 
 
+# Files that take minutes, begun first: a long one that begins last keeps the other workers waiting.
+LONG = ("test_distributed.py", "test_loop.py", "test_api.py", "test_train.py", "test_processes.py", "test_readme.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Callable[[str], Path]:
     """Path of a file of shared/data, which lies beside the repository."""
