@@ -15,6 +15,7 @@ from ..config import ConfigError
 from ..data import Example, Prompts, prompt_limit, read_prompts, tokenize
 from ..demo import DEMO_DIR
 from ..log import counted, reason_of
+from ..models.load import positions_of, read_config
 from ..rewards import Scorer
 from ..rewards.lost import raise_where_all_failed, why_all_failed
 from . import followbench, sampled, scores, suite
@@ -56,7 +57,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             read = _read(config, scorer)
         entries = followbench.read(config.followbench, config.limit) if config.followbench else []
         if scorer is not None or entries:
-            _check_lengths(config)
+            prompt_limit(config, positions_of(read_config(config.model, config.trust_remote_code)))
         tasks = suite.find(config) if config.tasks else None
         model = Loaded.of(config)
         if scorer is not None:
@@ -156,19 +157,6 @@ def _check_constraints(config: EvaluateConfig, scorer: Scorer, examples: Sequenc
                 "another reward than constraints"
             )
         yield f"{free} of {len(examples)} prompts have no instruction_id_list, and no score"
-
-
-def _check_lengths(config: EvaluateConfig) -> None:
-    """Raises ConfigError where the model's configuration has too few positions for a completion."""
-    from transformers import AutoConfig
-
-    from ..models.load import base_model
-
-    try:
-        found = AutoConfig.from_pretrained(base_model(config.model), trust_remote_code=config.trust_remote_code)
-    except Exception:  # the loading of the model says what is wrong with it
-        return
-    prompt_limit(config, getattr(found.get_text_config(), "max_position_embeddings", None))
 
 
 # ---- the parts ------------------------------------------------------------------------------------------------------

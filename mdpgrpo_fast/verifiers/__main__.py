@@ -1,8 +1,5 @@
-"""The constraint verifiers by themselves.
-
-`--list` prints every instruction type with its arguments and an example; `--responses FILE --prompts FILE` scores
-responses in IFEval's form; `--get-punkt` fetches NLTK's sentence model, `--get-data` its tagger too; without any of
-these: which sentence model answers.
+"""The constraint verifiers by themselves: `mdpgrpo verifiers` lists the types and fetches their data, `mdpgrpo score`
+scores a file of responses.
 """
 
 from __future__ import annotations
@@ -11,6 +8,7 @@ import argparse
 import io
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -48,35 +46,47 @@ def show(entry: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Status: 0 done, 1 data that cannot be fetched or written, 2 what cannot be used."""
-    parser = _parser("mdpgrpo verifiers", __doc__ or "")
+    """Lists the types, or fetches their data. Status: 0 done, 1 not fetched, 2 what cannot be used."""
+    parser = _parser(
+        "mdpgrpo verifiers", "The instruction types and their data; by itself: which sentence model answers."
+    )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--list", action="store_true", help="print the instruction types, of --rules alone where given")
+    what.add_argument("--list", action="store_true", help="print the instruction types with arguments and an example")
     what.add_argument("--get-punkt", action="store_true", help="fetch NLTK's punkt_tab data with NLTK's downloader")
     what.add_argument("--get-data", action="store_true", help="fetch all data of NLTK that a type asks, the tagger too")
-    what.add_argument("--responses", metavar="FILE", help="as `mdpgrpo score`")
-    _add_scoring(parser)
+    _add_types(parser, "list the types of this rule set; default: all")
     args = parser.parse_args(argv)
-    if args.responses is None:
-        for flag in ("prompts", "output", "verdicts", "strip_thinking", "overwrite"):
-            if getattr(args, flag):
-                parser.error(f"--{flag.replace('_', '-')} needs --responses")
-        for flag in ("json", "rules", "instructions"):
-            if getattr(args, flag) and not args.list:
-                parser.error(f"--{flag} needs --list or --responses")
-    return _run(parser, args)
+    for flag in ("json", "rules", "instructions"):
+        if getattr(args, flag) and not args.list:
+            parser.error(f"--{flag} needs --list")
+    return _reported(lambda: _show(args))
 
 
 def score(argv: list[str] | None = None) -> int:
-    """Scores a file of responses. Status as of `main`."""
+    """Scores a file of responses. Status: 0 done, 1 a check of one's own that raised, 2 what cannot be used."""
     parser = _parser("mdpgrpo score", "Scores a file of responses in IFEval's form, without a model.")
-    parser.add_argument(
-        "--responses", metavar="FILE", required=True, help="JSON lines of prompt and response, to score"
-    )
-    _add_scoring(parser)
+    add = parser.add_argument
+    add("--prompts", metavar="FILE", required=True, help="JSON lines of prompt, instruction_id_list and kwargs")
+    add("--responses", metavar="FILE", required=True, help="JSON lines of prompt and response, to score")
+    _add_types(parser, "the rule set; default: ifeval")
+    add("--strip-thinking", action="store_true", help="score what follows the last closing think tag")
+    add("--output", metavar="FILE", help="write the scores as JSON here too")
+    add("--verdicts", metavar="FILE", help="write each response with its verdicts as JSON lines here")
+    add("--overwrite", action="store_true", help="replace output and verdicts where they exist")
     args = parser.parse_args(argv)
-    args.list = args.get_punkt = args.get_data = False
-    return _run(parser, args)
+    used = {Path(args.prompts).resolve(), Path(args.responses).resolve()}
+    for flag in ("output", "verdicts"):
+        path = getattr(args, flag)
+        if path is None:
+            continue
+        if Path(path).is_dir() or not Path(path).parent.is_dir():
+            parser.error(f"--{flag}: {path!r} cannot be written: its folder does not exist, or it is one")
+        if Path(path).resolve() in used:
+            parser.error(f"--{flag}: {path!r} is another file of this command")
+        if Path(path).exists() and not args.overwrite:
+            parser.error(f"--{flag}: {path!r} exists already; --overwrite replaces it")
+        used.add(Path(path).resolve())
+    return _reported(lambda: _score(args))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -85,58 +95,43 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def _parser(prog: str, description: str) -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
-    return _Parser(prog=prog, description=description, formatter_class=raw, allow_abbrev=False)
+def _parser(prog: str, description: str) -> _Parser:
+    return _Parser(prog=prog, description=description, allow_abbrev=False)
 
 
-def _add_scoring(parser: argparse.ArgumentParser) -> None:
+def _add_types(parser: _Parser, rules: str) -> None:
     add = parser.add_argument
-    add("--prompts", metavar="FILE", help="JSON lines of prompt, instruction_id_list and kwargs")
-    add("--rules", choices=RULES, help="the rule set; default: ifeval, for --list all")
+    add("--rules", choices=RULES, help=rules)
     add("--instructions", metavar="MODULE", nargs="+", default=[], help="modules or .py files with types of one's own")
-    add("--strip-thinking", action="store_true", help="score what follows the last closing think tag")
-    add("--json", action="store_true", help="print JSON in place of a table")
-    add("--output", metavar="FILE", help="write the scores as JSON here too")
-    add("--verdicts", metavar="FILE", help="write each response with its verdicts as JSON lines here")
-    add("--overwrite", action="store_true", help="replace output and verdicts where they exist")
+    add("--json", action="store_true", help="print JSON in place of text")
 
 
-def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    if args.responses is not None and args.prompts is None:
-        parser.error("--responses needs --prompts")
-    used = {Path(path).resolve() for path in (args.prompts, args.responses) if path is not None}
-    for flag in ("output", "verdicts"):
-        path = getattr(args, flag)
-        if path is not None and Path(path).resolve() in used:
-            parser.error(f"--{flag}: {path!r} is another file of this command")
-        used |= {Path(path).resolve()} if path is not None else set()
-        if path is not None and (Path(path).is_dir() or not Path(path).parent.is_dir()):
-            parser.error(f"--{flag}: {path!r} cannot be written: its folder does not exist, or it is one")
-        if path is not None and Path(path).exists() and not args.overwrite:
-            parser.error(f"--{flag}: {path!r} exists already; --overwrite replaces it")
+def _reported(work: Callable[[], None]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every letter of a type
     try:
-        load_instructions(args.instructions)
-        if args.list:
-            found = types(args.rules)
-            print(json.dumps(found, indent=2) if args.json else "\n\n".join(map(show, found)))
-        elif args.responses is not None:
-            _score(args)
-        else:
-            if args.get_punkt or args.get_data:
-                get_punkt()
-            if args.get_data:
-                fetch("averaged_perceptron_tagger_eng")
-            print(punkt_source())
+        work()
     except (ConfigError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     return 0
 
 
+def _show(args: argparse.Namespace) -> None:
+    load_instructions(args.instructions)
+    if args.list:
+        found = types(args.rules)
+        print(json.dumps(found, indent=2) if args.json else "\n\n".join(map(show, found)))
+        return
+    if args.get_punkt or args.get_data:
+        get_punkt()
+    if args.get_data:
+        fetch("averaged_perceptron_tagger_eng")
+    print(punkt_source())
+
+
 def _score(args: argparse.Namespace) -> None:
+    load_instructions(args.instructions)
     rules = args.rules or "ifeval"
     scored, notes = score_files(args.prompts, args.responses, rules, args.strip_thinking)
     result = strict_and_loose(

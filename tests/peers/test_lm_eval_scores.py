@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from helpers.verifiers import nltk_data, punkt_folder, rows
 
-from mdpgrpo_fast.verifiers.__main__ import main
+from mdpgrpo_fast.verifiers.__main__ import score
 
 NAMES = ("prompt_strict", "instruction_strict", "prompt_loose", "instruction_loose")
 
@@ -50,7 +50,7 @@ def test_a_response_file_gives_the_same_eight_numbers(
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
     with nltk_data(punkt_folder()):
         files = [word for name in fields for word in (f"--{name}", str(tmp_path / f"{name}.jsonl"))]
-        assert main([*files, "--json"]) == 0
+        assert score([*files, "--json"]) == 0
         ours = json.loads(capsys.readouterr().out)
         theirs = [lm_eval.process_results(row, [row["response"]]) for row in asked]
     by_label = expected([row["strict"] for row in asked], [row["loose"] for row in asked])

@@ -32,8 +32,10 @@ def test_the_type_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "my.jsonl").write_text(blocks("json")[0])
     row = json.loads(blocks("json")[0])
     (tmp_path / "responses.jsonl").write_text(json.dumps({"prompt": row["prompt"], "response": "Hey!!"}))
-    command = [sys.executable, "-m", "mdpgrpo_fast.verifiers", "--instructions", "checks.py"]
-    done = subprocess.run([*command, "--list"], cwd=tmp_path, capture_output=True, text=True)
+    own = ["--instructions", "checks.py"]
+    listed = [sys.executable, "-m", "mdpgrpo_fast.verifiers", *own, "--list"]
+    command = [sys.executable, "-m", "mdpgrpo_fast", "score", *own]
+    done = subprocess.run(listed, cwd=tmp_path, capture_output=True, text=True)
     assert "my:emphasis" in done.stdout and "At least `minimum` of `mark`." in done.stdout, done.stderr
     files = ["--prompts", "my.jsonl", "--responses", "responses.jsonl", "--json"]
     done = subprocess.run([*command, *files], cwd=tmp_path, capture_output=True, text=True)

@@ -13,7 +13,7 @@ import pytest
 
 from mdpgrpo_fast.config import ConfigError
 from mdpgrpo_fast.verifiers import INSTRUCTIONS, RULES, MissingRequirementError, validate
-from mdpgrpo_fast.verifiers.__main__ import main
+from mdpgrpo_fast.verifiers.__main__ import main, score
 from mdpgrpo_fast.verifiers.scoring import score_files
 
 PROMPTS = [
@@ -46,7 +46,7 @@ def files(tmp_path: Path) -> list[str]:
 
 def test_the_accuracies_of_a_response_file(files: list[str], capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     output, verdicts = tmp_path / "scores.json", tmp_path / "verdicts.jsonl"
-    assert main([*files, "--json", "--output", str(output), "--verdicts", str(verdicts)]) == 0
+    assert score([*files, "--json", "--output", str(output), "--verdicts", str(verdicts)]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result == json.loads(output.read_text())
     assert (result["prompt_strict"], result["prompt_loose"]) == (1 / 3, 2 / 3)
@@ -56,7 +56,7 @@ def test_the_accuracies_of_a_response_file(files: list[str], capsys: pytest.Capt
     rows = [json.loads(line) for line in verdicts.read_text().splitlines()]
     assert [row["strict"] for row in rows] == [[True, False], [False], [True]]
     assert rows[1]["loose"] == [True] and rows[2]["response"] == "ab" and rows[0]["key"] == 1
-    assert main(files) == 0
+    assert score(files) == 0
     table = capsys.readouterr().out.splitlines()
     assert table[0] == "3 prompts" and table[3].split() == ["instruction", "level", "0.500", "0.750"]
 
@@ -133,29 +133,36 @@ def test_what_is_wrong_is_named(tmp_path: Path, change: Any, message: str) -> No
 
 
 def test_wrong_command_lines(files: list[str], capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
-    assert main(["--prompts", files[1], "--responses", str(tmp_path / "none.jsonl")]) == 2
+    assert score(["--prompts", files[1], "--responses", str(tmp_path / "none.jsonl")]) == 2
     assert "none.jsonl' does not exist" in capsys.readouterr().err
     (tmp_path / "no.jsonl").write_text("{\n")
-    assert main(["--prompts", files[1], "--responses", str(tmp_path / "no.jsonl")]) == 2
+    assert score(["--prompts", files[1], "--responses", str(tmp_path / "no.jsonl")]) == 2
     assert "no.jsonl:1: no JSON" in capsys.readouterr().err
     (tmp_path / "cut.gz").write_bytes(gzip.compress(b"x" * 1000)[:-20] + b"x" * 12)
-    assert main(["--prompts", files[1], "--responses", str(tmp_path / "cut.gz")]) == 2
+    assert score(["--prompts", files[1], "--responses", str(tmp_path / "cut.gz")]) == 2
     assert "cannot be read" in capsys.readouterr().err
-    for arguments, message in (
-        (files[:2], "--prompts needs --responses"),
-        (files[2:], "--responses needs --prompts"),
-        (["--list", *files], "not allowed with"),
-        (["--get-punkt", "--json"], "--json needs --list or --responses"),
-        (["--rules", "iftrain"], "--rules needs --list or --responses"),
-        ([*files, "--output", str(tmp_path)], "cannot be written"),
-        (["--output", "x.json"], "--output needs --responses"),
-        ([*files, "--output", str(tmp_path / "none" / "x.json")], "does not exist"),
-        ([*files, "--rules", "google"], "invalid choice"),
-        (["--lists"], "unrecognized"),
+    there = tmp_path / "there.json"
+    there.write_text("kept")
+    for command, arguments, message in (
+        (score, files[:2], "required: --responses"),
+        (score, files[2:], "required: --prompts"),
+        (main, ["--list", *files], "unrecognized"),
+        (main, ["--list", "--get-punkt"], "not allowed with"),
+        (main, ["--get-punkt", "--json"], "--json needs --list"),
+        (main, ["--rules", "iftrain"], "--rules needs --list"),
+        (score, [*files, "--output", str(tmp_path)], "cannot be written"),
+        (score, [*files, "--output", str(tmp_path / "none" / "x.json")], "does not exist"),
+        (score, [*files, "--output", str(there)], "there.json' exists already; --overwrite replaces it"),
+        (score, [*files, "--verdicts", files[3], "--overwrite"], "is another file of this command"),
+        (score, [*files, "--output", "x.json", "--verdicts", "x.json"], "'x.json' is another file of this command"),
+        (score, [*files, "--rules", "google"], "invalid choice"),
+        (main, ["--lists"], "unrecognized"),
     ):
         with pytest.raises(SystemExit) as end:
-            main(arguments)
-        assert end.value.code == 2 and message in capsys.readouterr().err
+            command(arguments)
+        said = capsys.readouterr().err
+        assert end.value.code == 2 and message in said and said.startswith("error: ") and said.count("\n") == 1
+    assert there.read_text() == "kept" and Path(files[3]).read_text()
 
 
 @pytest.mark.parametrize("rules", RULES)
@@ -184,7 +191,9 @@ def test_the_list_reads_well(capsys: pytest.CaptureFixture) -> None:
 
 
 def test_it_runs_without_torch(files: list[str]) -> None:
-    code = "import sys; sys.modules['torch'] = None; from mdpgrpo_fast.verifiers.__main__ import main; sys.exit(main())"
+    code = (
+        "import sys; sys.modules['torch'] = None; from mdpgrpo_fast.verifiers.__main__ import score; sys.exit(score())"
+    )
     done = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("3 prompts"), done.stderr
 
@@ -194,7 +203,7 @@ def test_own_types_are_scored(tmp_path: Path, capsys: pytest.CaptureFixture) -> 
     rows = [{"prompt": "Shout.", "instruction_id_list": ["my:emphasis"], "kwargs": [{"minimum": 1}]}]
     prompts = lines(tmp_path / "prompts.jsonl", rows)
     responses = lines(tmp_path / "responses.jsonl", [{"prompt": "Shout.", "response": "Yes!"}])
-    command = [sys.executable, "-m", "mdpgrpo_fast.verifiers", "--prompts", prompts, "--responses", responses]
+    command = [sys.executable, "-m", "mdpgrpo_fast", "score", "--prompts", prompts, "--responses", responses]
     done = subprocess.run([*command, "--instructions", own, "--json"], capture_output=True, text=True)
     assert done.returncode == 0 and json.loads(done.stdout)["types"]["my:emphasis"]["strict"] == 1, done.stderr
     rows[0] |= {"instruction_id_list": ["my:exits"], "kwargs": [None]}
