@@ -120,14 +120,16 @@ class Trainer:
         self.scorer = Scorer.of(run, functions)
         weakref.finalize(self, self.scorer.stop)
         self.out = RunDir(run.output_dir, create=False)
-        with self.scorer:
-            try:
-                task = prepare(
-                    run, self.scorer, model=model, tokenizer=tokenizer, prompts=prompts, eval_prompts=eval_prompts
-                )
-                self.loop = TrainingLoop(task, run, config, self.out, self.scorer, on_step)
-            except RolloutError as e:
+        try:
+            task = prepare(
+                run, self.scorer, model=model, tokenizer=tokenizer, prompts=prompts, eval_prompts=eval_prompts
+            )
+            self.loop = TrainingLoop(task, run, config, self.out, self.scorer, on_step)
+        except BaseException as e:  # else its processes go on to train()
+            self.scorer.stop()
+            if isinstance(e, RolloutError):
                 raise ConfigError(str(e)) from None
+            raise
 
     @property
     def model(self) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -140,23 +140,24 @@ def _read(config: EvaluateConfig, scorer: Scorer) -> Prompts:
     """The prompts, which the scorer can score."""
     read = read_prompts(config.file or DEMO_DIR / "heldout.jsonl", config)
     read = replace(read, examples=read.examples[: config.limit or None])
-    read.notes.extend(_check_constraints(config, scorer, read.examples))
+    read.notes.extend(_unscored(config, scorer, read.examples))
     if config.reward_check:
         scorer.try_own_types(read.examples)
         scorer.try_out(read.examples)
     return read
 
 
-def _check_constraints(config: EvaluateConfig, scorer: Scorer, examples: Sequence[Example]) -> Iterator[str]:
+def _unscored(config: EvaluateConfig, scorer: Scorer, examples: Sequence[Example]) -> list[str]:
     """A note where some prompts have no score. Raises ConfigError where none has one."""
     free = sum(not e.instruction_ids for e in examples)
-    if free and scorer.names == ["constraints"]:
-        if free == len(examples):
-            raise ConfigError(
-                f"no prompt of {config.file!r} has an instruction_id_list: there is nothing to check; --reward names "
-                "another reward than constraints"
-            )
-        yield f"{free} of {len(examples)} prompts have no instruction_id_list, and no score"
+    if not free or scorer.names != ["constraints"]:
+        return []
+    if free == len(examples):
+        raise ConfigError(
+            f"no prompt of {config.file!r} has an instruction_id_list: there is nothing to check; --reward names "
+            "another reward than constraints"
+        )
+    return [f"{free} of {len(examples)} prompts have no instruction_id_list, and no score"]
 
 
 # ---- the parts ------------------------------------------------------------------------------------------------------
@@ -168,7 +169,7 @@ def _prompts(
 ) -> dict[str, Any]:  # fmt: skip
     """Scores of the prompts' completions."""
     examples, found = model.answer(config, read, config.draw, result)
-    list(_check_constraints(config, scorer, examples))  # some may have been too long
+    _unscored(config, scorer, examples)  # raises where those that have one were too long
     scorer.to(model.model.device)
     scored = scores.score(scorer, examples, found, config.draw.temperatures)
     raise_where_all_failed([why_all_failed(scored.scores)], "the evaluation", len(scored.scores))
