@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
             from .training.show.end import how_to_resume
 
             print(f"go on   {how_to_resume(trainer.run, trainer.loop.accelerator.num_processes)}", file=sys.stderr)
-        print(f"interrupted after {trainer.loop.done if trainer else 0} steps", file=sys.stderr)
+        print(f"interrupted after step {trainer.loop.done if trainer else 0}", file=sys.stderr)
         return 130
     except Exception as e:
         if not isinstance(e, _stopping()):

@@ -183,7 +183,7 @@ class TrainingLoop:
             self.lost.check_end()
         except KeyboardInterrupt:
             interrupted = True
-            self.say(f"interrupted after {self.done} steps")
+            self.say(f"interrupted after step {self.done}")
         except (RewardError, RolloutError, FloatingPointError) as e:
             interrupted, failure = True, e
             if isinstance(e, RewardError) and e.trace:

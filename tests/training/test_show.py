@@ -93,6 +93,21 @@ def summary(**more: Any) -> dict[str, Any]:
     return {**scores, "intervals": dict.fromkeys(("before", "after"), WIDTHS), "held_out": 300, **how, **more}
 
 
+@pytest.fixture(autouse=True)
+def console_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(end.shutil, "which", lambda name: f"/venv/bin/{name}")
+
+
+def test_a_command_is_one_that_the_shell_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(end.shutil, "which", lambda name: None)
+    monkeypatch.chdir(tmp_path)
+    run = TrainConfig(output_dir="r")
+    for python, shown in ((tmp_path / ".venv/bin/python", ".venv/bin/python"), (Path("/usr/bin/python3"), None)):
+        monkeypatch.setattr("sys.executable", str(python))
+        command = end.how_to_evaluate(run, "embedded")
+        assert command == f"{shown or python} -m mdpgrpo_fast evaluate --model r/model"
+
+
 def test_the_lines_at_the_end(tmp_path: Path) -> None:
     out, report = tmp_path / "my run", tmp_path / "my run" / "report.html"
     scores = "held-out HSR 0.500 ± 0.060 → 0.500 ± 0.060, SSR 0.750 ± 0.040 → 0.750 ± 0.040 (95 %, 300 prompts) in "
@@ -206,7 +221,7 @@ def test_an_interrupted_run_says_how_to_go_on(
         patch.setattr(TrainingLoop, "step", interrupted)
         assert train.main(argv) == 130
     said = capsys.readouterr()
-    assert said.err.splitlines()[-1] == "interrupted after 1 steps"
+    assert said.err.splitlines()[-1] == "interrupted after step 1"
     assert said.out.splitlines()[-1] == f"go on   mdpgrpo train --config {out}/config.yaml --resume (from step 1)"
     assert train.main(["--config", f"{out}/config.yaml", "--resume", "--steps", "2"]) == 0, "the command works"
     assert "resumed after 1 of 3 steps; now 2: the learning rate goes on from 0.0001" in capsys.readouterr().err

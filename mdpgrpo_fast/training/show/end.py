@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -158,7 +159,7 @@ def end_lines(summary: dict[str, Any], run: TrainConfig, report: Path) -> list[s
 
 def how_to_evaluate(run: TrainConfig, eval_file: str | None) -> str:
     """The command that scores the trained model."""
-    words = ["mdpgrpo", "evaluate", "--model", str(Path(run.output_dir) / "model")]
+    words = [*_program(), "evaluate", "--model", str(Path(run.output_dir) / "model")]
     if eval_file != "embedded":
         words += ["--file", run.eval_file or "FILE"]
     default = TrainConfig()
@@ -171,6 +172,16 @@ def how_to_evaluate(run: TrainConfig, eval_file: str | None) -> str:
     for name, value in settings.items():
         words += _flag(f"--{name.replace('_', '-')}", value)
     return shlex.join(words)
+
+
+def _program() -> list[str]:
+    """How a shell here finds the console script, or this package without it."""
+    return ["mdpgrpo"] if shutil.which("mdpgrpo") else [_short_path(sys.executable), "-m", "mdpgrpo_fast"]
+
+
+def _short_path(path: str) -> str:
+    inside = Path(path).is_relative_to(Path.cwd())
+    return str(Path(path).relative_to(Path.cwd())) if inside else path
 
 
 def _flag(flag: str, value: Any) -> list[str]:
@@ -195,7 +206,7 @@ def how_to_resume(run: TrainConfig, processes: int = 1) -> str:
     found = newest(out)
     if found is None:
         return "there is no checkpoint to go on from: --save-every 50 writes one every 50 steps"
-    launch = ["mdpgrpo", "train"]
+    launch = [*_program(), "train"]
     if processes > 1:
         launch = ["torchrun", "--nproc-per-node", str(processes), "-m", "mdpgrpo_fast.train"]
     command = shlex.join([*launch, "--config", str(out / "config.yaml"), "--resume"])
