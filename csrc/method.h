@@ -27,8 +27,9 @@ MDPGRPO_INLINE bool is_nan(R x) {
 // Members of Rows: knobs have one value per completion or per row, or are a number, the one at this place of Settings
 // (-1: none); the others have one per row.
 #define MDPGRPO_KNOBS(X) \
-  X(advantage, -1) X(kl_beta, -1) X(temperature, 0) X(epsilon_low, 1) X(epsilon_high, 2) X(delta, 3)
-#define MDPGRPO_PER_ROW(X) X(old_logprobs) X(ref_logprobs) X(importance_weight)
+  X(advantage, -1) X(kl_beta, -1) X(temperature, 0) X(epsilon_low, 1) X(epsilon_high, 2) X(delta, 3) \
+  X(entropy_coef, 12) X(entropy_floor, 13)
+#define MDPGRPO_PER_ROW(X) X(old_logprobs) X(ref_logprobs) X(importance_weight) X(sampling_logprobs)
 
 template <class R>
 struct Knob {
@@ -71,18 +72,22 @@ struct Rows {
 };
 
 // The other members of Settings, with their places among its numbers and among its flags. 0 is "off" for softcap;
-// estimator: 1, 2, 3: k1, k2, k3; aggregation: 0 grpo, 1 dapo, 2 dr_grpo, 3 bnpo; goal_mean: 0 half, 1 max_half_mean,
-// 2 mean.
+// estimator: 1, 2, 3, 4: k1, k2, k3, abs; aggregation: 0 grpo, 1 dapo, 2 dr_grpo, 3 bnpo, 4 seq_mean_token_sum;
+// goal_mean: 0 half, 1 max_half_mean, 2 mean; loss: 0 ppo_clip, 1 cispo, 2 sapo, 3 gmpo, 4 vespo; scale: 0 group,
+// 1 batch, 2 none.
 // clang-format off
 #define MDPGRPO_NUMBERS(X) \
   X(softcap, 4) X(kl_temperature, 5) \
-  X(alpha, 6) X(prospect_beta, 7) X(prospect_gain, 8) X(prospect_loss, 9) X(kl_beta_pos, 10) X(kl_beta_neg, 11)
+  X(alpha, 6) X(prospect_beta, 7) X(prospect_gain, 8) X(prospect_loss, 9) X(kl_beta_pos, 10) X(kl_beta_neg, 11) \
+  X(sapo_temperature_pos, 14) X(sapo_temperature_neg, 15) X(vespo_k_pos, 16) X(vespo_lambda_pos, 17) \
+  X(vespo_k_neg, 18) X(vespo_lambda_neg, 19) X(off_policy_threshold, 20) X(advantage_clip, 21)
 #define MDPGRPO_FLAGS(X) \
   X(bool, sequence, 0) X(int32_t, estimator, 1) X(int32_t, aggregation, 2) X(bool, rescale, 3) \
   X(bool, two_temperatures, 4) X(int64_t, group_size, 5) X(bool, sample_std, 6) X(int32_t, goal_mean, 7) \
-  X(bool, binomial, 8) X(bool, prospect, 9) X(bool, prospect_on_goal, 10)
+  X(bool, binomial, 8) X(bool, prospect, 9) X(bool, prospect_on_goal, 10) X(int32_t, loss, 11) \
+  X(bool, unbiased_kl, 12) X(bool, masks_off_policy, 13) X(int32_t, scale, 14) X(bool, leave_one_out, 15)
 // clang-format on
-constexpr int NUM_NUMBERS = 12, NUM_FLAGS = 11;  // of Settings
+constexpr int NUM_NUMBERS = 23, NUM_FLAGS = 16;  // of Settings
 
 template <class R>
 struct Settings {

@@ -186,7 +186,7 @@ void sum_up(const Rows<float>& rows, const Record& record, float* loss, float* c
 
 const std::string TOKEN_LOSS =
     std::string("(Tensor logits, Tensor(a!) gradient, ") + INPUTS +
-    "Tensor rewards, Tensor num_constraints, Tensor valid, Tensor slots, Tensor denominator, int num_completions, "
+    "Tensor rewards, Tensor num_constraints, Tensor valid, Tensor slots, Tensor batch_std, Tensor denominator, int num_completions, "
     "int max_completion_length, Tensor(b!) loss, Tensor(c!) per_row, Tensor(d!) marks, Tensor(e!) completion_kl, "
     "Tensor(f!) totals) -> ()";
 
@@ -195,7 +195,8 @@ void token_loss(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor logits_ = args.tensor("logits"), gradient_ = args.tensor("gradient");
   const RowTensors given(args);
   const Tensor rewards_ = args.tensor("rewards"), constraints_ = args.tensor("num_constraints"),
-               valid_ = args.tensor("valid"), slots_ = args.tensor("slots"), denominator_ = args.tensor("denominator");
+               valid_ = args.tensor("valid"), slots_ = args.tensor("slots"), batch_std_ = args.tensor("batch_std"),
+               denominator_ = args.tensor("denominator");
   const int64_t b = args.integer(), max_length = args.integer();
   const Tensor loss_ = args.tensor("loss"), per_row_ = args.tensor("per_row"), marks_ = args.tensor("marks"),
                completion_kl_ = args.tensor("completion_kl"), totals_ = args.tensor("totals");
@@ -440,14 +441,15 @@ void totals(StableIValue* stack, uint64_t, uint64_t) {
 }
 
 const char* const ADVANTAGES =
-    "(Tensor numbers, Tensor flags, Tensor rewards, Tensor num_constraints, Tensor valid, Tensor slots, "
+    "(Tensor numbers, Tensor flags, Tensor rewards, Tensor num_constraints, Tensor valid, Tensor slots, Tensor batch_std, "
     "Tensor(a!) per_group, Tensor(b!) per_completion) -> ()";
 
 void advantages(StableIValue* stack, uint64_t, uint64_t) {
   Arguments args(stack, aoti_torch_device_type_cpu());
   const SettingsTensors given(args);
   const Tensor rewards_ = args.tensor("rewards"), constraints_ = args.tensor("num_constraints"),
-               valid_ = args.tensor("valid"), slots_ = args.tensor("slots"), groups_ = args.tensor("per_group"),
+               valid_ = args.tensor("valid"), slots_ = args.tensor("slots"), batch_std_ = args.tensor("batch_std"),
+               groups_ = args.tensor("per_group"),
                completions_ = args.tensor("per_completion");
   const Settings<float> s = given.settings<float>();
   const int64_t g = s.group_size, p = constraints_.numel(), n = p * g;

@@ -3,7 +3,8 @@
 from .effects import without_effect
 from .groups import ADVANCED, GROUPS
 from .knobs import Backend, ConfigError, check_values, knob, knob_of, nearest, require, unknown_name
-from .method import PAPER_TEMPERATURES, PRESETS, MDPGRPOConfig, nearest_preset, preset
+from .method import PAPER_TEMPERATURES, MDPGRPOConfig
+from .presets import PRESETS, nearest_preset, preset
 from .run import PromptConfig, TrainConfig, check_rewards
 
 __all__ = [

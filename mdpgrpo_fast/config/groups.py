@@ -6,17 +6,23 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "method": """preset dual_anchor dual_anchor_alpha goal_mean goal_std group_std prospect prospect_beta
             prospect_gain prospect_loss prospect_on_goal asymmetric_kl kl_beta_pos kl_beta_neg kl_estimator
             kl_temperature temperature_objective rescale_per_row importance_weight_cap importance_level
-            epsilon_low epsilon_high delta aggregation mask_truncated""",
+            epsilon_low epsilon_high delta aggregation horizon mask_truncated
+            loss sapo_temperature_pos sapo_temperature_neg vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg
+            scale_rewards baseline multi_objective_aggregation advantage_clip kl_gradient kl_in
+            entropy_coef entropy_target entropy_coef_delta entropy_coef_min entropy_coef_max top_entropy_quantile
+            sampler_correction importance_weight_floor importance_weight_level importance_weight_kind
+            off_policy_threshold sync_reference reference_mix""",
         "sampling": """num_generations multi_temperature temperatures temperature top_p top_k min_p
-            max_completion_length refill seed""",
+            max_completion_length repetition_penalty generation_kwargs refill seed""",
         "model and data": """model tokenizer train_file eval_file split eval_split prompt_column columns on_bad_row
             max_prompt_length chat_template system_prompt template_args strip_thinking text_only
             merge_adapter trust_remote_code""",
         "rewards": """reward reward_weights constraint_reward rules instructions num_constraints reward_range
             reward_isolation reward_timeout reward_workers reward_check on_bad_reward max_dropped
             keep_special_tokens""",
-        "optimisation": """steps epochs prompts_per_step updates_per_rollout learning_rate lr_schedule warmup_steps
-            weight_decay adam_beta2 fused_adamw max_grad_norm lora lora_r lora_alpha lora_target_modules""",
+        "optimisation": """steps epochs prompts_per_step updates_per_rollout mini_batches learning_rate
+            lr_schedule warmup_steps weight_decay adam_beta2 fused_adamw max_grad_norm lora lora_r lora_alpha
+            lora_target_modules""",
         "memory and speed": """dtype mixed_precision gradient_checkpointing packing tokens_per_micro_batch
             micro_batch_size eval_batch_size lm_head workspace_mb fp32_logits skip_idle attention compile""",
         "devices": "cpu backend cpu_linear",
@@ -35,6 +41,10 @@ ADVANCED = frozenset(
     lora_target_modules micro_batch_size workspace_mb fp32_logits skip_idle compile cpu_linear vllm_memory
     vllm_sleep vllm_timeout vllm_retries vllm_sync_dir eval_samples log_completions profile save_model
     prospect_beta goal_mean goal_std strip_thinking attention refill max_grad_norm lora_alpha lm_head reward_range
-    eval_batch_size on_bad_row
+    eval_batch_size on_bad_row sapo_temperature_pos sapo_temperature_neg vespo_k_pos vespo_lambda_pos vespo_k_neg
+    vespo_lambda_neg horizon baseline multi_objective_aggregation advantage_clip kl_gradient kl_in entropy_target
+    entropy_coef_delta entropy_coef_min entropy_coef_max top_entropy_quantile sampler_correction
+    importance_weight_floor importance_weight_level importance_weight_kind off_policy_threshold sync_reference
+    reference_mix repetition_penalty generation_kwargs mini_batches
     """.split()
 )

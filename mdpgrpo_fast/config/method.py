@@ -1,13 +1,12 @@
-"""The method's knobs, and presets that name the published settings."""
+"""The method's knobs."""
 
 from __future__ import annotations
 
-import copy
 import math
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-from .knobs import ConfigError, check_values, knob, require, unknown_name
+from .knobs import ConfigError, check_values, knob, require
 
 PAPER_TEMPERATURES = (0.1, 0.4, 0.7, 1.0)
 
@@ -34,6 +33,18 @@ class MDPGRPOConfig:
     group_std: Literal["population", "sample"] = knob(
         "population", "z = (r-mean)/max(std, 1e-8) with divisor G, or TRL's (r-mean)/(std + 1e-4) with divisor G-1"
     )
+    scale_rewards: Literal["group", "batch", "none"] = knob(
+        "group", "divide r - mean by the deviation of the group, of all rewards of the step, or by nothing (Dr. GRPO)"
+    )
+    baseline: Literal["mean", "leave_one_out"] = knob(
+        "mean", "what z subtracts: the group's mean, or that of the other completions (RLOO)"
+    )
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = knob(
+        "sum_then_normalize",
+        "several rewards: z of their weighted sum, or each normalised in its group, then summed and divided by the "
+        "deviation of the step (GDPO)",
+    )
+    advantage_clip: float = knob(0.0, "bound of |A|; 0: none")
     dual_anchor: bool = knob(True, "mix the goal anchor into the advantage")
     dual_anchor_alpha: float = knob(0.2, "alpha, weight of the goal anchor against the relative anchor")
     goal_mean: Literal["half", "max_half_mean", "mean", "running"] = knob(
@@ -55,7 +66,13 @@ class MDPGRPOConfig:
     asymmetric_kl: bool = knob(True, "KL coefficient by the sign of the advantage; off: kl_beta_pos for all")
     kl_beta_pos: float = knob(0.01, "KL coefficient of completions with A >= 0")
     kl_beta_neg: float = knob(0.025, "KL coefficient of completions with A < 0")
-    kl_estimator: Literal["k1", "k2", "k3"] = knob("k3", "estimator of the KL to the reference policy")
+    kl_estimator: Literal["k1", "k2", "k3", "abs"] = knob("k3", "estimator of the KL to the reference policy")
+    kl_gradient: Literal["plain", "unbiased"] = knob(
+        "plain", "the estimator as it is, or times the ratio, whose gradient is that of the KL itself (DeepSeek-V3.2)"
+    )
+    kl_in: Literal["loss", "reward"] = knob(
+        "loss", "the KL is a term of the loss, or kl_beta_pos times its sum over the tokens is taken off the reward"
+    )
     kl_temperature: float = knob(1.0, "temperature of the reference KL's log-probabilities")
 
     temperature_objective: Literal["paper", "per_row", "corrected"] = knob(
@@ -64,18 +81,66 @@ class MDPGRPOConfig:
         "a truncated importance weight (corrected)",
     )
     rescale_per_row: bool = knob(False, "per_row only: multiply the policy term by the temperature, undoing 1/tau")
-    importance_weight_cap: float = knob(2.0, "corrected only: w_max, the bound of the importance weight")
+    sampler_correction: bool = knob(
+        False,
+        "per_row: weigh by what the trainer's policy says of a token over what the sampler said, as corrected does",
+    )
+    importance_weight_cap: float = knob(2.0, "w_max, the upper bound of the importance weight")
+    importance_weight_floor: float = knob(0.0, "the lower bound of the importance weight; 0: none")
+    importance_weight_level: Literal["token", "sequence"] = knob(
+        "token", "one importance weight per token, or the product of a completion's for all of its tokens"
+    )
+    importance_weight_kind: Literal["truncate", "mask"] = knob(
+        "truncate", "an importance weight out of bounds becomes the bound (TIS), or 0 (IcePop, sequence mask)"
+    )
+    off_policy_threshold: float | None = knob(
+        None,
+        "leave completions with A < 0 out of the policy term whose mean log-ratio of sampling to present policy is "
+        "above it (DeepSeek-V3.2); unset: none",
+    )
+    loss: Literal["ppo_clip", "cispo", "sapo", "gmpo", "luspo", "vespo"] = knob(
+        "ppo_clip",
+        "policy term: clipped ratio (PPO, GRPO; GSPO with importance_level sequence), clipped detached weight (CISPO), "
+        "soft gate (SAPO), geometric mean of a completion's ratios (GMPO), GSPO's summed over tokens (LUSPO), or "
+        "a gamma weight of the completion (VESPO)",
+    )
+    sapo_temperature_pos: float = knob(1.0, "sapo: temperature of the gate where A > 0")
+    sapo_temperature_neg: float = knob(1.05, "sapo: temperature of the gate elsewhere")
+    vespo_k_pos: float = knob(2.0, "vespo: power of the weight where A >= 0")
+    vespo_lambda_pos: float = knob(3.0, "vespo: decay of the weight where A >= 0")
+    vespo_k_neg: float = knob(3.0, "vespo: power of the weight where A < 0")
+    vespo_lambda_neg: float = knob(2.0, "vespo: decay of the weight where A < 0")
     importance_level: Literal["token", "sequence"] = knob("token", "ratio per token, or per completion (GSPO)")
-    epsilon_low: float = knob(0.2, "lower clip range of the ratio")
-    epsilon_high: float = knob(0.2, "upper clip range of the ratio")
+    epsilon_low: float = knob(0.2, "lower clip range of the ratio, 1 for none; gmpo: of its logarithm")
+    epsilon_high: float = knob(0.2, "upper clip range of the ratio; gmpo: of its logarithm")
     delta: float | None = knob(None, "two-sided clipping: cap of the ratio before the clip; unset: none")
-    aggregation: Literal["grpo", "dapo", "dr_grpo", "bnpo"] = knob(
-        "grpo", "mean of completion means, or token sums over global tokens, B * max length, local tokens"
+    aggregation: Literal["grpo", "dapo", "dr_grpo", "bnpo", "seq_mean_token_sum"] = knob(
+        "grpo",
+        "mean of completion means; token sums over global tokens, B * horizon or local tokens; mean of completion sums",
+    )
+    horizon: int | None = knob(None, "dr_grpo: tokens that a completion counts for; unset: max_completion_length")
+    entropy_coef: float = knob(0.0, "coefficient of the entropy bonus, aggregated as the loss is")
+    entropy_target: float | None = knob(
+        None,
+        "entropy in nats under which the bonus acts; its coefficient grows below and shrinks above (Skywork-OR1); "
+        "unset: the bonus is constant",
+    )
+    entropy_coef_delta: float = knob(0.005, "entropy_target: change of the coefficient after each update")
+    entropy_coef_min: float = knob(0.0, "entropy_target: least coefficient")
+    entropy_coef_max: float = knob(1.0, "entropy_target: largest coefficient")
+    top_entropy_quantile: float = knob(
+        1.0,
+        "share of a pass's tokens, those of the most entropy, that the policy term and the bonus are of (80/20 rule)",
     )
     mask_truncated: bool = knob(False, "leave completions that hit the length limit out of the loss and its normaliser")
 
     def __post_init__(self) -> None:
         check_values(self)
+        if self.loss == "luspo":
+            allowed = ("grpo", "seq_mean_token_sum")  # the default, and what it means
+            require(self.aggregation in allowed, "aggregation", self.aggregation, "seq_mean_token_sum for loss = luspo")
+            object.__setattr__(self, "importance_level", "sequence")
+            object.__setattr__(self, "aggregation", "seq_mean_token_sum")
         g, taus = self.num_generations, self.temperatures
         require(g >= 2, "num_generations", g, "at least 2: a group of one has no relative anchor")
         require(self.temperature > 0, "temperature", self.temperature, "above 0")
@@ -92,21 +157,57 @@ class MDPGRPOConfig:
         require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or positive")
         require(0 <= self.min_p < 1, "min_p", self.min_p, "in [0, 1)")
         require(0 <= self.dual_anchor_alpha <= 1, "dual_anchor_alpha", self.dual_anchor_alpha, "in [0, 1]")
-        for name in ("prospect_beta", "prospect_gain", "prospect_loss", "kl_temperature", "importance_weight_cap"):
+        for name in (
+            "prospect_beta", "prospect_gain", "prospect_loss", "kl_temperature", "importance_weight_cap",
+            "sapo_temperature_pos", "sapo_temperature_neg", "vespo_lambda_pos", "vespo_lambda_neg",
+            "top_entropy_quantile",
+        ):  # fmt: skip
             require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
-        for name in ("kl_beta_pos", "kl_beta_neg", "epsilon_low", "epsilon_high"):
+        for name in (
+            "kl_beta_pos", "kl_beta_neg", "epsilon_low", "epsilon_high", "vespo_k_pos", "vespo_k_neg", "advantage_clip",
+            "entropy_coef_delta", "entropy_coef_min", "importance_weight_floor",
+        ):  # fmt: skip
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or above")
-        require(self.epsilon_low < 1, "epsilon_low", self.epsilon_low, "below 1")
+        require(self.epsilon_low <= 1, "epsilon_low", self.epsilon_low, "1 or below")
+        require(self.top_entropy_quantile <= 1, "top_entropy_quantile", self.top_entropy_quantile, "in (0, 1]")
+        for name in ("horizon", "entropy_target", "off_policy_threshold"):
+            value = getattr(self, name)
+            require(value is None or value > 0, name, value, "above 0, or unset")
+        floor, cap = self.importance_weight_floor, self.importance_weight_cap
+        require(floor <= cap, "importance_weight_floor", floor, f"at most importance_weight_cap = {cap}")
+        least, most = self.entropy_coef_min, self.entropy_coef_max
+        require(least <= most, "entropy_coef_min", least, f"at most entropy_coef_max = {most}")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Raises ConfigError for knobs that contradict each other."""
         if self.delta is not None:
+            require(self.loss in ("ppo_clip", "luspo"), "delta", self.delta, f"unset for loss = {self.loss}")
             require(self.delta > 1 + self.epsilon_high, "delta", self.delta, "above 1 + epsilon_high")
+        if self.loss in ("gmpo", "vespo") and self.importance_level == "sequence":
+            raise ConfigError(f"importance_level must be token for loss = {self.loss}, which couples tokens by itself")
+        if self.horizon is not None:
+            require(self.aggregation == "dr_grpo", "horizon", self.horizon, "unset but for aggregation = dr_grpo")
+        if self.kl_in == "reward":
+            for name, only in (("asymmetric_kl", False), ("kl_temperature", 1.0), ("kl_gradient", "plain")):
+                value = getattr(self, name)
+                reason = {
+                    "asymmetric_kl": "the sign of A, which picks the coefficient, follows from the reward",
+                    "kl_temperature": "the sampler records log-probs at temperature 1",
+                    "kl_gradient": "the reward has no gradient",
+                }[name]
+                require(value == only, name, value, f"{only} for kl_in = reward: {reason}")
+        if self.multi_objective_aggregation == "normalize_then_sum" and self.scale_rewards != "group":
+            raise ConfigError(
+                "scale_rewards must be group for multi_objective_aggregation = normalize_then_sum, which divides by "
+                f"the deviation of each reward's group and of the step; got {self.scale_rewards}"
+            )
+        if self.sampler_correction and self.temperature_objective == "paper":
+            raise ConfigError(
+                "sampler_correction needs temperature_objective = per_row or corrected: `paper` is uncorrected"
+            )
         if self.rescale_per_row and self.temperature_objective != "per_row":
             raise ConfigError("rescale_per_row needs temperature_objective = per_row")
-        if self.temperature_objective == "corrected" and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0):
-            raise ConfigError(
-                "temperature_objective = corrected needs full-vocabulary sampling (top_p = 1, top_k = 0, min_p = 0): "
-                "truncated sampling has another behaviour policy than the recorded log-probs describe; got "
-                f"top_p = {self.top_p}, top_k = {self.top_k}, min_p = {self.min_p}"
-            )
 
     @property
     def slot_temperatures(self) -> list[float]:
@@ -125,52 +226,24 @@ class MDPGRPOConfig:
 
     @property
     def betas(self) -> tuple[float, float]:
-        """(β₊, β₋); equal where the asymmetric KL is switched off."""
+        """(β₊, β₋) of the loss; equal where the asymmetric KL is switched off, 0 where the KL is in the reward."""
+        if self.kl_in == "reward":
+            return 0.0, 0.0
         return self.kl_beta_pos, self.kl_beta_neg if self.asymmetric_kl else self.kl_beta_pos
 
     @property
-    def needs_reference(self) -> bool:
+    def kl_in_loss(self) -> bool:
         return any(beta > 0 for beta in self.betas)
 
+    @property
+    def needs_reference(self) -> bool:
+        return self.kl_in_loss or (self.kl_in == "reward" and self.kl_beta_pos > 0)
 
-PRESETS: dict[str, dict[str, Any]] = {
-    # MDP-GRPO as the paper's text and runs have it.
-    "paper": {"top_p": 0.9, "top_k": 50},
-    # What the authors' released pipeline runs: METHOD differences are listed in the README.
-    "released_code": {
-        "top_p": 0.9,
-        "top_k": 50,
-        "goal_mean": "max_half_mean",
-        "prospect_gain": 2.0,
-        "prospect_loss": 1.25,
-        "prospect_on_goal": False,
-    },
-    # Full-vocabulary sampling near temperature 1, with the exact log-probs of each row's own temperature.
-    "exact": {"temperatures": [0.7, 0.9, 1.0, 1.2], "temperature_objective": "per_row"},
-    # Plain z-score GRPO as TRL computes it.
-    "grpo": {
-        "multi_temperature": False,
-        "dual_anchor": False,
-        "prospect": False,
-        "asymmetric_kl": False,
-        "group_std": "sample",
-    },
-}
+    @property
+    def weighs_sampling(self) -> bool:
+        """Whether the policy term has an importance weight of the trainer's policy over the sampler's."""
+        return self.sampler_correction or self.temperature_objective == "corrected"
 
-
-def preset(name: str, **overrides: Any) -> MDPGRPOConfig:
-    """The named settings as an MDPGRPOConfig, with overrides. Raises ConfigError for an unknown preset."""
-    if name not in PRESETS:
-        raise unknown_name("preset", name, list(PRESETS))
-    return MDPGRPOConfig(**copy.deepcopy({**PRESETS[name], **overrides}))
-
-
-def nearest_preset(config: MDPGRPOConfig, first: str = "paper") -> str:
-    """The preset from which the fewest knobs differ, the number of generations apart; `first` where several are."""
-
-    def differing(name: str) -> int:
-        start = preset(name)
-        names = (f.name for f in fields(config) if f.name != "num_generations")
-        return sum(getattr(config, n) != getattr(start, n) for n in names)
-
-    return min([first, *PRESETS], key=differing)
+    @property
+    def has_entropy_bonus(self) -> bool:
+        return self.entropy_coef != 0 or self.entropy_target is not None

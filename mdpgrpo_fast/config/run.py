@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .knobs import Backend, ConfigError, check_values, knob, require
-from .method import PRESETS
+from .presets import PRESETS
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,16 @@ class TrainConfig(PromptConfig):
     eval_batch_size: int = knob(64, "held-out prompts answered at once")
     steps: int | None = knob(None, "optimiser batches; unset: as many as one epoch has")
     epochs: float = knob(1.0, "passes over the prompts when steps is unset")
-    updates_per_rollout: int = knob(1, "optimiser updates on each batch of completions")
+    updates_per_rollout: int = knob(1, "how often each batch of completions is gone through")
+    mini_batches: int = knob(
+        1, "parts of a batch of completions, whole groups in a random order, each with an optimiser update of its own"
+    )
+    sync_reference: int = knob(
+        0, "move the reference of the KL towards the policy after every so many steps; 0: it stays the starting model"
+    )
+    reference_mix: float = knob(
+        0.6, "sync_reference: share of the policy in the new reference, the rest is the old one's (1: a copy)"
+    )
     refill: int = knob(
         0,
         "dynamic sampling: how often a step may replace groups without a gradient (A = 0, no KL) by other prompts",
@@ -177,6 +186,12 @@ class TrainConfig(PromptConfig):
         "linear layers under LoRA, by the last part of their names; auto: all of the blocks (q, k, v, o, gate, up, "
         "down on Llama, Qwen, Gemma)",
     )
+    repetition_penalty: float = knob(
+        1.0, "divide the logits of tokens that the prompt or the completion has by it, multiply those below 0; 1: none"
+    )
+    generation_kwargs: list[str] = knob(
+        [], "what transformers' logits processors do, as no_repeat_ngram_size=3 (names of its GenerationConfig)"
+    )
     rollout: Literal["transformers", "vllm"] = knob("transformers", "what samples: the model itself, or vLLM")
     vllm_url: str | None = knob(None, "rollout vllm: address of a server; unset: vLLM in this process")
     vllm_memory: float = knob(0.3, "rollout vllm: share of the GPU's memory for vLLM in this process")
@@ -216,6 +231,7 @@ class TrainConfig(PromptConfig):
             "micro_batch_size",
             "eval_batch_size",
             "updates_per_rollout",
+            "mini_batches",
             "num_constraints",
             "lora_r",
         ):
@@ -230,6 +246,7 @@ class TrainConfig(PromptConfig):
             "eval_every",
             "save_every",
             "refill",
+            "sync_reference",
             "vllm_retries",
             "log_completions",
             "warmup_steps",
@@ -237,9 +254,12 @@ class TrainConfig(PromptConfig):
             "max_grad_norm",
         ):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or above")
-        for name in ("learning_rate", "epochs", "lora_alpha", "vllm_timeout"):
+        for item in self.generation_kwargs:
+            require("=" in item.strip("="), "generation_kwargs", item, "name=value")
+        for name in ("learning_rate", "epochs", "lora_alpha", "vllm_timeout", "repetition_penalty"):
             require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         require(len(self.lora_target_modules) >= 1, "lora_target_modules", self.lora_target_modules, "at least one")
+        require(0 < self.reference_mix <= 1, "reference_mix", self.reference_mix, "in (0, 1]")
         require(0 < self.vllm_memory < 1, "vllm_memory", self.vllm_memory, "in (0, 1)")
         require(0 <= self.adam_beta2 < 1, "adam_beta2", self.adam_beta2, "in [0, 1)")
         require(self.steps is None or self.steps >= 1, "steps", self.steps, "at least 1")

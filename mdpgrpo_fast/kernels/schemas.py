@@ -16,8 +16,13 @@ if TYPE_CHECKING:
     from ..config import MDPGRPOConfig
 
 GOAL_MEAN = ("half", "max_half_mean", "mean")
-AGGREGATION = ("grpo", "dapo", "dr_grpo", "bnpo")
-GRPO, DAPO, DR_GRPO, BNPO = range(4)
+AGGREGATION = ("grpo", "dapo", "dr_grpo", "bnpo", "seq_mean_token_sum")
+GRPO, DAPO, DR_GRPO, BNPO, SEQ_MEAN_TOKEN_SUM = range(5)
+# luspo is ppo_clip with a completion's ratio and an aggregation of its own, which the config has set.
+LOSSES = ("ppo_clip", "cispo", "sapo", "gmpo", "vespo")
+PPO_CLIP, CISPO, SAPO, GMPO, VESPO = range(5)
+ESTIMATORS = ("k1", "k2", "k3", "abs")  # from 1 on
+SCALES = ("group", "batch", "none")
 
 # Rows of the (5, N) float32 output and of the (3, N) bool one.
 ROWS = ("logprobs", "entropy", "kl", "ratio", "loss")
@@ -27,7 +32,9 @@ NUM_TOTALS = 8  # members of `reference.TOTALS`
 NUM_STATISTICS = 5
 
 # Members of Rows with a value per completion or per row; the others have one per row.
-KNOBS = ("advantage", "kl_beta", "temperature", "epsilon_low", "epsilon_high", "delta")
+KNOBS = (
+    "advantage", "kl_beta", "temperature", "epsilon_low", "epsilon_high", "delta", "entropy_coef", "entropy_floor",
+)  # fmt: skip
 
 
 def on_16_bytes(x: Tensor) -> Tensor:
@@ -53,6 +60,13 @@ class Rows(NamedTuple):
     epsilon_low: Any = None
     epsilon_high: Any = None
     delta: Any = None
+    sampling_logprobs: Any = None  # read where Settings.masks_off_policy is on
+    entropy_coef: Any = None
+    entropy_floor: Any = None  # entropy under which a row is in neither the policy term nor the bonus
+
+    def for_logprobs(self) -> Rows:
+        """What log-probs and entropy take."""
+        return Rows(self.tokens, self.mask, self.completion, temperature=self.temperature)
 
     def part(self, start: int, stop: int) -> Rows:
         """Some of the rows, where every member has one value per row; each begins on 16 bytes, as kernels want it."""
@@ -79,6 +93,7 @@ class Groups(NamedTuple):
     num_constraints: Any = None  # (P,)
     valid: Any = None  # (P * G,) uint8: completions whose reward counts; None: all
     slots: Any = None  # (B,) place of each completion in the rewards; None: in order
+    batch_std: Any = None  # () float32, wanted where Settings.scale is batch
 
 
 class Settings(NamedTuple):
@@ -96,8 +111,19 @@ class Settings(NamedTuple):
     prospect_loss: float = 1.0
     kl_beta_pos: float = 0.0
     kl_beta_neg: float = 0.0
+    entropy_coef: float = 0.0
+    entropy_floor: float = 0.0
+    sapo_temperature_pos: float = 1.0
+    sapo_temperature_neg: float = 1.0
+    vespo_k_pos: float = 0.0
+    vespo_lambda_pos: float = 1.0
+    vespo_k_neg: float = 0.0
+    vespo_lambda_neg: float = 1.0
+    off_policy_threshold: float = 0.0
+    advantage_clip: float = 0.0
+    top_entropy_quantile: float = 1.0  # for `linear_token_loss`; kernels are given the entropy_floor
     sequence: int = 0  # importance ratio per completion
-    estimator: int = 3  # 1, 2, 3: k1, k2, k3
+    estimator: int = 3  # place in ESTIMATORS, from 1 on
     aggregation: int = DAPO  # place in AGGREGATION
     rescale: int = 0  # multiply the policy term by τ
     two_temperatures: int = 0  # the KL's log-probs are at another temperature than the policy's
@@ -107,6 +133,11 @@ class Settings(NamedTuple):
     binomial: int = 0
     prospect: int = 0
     prospect_on_goal: int = 0
+    loss: int = PPO_CLIP  # place in LOSSES
+    unbiased_kl: int = 0  # the KL term times ρ
+    masks_off_policy: int = 0  # completions with A < 0 are left out by off_policy_threshold
+    scale: int = 0  # place in SCALES
+    leave_one_out: int = 0
 
     @classmethod
     def of(cls, config: MDPGRPOConfig, rows: Rows, softcap: float | None = None) -> Settings:
@@ -131,8 +162,19 @@ class Settings(NamedTuple):
             prospect_loss=c.prospect_loss,
             kl_beta_pos=beta_pos,
             kl_beta_neg=beta_neg,
+            entropy_coef=number(rows.entropy_coef, c.entropy_coef),
+            entropy_floor=number(rows.entropy_floor, 0.0),
+            sapo_temperature_pos=c.sapo_temperature_pos,
+            sapo_temperature_neg=c.sapo_temperature_neg,
+            vespo_k_pos=c.vespo_k_pos,
+            vespo_lambda_pos=c.vespo_lambda_pos,
+            vespo_k_neg=c.vespo_k_neg,
+            vespo_lambda_neg=c.vespo_lambda_neg,
+            off_policy_threshold=c.off_policy_threshold or 0.0,
+            advantage_clip=c.advantage_clip,
+            top_entropy_quantile=c.top_entropy_quantile,
             sequence=int(c.importance_level == "sequence"),
-            estimator=int(c.kl_estimator[1]),
+            estimator=1 + ESTIMATORS.index(c.kl_estimator),
             aggregation=AGGREGATION.index(c.aggregation),
             rescale=int(c.rescale_per_row),
             two_temperatures=int(rows.ref_logprobs is not None and two_temperatures),
@@ -142,6 +184,11 @@ class Settings(NamedTuple):
             binomial=int(c.goal_std == "binomial"),
             prospect=int(c.prospect),
             prospect_on_goal=int(c.prospect_on_goal),
+            loss=0 if c.loss == "luspo" else LOSSES.index(c.loss),
+            unbiased_kl=int(c.kl_gradient == "unbiased"),
+            masks_off_policy=int(c.off_policy_threshold is not None),
+            scale=SCALES.index(c.scale_rewards),
+            leave_one_out=int(c.baseline == "leave_one_out"),
         )
 
     @classmethod
@@ -151,7 +198,31 @@ class Settings(NamedTuple):
 
     def without_groups(self) -> Settings:
         """Where advantages are given, how they would be made is nothing to compile a kernel for."""
-        return self._replace(group_size=1, sample_std=0, goal_mean=0, binomial=0, prospect=0, prospect_on_goal=0)
+        return self._replace(
+            group_size=1, sample_std=0, goal_mean=0, binomial=0, prospect=0, prospect_on_goal=0, scale=0,
+            leave_one_out=0, advantage_clip=0.0,
+        )  # fmt: skip
+
+    def has_bonus(self, rows: Rows) -> bool:
+        """Whether there is an entropy bonus, whose gradient is a term of its own."""
+        return rows.entropy_coef is not None or self.entropy_coef != 0
+
+    @property
+    def couples(self) -> bool:
+        """Whether tokens of a completion share something beside its length: ρ, a weight, or a gate."""
+        return bool(self.sequence or self.loss in (GMPO, VESPO) or self.masks_off_policy)
+
+    def first_pass(self, rows: Rows) -> bool:
+        """Whether what they share needs ℓ of all of them, or its entropy, before the objective of any."""
+        off_policy = rows.old_logprobs is not None
+        floor = rows.entropy_floor is not None or self.entropy_floor != 0
+        sums_slopes = (self.sequence and self.loss in (PPO_CLIP, SAPO)) or self.loss == GMPO
+        return bool(
+            (off_policy and self.couples)
+            or (self.masks_off_policy and rows.sampling_logprobs is not None)
+            or (sums_slopes and floor)
+            or (self.sequence and self.unbiased_kl and rows.ref_logprobs is not None)
+        )
 
     @property
     def numbers(self) -> tuple[float, ...]:

@@ -157,8 +157,27 @@ def check_objective(
                 check_knob(member, x, shape, num_completions, check_values)
             else:
                 check_shape(member, x, shape)
-    if config.temperature_objective == "corrected" and rows.importance_weight is None:
-        raise ConfigError("importance_weight is required by temperature_objective = corrected")
+    if config.weighs_sampling and rows.importance_weight is None:
+        raise ConfigError(
+            "importance_weight is required by temperature_objective = corrected and by sampler_correction"
+        )
+    _check_consumed(rows, config)
+
+
+def _check_consumed(rows: Rows, config: MDPGRPOConfig) -> None:
+    """Nothing is given that the objective has no use for."""
+    unused = {
+        "delta": config.loss not in ("ppo_clip", "luspo"),
+        "epsilon_low": config.loss in ("sapo", "vespo"),
+        "epsilon_high": config.loss in ("sapo", "vespo"),
+    }
+    for name, is_unused in unused.items():
+        if is_unused and getattr(rows, name) is not None:
+            refuse(name, "a value", f"left out for loss = {config.loss}, which has no use for it")
+    if rows.sampling_logprobs is not None and config.off_policy_threshold is None:
+        refuse("sampling_logprobs", "a tensor", "left out where config.off_policy_threshold is unset")
+    if rows.entropy_floor is not None and config.top_entropy_quantile < 1:
+        refuse("entropy_floor", "a value", "left out where config.top_entropy_quantile asks for one of its own")
 
 
 def check_knob(

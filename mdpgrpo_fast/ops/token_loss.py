@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .. import reference
@@ -45,6 +46,9 @@ def token_loss(
     epsilon_low: Tensor | float | None = None,
     epsilon_high: Tensor | float | None = None,
     delta: Tensor | float | None = None,
+    sampling_logprobs: Tensor | None = None,
+    entropy_coef: Tensor | float | None = None,
+    entropy_floor: Tensor | float | None = None,
     softcap: float | None = None,
     denominator: Tensor | float | None = None,
     in_place: bool = False,
@@ -73,6 +77,11 @@ def token_loss(
         temperature: knob, of the policy term's log-probs.
         epsilon_low, epsilon_high: knobs, clip range; default: the config's.
         delta: knob, cap of the ratio before the clip (two-sided clipping); 0: none; default: the config's.
+        sampling_logprobs: rows, of the sampler, for config.off_policy_threshold; default: old_logprobs.
+        entropy_coef: knob, coefficient of the entropy bonus; default: the config's.
+        entropy_floor: knob, the entropy under which a row is in neither the policy term nor the bonus; 0: none;
+            default: that of config.top_entropy_quantile over the rows of this call, for which all but torch read the
+            logits once more.
         softcap: final logit soft-cap still to be applied (a model's own forward has applied it).
         denominator: what the sum is divided by, for the batch of all micro-batches and ranks; default: this one's.
         in_place: not with torch: the gradient overwrites the logits, which no one may use again; saves their memory.
@@ -89,7 +98,7 @@ def token_loss(
         num_completions = rewards.numel()
     rows = Rows(
         tokens, mask, completion, advantage, kl_beta, old_logprobs, ref_logprobs, importance_weight, temperature,
-        epsilon_low, epsilon_high, delta,
+        epsilon_low, epsilon_high, delta, sampling_logprobs, entropy_coef, entropy_floor,
     )  # fmt: skip
     shape, num_completions = check_rows(logits, rows, num_completions, softcap, check_values)
     check_objective(rows, shape, num_completions, config, max_completion_length, denominator, check_values)
@@ -112,6 +121,11 @@ def token_loss(
         )  # fmt: skip
     if in_place:
         check_in_place(logits)
+    if config.top_entropy_quantile < 1:
+        with torch.no_grad():
+            _, entropy = fused.token_logprobs(name, logits, rows.for_logprobs(), num_completions, softcap)
+        keep = torch.ones_like(entropy, dtype=torch.bool) if rows.mask is None else rows.mask != 0
+        rows = rows._replace(entropy_floor=reference.entropy_quantile(entropy, keep, config.top_entropy_quantile))
     settings = Settings.of(config, rows, softcap)
     out = fused.token_loss(name, logits, rows, by_group, settings, denominator, num_completions, longest, in_place)
     if in_place and out.loss.requires_grad:

@@ -159,7 +159,7 @@ def kernel_settings(settings: Settings, names: tuple[str, ...]) -> Settings:
             value = min(value, GRPO + 1)  # whether it is a mean of means is all that a kernel asks
         if Settings._fields.index(name) >= NUM_NUMBERS:
             value = tl.constexpr(value)
-        elif name in ("delta", "softcap"):
+        elif name in ("delta", "softcap", "entropy_coef", "entropy_floor", "advantage_clip"):
             value = value or None
         found[name] = value
     return Settings(*(found.get(name) for name in Settings._fields))  # type: ignore[arg-type]

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ...kernels import onednn
 from ...kernels.schemas import NUM_STATISTICS, Rows, gradient_dtype
+from ...reference import entropy_quantile
 from ..backends import constant
 from . import sharded
-from .engines import Engine, Weighed, logprobs_of
+from .engines import ENTROPY, Engine, Weighed, logprobs_of
 from .select import Selection
 
 # Rows of one tile of a GPU's matmul, and the most rows of one matmul for logits. That matmul has the same size for
@@ -234,6 +235,15 @@ class Head:
             accumulate(self.d_bias[:, None], g, small[:, None].to(h.dtype), self.first)
         self.first = False
 
+    def weigh(self, weights: Tensor) -> None:
+        """d hidden of rows (N,) times their weights, where it was made without them."""
+        assert self.d_hidden is not None
+        flat = self.d_hidden.view(-1, self.d_hidden.shape[-1])
+        if self.index is None:
+            flat.mul_(weights[:, None])
+        else:
+            flat.index_copy_(0, self.index, (flat[self.index] * weights[:, None]).to(flat.dtype))
+
     def gradients(self, unit: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of hidden, weight and bias, each empty where it is not needed; float16 ones as float32."""
         # Room for the copy in another dtype.
@@ -288,15 +298,50 @@ def weigh_all(
         rows = head.rows.part(a, b)
         h, z = head.forward(a, b)
         g = head.target(z)
-        if engine.settings.two_temperatures or head.group:
-            # ℓ at two temperatures are mixed by their weights, which follow from the whole row.
+        if needs_mixing(head, engine):
             logprobs, statistics = score(head, engine, z, rows)
-            weighed = engine.objective(logprobs, statistics, rows, lengths, denominator, num_completions)
+            weighed = weigh(engine, logprobs, statistics, rows, lengths, denominator, num_completions)
             head.backward(g, h, mix(engine, z, g, statistics, weighed.weights, rows), unit, a, b)
         else:
-            weighed = engine.objective(*engine.unit(z, g, rows), rows, lengths, denominator, num_completions)
+            weighed = weigh(engine, *engine.unit(z, g, rows), rows, lengths, denominator, num_completions)
             head.backward(g, h, weighed.weights[0], unit, a, b)
         yield weighed
+
+
+def needs_mixing(head: Head, engine: Engine) -> bool:
+    """Whether a row's gradient is no multiple of ∂ℓ/∂x: ℓ at two temperatures and the entropy are mixed by their
+    weights, which follow from the whole row."""
+    return bool(engine.settings.two_temperatures or engine.settings.has_bonus(head.rows) or head.group)
+
+
+def weigh(
+    engine: Engine, logprobs: Tensor, statistics: Tensor, rows: Rows, lengths: Tensor, denominator: Tensor,
+    num_completions: int,
+) -> Weighed:  # fmt: skip
+    """The objective of rows that are all of a call where it asks for those of the most entropy."""
+    share = engine.settings.top_entropy_quantile
+    if share < 1:
+        entropy = statistics[ENTROPY]
+        keep = torch.ones_like(entropy, dtype=torch.bool) if rows.mask is None else rows.mask
+        floor = entropy_quantile(entropy, keep, share)
+        rows = rows._replace(entropy_floor=floor.expand_as(entropy).contiguous())
+    return engine.objective(logprobs, statistics, rows, lengths, denominator, num_completions)
+
+
+def unit_all(head: Head, engine: Engine) -> tuple[Tensor, Tensor]:
+    """ℓ (N,) and (5, N) statistics, and ∂ℓ/∂hidden in place of d hidden: two matmuls."""
+    found = []
+    for a, b in head.chunks:
+        h, z = head.forward(a, b)
+        g, rows = head.target(z), head.rows.part(a, b)
+        ones = torch.ones(1, b - a, dtype=engine.dtype, device=z.device)
+        if head.group:
+            found.append(score(head, engine, z, rows))
+            mix(engine, z, g, found[-1][1], ones, rows)
+        else:
+            found.append(engine.unit(z, g, rows))
+        head.backward(g, h, ones[0], 1.0, a, b)
+    return joined(found, head.hidden, engine.dtype)
 
 
 def backward_all(head: Head, engine: Engine, statistics: Tensor, weights: Tensor, unit: float | Tensor) -> None:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ... import reference
-from ...kernels.schemas import AGGREGATION, NUM_STATISTICS, TOKEN_NUMBERS, Rows, Settings
+from ...config import MDPGRPOConfig
+from ...kernels.schemas import AGGREGATION, ESTIMATORS, LOSSES, NUM_STATISTICS, Rows, Settings
 from ...reference import Layout, Objective
 from ..backends import library
 
@@ -25,7 +26,8 @@ LOWEST = -1e5
 
 
 class Weighed(NamedTuple):
-    """(5, N) rows and (3, N) marks as of the token_loss ops; weights (1 or 2, N): ∂loss/∂ℓ, and at the KL's τ."""
+    """(5, N) rows and (3, N) marks as of the token_loss ops; weights (1 to 3, N): ∂loss/∂ℓ, where there are two
+    temperatures at the KL's τ, and where there is an entropy bonus -∂loss/∂H."""
 
     per_row: Tensor
     marks: Tensor
@@ -34,6 +36,24 @@ class Weighed(NamedTuple):
 
 def logprobs_of(statistics: Tensor, temperature: Tensor | float) -> Tensor:
     return (statistics[TARGET] - statistics[PEAK]) / temperature - statistics[LOG_TOTAL]
+
+
+def config_of(settings: Settings) -> MDPGRPOConfig:
+    """Choices of the token objective under the names that the reference knows them by."""
+    s = settings
+    names: dict[str, Any] = {
+        "loss": LOSSES[s.loss],
+        "importance_level": "sequence" if s.sequence else "token",
+        "kl_estimator": ESTIMATORS[s.estimator - 1],
+        "kl_gradient": "unbiased" if s.unbiased_kl else "plain",
+    }
+    kinds = ("sapo_temperature", "vespo_k", "vespo_lambda")
+    numbers = [f"{kind}_{sign}" for kind in kinds for sign in ("pos", "neg")]
+    return MDPGRPOConfig(
+        temperature_objective="per_row", rescale_per_row=bool(s.rescale),
+        off_policy_threshold=s.off_policy_threshold if s.masks_off_policy else None, **names,
+        **{name: getattr(s, name) for name in numbers},
+    )  # fmt: skip
 
 
 class TorchRows:
@@ -116,16 +136,27 @@ class TorchRows:
         return logprobs, found
 
     def mix(self, logits: Tensor, gradient: Tensor, statistics: Tensor, weights: Tensor, rows: Rows) -> None:
-        """Σ w ∂ℓ/∂x over the temperatures into gradient, which may be the logits. weights: (1 or 2, n)."""
+        """Σ w ∂ℓ/∂x over the temperatures, and the entropy bonus, into gradient, which may be the logits.
+
+        weights: (1 to 3, n), as of Weighed.
+        """
         s, size = self.settings, logits.shape[1]
+        bonus = weights[1 + s.two_temperatures] if len(weights) > 1 + s.two_temperatures else None
         for block in self._blocks(logits):
             z, slope = self._capped(logits[block])
             gap, p = (x[: len(z)] for x in self._room(logits))
             torch.sub(z, statistics[PEAK, block, None], out=gap)
             local = (rows.tokens[block, None] >= 0) & (rows.tokens[block, None] < size)
             token, tau = rows.tokens[block, None].long().clamp(0, size - 1), self._temperature(rows, block)
-            torch.div(gap, tau, out=p).sub_(statistics[LOG_TOTAL, block, None]).exp_()
+            torch.div(gap, tau, out=p).sub_(statistics[LOG_TOTAL, block, None])
             scaled = own = weights[0, block, None] / tau
+            if bonus is not None:
+                # -∂H/∂x = p (log p + H) / τ: p times another factor than the one of ∂ℓ/∂x.
+                factor = p.clamp(min=LOWEST).add_(statistics[ENTROPY, block, None]).mul_(bonus[block, None] / tau)
+                p.exp_().mul_(scaled - factor)
+                scaled = torch.ones_like(scaled)
+            else:
+                p.exp_()
             if s.two_temperatures:
                 p *= scaled
                 scaled = weights[1, block, None] / s.kl_temperature
@@ -158,39 +189,70 @@ class TorchRows:
         keep = torch.ones_like(rows.completion, dtype=torch.bool) if rows.mask is None else rows.mask
         members = rows._asdict().items()
         given: Any = {n: self._value(n, x, keep) for n, x in members if n not in ("tokens", "mask", "completion")}
-        advantage, beta, old, ref = (given[n] for n in ("advantage", "kl_beta", "old_logprobs", "ref_logprobs"))
-        bounds = {n: given[n] for n in TOKEN_NUMBERS if n != "temperature"}
         kl_logprobs = logprobs
         if s.two_temperatures:
             gap = statistics[TARGET] - statistics[PEAK]
             kl_logprobs = (gap / s.kl_temperature - statistics[LOG_TOTAL_KL]).masked_fill(~keep, 0)
+        config = config_of(s)
         parts = reference.token_objective(
-            logprobs, kl_logprobs, keep, layout, **given,
-            importance_level="sequence" if s.sequence else "token", kl_estimator=f"k{s.estimator}",
-            rescale_per_row=bool(s.rescale),
+            logprobs, kl_logprobs, statistics[ENTROPY], keep, layout, config, **given
         )  # fmt: skip
-        c = -reference.clipped_objective_slope(parts.ratio, advantage, **bounds)
-        if given["importance_weight"] is not None:
-            c = c * given["importance_weight"]
-        if s.rescale:
-            c = c * given["temperature"]
-        exponent = torch.zeros_like(logprobs) if old is None else logprobs - old
-        if s.sequence:
-            own = layout.sum(keep.to(self.dtype)).clamp(min=1)
-            exponent = layout.broadcast(layout.sum(exponent) / own)
-            c = layout.broadcast(layout.sum(c.masked_fill(~keep, 0)) / own)
-        c = torch.where(exponent > reference.RATIO_EXPONENT_MAX, 0, c * parts.ratio)
-        # On-policy the slope does not depend on ℓ, but a NaN of it must not get lost.
-        c = torch.where(logprobs.isnan(), logprobs, c)
+        c = self._policy_slope(logprobs, parts, given, keep, layout, config)
         c_kl = torch.zeros_like(c)
-        if ref is not None:
-            c_kl = beta * reference.kl_penalty_slope(kl_logprobs, ref, f"k{s.estimator}")
+        if given["ref_logprobs"] is not None:
+            c_kl = given["kl_beta"] * reference.kl_penalty_slope(
+                kl_logprobs, given["ref_logprobs"], config.kl_estimator
+            )
+            if s.unbiased_kl:
+                c_kl = c_kl * parts.kl_ratio
         share = reference.token_shares(lengths, layout, AGGREGATION[s.aggregation], denominator)
-        weights = torch.stack([c, c_kl]) if s.two_temperatures else (c + c_kl)[None]
+        weights = [c, c_kl] if s.two_temperatures else [c + c_kl]
+        if s.has_bonus(rows):
+            weights.append((given["entropy_coef"] * parts.gate).to(self.dtype))
         loss = torch.where(logprobs.isnan(), logprobs, parts.per_token)
         per_row = torch.stack([logprobs, statistics[ENTROPY], parts.kl, parts.ratio, loss * share])
         marks = torch.stack([parts.clipped_low, parts.clipped_high, parts.kl_clamped])
-        return Weighed(per_row, marks, (weights * share).masked_fill(~keep, 0))
+        return Weighed(per_row, marks, (torch.stack(weights) * share).masked_fill(~keep, 0))
+
+    def _policy_slope(
+        self, logprobs: Tensor, parts: Objective, given: dict[str, Any], keep: Tensor, layout: Layout,
+        config: MDPGRPOConfig,
+    ) -> Tensor:  # fmt: skip
+        """∂loss/∂ℓ of a row through everything but the KL's own ℓ, without the share of the aggregation."""
+        s, mask, advantage = self.settings, keep.to(self.dtype), given["advantage"]
+        bounds = {n: given[n] for n in ("epsilon_low", "epsilon_high")}
+        old = given["old_logprobs"]
+        log_ratio = torch.zeros_like(logprobs) if old is None else (logprobs - old).masked_fill(~keep, 0)
+        exponent = layout.mean(log_ratio, mask) if s.sequence else log_ratio
+        name, w = config.loss, parts.weight
+        # Per row: what does not go through ρ, and dloss/dlog ρ.
+        direct, through = torch.zeros_like(logprobs), torch.zeros_like(logprobs)
+        if name == "cispo":
+            direct = -w * reference.cispo_weight(parts.ratio, **bounds) * advantage
+        elif name == "vespo":
+            weight = given["importance_weight"]
+            log_weight = reference.vespo_log_weight(log_ratio, weight, mask, layout)
+            direct = -w * reference.vespo_weight(log_weight, advantage, config) * advantage
+        elif name == "sapo":
+            through = -w * reference.sapo_gate_slope(parts.ratio, advantage, config) * advantage * parts.ratio
+        elif name == "gmpo":
+            bounded, low, high = reference.gmpo_log_ratios(log_ratio, advantage, **bounds)
+            exponent = layout.mean(bounded * mask, mask)
+            through = layout.mean((-w * advantage * parts.ratio).masked_fill(~keep, 0), mask).masked_fill(low | high, 0)
+        else:
+            slope = reference.clipped_objective_slope(parts.ratio, advantage, delta=given["delta"], **bounds)
+            through = -w * slope * parts.ratio
+        is_over = exponent > reference.RATIO_EXPONENT_MAX
+        kl_through = torch.zeros_like(logprobs)
+        if s.unbiased_kl and given["ref_logprobs"] is not None:
+            kl_through = given["kl_beta"] * parts.kl
+        if s.sequence:
+            through, kl_through = (layout.mean(x.masked_fill(~keep, 0), mask) for x in (through, kl_through))
+        kl_exponent = exponent if name != "gmpo" else log_ratio
+        kl_through = kl_through.masked_fill(kl_exponent > reference.RATIO_EXPONENT_MAX, 0)
+        c = direct + through.masked_fill(is_over, 0) + kl_through
+        # On-policy the slope does not depend on ℓ, but a NaN of it must not get lost.
+        return torch.where(logprobs.isnan(), logprobs, c)
 
     def _value(self, name: str, x: Tensor | None, keep: Tensor) -> Tensor | float | None:
         """A member of rows, 0 where a row is not kept; the number of the settings, or None, where it is not given."""
@@ -203,9 +265,8 @@ class TorchRows:
     def totals(self, per_row: Tensor, marks: Tensor, rows: Rows, num_completions: int) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, (B,) mean KL of each completion, (8,) totals."""
         counted = torch.ones_like(per_row[0]) if rows.mask is None else rows.mask.to(per_row.dtype)
-        parts = Objective(per_row[4], per_row[2], per_row[3], *marks)
         layout = Layout(num_completions, rows.completion)
-        completion_kl, totals = reference.batch_totals(counted, layout, per_row[1], parts)
+        completion_kl, totals = reference.batch_totals(counted, layout, per_row[1], per_row[2], per_row[3], *marks)
         return per_row[4].sum(), completion_kl, totals
 
 
@@ -230,9 +291,11 @@ class KernelRows:
         )
 
     def mix(self, logits: Tensor, gradient: Tensor, statistics: Tensor, weights: Tensor, rows: Rows) -> None:
+        two = self.settings.two_temperatures
+        bonus = {"grad_entropy": weights[1 + two]} if len(weights) > 1 + two else {}
         self.launch.logprobs_backward(
             logits[None], weights[0], _without_completions(rows), self.settings, 0, statistics,
-            weights[1] if len(weights) > 1 else None, gradient[None], **self.launch.options(logits),
+            weights[1] if two else None, gradient[None], **bonus, **self.launch.options(logits),
         )  # fmt: skip
 
     def objective(

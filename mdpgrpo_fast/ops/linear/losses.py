@@ -47,6 +47,9 @@ def linear_token_loss(
     epsilon_low: Knob | None = None,
     epsilon_high: Knob | None = None,
     delta: Knob | None = None,
+    sampling_logprobs: Tensor | None = None,
+    entropy_coef: Knob | None = None,
+    entropy_floor: Knob | None = None,
     softcap: float | None = None,
     denominator: Knob | None = None,
     lengths: Lengths | None = None,
@@ -96,7 +99,7 @@ def linear_token_loss(
         num_completions = rewards.numel()
     rows = Rows(
         tokens, mask, completion, advantage, kl_beta, old_logprobs, ref_logprobs, importance_weight, temperature,
-        epsilon_low, epsilon_high, delta,
+        epsilon_low, epsilon_high, delta, sampling_logprobs, entropy_coef, entropy_floor,
     )  # fmt: skip
     if workspace_bytes is None:
         workspace_bytes = default_workspace(hidden.device, vocab_group is not None)

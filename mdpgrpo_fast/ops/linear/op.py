@@ -11,7 +11,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...kernels.schemas import AGGREGATION, MARKS, NUM_STATISTICS, NUM_TOTALS, ROWS, Rows, Settings, gradient_dtype
+from ...kernels.schemas import (
+    AGGREGATION,
+    CISPO,
+    GMPO,
+    MARKS,
+    NUM_STATISTICS,
+    NUM_TOTALS,
+    PPO_CLIP,
+    ROWS,
+    VESPO,
+    Rows,
+    Settings,
+    gradient_dtype,
+)
 from ...kernels.schemas import SETTINGS as _SETTINGS
 from ...reference import Layout, default_denominator, token_shares
 from . import sharded
@@ -22,11 +35,11 @@ from .chunks import (
     backward_all,
     bytes_per_row,
     chunking,
-    joined,
-    mix,
+    needs_mixing,
     plan,
-    score,
     score_all,
+    unit_all,
+    weigh,
     weigh_all,
 )
 from .engines import ENTROPY, Engine, engine_for
@@ -80,6 +93,22 @@ def _scatter(x: Tensor, index: Tensor | None, n: int) -> Tensor:
     return x.new_zeros((*x.shape[:-1], n)).index_copy_(-1, index, x)
 
 
+def _coupling(settings: Settings, rows: Rows, num_completions: int) -> tuple[Settings, bool]:
+    """The settings, simpler where they come to the same, and whether a completion's rows must be seen together."""
+    s = settings
+    if rows.old_logprobs is None and rows.sampling_logprobs is None:
+        s = s._replace(masks_off_policy=0)
+        # On-policy every ratio is 1, and where all tokens of a completion are alike, so are their gradients.
+        knobs = rows._replace(kl_beta=None, entropy_coef=None)
+        alike = not (any(knobs.per_row(num_completions)) or s.rescale or s.top_entropy_quantile < 1)
+        alike = alike and rows.importance_weight is None and rows.entropy_floor is None and not s.entropy_floor
+        coupled_kl = s.sequence and s.unbiased_kl and rows.ref_logprobs is not None
+        if (alike or s.loss == CISPO) and not coupled_kl:
+            s = s._replace(sequence=0, loss=PPO_CLIP if s.loss == GMPO else s.loss)
+    on_policy_vespo = s.loss == VESPO and rows.old_logprobs is None and rows.importance_weight is None
+    return s, s.couples and not (on_policy_vespo and not s.sequence and not s.masks_off_policy)
+
+
 def _token_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool], denominator: Tensor | None,
     max_completion_length: int, skip_idle: bool, *args: Any,
@@ -87,11 +116,11 @@ def _token_loss(
     call, wanted = _Call(*args), Needs(*needs)
     settings, rows, b = call.settings, Rows(*call.rows), call.num_completions
     n = len(rows.tokens)
-    if settings.sequence and rows.old_logprobs is None and not settings.rescale:
-        # On-policy every ratio is 1, and where all tokens of a completion are alike, so are their gradients.
-        alike = not any(rows._replace(kl_beta=None).per_row(b)) and rows.importance_weight is None
-        settings = settings._replace(sequence=int(not alike))
-    chosen = call.select(weight, hidden.shape[1], skip_idle, bool(settings.sequence))
+    settings, together = _coupling(settings, rows, b)
+    quantile = settings.top_entropy_quantile < 1
+    # The quantile is that of all rows; and with a bonus none is idle.
+    skip_idle = skip_idle and not quantile and not settings.has_bonus(rows)
+    chosen = call.select(weight, hidden.shape[1], skip_idle, together)
     index, rows = chosen.taken, chosen.rows
     engine = engine_for(call.backend, settings, hidden.dtype)
     lengths, aggregation = chosen.lengths.to(engine.dtype), AGGREGATION[settings.aggregation]
@@ -107,18 +136,23 @@ def _token_loss(
 
     size, total, once = call.size(hidden, weight), len(rows.tokens), True
     chunks = plan(total, size.rows, None)
-    if settings.sequence:
+    assert chunks is not None
+    if together:
         # ρ wants all rows of a completion: in one chunk, or, where that cannot be, in a pass over all chunks before.
         undivided = None if chosen.extents is None else plan(total, size.rows, chosen.extents)
         chunks, once = chunks if undivided is None else undivided, undivided is not None
-    assert chunks is not None
+    once = once and (len(chunks) == 1 or not quantile)
     head = Head(hidden, weight, bias, wanted, chosen, chunks, size, call.logit_scale, call.fp32_logits, call.group)
     if once and any(wanted) and chunks:
         found = list(weigh_all(head, engine, lengths, denominator, unit))
         per_row, marks = torch.cat([w.per_row for w in found], 1), torch.cat([w.marks for w in found], 1)
+    elif wanted == Needs(True, False, False) and not needs_mixing(head, engine):
+        # Of a frozen head a row's weight may come when all is done.
+        per_row, marks, weights = weigh(engine, *unit_all(head, engine), rows, lengths, denominator, b)
+        head.weigh(weights[0])
     else:
         logprobs, statistics = score_all(head, engine)
-        per_row, marks, weights = engine.objective(logprobs, statistics, rows, lengths, denominator, b)
+        per_row, marks, weights = weigh(engine, logprobs, statistics, rows, lengths, denominator, b)
         if any(wanted):
             backward_all(head, engine, statistics, weights, unit)
     loss, completion_kl, totals = engine.totals(per_row, marks, rows, b)
@@ -137,21 +171,7 @@ def _token_logprobs(
     """logprobs and entropy (T,), statistics (5, T), and ∂ℓ/∂hidden where it is asked for."""
     call = _Call(*args)
     head, engine, chosen = call.head(hidden, weight, bias, Needs(unit_gradient, False, False))
-    if unit_gradient:
-        found = []
-        for a, b in head.chunks:
-            h, z = head.forward(a, b)
-            g, rows = head.target(z), head.rows.part(a, b)
-            ones = torch.ones(1, b - a, dtype=engine.dtype, device=z.device)
-            if call.group:
-                found.append(score(head, engine, z, rows))
-                mix(engine, z, g, found[-1][1], ones, rows)
-            else:
-                found.append(engine.unit(z, g, rows))
-            head.backward(g, h, ones[0], 1.0, a, b)
-        logprobs, statistics = joined(found, hidden, engine.dtype)
-    else:
-        logprobs, statistics = score_all(head, engine)
+    logprobs, statistics = unit_all(head, engine) if unit_gradient else score_all(head, engine)
     if chosen.violated is not None:
         logprobs = torch.where(chosen.violated, torch.nan, logprobs)
     n = hidden.shape[0] * hidden.shape[1]

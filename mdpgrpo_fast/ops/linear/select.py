@@ -82,7 +82,7 @@ def select(
 
 
 def _idle(rows: Rows, keep: Tensor, layout: Layout, sequence: bool) -> Tensor:
-    """(T,) bool, rows whose A is 0 and that have no KL term."""
+    """(T,) bool, rows whose A is 0 and that have no KL term; sequence: none where another of the completion is not."""
     idle = rows.advantage == 0 if rows.ref_logprobs is None else (rows.advantage == 0) & (rows.kl_beta == 0)
     # One ratio for the completion: all of its rows or none.
     return layout.broadcast(layout.sum((keep & ~idle).float()) == 0) if sequence else idle

@@ -1,0 +1,159 @@
+"""Advantages: group statistics, anchors, shaping, KL coefficient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config import MDPGRPOConfig
+from .rows import as_float
+
+
+@dataclass(frozen=True)
+class Advantages:
+    """Group statistics and what follows from them. mean, std: (P,); the others (P, G)."""
+
+    mean: Tensor
+    std: Tensor
+    z: Tensor
+    delta: Tensor
+    advantage: Tensor
+    kl_beta: Tensor
+
+
+def group_statistics(rewards: Tensor, valid: Tensor, group_std: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and standard deviation over the valid completions of each group, and whether they are all equal: (P,) each.
+
+    Rewards a few units in the last place apart are equal. A constant group has its own reward as mean and a deviation
+    of exactly 0, whatever rounding a sum would leave.
+    """
+    n = valid.sum(1)
+    top = rewards.masked_fill(~valid, -torch.inf).amax(1)
+    bottom = rewards.masked_fill(~valid, torch.inf).amin(1)
+    noise = 4 * torch.finfo(rewards.dtype).eps * torch.maximum(top.abs(), bottom.abs())
+    constant = (top - bottom <= noise) | (n == 0)
+    kept = rewards.masked_fill(~valid, 0)
+    mean = torch.where(constant & (n > 0), top, kept.sum(1) / n.clamp(min=1))
+    divisor = n if group_std == "population" else n - 1
+    square = ((kept - mean[:, None]) * valid).square().sum(1)
+    std = torch.where(constant, 0, (square / divisor.clamp(min=1)).sqrt())
+    return mean, std, constant
+
+
+def relative_anchor(
+    rewards: Tensor, mean: Tensor, std: Tensor | None, constant: Tensor, group_std: str, count: Tensor | None = None
+) -> Tensor:
+    """z = (r - μ) / max(σ, 1e-8), or TRL's (r - μ) / (s + 1e-4); exactly 0 in a constant group. (P, G)
+
+    std: (P,) of the groups, or () of the batch; None: z = r - μ (Dr. GRPO). count: (P,) completions that μ is of, where
+    it is to be that of the others: r - (nμ - r) / (n - 1) = (r - μ) n / (n - 1) (RLOO).
+    """
+    z = rewards - mean[:, None]
+    if std is not None:
+        scale = std.clamp(min=1e-8) if group_std == "population" else std + 1e-4
+        z = z / (scale[:, None] if scale.ndim else scale)
+    if count is not None:
+        z = z * (count / (count - 1).clamp(min=1))[:, None]
+    return torch.where(constant[:, None], 0, z)
+
+
+def batch_deviation(rewards: Tensor, valid: Tensor, group_std: str) -> Tensor:
+    """(): standard deviation of all valid rewards of a batch (PPO Lite); 0 where they are equal."""
+    _, std, _ = group_statistics(rewards.reshape(1, -1), valid.reshape(1, -1), group_std)
+    return std.squeeze(0)
+
+
+def decoupled_anchor(
+    parts: Tensor, weights: Tensor, valid: Tensor, config: MDPGRPOConfig, batch: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """z of several rewards, each normalised in its group and then summed, over the batch's deviation (GDPO). (P, G)
+
+    parts (P, G, R): rewards, NaN where one does not apply; weights (R,). batch: mean and deviation of the sums over the
+    batch, where that is more than these; see `decoupled_sums`.
+    """
+    sums = decoupled_sums(parts, weights, valid, config)
+    if batch is None:
+        mean, std, _ = (x.squeeze(0) for x in group_statistics(
+            sums.reshape(1, -1), valid.reshape(1, -1), config.group_std
+        ))  # fmt: skip
+    else:
+        mean, std = (x.to(sums) for x in batch)
+    scale = std.clamp(min=1e-8) if config.group_std == "population" else std + 1e-4
+    return torch.where(std == 0, 0, (sums - mean) / scale).masked_fill(~valid, 0)
+
+
+def decoupled_sums(parts: Tensor, weights: Tensor, valid: Tensor, config: MDPGRPOConfig) -> Tensor:
+    """Σ_k w_k z_k over rewards, z_k that of reward k in its group alone. (P, G)"""
+    total = torch.zeros_like(parts[..., 0])
+    for k in range(parts.shape[2]):
+        own = valid & ~parts[..., k].isnan()
+        rewards = parts[..., k].masked_fill(~own, 0)
+        mean, std, constant = group_statistics(rewards, own, config.group_std)
+        count = own.sum(1) if config.baseline == "leave_one_out" else None
+        z = relative_anchor(rewards, mean, std, constant, config.group_std, count)
+        total = total + weights[k] * z.masked_fill(~own, 0)
+    return total
+
+
+def goal_anchor(
+    rewards: Tensor, mean: Tensor, num_constraints: Tensor, goal_mean: str, goal_std: str,
+    running: tuple[float, float] | None = None,
+) -> Tensor:  # fmt: skip
+    """δ = (r - m) / s (paper Eq. 4; s = sqrt(G/(4K)) as released, or the binomial sqrt(1/(4K))); running: m and s for
+    the choices of that name, the median and the standard deviation of rewards seen before. (P, G)"""
+    half, median, deviation = (torch.full_like(mean, x) for x in (0.5, *(running or (torch.nan, torch.nan))))
+    m = {"half": half, "max_half_mean": torch.maximum(half, mean), "mean": mean, "running": median}[goal_mean]
+    size = rewards.shape[1] if goal_std == "released" else 1
+    s = deviation if goal_std == "running" else (size / (4 * num_constraints.to(rewards.dtype))).sqrt()
+    return (rewards - m[:, None]) / s[:, None].clamp(min=1e-8)
+
+
+def prospect_shape(v: Tensor, beta: float, gain: float, loss: float) -> Tensor:
+    """ψ(v) = λ₊ tanh(βv) for v >= 0, λ₋ tanh(βv) below (Kahneman and Tversky's loss aversion where λ₋ > λ₊)."""
+    t = torch.tanh(beta * v)
+    return torch.where(v >= 0, gain * t, loss * t)
+
+
+def kl_coefficient(advantage: Tensor, beta_pos: float, beta_neg: float) -> Tensor:
+    """β₊ where A >= 0, zero included; β₋ where A < 0."""
+    return torch.full_like(advantage, beta_pos).masked_fill(advantage < 0, beta_neg)
+
+
+def advantages(
+    rewards: Tensor, num_constraints: Tensor, config: MDPGRPOConfig, valid: Tensor | None = None,
+    running: tuple[float, float] | None = None, batch_std: Tensor | None = None, relative: Tensor | None = None,
+) -> Advantages:  # fmt: skip
+    """A = (1 - α) ψ(z) + α ψ(δ), clipped to ±advantage_clip, and the KL coefficient of every completion.
+
+    rewards (P, G) float; num_constraints (P,); valid (P, G) bool: completions whose reward counts (default all). The
+    others get z = δ = A = 0 and take no part in the group's statistics. running: as of `goal_anchor`.
+    batch_std: (), for scale_rewards = batch, where the batch is more than these rewards. relative (P, G): z, of
+    `decoupled_anchor`.
+    """
+    rewards = as_float(rewards)
+    valid = torch.ones_like(rewards, dtype=torch.bool) if valid is None else valid
+    mean, std, constant = group_statistics(rewards, valid, config.group_std)
+    # Else the rounding between equal rewards would decide the sign of A, and with it the KL coefficient.
+    rewards = torch.where(constant[:, None], mean[:, None], rewards)
+    if relative is None:
+        scale: Tensor | None = std
+        if config.scale_rewards == "batch":
+            scale = batch_deviation(rewards, valid, config.group_std) if batch_std is None else batch_std.to(rewards)
+        elif config.scale_rewards == "none":
+            scale = None
+        count = valid.sum(1) if config.baseline == "leave_one_out" else None
+        relative = relative_anchor(rewards, mean, scale, constant, config.group_std, count)
+    z = relative.to(rewards).masked_fill(~valid, 0)
+    delta = goal_anchor(rewards, mean, num_constraints, config.goal_mean, config.goal_std, running)
+    delta = delta.masked_fill(~valid, 0)
+
+    def shape(v: Tensor, on: bool) -> Tensor:
+        return prospect_shape(v, config.prospect_beta, config.prospect_gain, config.prospect_loss) if on else v
+
+    goal = shape(delta, config.prospect and config.prospect_on_goal)
+    advantage = (1 - config.alpha) * shape(z, config.prospect) + config.alpha * goal
+    if config.advantage_clip:
+        advantage = advantage.clamp(-config.advantage_clip, config.advantage_clip)
+    return Advantages(mean, std, z, delta, advantage, kl_coefficient(advantage, *config.betas))
