@@ -194,6 +194,7 @@ ROWS = torch.linspace(0.1, 1.2, SIZE[0] * SIZE[1]).view(SIZE)
 MASK = torch.arange(SIZE[1]) < torch.tensor(LENGTHS)[:, None]
 REWARDS = {"rewards": torch.tensor([[0.25, 1.0], [0.5, 0.0]]), "num_constraints": torch.tensor([4, 2])}
 GIVEN = {"advantage": None, "kl_beta": None}
+PER_ROW = {"temperature_objective": "per_row"}
 
 OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # config, arguments
     "plain": ({}, {}),
@@ -230,10 +231,54 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # config, argumen
     "mask_int": ({}, {"mask": MASK.int()}),
     "mask_float": ({}, {"mask": MASK * -0.5}),
     "tokens_int32": ({}, {"tokens": torch.int32}),
+    "cispo": ({"loss": "cispo"}, {}),
+    "cispo_no_lower_bound": ({"loss": "cispo", "epsilon_low": 1.0}, {"importance_weight": 2 * ROWS}),
+    "cispo_epsilon": ({"loss": "cispo"}, {"epsilon_high": EACH / 8}),
+    "sapo": ({"loss": "sapo"}, {}),
+    "sapo_temperature": ({"loss": "sapo", "sapo_temperature_neg": 2.0}, {}),
+    "gmpo": ({"loss": "gmpo"}, {}),
+    "gmpo_tight": ({"loss": "gmpo"}, {"epsilon_low": 0.02, "epsilon_high": ROWS / 20, "importance_weight": 2 * ROWS}),
+    "luspo": ({"loss": "luspo"}, {}),
+    "vespo": ({"loss": "vespo"}, {}),
+    "vespo_weight": ({"loss": "vespo", "vespo_k_pos": 1.0}, {"importance_weight": 2 * ROWS}),
+    "vespo_on_policy_weight": ({"loss": "vespo"}, {"importance_weight": 2 * ROWS, "old_logprobs": None}),
+    "abs": ({"kl_estimator": "abs"}, {}),
+    "unbiased": ({"kl_gradient": "unbiased"}, {}),
+    "unbiased_on_policy": ({"kl_gradient": "unbiased"}, {"old_logprobs": None}),
+    "unbiased_temperatures": ({"kl_gradient": "unbiased", "rescale_per_row": True, **PER_ROW}, {"temperature": EACH}),
+    "unbiased_on_policy_temperatures": (
+        {"kl_gradient": "unbiased", **PER_ROW},
+        {"old_logprobs": None, "temperature": EACH},
+    ),
+    "unbiased_gmpo": ({"kl_gradient": "unbiased", "loss": "gmpo"}, {}),
+    "entropy": ({"entropy_coef": 0.3}, {}),
+    "entropy_no_kl": ({"entropy_coef": -0.2}, {"ref_logprobs": None}),
+    "entropy_per_completion": ({}, {"entropy_coef": EACH}),
+    "entropy_per_row": ({**PER_ROW}, {"entropy_coef": ROWS, "temperature": EACH}),
+    "entropy_softcap": ({"entropy_coef": 0.3}, {"softcap": 3.0, "temperature": EACH}),
+    "entropy_floor": ({"entropy_coef": 0.3}, {"entropy_floor": 1.5}),
+    "entropy_floor_per_row": ({}, {"entropy_floor": 2 * ROWS}),
+    "entropy_floor_on_policy": ({}, {"entropy_floor": 1.2, "old_logprobs": None}),
+    "entropy_floor_gmpo": ({"loss": "gmpo"}, {"entropy_floor": EACH}),
+    "top_entropy": ({"top_entropy_quantile": 0.5}, {}),
+    "top_entropy_temperatures": ({"top_entropy_quantile": 0.4, **PER_ROW}, {"temperature": EACH}),
+    "off_policy": ({"off_policy_threshold": 0.01}, {}),
+    "off_policy_sampling": ({"off_policy_threshold": 0.05}, {"sampling_logprobs": -2 * ROWS, "old_logprobs": None}),
+    "off_policy_vespo": ({"off_policy_threshold": 0.01, "loss": "vespo"}, {}),
+    "seq_mean_token_sum": ({"aggregation": "seq_mean_token_sum"}, {}),
+    "rewards_batch": ({"scale_rewards": "batch", "group_std": "sample"}, {**GIVEN, **REWARDS}),
+    "rewards_unscaled": ({"scale_rewards": "none", "baseline": "leave_one_out"}, {**GIVEN, **REWARDS}),
+    "rewards_clip": ({"advantage_clip": 0.7}, {**GIVEN, **REWARDS}),
     "rewards": ({}, {**GIVEN, **REWARDS}),
     "rewards_per_row_temperature": ({"temperature_objective": "per_row"}, {**GIVEN, **REWARDS, "temperature": EACH}),
     "rewards_valid": ({}, {**GIVEN, **REWARDS, "valid": torch.tensor([[True, True], [False, True]])}),
 }
+
+
+def levels_of(option: str) -> tuple[str, ...]:
+    """Levels of the importance ratio that an option may be combined with."""
+    loss = OPTIONS[option][0].get("loss")
+    return ("token",) if loss in ("gmpo", "vespo") else ("sequence",) if loss == "luspo" else ("token", "sequence")
 
 
 # ---- batches --------------------------------------------------------------------------------------------------------
@@ -305,22 +350,35 @@ def pick_options(seed: int) -> tuple[LossInputs, MDPGRPOConfig, dict[str, Any]]:
         "temperature": knob(0.5, 1.5),
         "epsilon_low": knob(0.05, 0.3),
         "epsilon_high": knob(0.05, 0.3),
+        "sampling_logprobs": rows_like(batch, seed + 1, -3.0, -1.0),
+        "entropy_coef": knob(-0.2, 0.2),
+        "entropy_floor": knob(0.5, 1.5),
         "softcap": 4.0,
         "denominator": r.choice([3.0, torch.tensor(7.0), 0.25]),
     }
     batch.kwargs = {k: v for k, v in optional.items() if r.random() < 0.6}
     batch.tokens = r.choice([batch.tokens, batch.tokens.int()])
+    loss = r.choice(["ppo_clip", "ppo_clip", "cispo", "sapo", "gmpo", "vespo"])
+    level = "token" if loss in ("gmpo", "vespo") else r.choice(["token", "sequence"])
     config = config_for(
-        num_generations=r.choice([n for n in (2, 3, 4, 6) if b % n == 0]), delta=r.choice([None, 1.5]),
-        aggregation=r.choice(["grpo", "dapo", "dr_grpo", "bnpo"]), importance_level=r.choice(["token", "sequence"]),
-        kl_estimator=r.choice(["k1", "k2", "k3"]), kl_temperature=r.choice([1.0, 0.8]), prospect=r.random() < 0.7,
+        num_generations=r.choice([n for n in (2, 3, 4, 6) if b % n == 0]), loss=loss, importance_level=level,
+        delta=r.choice([None, 1.5]) if loss == "ppo_clip" else None, kl_gradient=r.choice(["plain", "unbiased"]),
+        aggregation=r.choice(["grpo", "dapo", "dr_grpo", "bnpo", "seq_mean_token_sum"]),
+        kl_estimator=r.choice(["k1", "k2", "k3", "abs"]), entropy_coef=r.choice([0.0, 0.2]),
+        off_policy_threshold=r.choice([None, 0.05]), scale_rewards=r.choice(["group", "batch", "none"]),
+        baseline=r.choice(["mean", "leave_one_out"]), advantage_clip=r.choice([0.0, 1.0]),
+        kl_temperature=r.choice([1.0, 0.8]), prospect=r.random() < 0.7,
         temperature_objective="per_row", rescale_per_row=r.random() < 0.3, prospect_on_goal=r.random() < 0.5,
         group_std=r.choice(["population", "sample"]), goal_mean=r.choice(["half", "max_half_mean", "mean"]),
         goal_std=r.choice(["released", "binomial"]),
     )  # fmt: skip
     more = pick_rewards(r, b, config.num_generations) if r.random() < 0.5 else {}
-    if r.random() < 0.4:
+    if loss == "ppo_clip" and r.random() < 0.4:
         batch.kwargs["delta"] = knob(1.1, 2.0)
+    if loss in ("sapo", "vespo"):
+        batch.kwargs = {k: v for k, v in batch.kwargs.items() if not k.startswith("epsilon")}
+    if config.off_policy_threshold is None:
+        batch.kwargs.pop("sampling_logprobs", None)
     if r.random() < 0.5:
         return packed(batch, seed, drop_masked=r.random() < 0.5), config, more
     batch.mask = r.choice([batch.mask, batch.mask.long(), batch.mask * 0.5, batch.mask.bfloat16()])

@@ -25,6 +25,7 @@ from helpers.losses import (
     assert_matches,
     call,
     config_for,
+    levels_of,
     make_batch,
     packed,
     pick_options,
@@ -72,7 +73,7 @@ class TestOnFibers:
     @pytest.mark.parametrize("option", OPTIONS)
     def test_every_option_at_both_levels(self, option: str) -> None:
         knobs, more = (dict(x) for x in OPTIONS[option])
-        for level in ("token", "sequence"):
+        for level in levels_of(option):
             batch = make_batch(3, vocab=301)
             if "tokens" in more:
                 batch.tokens = batch.tokens.to(more["tokens"])

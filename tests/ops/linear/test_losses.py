@@ -32,6 +32,7 @@ from helpers.losses import (
     REWARDS,
     SIZE,
     config_for,
+    levels_of,
     packed,
     packed_order,
     pick_options,
@@ -65,7 +66,7 @@ def option_case(option: str, level: Any) -> Case:
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_at_both_levels(backend: str, option: str) -> None:
     """In chunks of one row, of three, and in one: the same within the budget."""
-    for level in LEVELS:
+    for level in levels_of(option):
         batch, head, config, more, expected = option_case(option, level)
         # Row by row is slow in Triton's interpreter: there where it is another path, with completions divided.
         slow = backend == "triton" and DEVICE == "cpu"
