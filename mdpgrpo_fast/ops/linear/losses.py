@@ -63,10 +63,12 @@ def linear_token_loss(
     """`token_loss` of logits = softcap(logit_scale (hidden weightᵀ + bias)), which are never built as a whole.
 
     Three matmuls where hidden and weight are trained, two where one of them is frozen, one where there is no gradient;
-    all of them in this call, and the backward pass only scales what it finds. One more where ρ is a completion's
-    (importance_level = sequence) and a completion has more rows than a chunk, or where its rows are packed on a GPU
-    without `lengths`. Same bits in every run, and a row's log-prob does not depend on what else is in the batch. Under
-    autocast the matmuls have its dtype.
+    all of them in this call, and the backward pass only scales what it finds. One more where the objective of a row
+    waits for others: tokens of a completion share a ratio, a weight or a gate (importance_level = sequence, gmpo,
+    vespo, off_policy_threshold) and a completion has more rows than a chunk, or its rows are packed on a GPU without
+    `lengths`; or top_entropy_quantile asks for the entropies of several chunks. With a frozen head that costs nothing:
+    d hidden is weighted when all is done (but with an entropy bonus, or two temperatures). Same bits in every run, and
+    a row's log-prob does not depend on what else is in the batch. Under autocast the matmuls have its dtype.
 
     Args:
         hidden: (B, L, D), or packed (T, D) with `completion`, float: the states that lm_head would see, each at the
