@@ -174,7 +174,7 @@ def test_trl_loss_types(trl_loss: Callable[..., Any], loss_type: str, weighted: 
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
 @pytest.mark.parametrize("quantile", [1.0, 0.4])
 def test_trl_entropy(trl_loss: Callable[..., Any], loss_type: str, quantile: float) -> None:
-    """TRL's bonus is a mean over the tokens that it acts on, ours is aggregated as the loss: a knob per row says how."""
+    """TRL's bonus is a mean over the tokens that it acts on, ours is aggregated as the loss: a knob a row says how."""
     batch = equal_beta(make_inputs(37, lengths=(5, 3, 1, 4)))
     knobs = {"entropy_coef": 0.3, "_entropy_bonus_enabled": True, "top_entropy_quantile": quantile}
     loss, grad, _ = trl_loss(batch, loss_type=loss_type, differentiable_entropy=True, **knobs)
