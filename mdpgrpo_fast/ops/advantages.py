@@ -81,7 +81,11 @@ def grouped(
         valid = None if valid is None else valid[order].view(-1, size)
         rewards = rewards[order].view(-1, size)
     check_rewards(rewards, num_constraints, valid, size, check_values)
-    return Groups(rewards, num_constraints, valid, slots)
+    batch_std = None
+    if config.scale_rewards == "batch":
+        counted = torch.ones_like(rewards, dtype=torch.bool) if valid is None else valid
+        batch_std = reference.batch_deviation(rewards.masked_fill(~counted, 0).float(), counted, config.group_std)
+    return Groups(rewards, num_constraints, valid, slots, batch_std)
 
 
 def with_advantages(rows: Rows, backend: str, groups: Groups, config: MDPGRPOConfig) -> Rows:

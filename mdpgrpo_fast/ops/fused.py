@@ -66,7 +66,8 @@ def scalar(x: Tensor | float, device: torch.device, dtype: torch.dtype) -> Tenso
 
 
 def _flat_groups(groups: Groups) -> list[Tensor | None]:
-    return list(Groups(flat(groups.rewards), flat(groups.num_constraints), as_bytes(groups.valid), flat(groups.slots)))
+    flattened = flat(groups.rewards), flat(groups.num_constraints), as_bytes(groups.valid), flat(groups.slots)
+    return list(Groups(*flattened, groups.batch_std))
 
 
 def _as_padded(logits: Tensor) -> Tensor:
