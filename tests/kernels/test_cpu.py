@@ -255,6 +255,20 @@ def test_blocks_without_probability_have_no_gradient(level: float, tau: float) -
 
 
 @needs_cpu
+@pytest.mark.parametrize("tau", [0.3, 1.0])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_an_entropy_bonus_of_banned_logits(softcap: float | None, tau: float) -> None:
+    """What has probability 0 has no part in it, and 0 times -inf is not met; nor has a row of equals."""
+    batch = make_batch(13, lengths=(2, 2), vocab=6000, scale=3.0)
+    x = batch.logits
+    x[0, 0, 2048:], x[0, 1, :4096], x[1, 0, 1000:5000], x[1, 1] = -torch.inf, -torch.inf, -torch.inf, 7.0
+    x[1, 0, :1000] -= 200
+    batch.tokens = x.argmax(-1)
+    config = config_for(entropy_coef=0.3, kl_temperature=0.8, temperature_objective="per_row")
+    assert_matches("cpu", batch, config, temperature=tau, softcap=softcap)
+
+
+@needs_cpu
 def test_the_first_call_may_be_traced() -> None:
     """What a tracing mode makes of a small tensor must not be kept for real calls."""
     code = """
