@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import graphs
+from .captured import graphs
+from .captured.fixed import FixedSteps
 from .decoding import Decoder
-from .fixed import FixedSteps
 from .record import Completions, Record, Sampling
 
 # Steps between checks for finished rows: on a GPU a check waits for the device, on the CPU it costs nothing.
