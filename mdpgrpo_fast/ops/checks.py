@@ -37,7 +37,7 @@ def check_tensor(name: str, x: Any, optional: bool = False) -> None:
 
 def is_number(x: Any) -> bool:
     """A symbolic one of torch.compile is one too."""
-    return isinstance(x, (int, float, torch.SymInt, torch.SymFloat)) or isinstance(x, Real)
+    return isinstance(x, (int, float, torch.SymInt, torch.SymFloat, Real))
 
 
 def check_whole(name: str, x: Any) -> None:
@@ -98,7 +98,7 @@ def check_range(name: str, x: Tensor, end: int, check_values: bool | None) -> No
             refuse(name, f"range {low} to {high}", f"in [0, {end})")
 
 
-def check_device(reference: Tensor, called: str = "logits", /, **others: Tensor | float | None) -> None:
+def check_device(reference: Tensor, called: str = "logits", /, **others: Any) -> None:
     for name, x in others.items():
         if isinstance(x, Tensor) and x.ndim and x.device != reference.device:
             refuse(name, f"device {x.device}", f"on {reference.device}, as {called} are")
