@@ -183,10 +183,11 @@ def test_sapo() -> None:
     assert out.per_token.item() == pytest.approx(-2.48984, abs=5e-6) and grad == pytest.approx([-1.41002], abs=5e-6)
     out, grad = objective([-0.5], config, old_logprobs=old, advantage=-1.0)
     s = 1 / (1 + math.exp(-0.525))
-    assert out.per_token.item() == pytest.approx(4 * s / 1.05) and grad == pytest.approx([4 * s * (1 - s) * 1.5])
+    assert out.per_token.item() == pytest.approx(4 * s / 1.05, abs=1e-14)
+    assert grad == pytest.approx([4 * s * (1 - s) * 1.5], abs=1e-14)
     # On-policy the gate is 2/τ and its slope 1, whatever τ: the gradient is that of the plain policy term.
     out, grad = objective([-0.5], config, advantage=-1.0)
-    assert out.per_token.item() == pytest.approx(2 / 1.05) and grad == pytest.approx([1.0])
+    assert out.per_token.item() == pytest.approx(2 / 1.05, abs=1e-14) and grad == pytest.approx([1.0], abs=1e-14)
 
 
 @pytest.mark.parametrize(
@@ -215,6 +216,10 @@ def test_vespo(advantage: float, k: float, rate: float) -> None:
     out, grad = objective([-0.5, -1.0], config_for(loss="vespo"), old_logprobs=[-0.8, -0.9], advantage=advantage)
     assert out.per_token[0].tolist() == pytest.approx([-phi * advantage * x for x in (-0.5, -1.0)], abs=1e-14)
     assert grad == pytest.approx([-phi * advantage] * 2, abs=1e-14)
+    odd = config_for(loss="vespo", vespo_k_pos=1.1, vespo_lambda_pos=0.7, vespo_k_neg=1.1, vespo_lambda_neg=0.7)
+    out, _ = objective([-1.0, -1.0], odd, old_logprobs=[-1.3, -0.9], advantage=advantage)
+    small = math.exp(0.7 + 0.2 * 1.1 - 0.7 * math.exp(0.2))
+    assert out.per_token[0].tolist() == pytest.approx([small * advantage] * 2, abs=1e-14)
     # An importance weight is a part of w, and multiplies nothing else.
     weighed, _ = objective([-0.5, -1.0], config_for(loss="vespo"), old_logprobs=[-0.8, -0.9], advantage=advantage,
                            importance_weight=[2.0, 1.0])  # fmt: skip
