@@ -207,7 +207,7 @@ def _check_parts(
         check_pair("batch", batch)
     if part_weights is None:
         return rewards, rewards.new_ones(rewards.shape[-1])
-    weights = as_tensor("part_weights", part_weights, device, "of numbers")
+    weights = as_tensor("part_weights", part_weights, device, "of numbers", rewards.dtype)
     check_shape("part_weights", weights, (rewards.shape[-1],))
     weights = weights.to(rewards.dtype)
     if look(weights, check_values) and not bool(weights.isfinite().all()):

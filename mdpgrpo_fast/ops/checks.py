@@ -57,14 +57,14 @@ def check_config(config: Any) -> None:
         refuse("config", kind_of(config), "an MDPGRPOConfig, as `preset` gives one")
 
 
-def as_tensor(name: str, x: Any, device: torch.device, expected: str) -> Tensor:
-    """A tensor as it is, a list of numbers (or of lists, or an array) as one on the device."""
+def as_tensor(name: str, x: Any, device: torch.device, expected: str, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor as it is, a list of numbers (or of lists, or an array) as one on the device; dtype: of a list."""
     if isinstance(x, Tensor):
         return x
     if not isinstance(x, (list, tuple)) and not hasattr(x, "__array__"):
         refuse(name, kind_of(x), f"a tensor or a list {expected}")
     try:
-        return torch.as_tensor(x, device=device)
+        return torch.as_tensor(x, device=device, dtype=dtype)
     except (TypeError, ValueError, RuntimeError, OverflowError) as e:
         refuse(name, f"{x} ({e})", f"a tensor or a list {expected}")
 

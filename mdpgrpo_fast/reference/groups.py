@@ -57,7 +57,8 @@ def relative_anchor(
         scale = std.clamp(min=1e-8) if group_std == "population" else std + 1e-4
         z = z / (scale[:, None] if scale.ndim else scale)
     if count is not None:
-        z = z * (count / (count - 1).clamp(min=1))[:, None]
+        n = count.to(z.dtype)
+        z = z * (n / (n - 1).clamp(min=1))[:, None]
     return torch.where(constant[:, None], 0, z)
 
 
