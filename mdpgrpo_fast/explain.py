@@ -178,8 +178,8 @@ def _relative_sentences(x: Explained) -> list[str]:
             f"plain GRPO uses {_signed(float(x.grpo_advantage[top]))}, unbounded."
         )
     else:
-        bound = f"the clip alone bounds A, at ±{c.advantage_clip:g}" if c.advantage_clip else "nothing bounds z"
-        out.append(f"Prospect shaping is off: {bound}.")
+        limit = f"the clip alone bounds A, at ±{c.advantage_clip:g}" if c.advantage_clip else "nothing bounds z"
+        out.append(f"Prospect shaping is off: {limit}.")
     return out
 
 

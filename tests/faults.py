@@ -38,8 +38,8 @@ OPS, LINEAR, TRITON = "mdpgrpo_fast/ops/", "mdpgrpo_fast/ops/linear/", "mdpgrpo_
 
 
 def reference(old: str, new: str, tests: str) -> Fault:
-    files = "tests/test_reference.py tests/test_reference_advantages.py"
-    return Fault("mdpgrpo_fast/reference.py", old, new, f"{files} -k '{tests}'")
+    files = "tests/test_reference.py tests/test_reference_advantages.py tests/test_reference_losses.py"
+    return Fault("mdpgrpo_fast/reference/", old, new, f"{files} -k '{tests}'")
 
 
 def op(path: str, old: str, new: str, tests: str) -> Fault:
@@ -86,6 +86,15 @@ FAULTS = [
     reference("gain * t, loss * t", "loss * t, gain * t", "follow_the_equations"),
     reference("masked_fill(advantage < 0, beta_neg)", "masked_fill(advantage <= 0, beta_neg)", "constant_group_has_z"),
     reference("((kept - mean[:, None]) * valid)", "(kept - mean[:, None])", "invalid_samples"),
+    reference("n = count.to(z.dtype)", "n = count.float()", "follow_their_definitions"),
+    reference("n / (n - 1).clamp(min=1)", "1.0 * (n > 0)", "follow_their_definitions"),
+    reference("return torch.where(constant[:, None], 0, z)", "return z", "exactly_zero_in_all"),
+    reference('        elif config.scale_rewards == "none":', "        elif False:", "follow_their_definitions"),
+    reference("return torch.where(std == 0, 0, (sums - mean) / scale)", "return ((sums - mean) / scale)",
+              "all_constant"),
+    reference("total + weights[k] * z", "total + z", "by_loops"),
+    reference("own = valid & ~parts[..., k].isnan()", "own = valid", "by_loops"),
+    reference("    if config.advantage_clip:", "    if False:", "clipped_last"),
     # The reference: objective.
     reference("(ratio > high_bound)", "(ratio >= high_bound)", "ties"),
     reference("free = ratio.clamp(max=cap)", "free = ratio", "above_delta"),
@@ -97,13 +106,42 @@ FAULTS = [
         "per_token = per_token + kl_beta * kl * (1 if importance_weight is None else importance_weight)",
         "policy_term_only",
     ),
-    reference("layout.sum(exponent) / layout.sum(mask).clamp(min=1)", "layout.sum(exponent)", "follow_the_equations"),
+    reference("self.sum(x) / self.sum(mask).clamp(min=1)", "self.sum(x)", "follow_the_equations"),
     reference("completions = (lengths > 0).sum()", "completions = (lengths >= 0).sum()", "out_of_the_normaliser"),
-    reference("torch.where(p > 0, p * x, 0)", "(p * x)", "minus_infinite"),
+    reference("p * x.masked_fill(p == 0, 0)", "p * x", "minus_infinite"),
     reference("logits = logits.masked_fill(~keep[..., None], 0)", "logits = logits", "masked_positions"),
     reference("exponent.clamp(max=RATIO_EXPONENT_MAX).exp()", "exponent.exp()", "beyond_float_range"),
     reference("config.kl_temperature, softcap)[0]", "temperature, softcap)[0]", "kl_estimators"),
-    reference("objective = objective * temperature", "objective = objective", "rescale"),
+    reference("factor = factor * temperature", "factor = factor", "rescale"),
+    reference("kl = kl * kl_ratio", "kl = kl * kl_ratio.detach()", "the_gradient_of_the_kl"),
+    reference('"abs": d.abs()', '"abs": -d.abs()', "absolute_kl"),
+    reference("return ratio.detach().clamp(*_bounds", "return ratio.clamp(*_bounds", "cispo"),
+    reference("(ratio - 1)) * 4 / tau", "(ratio - 1)) * 4", "sapo"),
+    reference("_by_sign(positive, config.sapo_temperature_pos, config.sapo_temperature_neg, like)",
+              "torch.where(positive, config.sapo_temperature_pos, config.sapo_temperature_neg).to(like.dtype)", "sapo"),
+    reference("(log_ratio > high) & (advantage > 0)", "(log_ratio > high)", "gmpo"),
+    reference("(log_ratio < -low) & (advantage < 0)", "(log_ratio < -low)", "gmpo"),
+    reference("ratio = losses.bounded_exp(layout.mean(bounded * mask, mask))",
+              "ratio = losses.bounded_exp(bounded)", "gmpo"),
+    reference("log_ratio = log_ratio.detach().clamp(-VESPO_LOG_MAX, VESPO_LOG_MAX)",
+              "log_ratio = log_ratio.clamp(-VESPO_LOG_MAX, VESPO_LOG_MAX)", "vespo"),
+    reference("config) * advantage * logprobs, None", "config) * advantage * logprobs, weight", "vespo"),
+    reference("(rate + k * log_weight - rate * log_weight.exp()).exp()",
+              "(k * log_weight - rate * log_weight.exp()).exp()", "vespo"),
+    reference("entropy_coef * (gate * entropy)", "entropy_coef * gate * entropy", "entropy_floor_is"),
+    reference("factor = factor * gate\n", "factor = factor\n", "entropy_floor_is"),
+    reference("device=gap.device) < 0) & (drift > threshold)", "device=gap.device) < 2) & (drift > threshold)",
+              "off_policy_mask"),
+    reference("(1 - share) * (n - 1)", "(1 - share) * n", "a_quantile"),
+    # Advantages at the public door.
+    op("mdpgrpo_fast/ops/", "out = dataclasses.replace(out, delta=torch.zeros_like(out.delta))", "pass",
+       "left_out_without_a_goal and torch"),
+    op("mdpgrpo_fast/ops/", "return fused.scalar(given, rewards.device, rewards.dtype)", "pass",
+       "deviation_of_more and torch"),
+    op("mdpgrpo_fast/ops/", "single = torch.empty_like(single).index_copy_(0, groups.slots, single)", "pass",
+       "by_a_map and torch"),
+    op("mdpgrpo_fast/ops/", "valid = valid & known if valid.dtype == torch.bool else valid", "pass",
+       "by_a_map and torch"),
     # Triton's kernels.
     op(TRITON + "rows.py", "x = tl.where(inside, x, NEG_INF)",
        "x = x", "vocabularies and 4097 and triton"),
@@ -287,6 +325,11 @@ FAULTS = [
     rewards('if isinstance(e.prompt, str) else [{"role"', 'if True else [{"role"', "chat_completions"),
     rewards("    function.per_completion = True", "    pass", "decorated"),
     rewards('isolation == "process" or', "", "isolated_scorer"),
+    rewards("if over <= 0 else", "if over < -1 else", "soft_overlong"),
+    rewards("min(length / self.max_len, 1.0)", "length / self.max_len", "cosine"),
+    rewards("max(arguments[length] // 5, 1)", "arguments[length] // 4", "left_out_is"),
+    rewards("all(verdict.satisfied or ())", "any(verdict.satisfied or ())", "satisfies_all"),
+    rewards("isinstance(share, Failure):\n        return share", "False:\n        return share", "cannot_be_checked"),
     rewards("zip(self.weights, parts.values(), strict=True) if v is not None)",
             "zip([1.0] * len(parts), parts.values(), strict=True) if v is not None)", "several_rewards"),
     rewards("if all(v is None for v in parts.values()):", "if False:", "not_mine"),

@@ -101,8 +101,8 @@ def cispo_weight(ratio: Tensor, epsilon_low: Tensor | float, epsilon_high: Tenso
 
 def _by_sign(positive: Tensor, above: float, elsewhere: float, like: Tensor) -> Tensor:
     """One of two numbers, in the dtype of `like`: of numbers alone torch.where makes float32."""
-    pair = (torch.full((), x, dtype=like.dtype, device=like.device) for x in (above, elsewhere))
-    return torch.where(positive, *pair)
+    first, second = (torch.full((), x, dtype=like.dtype, device=like.device) for x in (above, elsewhere))
+    return torch.where(positive, first, second)
 
 
 def _sapo_temperature(advantage: Tensor | float, like: Tensor, config: MDPGRPOConfig) -> Tensor:
