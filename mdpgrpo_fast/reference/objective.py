@@ -142,7 +142,8 @@ def token_objective(
         base = old if sampling_logprobs is None else rows(sampling_logprobs)
         factor = factor * kept_off_policy(logprobs, base, keep, layout, advantage, config.off_policy_threshold)
     factor = factor * gate
-    per_token = -(factor * objective) - entropy_coef * gate * entropy
+    # In this order: a number times a bool would be float32.
+    per_token = -(factor * objective) - entropy_coef * (gate * entropy)
     kl, over = torch.zeros_like(mask), torch.zeros_like(keep)
     if ref_logprobs is not None:
         kl, over = losses.kl_penalty(kl_logprobs, rows(ref_logprobs), config.kl_estimator)
