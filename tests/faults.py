@@ -205,7 +205,7 @@ FAULTS = [
           "tests/rollout/test_sampling.py -k kernel_frequencies"),
     Fault("csrc/cpu/sample.cpp", " && sweep.at(row, i).z == r.statistics.peak", "",
           "tests/rollout/test_sampling.py -k test_greedy"),
-    Fault("csrc/cpu/sample.cpp", "|| at(kept) < least", "",
+    Fault("csrc/cpu/sample.cpp", "|| at(left) < least", "",
           "tests/rollout/test_sampling.py -k 'truncated_frequencies and cpu'"),
     Fault("csrc/cpu/sample.cpp", "found = i, before = running", "found = i",
           "tests/rollout/test_sampling.py -k cumulative_sum"),
