@@ -88,7 +88,7 @@ FAULTS = [
     reference("((kept - mean[:, None]) * valid)", "(kept - mean[:, None])", "invalid_samples"),
     reference("n = count.to(z.dtype)", "n = count.float()", "follow_their_definitions"),
     reference("n / (n - 1).clamp(min=1)", "1.0 * (n > 0)", "follow_their_definitions"),
-    reference("return torch.where(constant[:, None], 0, z)", "return z", "exactly_zero_in_all"),
+    reference("return torch.where(constant[:, None], 0, z)", "return z", "all_constant"),
     reference('        elif config.scale_rewards == "none":', "        elif False:", "follow_their_definitions"),
     reference("return torch.where(std == 0, 0, (sums - mean) / scale)", "return ((sums - mean) / scale)",
               "all_constant"),

@@ -379,6 +379,11 @@ def test_single_rewards_that_are_all_constant_are_exactly_zero() -> None:
                                multi_objective_aggregation="normalize_then_sum")  # fmt: skip
         got = mdpgrpo_fast.advantages(config=config, parts=parts, part_weights=[0.1, 0.7, 3.0], backend="torch")
         assert (got.z == 0).all() and (got.advantage == 0).all()
+        # Equal but for rounding, and a batch that is said to have no deviation.
+        noisy = torch.where(torch.arange(7)[:, None] % 2 == 0, parts, torch.nextafter(parts, parts + 1))
+        assert (mdpgrpo_fast.advantages(config=config, parts=noisy, backend="torch").z == 0).all()
+        varied = parts + torch.arange(7)[:, None]
+        assert (mdpgrpo_fast.advantages(config=config, parts=varied, batch=(0.1, 0.0), backend="torch").z == 0).all()
 
 
 def test_one_reward_of_larger_numbers_does_not_outweigh_another() -> None:
