@@ -45,11 +45,12 @@ def run(*command: str) -> str:
 
 
 def name_of(mangled: str) -> str:
-    """token_loss bf16, two temperatures, soft-cap: from the template arguments."""
+    """token_loss bf16, two temperatures, soft-cap, entropy bonus: from the template arguments."""
     elements = re.findall(r"\d(BFloat16|Float16|Float32)E", mangled)
-    two, cap = re.findall(r"Lb([01])E", mangled)[:2]
-    parts = [f"token_loss {ELEMENTS[elements[0]]}"]
-    return ", ".join(parts + ["two temperatures"] * int(two) + ["soft-cap"] * int(cap))
+    chosen = re.findall(r"Lb([01])E", mangled)[:3]
+    names = ("two temperatures", "soft-cap", "entropy bonus")
+    options = [name for name, on in zip(names, chosen, strict=True) if on == "1"]
+    return ", ".join([f"token_loss {ELEMENTS[elements[0]]}", *options])
 
 
 def widths(lines: list[str], instruction: str) -> dict[str, int]:
