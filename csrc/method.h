@@ -1,5 +1,5 @@
 // The rows' inputs and the method of a token, once for the CPU and for CUDA. Names are those of
-// mdpgrpo_fast/kernels/schemas.py (Rows, Settings) and of mdpgrpo_fast/reference.py (the equations).
+// mdpgrpo_fast/kernels/schemas.py (Rows, Settings) and of mdpgrpo_fast/reference/ (the equations).
 #pragma once
 
 #include <cmath>

@@ -38,8 +38,8 @@ OPS, LINEAR, TRITON = "mdpgrpo_fast/ops/", "mdpgrpo_fast/ops/linear/", "mdpgrpo_
 
 
 def reference(old: str, new: str, tests: str) -> Fault:
-    files = "tests/test_reference.py tests/test_reference_advantages.py"
-    return Fault("mdpgrpo_fast/reference.py", old, new, f"{files} -k '{tests}'")
+    files = "tests/test_reference.py tests/test_reference_advantages.py tests/test_reference_losses.py"
+    return Fault("mdpgrpo_fast/reference/", old, new, f"{files} -k '{tests}'")
 
 
 def op(path: str, old: str, new: str, tests: str) -> Fault:
@@ -97,13 +97,13 @@ FAULTS = [
         "per_token = per_token + kl_beta * kl * (1 if importance_weight is None else importance_weight)",
         "policy_term_only",
     ),
-    reference("layout.sum(exponent) / layout.sum(mask).clamp(min=1)", "layout.sum(exponent)", "follow_the_equations"),
+    reference("self.sum(x) / self.sum(mask).clamp(min=1)", "self.sum(x)", "follow_the_equations"),
     reference("completions = (lengths > 0).sum()", "completions = (lengths >= 0).sum()", "out_of_the_normaliser"),
-    reference("torch.where(p > 0, p * x, 0)", "(p * x)", "minus_infinite"),
+    reference("x.masked_fill(p == 0, 0)", "x", "minus_infinite"),
     reference("logits = logits.masked_fill(~keep[..., None], 0)", "logits = logits", "masked_positions"),
     reference("exponent.clamp(max=RATIO_EXPONENT_MAX).exp()", "exponent.exp()", "beyond_float_range"),
     reference("config.kl_temperature, softcap)[0]", "temperature, softcap)[0]", "kl_estimators"),
-    reference("objective = objective * temperature", "objective = objective", "rescale"),
+    reference("factor = factor * temperature", "factor = factor", "rescale"),
     # Triton's kernels.
     op(TRITON + "rows.py", "x = tl.where(inside, x, NEG_INF)",
        "x = x", "vocabularies and 4097 and triton"),

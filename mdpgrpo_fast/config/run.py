@@ -66,7 +66,11 @@ class PromptConfig:
 class TrainConfig(PromptConfig):
     """The run: model, data, rewards, optimiser, logging. Counts are per process; lengths are in tokens."""
 
-    preset: str = knob("paper", f"method settings to start from: {', '.join(PRESETS)}")
+    preset: str = knob(
+        "paper",
+        f"method settings to start from: {', '.join(PRESETS)} (of grpo z is TRL's and all else the paper's; trl has "
+        "TRL's defaults)",
+    )
     train_file: str | None = knob(
         None, "prompts: JSON lines, a JSON array, parquet or CSV, plain or .gz, or a data set; unset: the embedded ones"
     )
