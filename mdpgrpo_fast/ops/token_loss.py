@@ -113,7 +113,14 @@ def token_loss(
     refuse_overwritten(logits)
     name = choose(backend, logits.device, logits.dtype)
     size = logits.shape[:-1].numel()
-    if backend == "auto" and name == "triton" and hopper_wins(logits.device, logits.dtype, logits.shape[-1], size):
+    # The Hopper kernel takes no rows with a logit_floor: backend cuda hands them on to Triton's.
+    hands_on = rows.logit_floor is not None
+    if (
+        backend == "auto"
+        and name == "triton"
+        and not hands_on
+        and hopper_wins(logits.device, logits.dtype, logits.shape[-1], size)
+    ):
         name = "cuda"
     longest = max_completion_length or max(shape[-1], 1)
     if name == "torch":

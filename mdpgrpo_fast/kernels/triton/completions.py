@@ -43,7 +43,7 @@ SUM_SETTINGS, SUM_ROWS = ("sequence", "loss", "masks_off_policy"), (
 )  # fmt: skip
 KL_SETTINGS, KL_ROWS = "kl_temperature estimator two_temperatures unbiased_kl", "ref_logprobs"
 SLOPE_SETTINGS = all_but(Settings, f"softcap aggregation group_size top_entropy_quantile entropy_coef {KL_SETTINGS}")
-SLOPE_ROWS = all_but(Rows, f"tokens entropy_coef kl_beta {KL_ROWS}")
+SLOPE_ROWS = all_but(Rows, f"tokens logit_floor entropy_coef kl_beta {KL_ROWS}")
 
 
 class Coupling(NamedTuple):
