@@ -121,8 +121,8 @@ def _logprobs_backward_kernel(
                 entropy = tl.load(statistics_ptr + 2 * tl.cast(n_rows, tl.int64) + row)
                 b /= tau
             _write_gradient(logits, gradient, tiles, _token(rows.tokens, row, tile), peak, log_total, log_total_kl,
-                            entropy, c / tau, c_kl, b, LOG2E / tau, LOG2E / settings.kl_temperature, settings.softcap, least,
-                            grad_kl_ptr is not None, tile)  # fmt: skip
+                            entropy, c / tau, c_kl, b, LOG2E / tau, LOG2E / settings.kl_temperature, settings.softcap,
+                            least, grad_kl_ptr is not None, tile)  # fmt: skip
 
 
 def launch_logprobs(

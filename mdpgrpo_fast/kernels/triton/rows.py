@@ -235,7 +235,7 @@ def _target(row, token, softcap):
 
 @triton.jit
 def _least(rows, row, z):
-    """The smallest z of the row's support, which its own token is always in; NaN, which nothing is below, where z is."""
+    """The smallest z of a row's support, which its own token is always in; NaN, which nothing is below, where z is."""
     if rows.logit_floor is None:
         return None
     else:
