@@ -199,7 +199,7 @@ FAULTS = [
     rollout("(self.mask.cumsum(1) - 1)", "self.mask.cumsum(1)", "padding_changes_nothing"),
     rollout("(self.tokens[:, :num_steps, None] == eos).any(2)", "self.tokens[:, :num_steps] == eos[0]",
             "lengths_and_ends"),
-    rollout("sampling = _logprobs(logits, tokens, temperature)", "sampling = _logprobs(logits, tokens, 1.0)",
+    rollout("sampling = logprobs(logits, tokens, temperature)", "sampling = logprobs(logits, tokens, 1.0)",
             "test_logprobs"),
     Fault(TRITON, "tl.join(tl.join(a, c), tl.join(b, d)), (tile", "tl.join(tl.join(a, a), tl.join(a, a)), (tile",
           "tests/rollout/test_sampling.py -k kernel_frequencies"),
