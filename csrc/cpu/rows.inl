@@ -196,17 +196,24 @@ struct Sums {
   Floats total = {}, moment = {}, total_kl = {};
 };
 
+// same: k_kl is k, so that of a part only the sums are two.
 template <bool TWO, bool PART>
-inline Floats accumulate(Floats z, Floats peak, Floats k, Floats k_kl, Floats least, Sums& sums, Floats& e_kl) {
+inline Floats accumulate(Floats z, Floats peak, Floats k, Floats k_kl, bool same, Floats least, Sums& sums,
+                         Floats& e_kl) {
   const Floats d = z - peak;
   Floats t = d * k;
-  Floats e = exp2_of(t);
-  if (PART) e = z < least ? Floats{} : e;
+  const Floats whole = exp2_of(t);
+  Floats e = whole;
+  if (PART) e = z < least ? Floats{} : whole;
   sums.total += e;
   sums.moment += t * e;
   if (TWO) {
-    Floats t_kl = d * k_kl;
-    e_kl = exp2_of(t_kl);
+    if (PART && same) {
+      e_kl = whole;
+    } else {
+      Floats t_kl = d * k_kl;
+      e_kl = exp2_of(t_kl);
+    }
     sums.total_kl += e_kl;
   }
   return e;
@@ -265,7 +272,7 @@ RowStatistics read_row(const typename E::Storage* row, const RowOptions& o, doub
     const auto z_at = [&](int64_t at) { return CAP ? Float32::load(z_of_block + at) : E::load(x + at); };
     const auto add = [&](Floats z, int64_t at, Sums& own) {
       Floats e_kl = {};
-      const Floats e = accumulate<TWO, PART>(z, all(base), k_all, k_kl_all, all(least), own, e_kl);
+      const Floats e = accumulate<TWO, PART>(z, all(base), k_all, k_kl_all, k == k_kl, all(least), own, e_kl);
       if (KEEP) {
         Float32::store(e_out + at, e);
         if (TWO) Float32::store(kept_kl + start + at, e_kl);
