@@ -28,6 +28,7 @@ class Rollout:
     temperature: Tensor  # (B,) float, 0 for greedy
     sampling_logprobs: Tensor  # (B, L) float under the distribution drawn from: temperature and truncation applied
     policy_logprobs: Tensor  # (B, L) float under the policy at temperature 1, untruncated
+    log_kept: Tensor  # (B, L) float, log of the probability that truncation kept at the row's temperature; NaN: unknown
 
     @property
     def mask(self) -> Tensor:
@@ -123,6 +124,7 @@ def generate(
         prompt_ids=ids[origin],
         prompt_mask=mask[origin],
         temperature=torch.zeros(len(rows), device=device) if tau is None else tau,
+        log_kept=torch.full_like(done.sampling_logprobs, 0.0 if (top_k, top_p, min_p) == (0, 1.0, 0.0) else torch.nan),
         **vars(done),
     )
 
