@@ -197,6 +197,11 @@ class MDPGRPOConfig:
                     "kl_gradient": "the reward has no gradient",
                 }[name]
                 require(value == only, name, value, f"{only} for kl_in = reward: {reason}")
+        if self.multi_objective_aggregation == "normalize_then_sum" and self.kl_in == "reward":
+            raise ConfigError(
+                "kl_in must be loss for multi_objective_aggregation = normalize_then_sum: a KL that is normalised as "
+                "the rewards are would lose its coefficient; got 'reward'"
+            )
         if self.multi_objective_aggregation == "normalize_then_sum" and self.scale_rewards != "group":
             raise ConfigError(
                 "scale_rewards must be group for multi_objective_aggregation = normalize_then_sum, which divides by "

@@ -63,12 +63,22 @@ def with_policy_logprobs(rollout: Rollout, policy: Any, *, micro_batch_size: int
     min(exp(policy - sampling), w_max) then corrects temperature and the sampler's own numerics at once.
     policy: a `models.Policy`. micro_batch_size: rows of a pass. backend: as of `Policy.logprobs`.
     """
+    found = trainer_logprobs(rollout, policy, 1.0, micro_batch_size=micro_batch_size, backend=backend)
+    return replace(rollout, policy_logprobs=found)
+
+
+def trainer_logprobs(
+    rollout: Rollout, policy: Any, temperature: Tensor | float, *, micro_batch_size: int, backend: str
+) -> Tensor:
+    """(B, L) log-probs of the completions by the trainer's model as it stands, untruncated. temperature: a number, or
+    one per row; the rest as of `with_policy_logprobs`."""
     r, logprobs = rollout, []
     for start in range(0, len(r.tokens), micro_batch_size):
         rows = slice(start, start + micro_batch_size)
         inputs = (r.prompt_ids[rows], r.prompt_mask[rows], r.tokens[rows], r.mask[rows])
-        logprobs.append(policy.logprobs(inputs, inputs[3], r.lengths[rows].tolist(), 1.0, backend))
-    return replace(r, policy_logprobs=torch.cat(logprobs))
+        tau = temperature[rows] if isinstance(temperature, Tensor) else temperature
+        logprobs.append(policy.logprobs(inputs, inputs[3], r.lengths[rows].tolist(), tau, backend))
+    return torch.cat(logprobs)
 
 
 class RolloutEngine(ABC):
