@@ -141,8 +141,8 @@ const char* const SAMPLE =
     "()";
 
 // One token a row, its log-probs under what it was drawn from and at temperature 1, the log of the share of its row's
-// probability that truncation left, and a logit between those that it left and the others; without temperatures the most
-// likely one. truncation: top_k, top_p, min_p; noise: uniform in [0, 2⁵³).
+// probability that truncation left, and a logit between those that it left and the others; without temperatures the
+// most likely one. truncation: top_k, top_p, min_p; noise: uniform in [0, 2⁵³).
 void sample(StableIValue* stack, uint64_t, uint64_t) {
   Arguments args(stack, aoti_torch_device_type_cpu());
   const Tensor logits_ = args.tensor("logits"), temperature_ = args.tensor("temperature"),
