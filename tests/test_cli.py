@@ -118,6 +118,15 @@ def test_every_knob_is_a_flag_with_help(capsys: pytest.CaptureFixture[str]) -> N
         (["--lr", "1"], "unknown flag '--lr'; it is --learning-rate"),
         (["--bf16"], "unknown flag '--bf16'; it is --mixed-precision bf16"),
         (["--loss_type=dapo"], "unknown flag '--loss-type'; TRL's loss_type is --aggregation"),
+        (["--sync-ref-model"], "unknown flag '--sync-ref-model'; it is --sync-reference"),
+        (["--steps-per-generation", "4"], "; --mini-batches gives parts of it an update each"),
+        (["--use_adaptive_entropy"], "unknown flag '--use-adaptive-entropy'; it is --entropy-target"),
+        (["algorithm.use_kl_in_reward=true"], "'algorithm.use_kl_in_reward'; it is --kl-in"),
+        (["--mini-batches", "9"], "mini_batches must be at most prompts_per_step = 4; got 9"),
+        (
+            ["--lora", "--sync-reference", "1"],
+            "reference_mix must be 1 with lora, where the reference is adapters beside the model",
+        ),
         (["--use-vllm"], "unknown flag '--use-vllm'; it is --rollout vllm"),
         (["--model-name-or-path", "m"], "unknown flag '--model-name-or-path'; it is --model"),
         (["--num-train-epochs", "1"], "unknown flag '--num-train-epochs'; it is --epochs"),
@@ -155,7 +164,6 @@ def test_every_knob_is_a_flag_with_help(capsys: pytest.CaptureFixture[str]) -> N
         (["--mixed-precision", "fp16", "--cpu"], "mixed_precision fp16 needs a GPU"),
         (["--max-prompt-length", "5"], "over the limit of 5"),
         (["--max-completion-length", "4096"], "max_completion_length must be below the model's"),
-        (["--temperature-objective", "corrected", "--top-k", "5"], "temperature_objective = corrected needs full-voc"),
     ],
 )
 def test_one_clear_line_and_status_2(
@@ -185,7 +193,11 @@ def test_unknown_key_of_the_file_names_the_nearest(tmp_path: Path) -> None:
         ("steps: many\n", "run.yaml: --steps must be a whole number; got 'many'"),
         ("config: other.yaml\n", "run.yaml: unknown key 'config'; --help-all lists the flags"),
         ("actor_rollout_ref: {rollout: {n: 8}}\n", "'actor_rollout_ref.rollout.n'; it is --num-generations"),
-        ("preset: [paper]\n", "unknown preset \"['paper']\"; known: exact, grpo, paper, released_code"),
+        (
+            "preset: [paper]\n",
+            "unknown preset \"['paper']\"; known: cispo, dapo, dr_grpo, exact, grpo, gspo, paper, "
+            "released_code, rloo, trl",
+        ),
         ("run: {1: 2}\n", "run.yaml: unknown key '1'; --help-all lists the flags"),
         ("temperatures: [warm]\n", "run.yaml: --temperatures must be a number; got 'warm'"),
     ],
@@ -300,6 +312,39 @@ def test_a_wrong_flag_and_help_load_no_torch() -> None:
             ["--epsilon-low", "0.1", "--delta", "3"],
             "--epsilon-low, --delta have no effect: the ratio is 1 where a batch",
         ),
+        (["--importance-level", "sequence"], "--importance-level has no effect: the ratio is 1 where a batch gets one"),
+        (["--sync-reference", "5", "--preset", "dapo"], "--sync-reference has no effect: without a KL term there is"),
+        (["--sync-reference", "9", "--steps", "9"], "--sync-reference has no effect: the run is over before"),
+        (["--reference-mix", "0.5"], "--reference-mix has no effect: the reference stays as it is (--sync-reference)"),
+        (["--kl-gradient", "unbiased", "--preset", "gspo"], "--kl-gradient has no effect: there is no KL term"),
+        (
+            ["--scale-rewards", "none", "--dual-anchor-alpha", "1"],
+            "--scale-rewards has no effect: the relative anchor has no weight",
+        ),
+        (["--group-std", "population", "--preset", "dr_grpo"], "--group-std has no effect: rewards are divided by no"),
+        (
+            ["--importance-weight-floor", "0.1"],
+            "--importance-weight-floor has no effect: there is no importance weight",
+        ),
+        (
+            ["--temperature-objective", "corrected", "--sampler-correction"],
+            "--sampler-correction has no effect: --temperature-objective corrected weighs by itself",
+        ),
+        (
+            ["--loss", "luspo", "--importance-level", "sequence"],
+            "--importance-level has no effect: --loss luspo has a completion's ratio",
+        ),
+        (["--loss", "sapo", "--epsilon-low", "0.1"], "--epsilon-low has no effect: this --loss has no clip"),
+        (["--sapo-temperature-pos", "2"], "--sapo-temperature-pos has no effect: --loss is not sapo"),
+        (["--vespo-k-neg", "2"], "--vespo-k-neg has no effect: --loss is not vespo"),
+        (["--loss", "sapo", "--sapo-temperature-pos", "2"], "--sapo-temperature-pos has no effect: the ratio is 1"),
+        (["--loss", "vespo", "--vespo-k-neg", "2"], "--vespo-k-neg has no effect: the ratio is 1 where a batch gets"),
+        (["--off-policy-threshold", "0.1"], "--off-policy-threshold has no effect: the policy is the one that sampled"),
+        (["--entropy-coef-max", "0.1"], "--entropy-coef-max has no effect: the coefficient of the entropy bonus is"),
+        (
+            ["--preset", "dapo", "--refill", "2", "--entropy-coef", "0.1"],
+            "--refill has no effect: with an entropy bonus every completion has a gradient",
+        ),
         (["--epochs", "2", "--steps", "3"], "--epochs has no effect: --steps says how many"),
         (["--kl-beta-neg", "1", "--no-asymmetric-kl"], "--kl-beta-neg has no effect: --kl-beta-pos is for all"),
         (["--refill", "2"], "--refill has no effect: with a KL term every group has a gradient"),
@@ -318,6 +363,12 @@ def test_a_flag_with_effect_is_not(tmp_path: Path) -> None:
         ["--lora", "--lora-r", "4"],
         ["--eval-every", "2"],
         ["--preset", "grpo"],
+        ["--epsilon-low", "0.1", "--importance-level", "sequence", "--mini-batches", "2"],
+        ["--loss", "vespo", "--vespo-k-neg", "2", "--temperature-objective", "corrected"],
+        ["--loss", "sapo", "--sapo-temperature-neg", "2", "--updates-per-rollout", "2"],
+        ["--sampler-correction", "--temperature-objective", "per_row", "--importance-weight-kind", "mask"],
+        ["--entropy-target", "0.5", "--entropy-coef-delta", "0.01", "--sync-reference", "3", "--reference-mix", "1"],
+        ["--off-policy-threshold", "0.1", "--mini-batches", "2", "--scale-rewards", "batch"],
     ):
         assert without_effect(*train.read(argv)) == []
     run, method, _ = train.read([])

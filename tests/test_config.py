@@ -49,7 +49,7 @@ METHOD_REFUSALS: list[tuple[str, Any]] = [
     ("importance_weight_cap", 0.0),
     ("importance_level", "group"),
     ("epsilon_low", -0.1),
-    ("epsilon_low", 1.0),
+    ("epsilon_low", 1.5),
     ("epsilon_high", -0.1),
     ("delta", 1.2),
     ("delta", math.nan),
@@ -146,7 +146,7 @@ def test_edges_of_the_ranges_are_allowed() -> None:
         dual_anchor_alpha=1.0,
         kl_beta_pos=0.0,
         kl_beta_neg=0.0,
-        epsilon_low=0.0,
+        epsilon_low=1.0,
         epsilon_high=0.0,
         delta=1.001,
     )
@@ -203,15 +203,38 @@ def test_switches() -> None:
 
 
 @pytest.mark.parametrize("truncation", [{"top_p": 0.9}, {"top_k": 50}, {"min_p": 0.05}])
-def test_corrected_refuses_truncated_sampling(truncation: dict[str, Any]) -> None:
-    """Top-p and top-k make full-vocabulary log-probs the wrong behaviour policy."""
-    (name,) = truncation
-    with pytest.raises(ConfigError, match=rf"temperature_objective = corrected .*{name} = {truncation[name]}"):
-        MDPGRPOConfig(temperature_objective="corrected", **truncation)
-    with pytest.raises(ConfigError, match="temperature_objective = corrected"):
-        preset("paper", temperature_objective="corrected")
-    MDPGRPOConfig(temperature_objective="corrected")
-    MDPGRPOConfig(temperature_objective="per_row", **truncation)
+def test_the_sampler_may_be_truncated_where_its_log_probs_are_recorded(truncation: dict[str, Any]) -> None:
+    """They are those after truncation, so that the weight of a token that was drawn is exact."""
+    assert MDPGRPOConfig(temperature_objective="corrected", **truncation).weighs_sampling
+    assert MDPGRPOConfig(temperature_objective="per_row", sampler_correction=True, **truncation).weighs_sampling
+    assert not MDPGRPOConfig(temperature_objective="per_row", **truncation).weighs_sampling
+
+
+@pytest.mark.parametrize(
+    ("knobs", "said"),
+    [
+        ({"sampler_correction": True}, "sampler_correction needs temperature_objective = per_row or corrected"),
+        ({"kl_in": "reward"}, "asymmetric_kl must be False for kl_in = reward"),
+        ({"multi_objective_aggregation": "normalize_then_sum", "scale_rewards": "none"}, "scale_rewards must be group"),
+        (
+            {"multi_objective_aggregation": "normalize_then_sum", "kl_in": "reward", "asymmetric_kl": False},
+            "kl_in must be loss for multi_objective_aggregation = normalize_then_sum",
+        ),
+        ({"loss": "cispo", "delta": 4.0}, "delta must be unset for loss = cispo"),
+        ({"horizon": 9}, "horizon must be unset but for aggregation = dr_grpo"),
+    ],
+)
+def test_knobs_that_contradict_each_other(knobs: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        MDPGRPOConfig(**knobs)
+
+
+def test_parts_of_a_batch_and_a_moving_reference() -> None:
+    with pytest.raises(ConfigError, match="mini_batches must be at most prompts_per_step = 4; got 5"):
+        TrainConfig(mini_batches=5)
+    with pytest.raises(ConfigError, match="reference_mix must be 1 with lora"):
+        TrainConfig(lora=True, sync_reference=1)
+    TrainConfig(mini_batches=4, lora=True, sync_reference=1, reference_mix=1.0)
 
 
 @pytest.mark.parametrize("objective", ["paper", "corrected"])
@@ -230,7 +253,9 @@ def test_delta_has_to_exceed_the_clip() -> None:
 
 
 def test_presets_are_complete_and_valid() -> None:
-    assert set(PRESETS) == {"paper", "released_code", "exact", "grpo"}
+    assert list(PRESETS) == [
+        "paper", "released_code", "exact", "grpo", "trl", "dapo", "dr_grpo", "gspo", "cispo", "rloo"
+    ]  # fmt: skip
     fields = {f.name for f in dataclasses.fields(MDPGRPOConfig)}
     for name, values in PRESETS.items():
         assert set(values) <= fields
@@ -261,7 +286,8 @@ def test_preset_overrides_and_unknown_names() -> None:
     assert preset("paper").num_generations == 8
     with pytest.raises(ConfigError, match="unknown preset 'papr'; did you mean 'paper'"):
         preset("papr")
-    with pytest.raises(ConfigError, match="unknown preset 'xyz'; known: exact, grpo, paper, released_code"):
+    known = "cispo, dapo, dr_grpo, exact, grpo, gspo, paper, released_code, rloo, trl"
+    with pytest.raises(ConfigError, match=f"unknown preset 'xyz'; known: {known}"):
         preset("xyz")
     with pytest.raises(ConfigError, match="top_p must be"):
         preset("paper", top_p=2.0)

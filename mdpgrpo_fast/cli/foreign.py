@@ -13,8 +13,18 @@ processing-class tokenizer | tokenizer-name-or-path tokenizer | dataset-name tra
 dataset-path train-file | train-dataset train-file | eval-dataset eval-file | dataset-train-split split |
 dataset-split split | dataset-test-split eval-split | dataset-text-field prompt-column | reward-funcs reward |
 reward-function reward | reward-model-name-or-path reward | per-device-eval-batch-size eval-batch-size |
-num-iterations updates-per-rollout | ppo-epochs updates-per-rollout | importance-sampling-level importance-level
-| loss-agg-mode aggregation | mask-truncated-completions mask-truncated | save-steps save-every |
+num-iterations updates-per-rollout | ppo-epochs updates-per-rollout | importance-sampling-level importance-level |
+loss-agg-mode aggregation | sync-ref-model sync-reference | ref-model-sync-steps sync-reference |
+ref-model-mixup-alpha reference-mix | use-adaptive-entropy entropy-target | entropy-coeff entropy-coef |
+use-bias-correction-kl kl-gradient | off-policy-mask-threshold off-policy-threshold |
+vllm-importance-sampling-correction sampler-correction | vllm-importance-sampling-cap importance-weight-cap |
+vllm-importance-sampling-clip-max importance-weight-cap | vllm-importance-sampling-clip-min importance-weight-floor |
+num-mini-batches mini-batches | num-ppo-epochs updates-per-rollout |
+algorithm.norm_adv_by_std_in_grpo scale-rewards | algorithm.use_kl_in_reward kl-in |
+algorithm.kl_penalty kl-estimator | algorithm.rollout_correction.rollout_is importance-weight-level |
+actor.entropy_coeff entropy-coef | actor.policy_loss.loss_mode loss | actor.kl_loss_type kl-estimator |
+algorithm.rollout_correction.rollout_is_threshold importance-weight-cap |
+mask-truncated-completions mask-truncated | save-steps save-every |
 save-freq save-every | eval-steps eval-every | test-freq eval-every | resume-from-checkpoint resume |
 lr-scheduler-type lr-schedule | use-peft lora | lora-rank lora-r | lora-target lora-target-modules |
 attn-implementation attention | torch-dtype dtype | torch-compile compile |
@@ -48,28 +58,27 @@ _TOLD = {
     "kl-coef": f"it is {_KL}",
     "kl-loss-coef": f"it is {_KL}",
     "actor.kl_loss_coef": f"it is {_KL}",
-    "actor.kl_loss_type": "it is --kl-estimator",
-    "algorithm.kl_ctrl.kl_coef": f"the KL is in the loss: {_KL}",
-    "algorithm.use_kl_in_reward": f"the KL is in the loss: {_KL}",
-    "algorithm.adv_estimator": "it is --preset: paper, released_code, exact, grpo",
-    "algorithm.norm_adv_by_std_in_grpo": "groups are always divided by their deviation (--group-std)",
-    "scale-rewards": "groups are always divided by their deviation (--group-std)",
-    "epsilon": "TRL's epsilon is --epsilon-low, and --epsilon-high above 1",
+    "algorithm.kl_ctrl.kl_coef": "it is --kl-beta-pos, with --kl-in reward",
+    "algorithm.adv_estimator": "it is --preset: grpo, dr_grpo, rloo, ..., or --baseline and --scale-rewards",
+    "epsilon": "TRL's epsilon is --epsilon-low, and --epsilon-high above 1 (--loss cispo: its bound less 1)",
     "clip-ratio": "it is --epsilon-low and --epsilon-high",
     "actor.clip_ratio": "it is --epsilon-low and --epsilon-high",
-    "loss-type": "TRL's loss_type is --aggregation: grpo, dapo, dr_grpo, bnpo",
+    "loss-type": "TRL's loss_type is --aggregation: grpo, dapo, dr_grpo, bnpo; or --loss: cispo, sapo, luspo, vespo",
     "bf16": "it is --mixed-precision bf16",
     "fp16": "it is --mixed-precision fp16",
     "use-vllm": "it is --rollout vllm",
     "vllm-mode": "--vllm-url names a server; without it vLLM runs in this process",
+    "vllm-importance-sampling-mode": "it is --importance-weight-level and --importance-weight-kind",
+    "vllm-importance-sampling-min": "it is --importance-weight-floor",
+    "ppo-mini-batch-size": f"{_STEP}; --mini-batches gives parts of it an update each",
     "num-train-samples": "it is --steps or --epochs",
     "per-device-train-batch-size": f"{_STEP}; --tokens-per-micro-batch bounds a pass",
     "train-batch-size": f"{_STEP}; --tokens-per-micro-batch bounds a pass",
     "batch-size": f"{_STEP}; --tokens-per-micro-batch bounds a pass",
     "gradient-accumulation-steps": f"{_STEP}, accumulated as --tokens-per-micro-batch needs it",
-    "steps-per-generation": f"{_STEP}; --updates-per-rollout uses it again",
+    "steps-per-generation": f"{_STEP}; --mini-batches gives parts of it an update each",
     "generation-batch-size": _STEP,
-    "actor.ppo_mini_batch_size": f"{_STEP}; --updates-per-rollout uses it again",
+    "actor.ppo_mini_batch_size": f"{_STEP}; --mini-batches gives parts of it an update each",
     "actor.ppo_micro_batch_size_per_gpu": "it is --tokens-per-micro-batch",
     "rollout.temperature": "it is --temperature with --multi-temperature false, or --temperatures",
     "logging-steps": "every step is in metrics.jsonl and --report-to",
@@ -82,11 +91,8 @@ _TOLD = {
     "save-total-limit": "the newest two checkpoints are kept (--save-every)",
     "adam-beta1": "it is 0.9, as in transformers (--adam-beta2 may change)",
     "wandb-project": "`--report-to wandb` writes to the project mdpgrpo_fast",
-    "generation-kwargs": "sampling has --temperatures, --top-p, --top-k and --min-p",
-    "repetition-penalty": "there is none: log-probs of training would not be those of sampling (--top-p, --min-p)",
     "vllm-tensor-parallel-size": "a server decides it (--vllm-url)",
     "num-gpus": "`torchrun` or `accelerate launch` decides it",
-    "entropy-coef": "there is no entropy term",
     "gradient-clip": "it is --max-grad-norm",
     "gen-kwargs": "sampling has --temperature, --top-p, --top-k and --min-p",
     "optim": "the optimiser is AdamW (--adam-beta2, --weight-decay, --fused-adamw)",
@@ -98,7 +104,6 @@ _TOLD = {
     "load-in-8bit": "quantised models are not trained; --lora and --dtype bfloat16 save memory",
     "deepspeed": "`accelerate launch` with a file of mdpgrpo_fast/launch",
     "fsdp": "`accelerate launch` with a file of mdpgrpo_fast/launch",
-    "sync-ref-model": f"the reference is the starting model; {_KL} at 0 leave it out",
     "push-to-hub": "the model is written to --output-dir",
     "dataset-config": "it follows the hub id behind a colon: --train-file ID:CONFIGURATION",
     "dataset-num-proc": "there is nothing to set",

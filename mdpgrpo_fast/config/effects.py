@@ -10,6 +10,13 @@ from .run import TrainConfig
 
 Rule = tuple[str, Callable[[TrainConfig, MDPGRPOConfig], bool], str]
 
+ONE_UPDATE = "the ratio is 1 where a batch gets one update (--updates-per-rollout, --mini-batches)"
+
+
+def _on_policy(run: TrainConfig) -> bool:
+    return run.updates_per_rollout == run.mini_batches == 1
+
+
 # Knobs, when they have no effect, and why.
 _RULES: list[Rule] = [
     (
@@ -44,19 +51,87 @@ _RULES: list[Rule] = [
     ),
     ("kl_beta_neg", lambda run, m: not m.asymmetric_kl, "--kl-beta-pos is for all (--asymmetric-kl)"),
     (
-        "kl_estimator kl_temperature",
+        "kl_estimator kl_temperature kl_gradient kl_in",
         lambda run, m: not m.needs_reference,
         "there is no KL term (--kl-beta-pos, --kl-beta-neg)",
     ),
     (
-        "importance_weight_cap",
-        lambda run, m: m.temperature_objective != "corrected",
-        "--temperature-objective is not corrected",
+        "sync_reference",
+        lambda run, m: run.sync_reference > 0 and not m.needs_reference,
+        "without a KL term there is no reference (--kl-beta-pos, --kl-beta-neg)",
     ),
     (
-        "epsilon_low epsilon_high delta importance_level",
-        lambda run, m: run.updates_per_rollout == 1,
-        "the ratio is 1 where a batch gets one update (--updates-per-rollout)",
+        "sync_reference",
+        lambda run, m: m.needs_reference and run.steps is not None and run.sync_reference >= run.steps,
+        "the run is over before (--steps)",
+    ),
+    ("reference_mix", lambda run, m: run.sync_reference == 0, "the reference stays as it is (--sync-reference)"),
+    (
+        "scale_rewards baseline group_std multi_objective_aggregation",
+        lambda run, m: m.alpha == 1,
+        "the relative anchor has no weight (--dual-anchor-alpha)",
+    ),
+    (
+        "group_std",
+        lambda run, m: m.alpha < 1 and m.scale_rewards == "none",
+        "rewards are divided by no deviation (--scale-rewards)",
+    ),
+    (
+        "importance_weight_cap importance_weight_floor importance_weight_level importance_weight_kind",
+        lambda run, m: not m.weighs_sampling,
+        "there is no importance weight (--temperature-objective corrected, --sampler-correction)",
+    ),
+    (
+        "truncated_logprobs",
+        lambda run, m: m.truncated_logprobs and not m.truncates,
+        "no token is cut (--top-p, --top-k, --min-p)",
+    ),
+    (
+        "sampler_correction",
+        lambda run, m: m.sampler_correction and m.temperature_objective == "corrected",
+        "--temperature-objective corrected weighs by itself",
+    ),
+    (
+        "importance_level aggregation",
+        lambda run, m: m.loss == "luspo",
+        "--loss luspo has a completion's ratio and the sum of its tokens",
+    ),
+    ("epsilon_low epsilon_high", lambda run, m: m.loss in ("sapo", "vespo"), "this --loss has no clip"),
+    (
+        "sapo_temperature_pos sapo_temperature_neg",
+        lambda run, m: m.loss != "sapo",
+        "--loss is not sapo",
+    ),
+    (
+        "vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg",
+        lambda run, m: m.loss != "vespo",
+        "--loss is not vespo",
+    ),
+    (
+        "epsilon_low epsilon_high delta",
+        lambda run, m: _on_policy(run) and m.loss not in ("sapo", "vespo"),
+        ONE_UPDATE,
+    ),
+    ("importance_level", lambda run, m: _on_policy(run) and m.loss != "luspo", ONE_UPDATE),
+    (
+        "sapo_temperature_pos sapo_temperature_neg",
+        lambda run, m: _on_policy(run) and m.loss == "sapo",
+        ONE_UPDATE,
+    ),
+    (
+        "vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg",
+        lambda run, m: _on_policy(run) and m.loss == "vespo" and not m.weighs_sampling,
+        ONE_UPDATE,
+    ),
+    (
+        "off_policy_threshold",
+        lambda run, m: _on_policy(run) and run.rollout != "vllm",
+        "the policy is the one that sampled where a batch gets one update (--updates-per-rollout, --mini-batches)",
+    ),
+    (
+        "entropy_coef_delta entropy_coef_min entropy_coef_max",
+        lambda run, m: m.entropy_target is None,
+        "the coefficient of the entropy bonus is constant (--entropy-target)",
     ),
     (
         "refill",
@@ -67,6 +142,11 @@ _RULES: list[Rule] = [
         "skip_idle",
         lambda run, m: run.skip_idle and all(b > 0 for b in m.betas),
         "with a KL term every completion counts",
+    ),
+    (
+        "refill skip_idle",
+        lambda run, m: m.has_entropy_bonus and not all(b > 0 for b in m.betas),
+        "with an entropy bonus every completion has a gradient",
     ),
     ("lora_r lora_alpha lora_target_modules", lambda run, m: not run.lora, "all weights are trained (--lora)"),
     ("epochs", lambda run, m: run.steps is not None, "--steps says how many"),

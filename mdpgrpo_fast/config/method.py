@@ -81,6 +81,9 @@ class MDPGRPOConfig:
         "a truncated importance weight (corrected)",
     )
     rescale_per_row: bool = knob(False, "per_row only: multiply the policy term by the temperature, undoing 1/tau")
+    truncated_logprobs: bool = knob(
+        False, "per_row: log-probs of training are over the tokens that top-p, top-k and min-p kept"
+    )
     sampler_correction: bool = knob(
         False,
         "per_row: weigh by what the trainer's policy says of a token over what the sampler said, as corrected does",
@@ -197,6 +200,11 @@ class MDPGRPOConfig:
                     "kl_gradient": "the reward has no gradient",
                 }[name]
                 require(value == only, name, value, f"{only} for kl_in = reward: {reason}")
+        if self.multi_objective_aggregation == "normalize_then_sum" and self.kl_in == "reward":
+            raise ConfigError(
+                "kl_in must be loss for multi_objective_aggregation = normalize_then_sum: a KL that is normalised as "
+                "the rewards are would lose its coefficient; got 'reward'"
+            )
         if self.multi_objective_aggregation == "normalize_then_sum" and self.scale_rewards != "group":
             raise ConfigError(
                 "scale_rewards must be group for multi_objective_aggregation = normalize_then_sum, which divides by "
@@ -208,12 +216,22 @@ class MDPGRPOConfig:
             )
         if self.rescale_per_row and self.temperature_objective != "per_row":
             raise ConfigError("rescale_per_row needs temperature_objective = per_row")
+        if self.truncated_logprobs and self.temperature_objective != "per_row":
+            raise ConfigError(
+                "truncated_logprobs needs temperature_objective = per_row: the tokens are those that were kept at the "
+                "row's temperature"
+            )
 
     @property
     def slot_temperatures(self) -> list[float]:
         """Sampling temperature of each of the G slots of a group."""
         taus = self.temperatures if self.multi_temperature else [self.temperature]
         return list(taus) * (self.num_generations // len(taus))
+
+    @property
+    def truncates(self) -> bool:
+        """Whether tokens are drawn from less than the whole vocabulary."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
     @property
     def running_goal(self) -> bool:

@@ -241,6 +241,13 @@ class TrainConfig(PromptConfig):
             "lora_r",
         ):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        most = self.prompts_per_step
+        require(self.mini_batches <= most, "mini_batches", self.mini_batches, f"at most prompts_per_step = {most}")
+        if self.lora and self.sync_reference and self.reference_mix < 1:
+            raise ConfigError(
+                "reference_mix must be 1 with lora, where the reference is adapters beside the model: a mix of two "
+                f"adapters' matrices is not the mix of the weights that they add up to; got {self.reference_mix!r}"
+            )
         if self.packing == "off" and self.tokens_per_micro_batch is not None:
             raise ConfigError("tokens_per_micro_batch needs packing; without it, micro_batch_size counts completions")
         for name in ("tokens_per_micro_batch", "workspace_mb"):

@@ -92,20 +92,26 @@ def _learning(run: Run) -> list[Panel]:
 def loss_caption(run: Run) -> str:
     """What the value of the loss is made of: -J + β·KL, averaged as the run's aggregation says."""
     method, updates = method_of(run), lookup(run.config, "run", "updates_per_rollout")
+    parts = lookup(run.config, "run", "mini_batches")
     little = "Its gradient trains; its value says little about progress."
-    if method is None or updates != 1 or method.temperature_objective == "corrected":
+    # What J is other than A where the ratio is 1.
+    other = method is None or (
+        method.loss not in ("ppo_clip", "gmpo", "luspo") or method.weighs_sampling or method.has_entropy_bonus
+        or method.top_entropy_quantile < 1 or method.advantage_clip > 0 or method.off_policy_threshold is not None
+    )  # fmt: skip
+    if method is None or updates != 1 or parts not in (None, 1) or other:
         return f"Minus the weighted advantages, plus the KL term. {little}"
     moved = " and ".join(["shaping"] * method.prospect + ["the goal anchor"] * (method.alpha > 0))
     alike = method.aggregation == "grpo" and not method.mask_truncated and not method.rescale_per_row
     if alike and not moved:
-        kl = "the KL term alone" if method.needs_reference else "0"
+        kl = "the KL term alone" if method.kl_in_loss else "0"
         return f"Its value is {kl}, as the advantages of a group add up to 0 and the ratio is 1. Its gradient is not 0."
     why = (
         f"which {moved} move{'s' * (' and ' not in moved)} from a mean of 0"
         if moved
         else ("which add up to 0 only where all completions weigh alike")
     )
-    return f"Minus the advantages, {why}{', plus the KL term' * method.needs_reference}. {little}"
+    return f"Minus the advantages, {why}{', plus the KL term' * method.kl_in_loss}. {little}"
 
 
 def _reward_panels(run: Run, beside_shares: bool) -> list[Panel]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -33,11 +35,15 @@ class Batch:
     valid: Tensor  # (P, G) bool
     adv: Advantages
     mask: Tensor  # (B, L) bool: tokens that count in the loss
-    weight: Tensor | None  # (B, L) importance weight, `corrected` only
     counted: list[int]  # B: tokens that count
     contributing: list[int]  # B: of those, what the loss is to look at (skip_idle)
     prompt_lengths: list[int]  # B
     lengths: list[int]  # B: tokens of each completion
+    weight: Tensor | None = None  # (B, L) importance weight of the sampler's log-probs, where the method has one
+    outside: Tensor | None = None  # (B, L) bool: weights that were out of bounds
+    logit_floor: Tensor | None = None  # (B, L) what tells the tokens that log-probs are over, truncated_logprobs only
+    sampling: Tensor | None = None  # (B, L) the sampler's log-probs, where the loss measures its drift by them
+    kl: Tensor | None = None  # (B, L) KL estimates whose sums the rewards of the advantages lack, kl_in = reward only
 
 
 @dataclass
@@ -51,41 +57,64 @@ class MicroBatch:
     completions: list[list[int]]  # and of the completions of each prompt
     counted: int  # tokens that count, whether or not the loss looks at them
     objective: dict[str, Any] = field(default_factory=dict)  # what else the loss takes of these completions
+    rows: Any = None  # of the batch, as an index: those of padded rows
+
+    def of(self, values: Tensor) -> Tensor:
+        """Its tokens' of (B, L) values of the batch, in the form of its rows."""
+        if isinstance(self.inputs, PackedRow):
+            return values.flatten()[self.inputs.source]
+        return values[self.rows, : self.inputs[2].shape[1]]
+
+    def put(self, found: Tensor, values: Tensor) -> None:
+        """The inverse: values of its rows go to their places in (B, L). An empty one has nothing to put."""
+        if isinstance(self.inputs, PackedRow):
+            if self.counted:
+                values.view(-1)[self.inputs.source] = found
+        else:
+            values[self.rows, : found.shape[1]] = found
 
 
 # ---- padded rows ----------------------------------------------------------------------------------------------------
 
 
-def padded_micro_batches(batch: Batch, method: MDPGRPOConfig, size: int) -> list[MicroBatch]:
-    """Slices of `size` rows, cut to their own longest prompt and completion."""
+def padded_micro_batches(
+    batch: Batch, method: MDPGRPOConfig, size: int, part: list[int] | None = None
+) -> list[MicroBatch]:
+    """Of `size` rows each, cut to their own longest prompt and completion. part: rows of the batch; None: all."""
     r, micro_batches = batch.rollout, []
-    prompt_lengths, lengths = batch.prompt_lengths, batch.lengths
-    for start in range(0, len(r.tokens), size):
-        rows = slice(start, start + size)
-        first = r.prompt_ids.shape[1] - max(prompt_lengths[rows])
-        width = max(lengths[rows])
+    every = range(len(r.tokens)) if part is None else part
+    for start in range(0, len(every), size):
+        members = every[start : start + size]
+        rows: Any = slice(start, start + size)
+        if part is not None:
+            rows = upload(torch.tensor(members), r.tokens.device)
+        prompt_lengths, lengths = ([of[i] for i in members] for of in (batch.prompt_lengths, batch.lengths))
+        first, width = r.prompt_ids.shape[1] - max(prompt_lengths), max(lengths)
         inputs = (r.prompt_ids[rows, first:], r.prompt_mask[rows, first:], r.tokens[rows, :width], r.mask[rows, :width])
-        weight = None if batch.weight is None else batch.weight[rows, :width]
-        micro_batches.append(
-            MicroBatch(
-                inputs=inputs,
-                mask=batch.mask[rows, :width],
-                lengths=batch.contributing[rows],
-                prompts=prompt_lengths[rows],
-                completions=[[n] for n in lengths[rows]],
-                counted=sum(batch.counted[rows]),
-                objective=_objective(batch, method, rows, weight),
-            )
+        made = MicroBatch(
+            inputs=inputs,
+            mask=batch.mask[rows, :width],
+            lengths=[batch.contributing[i] for i in members],
+            prompts=prompt_lengths,
+            completions=[[n] for n in lengths],
+            counted=sum(batch.counted[i] for i in members),
+            rows=rows,
         )
+        made.objective = _objective(batch, method, made)
+        micro_batches.append(made)
     return micro_batches
 
 
-def _objective(batch: Batch, method: MDPGRPOConfig, rows: Any, weight: Tensor | None) -> dict[str, Any]:
+def _objective(batch: Batch, method: MDPGRPOConfig, made: MicroBatch) -> dict[str, Any]:
+    """Knobs of a micro-batch's completions, and what it has per token."""
+    rows, weight, sampling = made.rows, batch.weight, batch.sampling
     return {
         "advantage": batch.adv.advantage.flatten()[rows],
         "kl_beta": batch.adv.kl_beta.flatten()[rows],
         "temperature": batch.rollout.temperature[rows] if method.temperature_objective == "per_row" else 1.0,
-        "importance_weight": weight,
+        "importance_weight": None if weight is None else made.of(weight),
+        **({} if sampling is None else {"sampling_logprobs": made.of(sampling)}),
+        **({} if batch.logit_floor is None else {"logit_floor": made.of(batch.logit_floor)}),
     }
 
 
@@ -123,12 +152,18 @@ def micro_batch_budget(
     return given or (largest_group if mode == "masks" else max(DEFAULT_BUDGET, largest_group)), None
 
 
-def bin_groups(batch: Batch, method: MDPGRPOConfig, budget: int) -> list[list[list[int]]]:
-    """Groups of each micro-batch, each a list of rows; only those that the loss looks at, or at least counts."""
+def bin_groups(
+    batch: Batch, method: MDPGRPOConfig, budget: int, part: list[int] | None = None
+) -> list[list[list[int]]]:
+    """Groups of each micro-batch, each a list of rows; only those that the loss looks at, or at least counts.
+
+    part: groups of the batch; None: all.
+    """
     # bnpo divides by the tokens of its own micro-batch, looked at or not.
     needed = batch.counted if method.aggregation == "bnpo" else batch.contributing
     size = method.num_generations
-    groups = [[i for i in range(s, s + size) if needed[i]] for s in range(0, len(needed), size)]
+    starts = [g * size for g in (range(len(needed) // size) if part is None else part)]
+    groups = [[i for i in range(s, s + size) if needed[i]] for s in starts]
     groups = [rows for rows in groups if rows]
     costs = [batch.prompt_lengths[rows[0]] + sum(batch.lengths[i] for i in rows) for rows in groups]
     return [[groups[i] for i in b] for b in bins(costs, budget)] if groups else []
@@ -141,18 +176,17 @@ def packed_micro_batches(
     r, micro_batches = batch.rollout, []
     for groups in binned:
         packed = pack(r.prompt_ids, batch.prompt_lengths, r.tokens, batch.lengths, groups)
-        weight = None if batch.weight is None else batch.weight.flatten()[packed.source]
-        micro_batches.append(
-            MicroBatch(
-                inputs=packed,
-                mask=None,
-                lengths=[batch.contributing[i] for i in packed.rows],
-                prompts=[end - start for start, end in packed.layout.prompts],
-                completions=[[end - start for start, end in spans] for spans in packed.layout.completions],
-                counted=sum(packed.lengths),
-                objective=_objective(batch, method, upload(torch.tensor(packed.rows), r.tokens.device), weight),
-            )
+        made = MicroBatch(
+            inputs=packed,
+            mask=None,
+            lengths=[batch.contributing[i] for i in packed.rows],
+            prompts=[end - start for start, end in packed.layout.prompts],
+            completions=[[end - start for start, end in spans] for spans in packed.layout.completions],
+            counted=sum(packed.lengths),
+            rows=upload(torch.tensor(packed.rows), r.tokens.device),
         )
+        made.objective = _objective(batch, method, made)
+        micro_batches.append(made)
     while len(micro_batches) < num_passes:
         micro_batches.append(_empty_micro_batch(batch))
     return micro_batches
@@ -165,7 +199,25 @@ def _empty_micro_batch(batch: Batch) -> MicroBatch:
     zero = torch.zeros(1, device=r.tokens.device)
     objective = {"advantage": zero, "kl_beta": zero, "temperature": 1.0}
     objective["importance_weight"] = None if batch.weight is None else zero
+    objective |= {} if batch.sampling is None else {"sampling_logprobs": zero}
+    objective |= {} if batch.logit_floor is None else {"logit_floor": zero}
     return MicroBatch(packed, zero.bool(), [0], batch.prompt_lengths[:1], [[1]], 0, objective)
+
+
+# ---- parts with an update of their own ------------------------------------------------------------------------------
+
+
+def mini_batches(groups: int, parts: int, seed: str) -> list[list[int] | None]:
+    """Which of the groups of a rank each part has, in a random order of the seed, as many on every rank as on another.
+
+    One part has all of them: None. The groups of a part stand in the batch's own order, where like prompts are
+    neighbours.
+    """
+    if parts == 1:
+        return [None]
+    order = random.Random(seed).sample(range(groups), groups)
+    bounds = [i * groups // parts for i in range(parts + 1)]
+    return [sorted(order[start:end]) for start, end in itertools.pairwise(bounds)]
 
 
 # ---- dynamic sampling -----------------------------------------------------------------------------------------------

@@ -14,18 +14,19 @@ from ..config import MDPGRPOConfig, TrainConfig
 from ..data import Example
 from ..models.lora import merged
 from ..models.policy import Policy
-from ..ops.advantages import advantages
 from ..reference import Advantages
 from ..rewards import Score, Scorer
 from ..rollout.engine import sync_weights
 from ..rollout.generate import Rollout, generate, pad_id
 from ..rollout.processors import generation_kwargs
 from ..rollout.thinking import Thinking
-from ..rollout.vllm.sampler import RolloutEngine, with_policy_logprobs
+from ..rollout.vllm.sampler import RolloutEngine, trainer_logprobs, with_policy_logprobs
 from .batch import Batch, replace_groups
 from .scale import RunningGoal, mapped
 from .task import Task
 from .timing import StageClock
+from .update.advantages import of_the_batch, step_advantages
+from .update.weights import importance_weights, log_ratio
 
 
 class Collector:
@@ -68,6 +69,8 @@ class Collector:
                 scores[group * g : (group + 1) * g] = new_scores[j * g : (j + 1) * g]
         if self.engine is not None:
             self.engine.sleep()
+        with clock.stage("generate"):
+            self.weigh(batch)
         return batch
 
     def sync(self, number: int) -> None:
@@ -82,11 +85,6 @@ class Collector:
         """Completions of the prompts with their texts and scores, B = len(rows) * G of each."""
         with clock.stage("generate"):
             rollout = self.sample(rows)
-            if self.engine is not None and self.method.temperature_objective == "corrected":
-                with self.accelerator.autocast():
-                    rollout = with_policy_logprobs(
-                        rollout, self.policy, micro_batch_size=self.run.micro_batch_size, backend=self.run.backend
-                    )
         with clock.stage("score"):
             responses, seen, answers = self.thinking.scored_texts(rollout, self.run.keep_special_tokens)
             examples = [self.task.train[i] for i in rows for _ in range(self.method.num_generations)]
@@ -116,19 +114,72 @@ class Collector:
         on_scale = [None if s.total is None else mapped(s.total, self.run.reward_range) for s in scores]
         totals = torch.tensor([r or 0.0 for r in on_scale], device=device).view(-1, g)
         valid = torch.tensor([s.total is not None for s in scores], device=device).view(-1, g)
-        k = torch.tensor([self.num_constraints(self.task.train[i]) for i in rows], device=device)
-        running = self.goal.of([r for r in on_scale if r is not None]) if method.running_goal else None
-        adv = advantages(totals, k, method, valid=valid, running=running, backend=self.run.backend)
+        adv = self.advantages(totals, valid, examples, scores, [r for r in on_scale if r is not None], None)
         mask = rollout.mask & (valid.flatten() & (rollout.finished | (not method.mask_truncated)))[:, None]
-        weight = None
-        if method.temperature_objective == "corrected":
-            gap = (rollout.policy_logprobs - rollout.sampling_logprobs).masked_fill(~rollout.mask, 0)
-            weight = gap.exp().clamp(max=method.importance_weight_cap)
         tokens = mask.sum(1)
-        contributing = tokens.masked_fill(self.idle(adv).flatten() & self.run.skip_idle, 0)
+        contributing = self.contributing(tokens, adv)
         # One wait for the device.
         counts = torch.stack([tokens, contributing, rollout.prompt_mask.sum(1), rollout.lengths]).tolist()
-        return Batch(rollout, examples, responses, scores, totals, valid, adv, mask, weight, *counts)
+        return Batch(rollout, examples, responses, scores, totals, valid, adv, mask, *counts)
+
+    def advantages(
+        self, rewards: Tensor, valid: Tensor, examples: list[Example], scores: list[Score], counted: list[float],
+        accelerator: Accelerator | None,
+    ) -> Advantages:  # fmt: skip
+        """(P, G). counted: the rewards that are valid; accelerator: as of `step_advantages`."""
+        run, method = self.run, self.method
+        k = torch.tensor([self.num_constraints(e) for e in examples[:: method.num_generations]], device=rewards.device)
+        running = self.goal.of(counted) if method.running_goal else None
+        return step_advantages(
+            rewards, k, valid, scores, run.reward_weights or [1.0] * len(run.reward), method, running=running,
+            accelerator=accelerator, backend=run.backend,
+        )  # fmt: skip
+
+    def weigh(self, batch: Batch) -> None:
+        """The batch gets its importance weights, the sampler's log-probs and floors, where the method takes them."""
+        method, rollout = self.method, batch.rollout
+        passes: dict[str, Any] = {"micro_batch_size": self.run.micro_batch_size, "backend": self.run.backend}
+        own, truncated = None, method.truncated_logprobs and method.truncates
+        with self.accelerator.autocast():
+            in_reward = method.needs_reference and not method.kl_in_loss
+            if self.engine is not None and (method.temperature_objective == "corrected" or in_reward):
+                rollout = batch.rollout = with_policy_logprobs(rollout, self.policy, **passes)
+            if method.weighs_sampling and method.temperature_objective == "per_row":
+                own = trainer_logprobs(rollout, self.policy, rollout.temperature, truncated=truncated, **passes)
+        if method.weighs_sampling:
+            ratio = log_ratio(rollout, own, truncated)
+            batch.weight, batch.outside = importance_weights(ratio, rollout.mask, method)
+        if truncated:
+            batch.logit_floor = rollout.logit_floor
+        # At another temperature than the loss's they would say little of how far the policy has moved.
+        same = method.temperature_objective == "per_row" or all(tau == 1 for tau in method.slot_temperatures)
+        if method.off_policy_threshold is not None and self.engine is not None and same:
+            batch.sampling = rollout.sampling_logprobs
+
+    def settle(self, batch: Batch) -> None:
+        """Advantages that need more than this rank's rewards: called by all ranks together."""
+        if batch.kl is None and not of_the_batch(self.method):
+            return
+        batch.adv = self.advantages(
+            self.net_rewards(batch), batch.valid, batch.examples, batch.scores, self.counted(batch), self.accelerator
+        )
+        batch.contributing = self.contributing(batch.mask.sum(1), batch.adv).tolist()
+
+    def net_rewards(self, batch: Batch) -> Tensor:
+        """(P, G): rewards as advantages are made of them, without the KL that is taken off."""
+        if batch.kl is None:
+            return batch.rewards
+        return batch.rewards - self.method.kl_beta_pos * batch.kl.sum(1).view_as(batch.rewards).to(batch.rewards.dtype)
+
+    def counted(self, batch: Batch) -> list[float]:
+        """Those of `net_rewards` that are valid."""
+        if batch.kl is None:
+            return [mapped(s.total, self.run.reward_range) for s in batch.scores if s.total is not None]
+        return self.net_rewards(batch)[batch.valid].tolist()  # type: ignore[no-any-return]
+
+    def contributing(self, tokens: Tensor, adv: Advantages) -> Tensor:
+        """(B,) tokens of each completion that the loss is to look at, of those that count."""
+        return tokens.masked_fill(self.idle(adv).flatten() & self.run.skip_idle, 0)
 
     def num_constraints(self, example: Example) -> int:
         """K: 1 where all constraints of a prompt make one reward of 0 or 1."""
@@ -137,4 +188,6 @@ class Collector:
     def idle(self, adv: Advantages) -> Tensor:
         """(P, G) bool: completions whose loss is 0 whatever the policy."""
         idle = adv.advantage == 0
-        return idle & (adv.kl_beta == 0) if self.method.needs_reference else idle
+        if self.method.has_entropy_bonus:
+            return torch.zeros_like(idle)
+        return idle & (adv.kl_beta == 0) if self.method.kl_in_loss else idle

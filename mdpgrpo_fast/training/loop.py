@@ -6,31 +6,27 @@ import copy
 import itertools
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 import transformers
 from accelerate.utils import gather_object
-from torch import Tensor
 
 from ..config import MDPGRPOConfig, TrainConfig
 from ..data import batches
-from ..models.adapters import adapter_values, adds_something, as_reference
 from ..models.blocks import compile_blocks
 from ..models.load import context_length
 from ..models.policy import Policy
-from ..reference import TokenLoss, default_denominator
 from ..rewards import RewardError, Scorer, TrainerState
 from ..rewards.lost import LostSamples, raise_where_all_failed, why_all_failed
 from ..rollout.engine import make_engine, raise_on_all_ranks
 from ..rollout.vllm.sampler import RolloutError
 from . import checkpoint, distributed
-from .batch import Batch, MicroBatch, bin_groups, micro_batch_budget, packed_micro_batches, padded_micro_batches
+from .batch import micro_batch_budget
 from .collect import Collector
 from .held_out import answer_and_score
-from .metrics import TokenStatistics, over_ranks, step_metrics
+from .metrics import over_ranks, step_metrics
 from .run_dir import (
     RunDir,
     completion_row,
@@ -40,13 +36,14 @@ from .run_dir import (
     tracker_values,
     training_rows,
 )
-from .scale import mapped
 from .show.end import evaluation_line, now, summarize
 from .show.progress import Progress, say
 from .show.quiet import quiet
 from .show.start import Facts, start_lines
 from .task import Task, make_policy
 from .timing import StageClock, peak_flops, traced
+from .update.reference import Reference
+from .update.updates import Passes, Updates
 
 
 class TrainingLoop:
@@ -73,19 +70,16 @@ class TrainingLoop:
         self.facts = Facts.of(
             task, run, method, policy, self.accelerator, steps=self.steps, budget=self.budget, notes=notes
         )
-        # Under LoRA the reference is the model without its adapters, or with those that it came with.
-        starts_adapted = method.needs_reference and run.lora and adds_something(task.model)
-        distributed.check_adapted_start(self.accelerator, starts_adapted)
-        self.reference = None if run.lora or not method.needs_reference else copy.deepcopy(policy).requires_grad_(False)
-        for copied in (policy, self.reference) if run.compile else ():
+        self.reference = Reference(run, method, self.accelerator, policy)
+        for copied in (policy, self.reference.model) if run.compile else ():
             if copied is not None:
                 compile_blocks(copied.model)
         optimizer = torch.optim.AdamW(
             [p for p in task.model.parameters() if p.requires_grad], lr=run.learning_rate,
             betas=(0.9, run.adam_beta2), weight_decay=run.weight_decay, fused=run.fused_adamw,
         )  # fmt: skip
-        self.model, self.optimizer = distributed.prepare(self.accelerator, policy, optimizer, self.reference)
-        self.first_adapters = adapter_values(self.model) if starts_adapted else None
+        self.model, self.optimizer = distributed.prepare(self.accelerator, policy, optimizer, self.reference.model)
+        self.reference.begin(self.model)
         engine = make_engine(run, method, context_length(task.model), self.accelerator)
         scorer.to(self.accelerator.device)
         self.collector = Collector(task, run, method, self.accelerator, scorer, policy, engine)
@@ -96,9 +90,17 @@ class TrainingLoop:
                 "rewards score what follows the last closing think tag (--strip-thinking off: whole completions)"
             )
         schedule = "constant_with_warmup" if run.lr_schedule == "constant" else run.lr_schedule
-        updates = self.steps * run.updates_per_rollout
-        self.scheduler = transformers.get_scheduler(schedule, optimizer, run.warmup_steps, updates)
+        count = Updates.count(run, self.steps)
+        self.scheduler = transformers.get_scheduler(schedule, optimizer, run.warmup_steps, count)
         self.accelerator.register_for_checkpointing(self.scheduler)
+        self.updates = Updates(
+            run, method, self.accelerator, policy, self.model, self.optimizer, self.scheduler, self.reference,
+            self.budget,
+        )  # fmt: skip
+        if self.updates.entropy.adapts:
+            self.accelerator.register_for_checkpointing(self.updates.entropy)
+        if self.reference.moves:
+            self.accelerator.register_for_checkpointing(self.reference)
         checkpoint.keep_loadable(self.accelerator, task.model, task.tokenizer)
         self.done = self._resume() if run.resume else 0
         logged = checkpoint.logged_rows(self.accelerator, out.path, self.done) if run.resume else []
@@ -218,6 +220,7 @@ class TrainingLoop:
         with progress, traced(self.out.path / "profile" if run.profile and main else None) as profiler:
             for number, rows in enumerate(self.order, self.done + 1):
                 row = self.step(number, rows)
+                self.reference.follow(number)
                 trace = row.pop("trace")
                 self.log(row)
                 self.done = number
@@ -256,18 +259,21 @@ class TrainingLoop:
         with clock.stage("generate"):  # the others' wait for the slowest
             raise_on_all_ranks(acc, problem)
             raise_where_all_failed(gather_object([failed]), f"step {number}", len(batch.scores) * acc.num_processes)
-        with clock.stage("forward"):
-            micro_batches = self.micro_batches(batch)
-        row = self.update(batch, micro_batches, clock)
+        passes = Passes()
+        self.updates.take_kl_off(batch, clock, passes)
+        with clock.stage("score"):
+            self.collector.settle(batch)
+        row = self.updates.apply(batch, number, clock, passes)
         row = step_metrics(batch, row, self.method, peak_memory_mb())
         row["logged"] = self.scorer.take_metrics()
         if self.method.running_goal:
-            totals = [mapped(s.total, run.reward_range) for s in batch.scores if s.total is not None]
-            self.collector.goal.add(list(itertools.chain(*gather_object([totals]))))
+            self.collector.goal.add(list(itertools.chain(*gather_object([self.collector.counted(batch)]))))
         if acc.is_main_process:
             self.last_rows = training_rows(number, batch, run.log_completions)
             self.out.append("completions.jsonl", *self.last_rows)
-        row |= clock.read(self.lm, batch.lengths, micro_batches, run.updates_per_rollout, self.peak)
+        row |= clock.read(
+            self.lm, batch.lengths, passes.trained, run.updates_per_rollout, self.peak, without=passes.without
+        )
         if acc.num_processes > 1:
             row = over_ranks(gather_object([row]))
         return {"step": number, **row}
@@ -278,83 +284,6 @@ class TrainingLoop:
         return TrainerState(
             done, self.steps, done * epoch, self.steps * epoch, self.accelerator.is_main_process, self.history
         )
-
-    def micro_batches(self, batch: Batch) -> list[MicroBatch]:
-        """The micro-batches of this rank, as many as on every other."""
-        if not self.budget:
-            return padded_micro_batches(batch, self.method, self.run.micro_batch_size)
-        binned = bin_groups(batch, self.method, self.budget)
-        num_passes = distributed.max_over_ranks(self.accelerator, max(1, len(binned)))
-        return packed_micro_batches(batch, self.method, binned, num_passes)
-
-    def update(self, batch: Batch, micro_batches: list[MicroBatch], clock: StageClock) -> dict[str, Any]:
-        """All optimiser updates on one batch; the metrics of the last. Normalisers are those of the whole batch, all
-        ranks and micro-batches."""
-        acc, run, aggregation = self.accelerator, self.run, self.method.aggregation
-        with clock.stage("reference"):
-            refs = self.reference_logprobs(micro_batches)
-        olds: list[Tensor | None] = [None] * len(micro_batches)
-        denominator: Tensor | None = acc.reduce(
-            default_denominator(batch.mask.sum(1), aggregation, run.max_completion_length).float(), "sum"
-        )
-        # DDP averages gradients over ranks; the denominator has already counted them all.
-        scale: float = acc.num_processes
-        if aggregation == "bnpo":
-            denominator, scale = None, 1 / max(1, sum(m.counted > 0 for m in micro_batches))
-        row: dict[str, Any] = {}
-        for update in range(run.updates_per_rollout):
-            stats, loss_sum = TokenStatistics(), torch.zeros((), device=acc.device)
-            for i, micro_batch in enumerate(micro_batches):
-                acc.sync_gradients = i == len(micro_batches) - 1
-                out = self.forward_backward(micro_batch, olds[i], refs[i], denominator, scale, clock)
-                loss_sum += out.loss.detach() * scale
-                if update == 0:
-                    olds[i] = out.logprobs
-                stats.add(out)
-            with clock.stage("optimizer"):
-                norm = acc.clip_grad_norm_(self.model.parameters(), run.max_grad_norm or float("inf"))
-                learning_rate = self.scheduler.get_last_lr()[0]
-                self.optimizer.step()
-                self.scheduler.step()
-                self.optimizer.zero_grad()
-            row = {
-                "loss": acc.reduce(loss_sum, "mean").item(),
-                **stats.read(),
-                "grad_norm": distributed.norm_of(norm),
-                "learning_rate": learning_rate,
-            }
-        return row
-
-    def reference_logprobs(self, micro_batches: list[MicroBatch]) -> list[Tensor | None]:
-        if not self.method.needs_reference:
-            return [None] * len(micro_batches)
-        reference = self.policy if self.reference is None else self.reference
-        # In the policy's own precision, or the KL of two equal models would not be 0.
-        own = as_reference(self.lm, self.model, self.first_adapters) if self.run.lora else nullcontext()
-        with self.accelerator.autocast(), own:
-            return [
-                reference.logprobs(m.inputs, m.mask, m.lengths, self.method.kl_temperature, self.run.backend)
-                for m in micro_batches
-            ]
-
-    def forward_backward(
-        self, micro_batch: MicroBatch, old: Tensor | None, ref: Tensor | None, denominator: Tensor | None, scale: float,
-        clock: StageClock,
-    ) -> TokenLoss:  # fmt: skip
-        """Adds the gradient of scale · loss; reduced over ranks where `sync_gradients` says that it is the last."""
-        acc = self.accelerator
-        # Shards are reduced each time: otherwise every rank would keep gradients of all weights.
-        reduced = acc.sync_gradients or distributed.is_sharded(acc)
-        with nullcontext() if reduced else acc.no_sync(self.model):
-            with clock.stage("forward"):
-                out = self.model(
-                    micro_batch.inputs, micro_batch.mask, self.method, micro_batch.lengths, **micro_batch.objective,
-                    max_completion_length=self.run.max_completion_length, old_logprobs=old, ref_logprobs=ref,
-                    denominator=denominator, backend=self.run.backend,
-                )  # fmt: skip
-            with clock.stage("backward"):
-                acc.backward(out.loss * scale)
-        return out
 
     # ---- evaluation and logging -------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from ..evaluation.scores import from_scores
 from ..reference import TOTALS, Advantages, TokenLoss
 from .batch import Batch
 from .scale import scale_note
+from .update.weights import share_outside
 
 GOAL = 0.5  # the share of constraints under which a response counts as a failure, the paper's goal mean
 SUMS = ("dropped", "kl_clamped", "tokens_per_second")
@@ -23,11 +24,11 @@ MINIMA = ("reward_min",)
 
 def step_metrics(batch: Batch, updated: dict[str, Any], method: MDPGRPOConfig, memory_mb: float) -> dict[str, Any]:
     """A step's row of metrics.jsonl on one rank, without its times; updated: what `TrainingLoop.update` returned."""
-    rollout, has_kl = batch.rollout, method.needs_reference
+    rollout, has_kl = batch.rollout, method.kl_in_loss
     quality = from_scores(batch.examples, batch.scores)
     return {
         **updated,
-        **group_health(batch.rewards, batch.valid, batch.adv, has_kl),
+        **group_health(batch.rewards, batch.valid, batch.adv, has_kl or method.has_entropy_bonus),
         **{name: quality[name] for name in ("reward", "reward_std", "rewards")},
         "hsr": quality["hsr"],
         "ssr": quality["ssr"],
@@ -38,7 +39,8 @@ def step_metrics(batch: Batch, updated: dict[str, Any], method: MDPGRPOConfig, m
         "trace": next((s.trace for s in batch.scores if s.trace), None),
         "reward_min": min((s.total for s in batch.scores if s.total is not None), default=None),
         "reward_max": max((s.total for s in batch.scores if s.total is not None), default=None),
-        "slots": slot_statistics(batch.rewards, batch.valid, method, batch.weight, batch.mask),
+        "slots": slot_statistics(batch, method),
+        "out_of_bounds": None if batch.outside is None else share_outside(batch.outside, batch.mask, method),
         "memory_mb": memory_mb,
         "note": why_zero(updated["loss"], updated["grad_norm"], int(batch.mask.sum()), batch.adv, method, has_kl),
     }
@@ -57,8 +59,11 @@ def step_notes(row: dict[str, Any], run: TrainConfig, method: MDPGRPOConfig) -> 
     return notes
 
 
-def group_health(rewards: Tensor, valid: Tensor, adv: Advantages, has_kl: bool) -> dict[str, float]:
-    """Shares of the P groups with a known weakness of z-score GRPO, and the mean advantage. rewards, valid: (P, G)."""
+def group_health(rewards: Tensor, valid: Tensor, adv: Advantages, never_idle: bool) -> dict[str, float]:
+    """Shares of the P groups with a known weakness of z-score GRPO, and the mean advantage. rewards, valid: (P, G).
+
+    never_idle: the loss has a term that A = 0 does not take away, KL or entropy.
+    """
     best = rewards.masked_fill(~valid, -torch.inf).amax(1)
     no_advantage = (adv.advantage == 0).all(1)
     kept = rewards[valid]
@@ -68,23 +73,22 @@ def group_health(rewards: Tensor, valid: Tensor, adv: Advantages, has_kl: bool) 
         "large_z_groups": (adv.z.abs().amax(1) > 2).float().mean().item(),
         # All members under the goal, and yet plain z would reinforce the best of them.
         "gain_below_goal_groups": ((best < GOAL) & (adv.z.amax(1) > 0)).float().mean().item(),
-        "zero_gradient_groups": 0.0 if has_kl else no_advantage.float().mean().item(),
+        "zero_gradient_groups": 0.0 if never_idle else no_advantage.float().mean().item(),
     }
 
 
-def slot_statistics(
-    rewards: Tensor, valid: Tensor, config: MDPGRPOConfig, weight: Tensor | None, mask: Tensor
-) -> list[dict[str, Any]]:
-    """Reward mean and spread of each temperature of the group; with an importance weight (B, L), its effective sample
-    size as a share of the tokens."""
-    rows = []
+def slot_statistics(batch: Batch, config: MDPGRPOConfig) -> list[dict[str, Any]]:
+    """Reward mean and spread of each temperature of the group; with an importance weight, its effective sample size as
+    a share of the tokens, and the share of weights out of bounds."""
+    rewards, valid, weight, mask, rows = batch.rewards, batch.valid, batch.weight, batch.mask, []
     slots = torch.tensor(config.slot_temperatures, device=rewards.device)
     for tau in sorted(set(config.slot_temperatures)):
         pick = (slots == slots.new_tensor(tau)).expand_as(rewards)
         r = rewards[pick & valid]
-        ess = None
-        if weight is not None:
-            w = weight[pick.flatten()][mask[pick.flatten()]]
+        ess = outside = None
+        if weight is not None and batch.outside is not None:
+            own = pick.flatten()
+            w, outside = weight[own][mask[own]], share_outside(batch.outside[own], mask[own], config)
             ess = (w.sum().square() / (w.square().sum() * w.numel()).clamp(min=1e-12)).item() if w.numel() else None
         rows.append(
             {
@@ -92,6 +96,7 @@ def slot_statistics(
                 "reward": r.mean().item() if r.numel() else None,
                 "reward_std": r.std(correction=0).item() if r.numel() else None,
                 "ess": ess,
+                "out_of_bounds": outside,
             }
         )
     return rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,24 +54,24 @@ class StageClock:
             self._seconds[name] += self._now() - start
 
     def read(
-        self, model: Any, generated: list[int], micro_batches: list[MicroBatch], updates: int, peak: float | None
-    ) -> dict[str, Any]:
+        self, model: Any, generated: list[int], micro_batches: list[MicroBatch], updates: int, peak: float | None,
+        without: Sequence[MicroBatch] = (),
+    ) -> dict[str, Any]:  # fmt: skip
         """What a step's metrics say of its time since the clock was made.
 
         seconds: of each stage, and as "other" what no stage claims. tokens_per_second: completion tokens over the whole
         step; stage_tokens_per_second: tokens that went through the model. mfu: model FLOP utilisation of the forward
         and backward passes; None where the peak (FLOP/s of the device) is unknown.
 
-        generated: tokens of each completion; micro_batches: those of each of the `updates`.
+        generated: tokens of each completion; micro_batches: those of each of the `updates` passes over the batch;
+        without: those that went through a model without a gradient, in the stage "reference".
         """
         total = self._now() - self._start
         seconds = {**self._seconds, "other": total - sum(self._seconds.values())}
-        work = Work()
-        for micro_batch in micro_batches:
-            work.add(micro_batch.prompts, micro_batch.completions)
-        through = {"reference": work.tokens, "forward": work.tokens * updates, "backward": work.tokens * updates}
+        work, before = Work.of(micro_batches), Work.of(without)
+        through = {"reference": before.tokens, "forward": work.tokens * updates, "backward": work.tokens * updates}
         through["generate"] = sum(generated)
-        rates = {n: through[n] / seconds[n] for n in through if seconds[n] > 0}
+        rates = {n: through[n] / seconds[n] for n in through if through[n] and seconds[n] > 0}
         busy = seconds["forward"] + seconds["backward"]
         # A frozen weight has no gradient of its own to compute.
         sizes = [(_size(p), p.requires_grad) for p in model.parameters()] if peak else [(1, True)]
@@ -91,6 +91,13 @@ class Work:
     tokens: int = 0
     rows: int = 0
     pairs: int = 0
+
+    @classmethod
+    def of(cls, micro_batches: Sequence[MicroBatch]) -> Work:
+        work = cls()
+        for m in micro_batches:
+            work.add(m.prompts, m.completions)
+        return work
 
     def add(self, prompts: list[int], completions: list[list[int]]) -> None:
         """Packed groups: the tokens of each prompt, and of each of its completions."""

@@ -215,13 +215,13 @@ def test_the_reference_is_the_adapter_that_the_run_began_with(tmp_path: Path, se
     start = logits(trainer.lm)
     trainer.train()
     first, second = rows(trainer)
-    assert first["kl"] == 0 < second["kl"] and trainer.reference is None
+    assert first["kl"] == 0 < second["kl"] and trainer.reference.model is None
     moved = logits(trainer.lm)
     assert not torch.equal(moved, start)
-    with with_adapter_values(trainer.model, trainer.first_adapters):
+    with with_adapter_values(trainer.model, trainer.reference.adapters):
         assert torch.equal(logits(trainer.lm), start)
     assert torch.equal(logits(trainer.lm), moved)
-    with pytest.raises(KeyboardInterrupt), with_adapter_values(trainer.model, trainer.first_adapters):
+    with pytest.raises(KeyboardInterrupt), with_adapter_values(trainer.model, trainer.reference.adapters):
         raise KeyboardInterrupt
     assert torch.equal(logits(trainer.lm), moved)
 
@@ -231,8 +231,8 @@ def test_it_stays_the_reference_of_a_resumed_run(tmp_path: Path, seed_adapter: P
     whole = run_small(tmp_path, name="whole", **knobs)
     expected = rows(whole)
     resumed = run_small(tmp_path, name="whole", resume=True, **knobs)
-    assert resumed.first_adapters.keys() == whole.first_adapters.keys()
-    assert all(torch.equal(x, whole.first_adapters[n]) for n, x in resumed.first_adapters.items())
+    assert resumed.reference.adapters.keys() == whole.reference.adapters.keys()
+    assert all(torch.equal(x, whole.reference.adapters[n]) for n, x in resumed.reference.adapters.items())
     assert resumed.done == 3 and [r["kl"] for r in rows(resumed)] == [r["kl"] for r in expected]
     assert expected[0]["kl"] == 0 < expected[2]["kl"]
     assert torch.equal(logits(resumed.lm), logits(whole.lm))
@@ -240,7 +240,7 @@ def test_it_stays_the_reference_of_a_resumed_run(tmp_path: Path, seed_adapter: P
 
 def test_new_adapters_keep_no_copy(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, lora=True, lora_r=2)
-    assert trainer.first_adapters is None and not adds_something(trainer.lm)
+    assert trainer.reference.adapters is None and not adds_something(trainer.lm)
     assert adapter_values(trainer.model).keys() == {n for n, p in trainer.model.named_parameters() if p.requires_grad}
 
 

@@ -73,7 +73,9 @@ def test_corrected_weighs_a_token_by_policy_over_sampling(tmp_path: Path) -> Non
     policy[:, :3], sampling[:, :3] = torch.tensor([[0.2, 0.3, 0.9], [0.4, 0.3, 0.1]]).log()
     lengths = torch.full_like(rollout.lengths, 3)
     rollout = replace(rollout, lengths=lengths, policy_logprobs=policy, sampling_logprobs=sampling)
-    weight = collector.assemble(rollout, [0], [""] * 4, [Score(0.5, {}, None)] * 4).weight
+    batch = collector.assemble(rollout, [0], [""] * 4, [Score(0.5, {}, None)] * 4)
+    collector.weigh(batch)
+    weight = batch.weight
     assert weight is not None
     torch.testing.assert_close(weight[:, :3], torch.tensor([[0.5, 1.0, 2.0]] * 4))
     assert (weight[:, 3:] == 1).all()

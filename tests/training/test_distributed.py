@@ -267,26 +267,26 @@ def test_ranks_without_a_token_that_counts_take_part(
 
 
 def train_unevenly(rank: int, ranks: int, kind: str, folder: str) -> dict[str, Any]:
-    from mdpgrpo_fast.training.loop import TrainingLoop
+    from mdpgrpo_fast.training.update.updates import Updates
 
     seen: dict[str, Any] = {}
-    micro_batches, update = TrainingLoop.micro_batches, TrainingLoop.update
+    micro_batches, apply = Updates.micro_batches, Updates.apply
 
-    def watched_micro_batches(self: TrainingLoop, batch: Any) -> Any:
+    def watched_micro_batches(self: Updates, batch: Any, part: Any) -> Any:
         if rank == 0:
             batch.mask = torch.zeros_like(batch.mask)
             batch.counted, batch.contributing = [[0] * len(batch.counted)] * 2
         self.budget = 1 + max(
             batch.prompt_lengths[i] + sum(batch.lengths[i : i + 4]) for i in range(0, len(batch.lengths), 4)
         )
-        found = micro_batches(self, batch)
+        found = micro_batches(self, batch, part)
         return seen.update(passes=len(found), counted=sum(m.counted for m in found)) or found
 
-    def watched_update(self: TrainingLoop, *args: Any) -> Any:
-        row = update(self, *args)
+    def watched_apply(self: Updates, *args: Any) -> Any:
+        row = apply(self, *args)
         return seen.update(norm=row["grad_norm"]) or row
 
-    TrainingLoop.micro_batches, TrainingLoop.update = watched_micro_batches, watched_update  # type: ignore[method-assign]
+    Updates.micro_batches, Updates.apply = watched_micro_batches, watched_apply  # type: ignore[method-assign]
     train(rank, ranks, kind, folder, {"steps": 1}, True)
     return seen
 

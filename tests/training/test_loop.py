@@ -47,7 +47,7 @@ def test_the_normaliser_is_of_the_tokens_that_count(tmp_path: Path, aggregation:
     rollout = replace(collector.sample([0, 1]), lengths=lengths, finished=finished)
     scores = [Score(i % 3 / 2, {}, None) for i in range(8)]
     batch = collector.assemble(rollout, [0, 1], [""] * 8, scores)
-    row = trainer.update(batch, trainer.micro_batches(batch), StageClock(torch.device("cpu")))
+    row = trainer.updates.apply(batch, 1, StageClock(torch.device("cpu")))
     count = lengths * finished
     by_token = -batch.adv.advantage.flatten() * count
     local = by_token.view(-1, 2).sum(1)[[0, 1, 3]] / count.view(-1, 2).sum(1)[[0, 1, 3]]
@@ -110,7 +110,7 @@ def test_recorded_and_trained_log_probs_agree(tmp_path: Path, packing: str) -> N
     method = preset("exact", num_generations=4, temperatures=[0.5, 1.0])
     trainer = make_trainer(tmp_path, method, packing=packing)
     batch = trainer.collector.collect([0, 1], 1, StageClock(torch.device("cpu")))
-    (m,) = trainer.micro_batches(batch)
+    (m,) = trainer.updates.micro_batches(batch)
     recorded, mask = batch.rollout.sampling_logprobs, batch.rollout.mask
     ours = trainer.model.logprobs(m.inputs, m.mask, m.lengths, m.objective["temperature"], "auto")
     if packing == "on":
@@ -150,8 +150,8 @@ def test_kl_to_an_equal_reference_is_zero(
 
 def test_reference_is_skipped_where_both_betas_are_zero(tmp_path: Path) -> None:
     trainer = run_small(tmp_path, PLAIN)
-    assert trainer.reference is None and all(r["kl"] == 0 for r in rows(trainer))
-    assert make_trainer(tmp_path, name="kl").reference is not None
+    assert trainer.reference.model is None and all(r["kl"] == 0 for r in rows(trainer))
+    assert make_trainer(tmp_path, name="kl").reference.model is not None
 
 
 def test_lora_trains_adapters_alone_and_exports_the_sum(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_lora_trains_adapters_alone_and_exports_the_sum(tmp_path: Path) -> None:
     assert trained and all(".lora_" in n for n in trained)
     first, _, last = rows(trainer)
     assert first["kl"] == 0 < last["kl"], "the reference is the model without its adapters"
-    assert trainer.reference is None
+    assert trainer.reference.model is None
     merged = AutoModelForCausalLM.from_pretrained(trainer.out.path / "model")
     assert not hasattr(merged, "peft_config") and (trainer.out.path / "adapters" / "adapter_config.json").exists()
     ids = torch.arange(3, 11)[None]

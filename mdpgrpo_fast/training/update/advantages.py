@@ -1,0 +1,57 @@
+"""Advantages of a step's completions, of this rank's rewards alone or with the statistics of all ranks' rewards."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ... import reference
+from ...config import Backend, MDPGRPOConfig
+from ...ops.advantages import advantages
+from ...reference import Advantages
+from ...rewards import Score
+
+
+def of_the_batch(method: MDPGRPOConfig) -> bool:
+    """Whether advantages take part in statistics of all rewards of a step."""
+    return method.scale_rewards == "batch" or method.multi_objective_aggregation == "normalize_then_sum"
+
+
+def step_advantages(
+    rewards: Tensor, num_constraints: Tensor, valid: Tensor, scores: list[Score], weights: list[float],
+    method: MDPGRPOConfig, *, running: tuple[float, float] | None, accelerator: Accelerator | None, backend: Backend,
+) -> Advantages:  # fmt: skip
+    """Advantages (P, G) of this rank's completions.
+
+    scores, weights: of the P * G completions, and of each of their rewards. accelerator: for the statistics of all
+    ranks, which then call this together; None: of these rewards alone, with 0 as the mean of decoupled rewards, so that
+    those of groups whose rewards are all equal are exactly 0.
+    """
+    if not of_the_batch(method):
+        return advantages(rewards, num_constraints, method, valid=valid, running=running, backend=backend)
+    counted = rewards.masked_fill(~valid, 0)
+    # Sums over a step are taken by the reference, in plain PyTorch on any device.
+    if method.scale_rewards == "batch":
+        everyone, theirs = _gathered(accelerator, counted, valid)
+        std = reference.batch_deviation(everyone, theirs, method.group_std)
+        return reference.advantages(counted, num_constraints, method, valid, running, batch_std=std)
+    nan = float("nan")
+    table = [[nan if v is None else float(v) for v in s.parts.values()] or [nan] * len(weights) for s in scores]
+    parts = torch.tensor(table, device=rewards.device).view(*rewards.shape, len(weights))
+    shares = torch.tensor(weights, device=rewards.device)
+    sums = reference.decoupled_sums(parts, shares, valid, method)
+    everyone, theirs = (x.reshape(1, -1) for x in _gathered(accelerator, sums, valid))
+    mean, std, _ = (x.squeeze(0) for x in reference.group_statistics(everyone, theirs, method.group_std))
+    if accelerator is None:
+        mean = torch.zeros_like(mean)
+    relative = reference.decoupled_anchor(parts, shares, valid, method, batch=(mean, std))
+    return reference.advantages(counted, num_constraints, method, valid, running, relative=relative)
+
+
+def _gathered(accelerator: Accelerator | None, rewards: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Of all ranks, which have as many prompts each."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return rewards, valid
+    both = accelerator.gather(torch.stack([rewards, valid.to(rewards.dtype)], -1))
+    return both[..., 0].contiguous(), both[..., 1] > 0
