@@ -83,6 +83,7 @@ struct Rows {
   }
   // Whether there is an entropy bonus at all, whose gradient is a term of its own.
   MDPGRPO_INLINE bool has_bonus() const { return entropy_coef.each != nullptr || entropy_coef.number != R(0); }
+  MDPGRPO_INLINE bool has_floor() const { return entropy_floor.each != nullptr || entropy_floor.number != R(0); }
   // ℓ of the policy that completions were drawn from, if it is known.
   MDPGRPO_INLINE const float* sampler() const {
     return sampling_logprobs == nullptr ? old_logprobs : sampling_logprobs;
@@ -120,9 +121,13 @@ struct Settings {
   MDPGRPO_INLINE bool couples_slope() const { return sequence || loss == GMPO; }
   MDPGRPO_INLINE bool couples_ratio() const { return couples_slope() || loss == VESPO; }
   MDPGRPO_INLINE bool couples_drift(const Rows<R>& rows) const { return masks_off_policy && rows.sampler() != nullptr; }
+  // Whether anything is asked for beyond the clipped objective of ratios, and a KL penalty as it is.
+  MDPGRPO_INLINE bool extended(const Rows<R>& rows) const {
+    return loss != PPO_CLIP || unbiased_kl || couples_drift(rows) || rows.has_bonus() || rows.has_floor();
+  }
   // Whether that needs ℓ of all of them, or their entropy, before the objective of any.
   bool first_pass(const Rows<R>& rows) const {
-    const bool floor = rows.entropy_floor.each != nullptr || rows.entropy_floor.number != R(0);
+    const bool floor = rows.has_floor();
     return (couples_ratio() && rows.old_logprobs != nullptr) || couples_drift(rows) ||
            (couples_slope() && loss != CISPO && floor) || (sequence && unbiased_kl && rows.ref_logprobs != nullptr);
   }
@@ -271,10 +276,11 @@ struct Token {
   bool clipped_low, clipped_high, kl_clamped;
 };
 
-// Whether the entropy is not under its floor.
+// Whether the entropy is not under its floor, if it has one: an entropy of 0 may have been rounded to less.
 template <class R>
 MDPGRPO_INLINE bool entropy_gate(const Rows<R>& rows, int64_t c, int64_t row, R entropy) {
-  return !(entropy < rows.entropy_floor.at(c, row));
+  const R floor = rows.entropy_floor.at(c, row);
+  return !(floor > R(0) && entropy < floor);
 }
 
 // What multiplies J: the importance weight, which vespo has in its own, τ where the policy term is rescaled, and the

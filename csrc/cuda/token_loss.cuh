@@ -364,20 +364,24 @@ struct RowStatistics {
 };
 
 // Everything that is said of a row, by one thread; a, a_kl and bonus of its gradient come back.
-template <bool TWO, bool CAP, bool BONUS>
+template <bool TWO, bool CAP, bool EXTENDED>
 MDPGRPO_DEVICE void conclude(const RowArguments& p, int64_t row, const RowScalars& r, const RowStatistics& s,
                              const RowInputs& in, bool record, float* weights) {
   const int64_t n = p.rows.n_rows;
-  const Settings<float>& settings = p.settings;
+  Settings<float> settings = p.settings;
+  Rows<float> rows = alone(p.rows, in);
+  if (!EXTENDED) {  // what is known of these rows when this is compiled
+    settings.loss = PPO_CLIP, settings.unbiased_kl = settings.masks_off_policy = false;
+    rows.entropy_coef = rows.entropy_floor = {};
+  }
   const float z = (s.target - s.peak) * Opening<CAP>(settings.softcap).scale;
   const float logprob = z / r.tau - s.log_total;
   const float kl_logprob = TWO ? z / settings.kl_temperature - s.log_total_kl : logprob;
-  const Token<float> t =
-      token_objective(alone(p.rows, in), settings, 0, 0, r.tau, logprob, kl_logprob, s.entropy, in.coupled);
+  const Token<float> t = token_objective(rows, settings, 0, 0, r.tau, logprob, kl_logprob, s.entropy, in.coupled);
   const float share = token_share(in.denominator, in.length);
   weights[0] = share * (TWO ? t.c : t.c + t.c_kl) / r.tau;
   weights[1] = TWO ? share * t.c_kl / settings.kl_temperature : 0.0f;
-  weights[2] = BONUS ? share * t.bonus / r.tau : 0.0f;
+  weights[2] = EXTENDED ? share * t.bonus / r.tau : 0.0f;
   if (!record) return;
   p.per_row[row] = logprob;
   p.per_row[n + row] = s.entropy;
@@ -570,7 +574,7 @@ MDPGRPO_DEVICE void write(const RowArguments& p, const Slice<E>& slice, const un
 }
 
 // The row with the number of the cluster, then whichever no cluster has taken yet: some run faster than others.
-template <class E, class Out, bool TWO, bool CAP, bool BONUS>
+template <class E, class Out, bool TWO, bool CAP, bool EXTENDED>
 MDPGRPO_DEVICE void token_loss_rows(const RowArguments& p, unsigned char* memory, BlockMemory& block) {
   if (hw::thread() == 0) {
     for (uint64_t& barrier : block.arrived) hw::initialise(&barrier);
@@ -627,7 +631,7 @@ MDPGRPO_DEVICE void token_loss_rows(const RowArguments& p, unsigned char* memory
     const int64_t next = block.from[slot][0].next;
     const bool next_kept = next < n && p.rows.kept(next);
     const bool first = hw::rank() == 0 && hw::thread() == 0;
-    if (kept && hw::thread() == 0) conclude<TWO, CAP, BONUS>(p, row, r, s, block.inputs, first, block.weights);
+    if (kept && hw::thread() == 0) conclude<TWO, CAP, EXTENDED>(p, row, r, s, block.inputs, first, block.weights);
     hw::sync_block();
     under_way = false;
     if (!kept) {
@@ -637,13 +641,16 @@ MDPGRPO_DEVICE void token_loss_rows(const RowArguments& p, unsigned char* memory
       }
       if (p.gradient != nullptr) put_zeros<E, Out>(p, slice, out);
     } else if (p.gradient != nullptr) {
-      const float a = block.weights[0], a_kl = block.weights[1], bonus = BONUS ? block.weights[2] : 0.0f;
+      const float a = block.weights[0], a_kl = block.weights[1], bonus = EXTENDED ? block.weights[2] : 0.0f;
       if (a == 0.0f && a_kl == 0.0f && bonus == 0.0f) {
         put_zeros<E, Out>(p, slice, out);
       } else {
         under_way = next_kept;
-        write<E, Out, TWO, CAP, BONUS>(p, slice, memory, r, s, a, a_kl, bonus, out,
-                                       Ahead<E>{next_kept ? slice_of(next) : slice, next_kept, memory, block});
+        const Ahead<E> ahead{next_kept ? slice_of(next) : slice, next_kept, memory, block};
+        if (EXTENDED && bonus != 0.0f)
+          write<E, Out, TWO, CAP, true>(p, slice, memory, r, s, a, a_kl, bonus, out, ahead);
+        else
+          write<E, Out, TWO, CAP, false>(p, slice, memory, r, s, a, a_kl, 0.0f, out, ahead);
       }
     }
     if (kept && needed) ++turn;

@@ -103,9 +103,8 @@ class MDPGRPOConfig:
     )
     loss: Literal["ppo_clip", "cispo", "sapo", "gmpo", "luspo", "vespo"] = knob(
         "ppo_clip",
-        "policy term: clipped ratio (PPO, GRPO; GSPO with importance_level sequence), clipped detached weight (CISPO), "
-        "soft gate (SAPO), geometric mean of a completion's ratios (GMPO), GSPO's summed over tokens (LUSPO), or "
-        "a gamma weight of the completion (VESPO)",
+        "policy term: clipped ratio (PPO, GRPO, GSPO), clipped detached weight, soft gate, geometric mean of ratios, "
+        "GSPO's summed over tokens, gamma weight of the completion",
     )
     sapo_temperature_pos: float = knob(1.0, "sapo: temperature of the gate where A > 0")
     sapo_temperature_neg: float = knob(1.05, "sapo: temperature of the gate elsewhere")
@@ -114,8 +113,8 @@ class MDPGRPOConfig:
     vespo_k_neg: float = knob(3.0, "vespo: power of the weight where A < 0")
     vespo_lambda_neg: float = knob(2.0, "vespo: decay of the weight where A < 0")
     importance_level: Literal["token", "sequence"] = knob("token", "ratio per token, or per completion (GSPO)")
-    epsilon_low: float = knob(0.2, "lower clip range of the ratio, 1 for none; gmpo: of its logarithm")
-    epsilon_high: float = knob(0.2, "upper clip range of the ratio; gmpo: of its logarithm")
+    epsilon_low: float = knob(0.2, "lower clip range of the ratio; 1: none")
+    epsilon_high: float = knob(0.2, "upper clip range of the ratio")
     delta: float | None = knob(None, "two-sided clipping: cap of the ratio before the clip; unset: none")
     aggregation: Literal["grpo", "dapo", "dr_grpo", "bnpo", "seq_mean_token_sum"] = knob(
         "grpo",

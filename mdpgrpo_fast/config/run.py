@@ -83,7 +83,8 @@ class TrainConfig(PromptConfig):
 
     reward: list[str] = knob(
         ["constraints"],
-        "rewards: 'constraints', module:function with TRL's signature, a reward model's directory or hub id; several",
+        "rewards: 'constraints', 'soft_overlong_punishment' (DAPO) and 'cosine_scaled' (both with arguments in "
+        "parentheses), module:function with TRL's signature, a reward model's directory or hub id; several",
     )
     reward_weights: list[float] | None = knob(None, "one weight per reward; unset: all 1")
     constraint_reward: Literal["share", "all", "loose"] = knob(

@@ -18,9 +18,10 @@ from .loop import Steps, complete
 from .processors import Processors
 from .record import Sampling
 
-# Model types whose states run through padding whatever the mask says: a pad id with a zero embedding does not help,
-# as layers have biases and a convolution reaches back over what they made of it.
-RUN_THROUGH_PADDING = {"recurrent_gemma", "rwkv"}
+# Model types whose answers depend on the padding whatever the mask says. A pad id with a zero embedding does not help:
+# RecurrentGemma's layers have biases, and its convolution reaches back over what they made of it. RWKV takes no mask;
+# MiniMax's linear attention applies it to its state at each step.
+RUN_THROUGH_PADDING = {"recurrent_gemma", "rwkv", "minimax"}
 
 
 @dataclass(frozen=True)

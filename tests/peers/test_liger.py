@@ -105,7 +105,7 @@ LOSSES: dict[str, dict[str, Any]] = {
 
 
 def liger_knobs(loss_type: str) -> dict[str, Any]:
-    """Its cispo has one bound, which is not counted from 1; its luspo is right at sequence level alone."""
+    """Its cispo has one bound, which is not counted from 1; its luspo is at sequence level."""
     level = {"importance_sampling_level": "sequence"} if loss_type == "luspo" else {}
     return {"loss_type": loss_type, **level, **({"epsilon_high": 1.3} if loss_type == "cispo" else {})}
 
@@ -115,6 +115,8 @@ def liger_knobs(loss_type: str) -> dict[str, Any]:
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_liger_chunked_loss_types(head: Any, liger: Any, loss_type: str, unbiased: bool, weighted: bool) -> None:
     batch, more = head_inputs(head), {}
+    if loss_type == "luspo":
+        batch.mask[:] = True  # by design: with a KL term its mean is over padded positions too
     if weighted:
         more["weight"] = torch.where(batch.mask, torch.linspace(0.4, 2, 20).view(4, 5), 1.0)
     theirs = liger(batch, beta=0.1, use_bias_correction_kl=unbiased, **liger_knobs(loss_type), **more)
@@ -126,7 +128,8 @@ def test_liger_chunked_loss_types(head: Any, liger: Any, loss_type: str, unbiase
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_liger_triton_loss_types(peer: Callable[[str], Any], loss_type: str, unbiased: bool) -> None:
     theirs = peer("liger_kernel.transformers.grpo_loss").triton_grpo_loss
-    batch = equal_beta(make_batch(44, lengths=(3, 1, 2), vocab=37))
+    # By design: the mean of its luspo is over padded positions too.
+    batch = equal_beta(make_batch(44, lengths=(3, 3, 3) if loss_type == "luspo" else (3, 1, 2), vocab=37))
     x = torch.cat([batch.logits, torch.zeros(3, 1, 37)], 1).to(DEVICE).requires_grad_()
     arguments = (batch.kwargs["old_logprobs"], batch.kwargs["ref_logprobs"], batch.tokens, batch.advantage)
     knobs = {"eps_high" if k == "epsilon_high" else k: v for k, v in liger_knobs(loss_type).items()}

@@ -358,6 +358,7 @@ def small(config: Any, **sizes: Any) -> Any:
     return tf.AutoModelForCausalLM.from_config(config(**{**common, **tokens, **sizes})).eval()
 
 
+MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}
 ATTENTION = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
@@ -366,6 +367,7 @@ ATTENTION = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_h
     [
         ("MambaConfig", {"state_size": 4}),
         ("Lfm2Config", {**ATTENTION, "layer_types": ["conv", "full_attention"]}),
+        ("BambaConfig", {**ATTENTION, **MAMBA2, "attn_layer_indices": [1]}),
         ("BloomConfig", {"n_head": 4}),
         ("OPTConfig", {"ffn_dim": 64, "num_attention_heads": 4, "word_embed_proj_dim": 32}),
     ],
@@ -374,7 +376,16 @@ def test_caches_of_other_kinds(kind: str, sizes: dict[str, Any], caplog: pytest.
     """Recurrent states alone and beside attention; alibi; positions that come from the mask."""
     model = small(getattr(tf, kind), **sizes)
     assert_logprobs_of_full_passes(model, grouped(model))
+    # Without padding: Bamba's cache tells no length, so positions have to be told.
+    assert_logprobs_of_full_passes(model, grouped(model, prompts=[[40, 41], [50, 51], [60, 61], [70, 71]], seed=1))
     assert not [r for r in caplog.records if "cache" in r.message]
+
+
+def test_minimax_decodes_unpadded_and_keeps_its_rows() -> None:
+    """Its linear layers apply the mask of padding to their state at each step, and their cache knows no other rows."""
+    kinds = {"layer_types": ["linear_attention", "full_attention"], "num_local_experts": 2}
+    model = small(tf.MiniMaxConfig, **ATTENTION, **kinds)
+    assert_logprobs_of_full_passes(model, grouped(model))
 
 
 def test_a_model_without_a_cache(caplog: pytest.LogCaptureFixture) -> None:

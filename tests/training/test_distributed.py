@@ -232,6 +232,45 @@ def test_more_processes_make_the_same_steps(
     assert_equal(found[0]["parameters"], expected, 1e-5)
 
 
+PARTS = {"steps": 2, "mini_batches": 3, "updates_per_rollout": 2}
+
+
+@pytest.fixture(scope="module")
+def in_parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Two steps of six updates on two ranks, which end with the same weights."""
+    folder = tmp_path_factory.mktemp("in_parts")
+    one, other = spawn(train, 2, folder, "ddp", str(folder / "run"), PARTS, True)
+    assert all(torch.equal(x, other["parameters"][n]) for n, x in one["parameters"].items())
+    return one["parameters"], losses(folder / "run")
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", "zero3"])
+def test_parts_of_a_batch_have_their_updates_on_shards_too(
+    kind: str, in_parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log-probs of before, of which each rank takes as many passes as the others, are the same."""
+    need_deepspeed(kind, monkeypatch)
+    found = spawn(train, 2, tmp_path, kind, str(tmp_path / "run"), PARTS, True)
+    expected, steps = in_parts
+    assert {f["kind"] for f in found} == {TYPES[kind]}
+    assert losses(tmp_path / "run") == pytest.approx(steps, abs=1e-4)
+    assert_equal(found[0]["parameters"], expected, 1e-4)
+
+
+def moving_reference(rank: int, ranks: int, kind: str, folder: str) -> str:
+    try:
+        train(rank, ranks, kind, folder, {"steps": 1, "sync_reference": 1}, True)
+    except ConfigError as e:
+        return str(e)
+    return "it ran"
+
+
+@pytest.mark.parametrize(("kind", "said"), [("ddp", "it ran"), ("fsdp2", "sync_reference needs one process or DDP")])
+def test_the_reference_moves_where_ranks_have_whole_weights(kind: str, said: str, tmp_path: Path) -> None:
+    for message in spawn(moving_reference, 2, tmp_path, kind, str(tmp_path / "run")):
+        assert message.startswith(said)
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(kind: str, tmp_path: Path) -> None:
     """To the bit, sampling included: weights, AdamW's state, schedule, random state of each rank, order of prompts."""

@@ -37,13 +37,16 @@ ADVANTAGES = tuple(
     "alpha prospect_beta prospect_gain prospect_loss kl_beta_pos kl_beta_neg sample_std goal_mean binomial prospect "
     "prospect_on_goal scale leave_one_out advantage_clip".split()
 )
-# Of a completion where none of its tokens' slopes are summed, where they are, and with those of the KL term.
-SUM_SETTINGS, SUM_ROWS = ("sequence", "loss", "masks_off_policy"), (
-    "mask", "completion", "old_logprobs", "importance_weight", "sampling_logprobs"
-)  # fmt: skip
-KL_SETTINGS, KL_ROWS = "kl_temperature estimator two_temperatures unbiased_kl", "ref_logprobs"
-SLOPE_SETTINGS = all_but(Settings, f"softcap aggregation group_size top_entropy_quantile entropy_coef {KL_SETTINGS}")
-SLOPE_ROWS = all_but(Rows, f"tokens logit_floor entropy_coef kl_beta {KL_ROWS}")
+Names = tuple[str, ...]
+# Where only ℓ and weights are summed, where slopes are, and with those of the KL term.
+SUM_SETTINGS: Names = ("sequence", "loss", "masks_off_policy")
+SUM_ROWS: Names = ("mask", "completion", "old_logprobs", "importance_weight", "sampling_logprobs")
+KL_SETTINGS: Names = ("kl_temperature", "estimator", "two_temperatures", "unbiased_kl")
+KL_ROWS: Names = ("kl_beta", "ref_logprobs")
+SLOPE_SETTINGS = all_but(
+    Settings, f"softcap aggregation group_size top_entropy_quantile entropy_coef {' '.join(KL_SETTINGS)}"
+)
+SLOPE_ROWS = all_but(Rows, f"tokens logit_floor entropy_coef {' '.join(KL_ROWS)}")
 
 
 class Coupling(NamedTuple):
@@ -221,7 +224,8 @@ def launch_coupling(
     n, device, s = len(rows.tokens), rows.tokens.device, settings
     lengths = torch.empty(num_completions, dtype=torch.float32, device=device)
     ratio = slope = drift = None
-    names, members = (), ("mask", "completion")
+    names: Names = ()
+    members: Names = ("mask", "completion")
     if s.couples:
         names, members = SUM_SETTINGS, SUM_ROWS
     if s.sequence or s.loss == LOSS_GMPO:
@@ -231,7 +235,7 @@ def launch_coupling(
         ratio = torch.empty(num_completions, dtype=torch.float32, device=device)
     has_kl = s.sequence and s.unbiased_kl and rows.ref_logprobs is not None
     if has_kl:
-        names, members = (*names, *KL_SETTINGS.split()), (*members, "kl_beta", KL_ROWS)
+        names, members = (*names, *KL_SETTINGS), (*members, *KL_ROWS)
     if s.masks_off_policy:
         drift = torch.empty(num_completions, dtype=torch.float32, device=device)
     has_floor = slope is not None and (rows.entropy_floor is not None or s.entropy_floor != 0)

@@ -99,8 +99,9 @@ def launch_objective(
     given, is_per_row = kernel_rows(rows, 0, READS_ROWS)
     coupling = Coupling()
     if settings.couples:
-        first = (logprobs, statistics) if settings.first_pass(rows) else (None, None)
-        coupling = launch_coupling(*first, rows, Groups(), settings, num_completions, n, True)
+        if not settings.first_pass(rows):
+            logprobs = None
+        coupling = launch_coupling(logprobs, statistics, rows, Groups(), settings, num_completions, n, True)
     with on_device(device):
         _objective_kernel[(triton.cdiv(n, BLOCK),)](
             statistics, given, is_per_row, kernel_settings(settings, READS_SETTINGS), denominator, lengths,

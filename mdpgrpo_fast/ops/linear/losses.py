@@ -13,7 +13,15 @@ from ...kernels.schemas import Rows, Settings
 from ...reference import TokenLoss
 from ..advantages import grouped, with_advantages
 from ..backends import choose
-from ..checks import check_advantages, check_device, check_objective
+from ..checks import (
+    Numbers,
+    as_rewards,
+    check_advantages,
+    check_device,
+    check_flags,
+    check_objective,
+    check_tensor,
+)
 from ..fused import as_token_loss, flat_rows, saved_gradient, scalar
 from . import op, sharded  # noqa: F401  op registers the ops
 from .checks import Lengths, check_head, check_lengths, compute_dtype
@@ -31,8 +39,8 @@ def linear_token_loss(
     *,
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
-    rewards: Tensor | None = None,
-    num_constraints: Tensor | None = None,
+    rewards: Numbers | None = None,
+    num_constraints: Numbers | float | None = None,
     valid: Tensor | None = None,
     groups: Tensor | None = None,
     advantage: Knob | None = None,
@@ -98,6 +106,9 @@ def linear_token_loss(
     Returns: TokenLoss, `.loss` with gradients for hidden, weight and bias.
     Raises: ValueError naming the argument that does not fit, before anything is allocated; ConfigError.
     """
+    check_tensor("hidden", hidden)
+    check_flags(skip_idle=skip_idle, fp32_logits=fp32_logits, check_values=check_values)
+    rewards = None if rewards is None else as_rewards(rewards, hidden.device)
     if rewards is not None and num_completions is None and completion is not None:
         num_completions = rewards.numel()
     rows = Rows(
@@ -113,7 +124,7 @@ def linear_token_loss(
     check_device(hidden, "hidden", rewards=rewards, num_constraints=num_constraints, valid=valid, groups=groups)
     check_advantages(rows, num_completions, rewards, num_constraints, valid, groups)
     host_lengths = check_lengths(lengths, rows, shape, num_completions)
-    by_group = grouped(rewards, num_constraints, valid, groups, config, check_values)
+    by_group = grouped(rewards, num_constraints, valid, groups, config, check_values, hidden.device)
     dtype = compute_dtype(hidden)
     name = choose(backend, hidden.device, dtype)
     rows = with_advantages(rows, name, by_group, config)
@@ -155,6 +166,8 @@ def linear_token_logprobs(
     where it is trained, as what a row's gradient is multiplied by is known only there. For the objective of this
     library `linear_token_loss` needs less. Arguments, errors and memory as there; masked rows give 0.
     """
+    check_tensor("hidden", hidden)
+    check_flags(fp32_logits=fp32_logits, check_values=check_values)
     if hidden.ndim == 2 and completion is None:
         # Without a map every row is its own completion.
         completion, num_completions = torch.arange(len(hidden), device=hidden.device), len(hidden)
