@@ -153,6 +153,19 @@ def cases(vocab: int, dtype: torch.dtype, tile: tiles.Tile, stride: int | None =
         "on-policy, two temperatures": loss(
             rows._replace(ref_logprobs=row), groups, PLAIN._replace(kl_temperature=1.0, two_temperatures=1), one
         ),
+        # With and without a support, as the unit gradient too: the difference is what a logit_floor costs.
+        "per row, two temperatures": loss(
+            rows._replace(ref_logprobs=row, temperature=each), groups, PLAIN._replace(two_temperatures=1), one
+        ),
+        "per row, two temperatures, support": loss(
+            rows._replace(ref_logprobs=row, temperature=each, logit_floor=row),
+            groups,
+            PLAIN._replace(two_temperatures=1),
+            one,
+        ),
+        "unit gradient, support": lambda: logprobs.launch_logprobs(
+            logits, alone._replace(logit_floor=row), single, 0, logits, tile_of=lambda: tile
+        ),
         "full, token level": loss(
             rows._replace(**everything, **per_completion), all_groups, FULL._replace(rescale=1), one
         ),

@@ -15,7 +15,6 @@ from .rows import (
     LOG2E,
     _completion_of,
     _kept,
-    _least,
     _read_row,
     _row_at,
     _target,
@@ -29,6 +28,16 @@ from .tiles import TileSource, compiler_options, grid_for, kernel_rows, kernel_s
 READS_ROWS = ("tokens", "mask", "completion", "temperature", "logit_floor")
 BACKWARD_READS_SETTINGS = ("temperature", "kl_temperature", "softcap")
 READS_SETTINGS = (*BACKWARD_READS_SETTINGS, "two_temperatures")
+
+
+@triton.jit
+def _least(rows, row, z):
+    """The smallest z of a row's support, which its own token is always in; NaN, which nothing is below, where z is."""
+    if rows.logit_floor is None:
+        return None
+    else:
+        floor = tl.load(rows.logit_floor + row).to(tl.float32)
+        return tl.minimum(floor, z, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit(do_not_specialize=["n_rows", "row_length", "tiles", "num_completions"])

@@ -194,14 +194,12 @@ def _read_row(row, tiles, k, k_kl, softcap, least, EVICT: tl.constexpr, TWO_TEMP
     total_kl = tl.zeros((tile.block // tile.width,), tl.float32)
     for i in tl.range(0, tiles, num_stages=tile.stages):
         u, _ = _load_tile(row, i * tile.block, softcap, EVICT, False, tile)
-        top, total, moment, total_kl = _accumulate(
-            u, top, total, moment, total_kl, k, k_kl, softcap, least, TWO_TEMPERATURES, tile
-        )
+        top, total, moment, total_kl = _accumulate(u, top, total, moment, total_kl, k, k_kl, softcap, least,
+                                                   TWO_TEMPERATURES, tile)  # fmt: skip
     if tile.vocab % tile.block != 0:
         u, _ = _load_tile(row, tile.vocab // tile.block * tile.block, softcap, EVICT, True, tile)
-        top, total, moment, total_kl = _accumulate(
-            u, top, total, moment, total_kl, k, k_kl, softcap, least, TWO_TEMPERATURES, tile
-        )
+        top, total, moment, total_kl = _accumulate(u, top, total, moment, total_kl, k, k_kl, softcap, least,
+                                                   TWO_TEMPERATURES, tile)  # fmt: skip
     peak = tl.max(top, axis=0)
     gap = _offset(peak, k) - _offset(top, k)
     moment = tl.sum((moment + gap * total) * tl.exp2(gap), axis=0)
@@ -231,16 +229,6 @@ def _target(row, token, softcap):
     if softcap is not None:
         x, _ = _softcap(x, softcap)
     return _logit(x, softcap)
-
-
-@triton.jit
-def _least(rows, row, z):
-    """The smallest z of a row's support, which its own token is always in; NaN, which nothing is below, where z is."""
-    if rows.logit_floor is None:
-        return None
-    else:
-        floor = tl.load(rows.logit_floor + row).to(tl.float32)
-        return tl.minimum(floor, z, propagate_nan=tl.PropagateNan.ALL)
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
@@ -279,11 +267,9 @@ def _write_tile(
     if TAIL:
         inside = places < tile.vocab
     u, slope = _load(row + start + offsets, inside, softcap, "evict_first")
-    outside = None
-    if least is not None:
-        outside = _logit(u, softcap) < least
+    z = _logit(u, softcap)
     if OWN:
-        u = _logit(u, softcap) - peak
+        u = z - peak
     t = tl.fma(u, k, c)
     if bonus is not None:
         # Finite also for a logit of -inf, whose exp is 0 and must not make 0 * inf; NaN stays.
@@ -291,8 +277,8 @@ def _write_tile(
         # Of the token's tile the difference first, which is 0 where p is 1; of the others it is in scale.
         scale = tl.fma(bonus, t + shift if OWN else t, scale)
     g = scale * tl.exp2(t)
-    if outside is not None:
-        g = tl.where(outside, 0.0, g)
+    if least is not None:
+        g = tl.where(z < least, 0.0, g)
     if TWO_TEMPERATURES:
         g = tl.fma(scale_kl, tl.exp2(tl.fma(u, k_kl, c_kl)), g)
     if OWN:

@@ -17,14 +17,13 @@ from torch import Tensor
 
 from ..schemas import BNPO, DAPO, DR_GRPO, GRPO, Groups, Rows, Settings, new_outputs
 from .completions import Coupling, launch_coupling, launch_totals, settled
-from .logprobs import launch_logprobs
+from .logprobs import _least, launch_logprobs
 from .method import _advantage_of, _coupled, _token_objective, _token_share
 from .rows import (
     LOG2E,
     _columns,
     _completion_of,
     _kept,
-    _least,
     _read_row,
     _row_at,
     _target,
