@@ -30,7 +30,7 @@ from torch import Tensor
 
 from mdpgrpo_fast.config import MDPGRPOConfig
 from mdpgrpo_fast.kernels import onednn
-from mdpgrpo_fast.rollout import graphs
+from mdpgrpo_fast.rollout.captured import graphs
 from mdpgrpo_fast.rollout.generate import generate
 
 GROUP = 8

@@ -1,7 +1,8 @@
 """The objective on materialised logits, forward and gradient: ours, the reference eager and compiled, Liger, TRL.
 
 `pytest benchmarks/bench_token_loss.py --benchmark-only`. All compute the same: one β, temperature 1, `grpo`
-aggregation, k3, a KL not weighted by the ratio; but for `gemma`, with a temperature per completion and a soft-cap.
+aggregation, k3, a KL not weighted by the ratio; but for `gemma`, with a temperature per completion and a soft-cap, and
+the other losses, off-policy, with the aggregation that TRL gives them; `entropy` is on-policy with an entropy bonus.
 Each is verified against the reference before it is timed. `copy` is the ceiling: the logits into memory that is there.
 Bytes counted: one read and one write of the logits, whatever moves.
 """
@@ -47,9 +48,20 @@ NAMES = [
 ]
 
 
+# What TRL and Liger call a loss type; gmpo they do not have. cispo without a lower bound, as theirs.
+LOSSES: dict[str, dict[str, Any]] = {
+    "cispo": {"loss": "cispo", "aggregation": "dapo", "epsilon_low": 1.0},
+    "sapo": {"loss": "sapo"},
+    "gmpo": {"loss": "gmpo"},
+    "luspo": {"loss": "luspo"},
+    "vespo": {"loss": "vespo", "aggregation": "dapo"},
+    "entropy": {"entropy_coef": 0.01},
+}
+
+
 @dataclass(frozen=True)
 class Case:
-    name: str  # on-policy, off-policy, sequence, gemma
+    name: str  # on-policy, off-policy, sequence, gemma, or of LOSSES
     tokens: int
     vocab: int
     compiled: bool = False
@@ -63,14 +75,17 @@ class Case:
 
     @property
     def off_policy(self) -> bool:
-        return self.name in ("off-policy", "sequence")
+        return self.name not in ("on-policy", "gemma", "entropy")
 
     @property
     def config(self) -> MDPGRPOConfig:
         if not self.plain:
             return MDPGRPOConfig(multi_temperature=False, temperature_objective="per_row")
         level = "sequence" if self.name == "sequence" else "token"
-        return MDPGRPOConfig(multi_temperature=False, asymmetric_kl=False, kl_beta_pos=BETA, importance_level=level)
+        return MDPGRPOConfig(
+            multi_temperature=False, asymmetric_kl=False, kl_beta_pos=BETA, importance_level=level,
+            **LOSSES.get(self.name, {}),
+        )  # fmt: skip
 
 
 def cases() -> list[Case]:
@@ -79,7 +94,7 @@ def cases() -> list[Case]:
         # A compilation takes as long as all else: one size.
         found.append(Case("on-policy", n_tokens, vocab, compiled=i == 0))
         if i == 0:
-            found += [Case(name, n_tokens, vocab) for name in ("off-policy", "sequence")]
+            found += [Case(name, n_tokens, vocab) for name in ("off-policy", "sequence", *LOSSES)]
         if not CUDA or (n_tokens, vocab) == (8192, 256000):
             found.append(Case("gemma", n_tokens, vocab))
     return found
@@ -94,16 +109,22 @@ def knobs(p: Problem, case: Case) -> dict[str, Any]:
     return {"old_logprobs": p.old_logprobs if case.off_policy else None, "ref_logprobs": p.ref_logprobs, **more}
 
 
+def denominator_of(p: Problem, case: Case) -> float:
+    lengths = p.mask.sum(1)
+    return float(reference.default_denominator(lengths, case.config.aggregation, p.tokens.shape[1]))
+
+
 def truth(p: Problem, case: Case) -> Truth:
     config = case.config
     adv = reference.advantages(p.rewards.double(), p.num_constraints, config)
     advantage, beta = adv.advantage.flatten(), adv.kl_beta.flatten()
+    denominator = denominator_of(p, case)
 
     def loss(x: Tensor, i: int) -> Tensor:
         part = {k: v[i : i + 1] if isinstance(v, Tensor) else v for k, v in knobs(p, case).items()}
         return reference.token_loss(
             x, p.tokens[i : i + 1], None, config, advantage=advantage[i : i + 1], kl_beta=beta[i : i + 1],
-            max_completion_length=p.tokens.shape[1], denominator=p.count, **part,
+            max_completion_length=p.tokens.shape[1], denominator=denominator, **part,
         ).loss  # fmt: skip
 
     values, gradients = per_completion(p, loss, lambda value, i: value)
@@ -221,7 +242,11 @@ def given(p: Problem, case: Case) -> tuple[Tensor, float]:
 def liger(p: Problem, case: Case) -> Candidate:
     advantage, beta = given(p, case)
     require_gpu()
+    if case.name in ("entropy", "gmpo"):
+        raise Unavailable("has no entropy bonus, and no gmpo")
     grpo = peer("liger_kernel.transformers.grpo_loss", "triton_grpo_loss")
+    loss_type = case.name if case.name in LOSSES else "grpo"
+    high = 1 + EPSILON if case.name == "cispo" else EPSILON  # its bound is absolute
     mask, level = p.mask.long(), case.config.importance_level
     old = p.old_logprobs if case.off_policy else None
 
@@ -229,7 +254,7 @@ def liger(p: Problem, case: Case) -> Candidate:
         x = p.padded.detach().requires_grad_()
         loss, _ = grpo(
             x, old, p.ref_logprobs, p.tokens, advantage, mask, temperature=1.0, beta=beta, eps_low=EPSILON,
-            eps_high=EPSILON, inplace=False, loss_type="grpo", importance_sampling_level=level, reduce=True,
+            eps_high=high, inplace=False, loss_type=loss_type, importance_sampling_level=level, reduce=True,
         )  # fmt: skip
         return loss, torch.autograd.grad(loss, x)[0]
 
@@ -240,16 +265,18 @@ def trl(p: Problem, case: Case) -> Candidate:
     """TRL's log-probs of the logits, the rest in PyTorch on (B, L) as its trainer does."""
     advantage, beta = given(p, case)
     logprobs_of = trl_logprobs()
-    layout, mask = reference.Layout(p.count), p.mask.float()
+    config, layout, mask, denominator = case.config, reference.Layout(p.count), p.mask.float(), denominator_of(p, case)
 
     def run() -> tuple[Tensor, Tensor]:
         x = p.leaf()
-        logprobs, _ = logprobs_of(x, p.tokens)
-        old = p.old_logprobs if case.off_policy else logprobs.detach()
-        ratio = reference.importance_ratio(logprobs, old, mask, layout, case.config.importance_level)
-        objective, _, _ = reference.clipped_objective(ratio, layout.broadcast(advantage), EPSILON, EPSILON, None)
-        kl, _ = reference.kl_penalty(logprobs, p.ref_logprobs, "k3")
-        loss = reference.aggregate(beta * kl - objective, mask, layout, "grpo", p.count)
+        logprobs, entropy = logprobs_of(x, p.tokens, config.has_entropy_bonus)
+        parts = reference.token_objective(
+            logprobs, logprobs, entropy, p.mask, layout, config, advantage=layout.broadcast(advantage), kl_beta=beta,
+            old_logprobs=p.old_logprobs if case.off_policy else None, ref_logprobs=p.ref_logprobs,
+            sampling_logprobs=None, importance_weight=None, temperature=1.0, epsilon_low=config.epsilon_low,
+            epsilon_high=config.epsilon_high, delta=None, entropy_coef=config.entropy_coef, entropy_floor=0.0,
+        )  # fmt: skip
+        loss = reference.aggregate(parts.per_token, mask, layout, config.aggregation, denominator)
         return loss, torch.autograd.grad(loss, x)[0]
 
     return Candidate(run)

@@ -22,6 +22,9 @@ from .ops.advantages import advantages
 
 ADVANTAGE_KNOBS = (
     "group_std",
+    "scale_rewards",
+    "baseline",
+    "advantage_clip",
     "dual_anchor",
     "dual_anchor_alpha",
     "goal_mean",
@@ -153,12 +156,20 @@ def _relative_sentences(x: Explained) -> list[str]:
             out.append(f"The rewards lie exactly on the goal mean {x.goal_mean:g}: δ = 0, so A = 0 here too.")
         return out
     top = int(x.z.abs().argmax())
-    z, gap = float(x.z[top]), float(x.rewards[top] - x.mean) * x.num_constraints
-    out = [
-        f"Completion {top + 1} is {abs(gap):.2f} constraints {'above' if gap > 0 else 'below'} the group mean; divided "
-        f"by a standard deviation worth {x.std * x.num_constraints:.2f} constraints that becomes z = {_signed(z)}"
-        f"{', low variance amplified' if abs(z) > 2 else ''}."
-    ]
+    z, gap, mean = float(x.z[top]), float(x.rewards[top] - x.mean) * x.num_constraints, "the group mean"
+    if c.baseline == "leave_one_out":
+        gap, mean = gap * len(x.rewards) / (len(x.rewards) - 1), "the mean of the others"
+    text = f"Completion {top + 1} is {abs(gap):.2f} constraints {'above' if gap > 0 else 'below'} {mean}; "
+    if c.scale_rewards == "none":
+        text += f"undivided that is z = {_signed(z)}."
+    else:
+        text += f"divided by a standard deviation worth {x.std * x.num_constraints:.2f} constraints that becomes "
+        text += f"z = {_signed(z)}{', low variance amplified' if abs(z) > 2 else ''}."
+    out = [text]
+    if c.scale_rewards == "batch":
+        out.append(
+            "In a run the deviation is that of all rewards of a step (scale_rewards = batch), not of this group."
+        )
     if c.prospect:
         shaped = float(x.shaped_z[top])
         name, bound = ("λ₊", c.prospect_gain) if z >= 0 else ("λ₋", c.prospect_loss)
@@ -167,7 +178,8 @@ def _relative_sentences(x: Explained) -> list[str]:
             f"plain GRPO uses {_signed(float(x.grpo_advantage[top]))}, unbounded."
         )
     else:
-        out.append("Prospect shaping is off: nothing bounds z.")
+        limit = f"the clip alone bounds A, at ±{c.advantage_clip:g}" if c.advantage_clip else "nothing bounds z"
+        out.append(f"Prospect shaping is off: {limit}.")
     return out
 
 
@@ -198,12 +210,20 @@ def _goal_sentences(x: Explained) -> list[str]:
 
 def sentences(x: Explained) -> list[str]:
     """What happened to this group, computed from its numbers."""
-    out = [*_relative_sentences(x), *_goal_sentences(x)]
+    c, out = x.config, [*_relative_sentences(x), *_goal_sentences(x)]
+    cut = ((1 - c.alpha) * x.shaped_z + c.alpha * x.shaped_delta).abs() > (c.advantage_clip or math.inf)
+    if bool(cut.any()):
+        out.append(f"The clip cuts A to ±{c.advantage_clip:g} for {_listed(cut)}.")
     flipped = (x.advantage * x.grpo_advantage) < 0
     if bool(flipped.any()):
         out.append(f"Against plain GRPO the sign of A changes for {_listed(flipped)}.")
-    negative, (pos, neg) = int((x.advantage < 0).sum()), x.config.betas
-    if pos == neg:
+    negative, (pos, neg) = int((x.advantage < 0).sum()), c.betas
+    if c.kl_in == "reward":
+        out.append(
+            f"The KL is in the reward: {c.kl_beta_pos:g} times a completion's KL is taken off before (kl_in = reward), "
+            "and the loss has no KL term; read the rewards here as what is left."
+        )
+    elif pos == neg:
         out.append(f"One KL coefficient for all: β = {pos:g}.")
     else:
         out.append(
@@ -217,14 +237,20 @@ def render(x: Explained) -> str:
     c = x.config
     kind = "divisor G" if c.group_std == "population" else "divisor G - 1"
     bounds = f"bounds λ₊ = {c.prospect_gain:g}, λ₋ = {c.prospect_loss:g}"
+    relative = f"mean {x.mean:.4f}{' (each against the mean of the others)' * (c.baseline == 'leave_one_out')}, "
+    if c.scale_rewards == "none":
+        relative += f"undivided: the standard deviation {x.std:.4f} plays no part"
+    else:
+        relative += f"standard deviation {x.std:.4f} ({kind}; plain GRPO {x.grpo_std:.4f})"
     shaping = f"slope {c.prospect_beta:g}, {bounds}" if c.prospect else "off"
     if c.prospect and not c.prospect_on_goal:
         shaping += ", relative anchor only: ψ(δ) = δ"
     facts = [
         ("group", f"G = {len(x.rewards)} completions, K = {x.num_constraints} constraints"),
-        ("relative anchor", f"mean {x.mean:.4f}, standard deviation {x.std:.4f} ({kind}; plain GRPO {x.grpo_std:.4f})"),
+        ("relative anchor", relative),
         ("goal anchor", f"mean {x.goal_mean:.4f}, standard deviation {x.goal_std:.4f}, weight α = {c.alpha:g}"),
         ("shaping ψ", shaping),
+        *([("clip", f"|A| at most {c.advantage_clip:g}")] if c.advantage_clip else []),
     ]
     head = "\n".join(f"{name:<16} {text}" for name, text in facts)
     return "\n\n".join([head, table(x), "\n".join(f"- {s}" for s in sentences(x))])

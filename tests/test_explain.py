@@ -19,14 +19,14 @@ def explained(capsys, *argv: str) -> tuple[list[dict[str, str]], str]:
     return [dict(zip(names, row.split(), strict=True)) for row in rows], text
 
 
-@pytest.mark.parametrize("name", ["paper", "released_code", "grpo"])
+@pytest.mark.parametrize("name", ["paper", "released_code", "grpo", "dr_grpo", "rloo", "trl"])
 @pytest.mark.parametrize("rewards", [[0.5, 0.5, 0.5, 0.75], [0.0, 0.25, 1.0], [0.25] * 4, [0.0] * 8, [1.0, 1.0, 0.75]])
 def test_numbers_are_the_reference_s(capsys, name, rewards):
     rows, _ = explained(capsys, "--rewards", ",".join(map(str, rewards)), "--constraints", "4", "--preset", name)
     config = preset(name, num_generations=len(rewards), multi_temperature=False)
     r, k = torch.tensor([rewards], dtype=torch.float64), torch.tensor([4])
     ours = reference.advantages(r, k, config)
-    plain = reference.advantages(r, k, preset("grpo", num_generations=len(rewards)))
+    plain = reference.advantages(r, k, preset("grpo", num_generations=len(rewards), kl_beta_pos=config.kl_beta_pos))
     expected = {"reward": r, "z": ours.z, "δ": ours.delta, "A": ours.advantage, "β": ours.kl_beta,
                 "GRPO_A": plain.advantage, "GRPO_β": plain.kl_beta}  # fmt: skip
     assert len(rows) == len(rewards)
@@ -94,6 +94,35 @@ def test_grpo_preset_explains_itself(capsys):
     )
     assert all(row["A"] == row["GRPO_A"] and row["β"] == row["GRPO_β"] == "0.02" for row in rows)
     assert "shaping is off" in text and "α = 0" in text and "One KL coefficient for all: β = 0.02." in text
+
+
+def test_rules_without_a_deviation(capsys):
+    group = ("--rewards", "0.5,0.5,0.5,0.75", "--constraints", "4")
+    rows, text = explained(capsys, *group, "--preset", "rloo")
+    assert [row["z"] for row in rows] == ["-0.0833"] * 3 + ["+0.2500"]
+    assert "mean 0.5625 (each against the mean of the others), undivided: the standard deviation 0.1250" in text
+    assert "Completion 4 is 1.00 constraints above the mean of the others; undivided that is z = +0.2500." in text
+    assert "The KL is in the reward: 0.05 times" in text and "One KL coefficient" not in text
+    rows, text = explained(capsys, *group, "--preset", "dr_grpo")
+    assert "Completion 4 is 0.75 constraints above the group mean; undivided that is z = +0.1875." in text
+    assert "One KL coefficient for all: β = 0." in text
+    one = explained(capsys, *group, "--baseline", "leave_one_out")[1]
+    assert "1.00 constraints above the mean of the others; divided by a standard deviation worth 0.43" in one
+    rows, text = explained(capsys, *group, "--scale-rewards", "batch")
+    assert [row["A"] for row in rows] == [row["A"] for row in explained(capsys, *group)[0]]
+    assert "all rewards of a step (scale_rewards = batch), not of this group" in text
+
+
+def test_clip_is_told(capsys):
+    group = ("--rewards", "0,0,0,1", "--constraints", "4")
+    free, text = explained(capsys, *group)
+    assert "clip" not in text
+    rows, text = explained(capsys, *group, "--advantage-clip", "0.9")
+    cut = [abs(float(row["A"])) > 0.9 for row in free]
+    assert True in cut and [abs(float(row["A"])) == 0.9 for row in rows] == cut
+    assert "|A| at most 0.9" in text and "The clip cuts A to ±0.9 for " in text
+    text = explained(capsys, *group, "--preset", "grpo", "--advantage-clip", "9")[1]
+    assert "the clip alone bounds A, at ±9" in text and "cuts" not in text
 
 
 def test_table_is_aligned(capsys):

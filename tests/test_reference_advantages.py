@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import mdpgrpo_fast
+from mdpgrpo_fast import reference
 from mdpgrpo_fast.config import MDPGRPOConfig, preset
 
 GOLDEN = Path(__file__).parent / "data" / "method_golden.jsonl"
@@ -201,3 +202,196 @@ def test_half_precision_rewards_are_computed_in_float32() -> None:
     low = mdpgrpo_fast.advantages(rewards.bfloat16(), k, config)
     assert low.advantage.dtype == torch.float32
     assert torch.equal(low.advantage, mdpgrpo_fast.advantages(rewards, k, config).advantage)
+
+
+# ---- other scales and baselines, by loops ---------------------------------------------------------------------------
+
+GROUPS = [[0.25, 0.5, 0.5, 1.0], [0.0, 0.0, 0.0, 0.25], [0.75, 0.75, 0.75, 0.75], [1.0, 0.5, -3.0, 2.0]]
+PLAIN: dict[str, Any] = {"dual_anchor": False, "prospect": False, "multi_temperature": False, "num_generations": 4}
+
+
+def deviation(values: list[float], group_std: str) -> float:
+    mean, n = math.fsum(values) / len(values), len(values)
+    square = math.fsum((v - mean) ** 2 for v in values)
+    return math.sqrt(square / (n if group_std == "population" else n - 1))
+
+
+def scaled(value: float, std: float, group_std: str) -> float:
+    return value / (max(std, 1e-8) if group_std == "population" else std + 1e-4)
+
+
+def z_oracle(groups: list[list[float]], c: MDPGRPOConfig) -> list[list[float]]:
+    """Term by term: r - the mean of the group, or of the others, over the deviation of the group, of all, or 1."""
+    whole = deviation([r for group in groups for r in group], c.group_std)
+    out = []
+    for group in groups:
+        row = []
+        for i, r in enumerate(group):
+            others = group if c.baseline == "mean" else group[:i] + group[i + 1 :]
+            v = r - math.fsum(others) / len(others)
+            std = {"group": deviation(group, c.group_std), "batch": whole, "none": None}[c.scale_rewards]
+            row.append(0.0 if len(set(group)) == 1 else v if std is None else scaled(v, std, c.group_std))
+        out.append(row)
+    return out
+
+
+@pytest.mark.parametrize("group_std", ["population", "sample"])
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
+def test_scales_and_baselines_follow_their_definitions(group_std: Any, scale: Any, baseline: Any) -> None:
+    config = MDPGRPOConfig(**PLAIN, group_std=group_std, scale_rewards=scale, baseline=baseline)
+    rewards = torch.tensor(GROUPS, dtype=torch.float64)
+    got = reference.advantages(rewards, torch.tensor([4] * 4), config)
+    expected = torch.tensor(z_oracle(GROUPS, config), dtype=torch.float64)
+    torch.testing.assert_close(got.z, expected, rtol=1e-13, atol=1e-13)
+    assert torch.equal(got.advantage, got.z)
+    assert (got.advantage[2] == 0).all(), "a constant group has no advantage, to the bit"
+    # Goal anchor and shaping are of what z is.
+    mixed = MDPGRPOConfig(num_generations=4, group_std=group_std, scale_rewards=scale, baseline=baseline)
+    got = reference.advantages(rewards, torch.tensor([4] * 4), mixed)
+    torch.testing.assert_close(got.z, expected, rtol=1e-13, atol=1e-13)
+
+    def psi(v: float) -> float:
+        return (1.25 if v >= 0 else 2.0) * math.tanh(0.8 * v)
+
+    for i, group in enumerate(GROUPS):
+        for j, r in enumerate(group):
+            a = 0.8 * psi(expected[i, j].item()) + 0.2 * psi((r - 0.5) / 0.5)
+            assert got.advantage[i, j].item() == pytest.approx(a, abs=1e-13)
+            assert got.kl_beta[i, j] == (0.025 if a < 0 else 0.01)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
+@pytest.mark.parametrize("group_std", ["population", "sample"])
+def test_invalid_samples_are_out_of_every_scale_and_baseline(scale: Any, baseline: Any, group_std: Any) -> None:
+    """Of the group's mean and deviation, of the others', and of the batch's."""
+    config = MDPGRPOConfig(**PLAIN, scale_rewards=scale, baseline=baseline, group_std=group_std)
+    rewards = torch.tensor(GROUPS, dtype=torch.float64)
+    valid = torch.tensor([[True, True, False, True], [True] * 4, [True, False, True, True], [False] * 4])
+    got = mdpgrpo_fast.advantages(rewards.masked_fill(~valid, math.nan), torch.tensor([4] * 4), config, valid=valid)
+    kept = [
+        [r for r, on in zip(group, row, strict=True) if on] for group, row in zip(GROUPS, valid.tolist(), strict=True)
+    ]
+    expected = z_oracle([group for group in kept if group], config)
+    for i, row in enumerate(expected):
+        assert got.z[i][valid[i]].tolist() == pytest.approx(row, abs=1e-13)
+    assert (got.z[~valid] == 0).all() and (got.advantage[~valid] == 0).all()
+
+
+@pytest.mark.parametrize("knobs", [{"scale_rewards": "none"}, {"baseline": "leave_one_out"}, {"scale_rewards": "batch"},
+                                   {"baseline": "leave_one_out", "scale_rewards": "none"}])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_constant_groups_are_exactly_zero_in_all_of_them(knobs: dict[str, Any], dtype: torch.dtype) -> None:
+    for size in (2, 3, 7, 8):
+        rewards = torch.tensor(REPEATED, dtype=dtype)[:, None].repeat(1, size)
+        config = preset("grpo", num_generations=size, asymmetric_kl=True, **knobs)
+        got = mdpgrpo_fast.advantages(rewards, torch.full((len(REPEATED),), 4), config)
+        assert (got.z == 0).all() and (got.advantage == 0).all()
+        assert (got.kl_beta == torch.tensor(config.kl_beta_pos, dtype=dtype)).all()
+        one = mdpgrpo_fast.advantages(rewards[:1], torch.tensor([4]), config)  # a batch whose deviation is 0
+        assert (one.advantage == 0).all()
+
+
+def test_one_sample_left_of_a_group_has_nothing_to_be_compared_with() -> None:
+    rewards, valid = torch.tensor([[0.25, 1.0], [0.0, 1.0]]), torch.tensor([[False, True], [True, True]])
+    for scale in ("group", "batch", "none"):
+        config = MDPGRPOConfig(**{**PLAIN, "num_generations": 2}, scale_rewards=scale, baseline="leave_one_out")
+        got = mdpgrpo_fast.advantages(rewards, torch.tensor([4, 4]), config, valid=valid, backend="torch")
+        assert (got.advantage[0] == 0).all() and got.advantage[1, 1] > 0
+
+
+def test_the_advantage_is_clipped_last() -> None:
+    """After shaping and mixing; the KL coefficient goes by the sign, which a clip keeps."""
+    rewards, k = torch.tensor([[0.0, 0.0, 0.0, 1.0]], dtype=torch.float64), torch.tensor([4])
+    free = reference.advantages(rewards, k, MDPGRPOConfig(num_generations=4))
+    for bound in (0.3, 1.1, 5.0):
+        got = reference.advantages(rewards, k, MDPGRPOConfig(num_generations=4, advantage_clip=bound))
+        assert got.advantage[0].tolist() == [max(-bound, min(bound, a)) for a in free.advantage[0].tolist()]
+        for name in ("z", "delta", "kl_beta", "mean", "std"):
+            assert torch.equal(getattr(got, name), getattr(free, name)), name
+
+
+# ---- several rewards (GDPO) -----------------------------------------------------------------------------------------
+
+
+def gdpo_oracle(parts: list[list[list[float]]], weights: list[float], c: MDPGRPOConfig) -> list[list[float]]:
+    """Each reward over its own group's deviation, their weighted sum over that of all completions."""
+    sums: list[list[float | None]] = []
+    for group in parts:
+        row: list[float | None] = []
+        for r in group:
+            total, applies = 0.0, False
+            for k, weight in enumerate(weights):
+                own = [x[k] for x in group if not math.isnan(x[k])]
+                if math.isnan(r[k]):
+                    continue
+                applies = True
+                if len(set(own)) > 1:
+                    others = own if c.baseline == "mean" else [x for i, x in enumerate(own) if i != own.index(r[k])]
+                    v = r[k] - math.fsum(others) / len(others)
+                    total += weight * scaled(v, deviation(own, c.group_std), c.group_std)
+            row.append(total if applies else None)
+        sums.append(row)
+    known = [s for row in sums for s in row if s is not None]
+    mean, std = math.fsum(known) / len(known), deviation(known, c.group_std)
+    return [[0.0 if s is None else scaled(s - mean, std, c.group_std) for s in row] for row in sums]
+
+
+NAN = math.nan
+PARTS = [
+    [[0.0, 10.0, 1.0], [1.0, 20.0, 1.0], [0.5, NAN, 1.0], [0.0, 50.0, NAN]],  # the third reward is constant
+    [[NAN, 5.0, 0.1], [NAN, 1.0, 0.2], [NAN, NAN, NAN], [NAN, 2.0, 0.4]],  # none applies to the third completion
+    [[1.0, 1.0, NAN], [0.0, 1.0, 3.0], [0.25, 1.0, NAN], [0.5, 1.0, NAN]],  # one of a group has the third
+]
+
+
+@pytest.mark.parametrize("group_std", ["population", "sample"])
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
+@pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [0.1, 2.3, -0.7]])
+def test_single_rewards_by_loops(group_std: Any, baseline: Any, weights: list[float]) -> None:
+    more = {"group_std": group_std, "baseline": baseline, "multi_objective_aggregation": "normalize_then_sum"}
+    config = MDPGRPOConfig(**PLAIN, **more)
+    parts = torch.tensor(PARTS, dtype=torch.float64)
+    got = mdpgrpo_fast.advantages(config=config, parts=parts, part_weights=weights)
+    expected = torch.tensor(gdpo_oracle(PARTS, weights, config), dtype=torch.float64)
+    torch.testing.assert_close(got.z, expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(got.advantage, got.z) and got.advantage[1, 2] == 0
+    # With the goal anchor on their sum, shaped and clipped.
+    mixed = MDPGRPOConfig(num_generations=4, advantage_clip=1.0, **more)
+    got = mdpgrpo_fast.advantages(num_constraints=4, config=mixed, parts=parts, part_weights=weights)
+    total = [[math.fsum(w * v for w, v in zip(weights, r, strict=True) if v == v) for r in group] for group in PARTS]
+
+    def psi(v: float) -> float:
+        return (1.25 if v >= 0 else 2.0) * math.tanh(0.8 * v)
+
+    for i, j in ((0, 0), (0, 2), (1, 0), (2, 1), (2, 3)):
+        a = 0.8 * psi(expected[i, j].item()) + 0.2 * psi((total[i][j] - 0.5) / 0.5)
+        assert got.advantage[i, j].item() == pytest.approx(max(-1.0, min(1.0, a)), abs=1e-12)
+    assert got.advantage[1, 2] == 0 and got.delta[1, 2] == 0
+
+
+def test_single_rewards_that_are_all_constant_are_exactly_zero() -> None:
+    """Also where weights and rounding would leave something, and in a batch of them."""
+    parts = torch.tensor([0.1 + 0.2, 1 / 3, 0.7])[None, None].repeat(3, 7, 1)
+    for group_std in ("population", "sample"):
+        config = MDPGRPOConfig(**{**PLAIN, "num_generations": 7, "group_std": group_std},
+                               multi_objective_aggregation="normalize_then_sum")  # fmt: skip
+        got = mdpgrpo_fast.advantages(config=config, parts=parts, part_weights=[0.1, 0.7, 3.0], backend="torch")
+        assert (got.z == 0).all() and (got.advantage == 0).all()
+        # Equal but for rounding, and a batch that is said to have no deviation.
+        noisy = torch.where(torch.arange(7)[:, None] % 2 == 0, parts, torch.nextafter(parts, parts + 1))
+        assert (mdpgrpo_fast.advantages(config=config, parts=noisy, backend="torch").z == 0).all()
+        varied = parts + torch.arange(7)[:, None]
+        assert (mdpgrpo_fast.advantages(config=config, parts=varied, batch=(0.1, 0.0), backend="torch").z == 0).all()
+
+
+def test_one_reward_of_larger_numbers_does_not_outweigh_another() -> None:
+    """What GDPO is for: the sum of rewards of 0 to 1 and of 0 to 100 is all but the second."""
+    parts = torch.tensor([[[0.0, 100.0], [1.0, 0.0], [0.0, 0.0], [1.0, 100.0]]], dtype=torch.float64)
+    together = MDPGRPOConfig(**PLAIN)
+    apart = MDPGRPOConfig(**PLAIN, multi_objective_aggregation="normalize_then_sum")
+    summed = mdpgrpo_fast.advantages(parts.sum(-1), config=together).advantage[0]
+    single = mdpgrpo_fast.advantages(config=apart, parts=parts).advantage[0]
+    assert summed[0] > 0.9 and summed[1] < -0.9
+    assert single[:2].abs().max() < 1e-12 and single[3] == -single[2] > 1

@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from mdpgrpo_fast.kernels.schemas import Groups, Rows, Settings
+from mdpgrpo_fast.kernels.schemas import LOSSES, Groups, Rows, Settings
 from mdpgrpo_fast.kernels.triton import advantages, logprobs, objective, sampling, tiles, token_loss
 from mdpgrpo_fast.kernels.triton.decode import blocks
 from mdpgrpo_fast.kernels.triton.decode.attention import launch_attention
@@ -157,10 +157,36 @@ def cases(vocab: int, dtype: torch.dtype, tile: tiles.Tile, stride: int | None =
             rows._replace(**everything, **per_completion), all_groups, FULL._replace(rescale=1), one
         ),
         "full, sequence level": loss(packed, Groups(), sequence, None),
+        # What the other losses and terms cost beside these; coupled ones read the logits once more in a first pass.
+        "entropy bonus": loss(rows._replace(ref_logprobs=row), groups, PLAIN._replace(entropy_coef=0.01), one),
+        "full, entropy bonus": loss(
+            rows._replace(**everything, **per_completion, entropy_coef=row, entropy_floor=each),
+            all_groups,
+            FULL._replace(rescale=1),
+            one,
+        ),
+        **{
+            f"{LOSSES[i]}, off-policy": loss(
+                rows._replace(old_logprobs=row, ref_logprobs=row, importance_weight=row),
+                groups,
+                PLAIN._replace(loss=i),
+                one,
+            )
+            for i in range(1, len(LOSSES))
+        },
+        "unbiased KL, off-policy gate": loss(
+            rows._replace(old_logprobs=row, ref_logprobs=row, sampling_logprobs=row),
+            groups,
+            PLAIN._replace(sequence=1, unbiased_kl=1, masks_off_policy=1, entropy_floor=0.1),
+            one,
+        ),
         # The three of `linear_token_loss`, on a chunk's logits in place.
         "unit gradient": lambda: logprobs.launch_logprobs(logits, alone, single, 0, logits, tile_of=lambda: tile),
         "two temperatures": lambda: logprobs.launch_logprobs_backward(
             logits, row, alone, single, 0, statistics, row, logits, tile_of=lambda: tile
+        ),
+        "two temperatures, entropy bonus": lambda: logprobs.launch_logprobs_backward(
+            logits, row, alone, single, 0, statistics, row, logits, grad_entropy=row, tile_of=lambda: tile
         ),
         "objective, sequence": lambda: objective.launch_objective(
             statistics, row, chunk, FULL._replace(sequence=1, rescale=1), each, one, b

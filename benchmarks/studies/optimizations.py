@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from harness import provenance, write_json
-from learning import RESULT, train
+from learning import RESULTS, VARIANTS, train
 
 WAYS: dict[str, list[str]] = {
     "on": [],
@@ -24,13 +24,16 @@ WAYS: dict[str, list[str]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    parser.add_argument("--output", type=Path, default=RESULT.with_name("optimizations.json"))
+    parser.add_argument("--output", type=Path, default=RESULTS / "optimizations.json")
     args = parser.parse_args()
     runs = []
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(WAYS)) as pool:
         for seed in args.seeds:
             # Side by side, so that both have the same machine; the next seed when both are done.
-            pair = [pool.submit(train, "paper", seed, Path(folder) / way, flags) for way, flags in WAYS.items()]
+            pair = [
+                pool.submit(train, "paper", [*VARIANTS["paper"], *flags], seed, Path(folder) / way)
+                for way, flags in WAYS.items()
+            ]
             for way, job in zip(WAYS, pair, strict=True):
                 runs.append({"optimizations": way, **{k: job.result()[k] for k in KEPT}})
     write_json(

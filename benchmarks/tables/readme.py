@@ -17,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import linear_table
+import losses_table
 import speed_table
 import start_table
 import step_table
@@ -158,6 +159,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "knobs": knobs,
     },
     "docs/command_line.md": {"start": start_table.section},
+    "docs/losses.md": {"losses": losses_table.section},
     "docs/verifiers.md": {"verifiers": verifiers_table.section},
 }
 

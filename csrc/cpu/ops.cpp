@@ -51,8 +51,9 @@ struct Completion {
 // Statistics, anchors, A and KL coefficient of one prompt's G completions. In float32 on purpose, as the reference has
 // float32 rewards: the mean of 1/6, 1/2, 5/6 is then 1/2, and the sign of A is not decided by the rounding of the
 // rewards.
-void group_advantages(const float* rewards, const uint8_t* valid, float constraints, const Settings<float>& s,
-                      float& mean, float& std_, Completion* out) {
+// batch_std: null but where z has the deviation of the batch.
+void group_advantages(const float* rewards, const uint8_t* valid, float constraints, const float* batch_std,
+                      const Settings<float>& s, float& mean, float& std_, Completion* out) {
   const int64_t size = s.group_size;
   const auto counts = [&](int64_t i) { return valid == nullptr || valid[i] != 0; };
   float n = 0, total = 0, top = -HUGE_VALF, bottom = HUGE_VALF;
@@ -70,7 +71,10 @@ void group_advantages(const float* rewards, const uint8_t* valid, float constrai
   for (int64_t i = 0; i < size; ++i)
     if (counts(i)) square += (rewards[i] - mean) * (rewards[i] - mean);
   std_ = constant ? 0 : std::sqrt(square / std::max(s.sample_std ? n - 1 : n, 1.0f));
-  const float scale = s.sample_std ? std_ + 1e-4f : std::max(std_, 1e-8f);
+  const float deviation = batch_std == nullptr ? std_ : *batch_std;
+  const float scale = s.scale == UNSCALED ? 1.0f : s.sample_std ? deviation + 1e-4f : std::max(deviation, 1e-8f);
+  // r less the mean of the others is r less that of all, times this.
+  const float others = s.leave_one_out ? n / std::max(n - 1, 1.0f) : 1.0f;
   const float goal = s.goal_mean == 0 ? 0.5f : s.goal_mean == 1 ? (mean < 0.5f ? 0.5f : mean) : mean;
   const float k = constraints >= 1 ? constraints : std::numeric_limits<float>::quiet_NaN();
   const float goal_scale = std::sqrt((s.binomial ? 1.0f : static_cast<float>(size)) / (4 * k));
@@ -81,12 +85,13 @@ void group_advantages(const float* rewards, const uint8_t* valid, float constrai
     Completion c;
     if (counts(i)) {
       const float r = constant ? mean : rewards[i];
-      c.z = constant ? 0 : (r - mean) / scale;
+      c.z = constant ? 0 : (r - mean) / scale * others;
       c.delta = (r - goal) / goal_scale;
     }
     const float relative = s.prospect ? prospect_shape(c.z) : c.z;
     const float absolute = s.prospect && s.prospect_on_goal ? prospect_shape(c.delta) : c.delta;
     c.advantage = (1 - s.alpha) * relative + s.alpha * absolute;
+    if (s.advantage_clip != 0) c.advantage = clamped(c.advantage, -s.advantage_clip, s.advantage_clip);
     c.beta = c.advantage < 0 ? s.kl_beta_neg : s.kl_beta_pos;
     out[i] = c;
   }
@@ -94,46 +99,74 @@ void group_advantages(const float* rewards, const uint8_t* valid, float constrai
 
 // ---- the objective --------------------------------------------------------------------------------------------------
 
+// What a first pass finds of a row, as it is returned.
+struct Seen {
+  float logprob = 0, entropy = 0, kl_logprob = 0;
+};
+
 struct Objective {
   Rows<double> rows;
   Settings<double> settings;
-  std::vector<double> lengths, ratio, slope;  // per completion
+  std::vector<double> lengths;           // per completion
+  std::vector<Coupled<double>> coupled;  // per completion
 
   Objective(const RowTensors& given, int64_t n, int64_t row_length, int64_t num_completions, bool knobs_per_row = false)
       : rows(given.rows<double>(n, row_length, num_completions, knobs_per_row)), settings(given.settings<double>()) {}
 
-  // What couples the tokens of a completion: how many they are; at sequence level its ρ, and Σ over its tokens of
-  // w dJ/dρ ρ / tokens, which each of them has as derivative with respect to its own ℓ. logprobs: null on-policy.
-  void couple(const float* logprobs) {
+  // What couples the tokens of a completion: how many they are, and the rest. seen(row): what the first pass found.
+  template <class F>
+  void couple(const F& seen) {
     const size_t b = static_cast<size_t>(rows.num_completions);
-    lengths.assign(b, 0), ratio.assign(b, 0), slope.assign(b, 0);
-    for (int64_t row = 0; row < rows.n_rows; ++row) {
-      if (!rows.kept(row) || !rows.known(row)) continue;
-      const size_t c = static_cast<size_t>(rows.completion_of(row));
+    lengths.assign(b, 0), coupled.assign(b, {});
+    const auto each_row = [&](const auto& body) {
+      for (int64_t row = 0; row < rows.n_rows; ++row)
+        if (rows.kept(row) && rows.known(row)) body(row, static_cast<size_t>(rows.completion_of(row)));
+    };
+    const bool drifts = settings.couples_drift(rows);
+    if (!settings.couples_ratio() && !drifts) {
+      each_row([&](int64_t, size_t c) { lengths[c] += 1; });
+      return;
+    }
+    std::vector<double> exponent(b, 0.0);
+    each_row([&](int64_t row, size_t c) {
       lengths[c] += 1;
-      if (logprobs != nullptr) ratio[c] += static_cast<double>(logprobs[row]) - rows.old_logprobs[row];
-    }
-    if (!settings.sequence) return;
-    std::vector<Ratio<double>> whole(b);
+      const double logprob = seen(row).logprob, own = log_ratio_of(rows, row, logprob);
+      const int64_t i = static_cast<int64_t>(c);
+      if (settings.loss == GMPO)
+        exponent[c] += gmpo_log_ratio(own, rows.advantage.at(i, row), rows, i, row).value;
+      else
+        exponent[c] += settings.loss == VESPO ? vespo_log_weight(own, rows, row) : own;
+      if (drifts) coupled[c].drift += rows.sampler()[row] - logprob;
+    });
+    std::vector<double> slope(b, 0.0);  // of ρ or R over tokens
     for (size_t c = 0; c < b; ++c) {
-      whole[c] = importance_ratio(ratio[c] / std::max(lengths[c], 1.0));
-      ratio[c] = whole[c].value;
+      const double n = std::max(lengths[c], 1.0);
+      coupled[c].drift /= n;
+      if (settings.couples_slope()) {
+        const Ratio<double> whole = importance_ratio(exponent[c] / n);
+        coupled[c].ratio = whole.value, slope[c] = whole.slope / n;
+      } else if (settings.loss == VESPO) {
+        coupled[c].ratio = clamped(exponent[c], VESPO_LOG_MIN, VESPO_LOG_MAX);
+      }
     }
-    for (int64_t row = 0; row < rows.n_rows; ++row) {
-      if (!rows.kept(row) || !rows.known(row)) continue;
-      const int64_t i = rows.completion_of(row);
-      const size_t c = static_cast<size_t>(i);
-      const Clipped<double> j = clipped_objective(ratio[c], rows.advantage.at(i, row), rows, i, row);
-      slope[c] += policy_weight(rows, settings, row, rows.temperature_of(i, row)) * j.slope;
-    }
-    for (size_t c = 0; c < b; ++c) slope[c] *= whole[c].slope / std::max(lengths[c], 1.0);
+    if (!settings.couples_slope()) return;
+    each_row([&](int64_t row, size_t c) {
+      const int64_t i = static_cast<int64_t>(c);
+      const Seen found = seen(row);
+      const double logprob = found.logprob, tau = rows.temperature_of(i, row), ratio = coupled[c].ratio;
+      if (settings.loss != CISPO)
+        coupled[c].slope += policy_weight<double>(rows, settings, i, row, tau, found.entropy, coupled[c].drift) *
+                            policy_objective(rows, settings, i, row, logprob, ratio, ratio).slope;
+      if (settings.sequence && settings.unbiased_kl && rows.ref_logprobs != nullptr)
+        coupled[c].slope -= rows.kl_beta.at(i, row) *
+                            kl_penalty<double>(found.kl_logprob, rows.ref_logprobs[row], settings.estimator).value;
+    });
+    for (size_t c = 0; c < b; ++c) coupled[c].slope *= slope[c];
   }
 
-  Token<double> at(int64_t row, int64_t c, double tau, double logprob, double kl_logprob) const {
-    const bool coupled = settings.sequence;
-    return token_objective(rows, settings, c, row, tau, logprob, kl_logprob,
-                           coupled ? ratio[static_cast<size_t>(c)] : 1.0,
-                           coupled ? slope[static_cast<size_t>(c)] : 0.0);
+  Token<double> at(int64_t row, int64_t c, double tau, const Seen& s) const {
+    return token_objective<double>(rows, settings, c, row, tau, s.logprob, s.kl_logprob, s.entropy,
+                                   coupled[static_cast<size_t>(c)]);
   }
   double share(double denominator, double length) const {
     return token_share(denominator, settings.aggregation == 0 ? length : 1.0);
@@ -186,7 +219,8 @@ void sum_up(const Rows<float>& rows, const Record& record, float* loss, float* c
 
 const std::string TOKEN_LOSS =
     std::string("(Tensor logits, Tensor(a!) gradient, ") + INPUTS +
-    "Tensor rewards, Tensor num_constraints, Tensor valid, Tensor slots, Tensor batch_std, Tensor denominator, int num_completions, "
+    "Tensor rewards, Tensor num_constraints, Tensor valid, Tensor slots, Tensor batch_std, Tensor denominator, int "
+    "num_completions, "
     "int max_completion_length, Tensor(b!) loss, Tensor(c!) per_row, Tensor(d!) marks, Tensor(e!) completion_kl, "
     "Tensor(f!) totals) -> ()";
 
@@ -223,11 +257,12 @@ void token_loss(StableIValue* stack, uint64_t, uint64_t) {
     const float* const constraints = elements<float>(constraints_, prompts);
     const uint8_t* const valid = elements<uint8_t>(valid_, prompts * size, true);
     const int64_t* const slots = elements<int64_t>(slots_, b, true);
+    const float* const batch_std = s.scale == BY_BATCH ? elements<float>(batch_std_, 1) : nullptr;
     std::vector<Completion> each(static_cast<size_t>(prompts * size));
     for (int64_t p = 0; p < prompts; ++p) {
       float mean, std_;
-      group_advantages(rewards + p * size, valid == nullptr ? nullptr : valid + p * size, constraints[p], s, mean, std_,
-                       each.data() + p * size);
+      group_advantages(rewards + p * size, valid == nullptr ? nullptr : valid + p * size, constraints[p], batch_std, s,
+                       mean, std_, each.data() + p * size);
     }
     for (int64_t c = 0; c < b; ++c) {
       const int64_t place = slots == nullptr ? c : slots[c];
@@ -241,19 +276,24 @@ void token_loss(StableIValue* stack, uint64_t, uint64_t) {
 
   const int64_t grain = GRAIN / std::max<int64_t>(logits.vocab, 1);
   RowOptions options{logits.vocab, settings.softcap, settings.two_temperatures, false};
-  if (settings.sequence && rows.old_logprobs != nullptr) {
-    // ρ needs ℓ of the whole completion first.
+  const auto seen = [&](const Sweep& sweep, const Row& r) {
+    return Seen{r.logprob, static_cast<float>(r.statistics.entropy), sweep.kl_logprob(r, settings.kl_temperature)};
+  };
+  if (settings.first_pass(rows)) {
+    // What the tokens of a completion share needs all of them first; until it is known there is room in the output.
+    float* const kept = record.per_row;
     parallel(n, grain, [&](int64_t begin, int64_t end) {
       const Sweep sweep(logits, rows.tokens, options, settings.kl_temperature);
       for (int64_t row = begin; row < end; ++row) {
         if (!rows.kept(row)) continue;
         const double tau = rows.temperature_of(rows.completion_of(row), row);
-        record.per_row[row] = sweep.read(row, tau, rows.known(row)).logprob;
+        const Seen s = seen(sweep, sweep.read(row, tau, rows.known(row)));
+        kept[row] = s.logprob, kept[n + row] = s.entropy, kept[2 * n + row] = s.kl_logprob;
       }
     });
-    objective.couple(record.per_row);
+    objective.couple([&](int64_t row) { return Seen{kept[row], kept[n + row], kept[2 * n + row]}; });
   } else {
-    objective.couple(nullptr);
+    objective.couple([](int64_t) { return Seen{}; });
   }
   double denominator = 0;
   if (denominator_.numel() > 0) {
@@ -276,21 +316,19 @@ void token_loss(StableIValue* stack, uint64_t, uint64_t) {
       const int64_t c = rows.completion_of(row);
       const double tau = rows.temperature_of(c, row);
       const Row r = sweep.read(row, tau, rows.known(row));
-      const RowStatistics& s = r.statistics;
       const bool two_temperatures = settings.two_temperatures;
-      const float kl_logprob = two_temperatures
-                                   ? static_cast<float>((r.own.z - s.peak) / settings.kl_temperature - s.log_total_kl)
-                                   : r.logprob;
-      const Token<double> t = objective.at(row, c, tau, r.logprob, kl_logprob);
+      const Token<double> t = objective.at(row, c, tau, seen(sweep, r));
       const double share = objective.share(denominator, objective.lengths[static_cast<size_t>(c)]);
-      record.token(row, r.logprob, s.entropy, t, share);
+      record.token(row, r.logprob, r.statistics.entropy, t, share);
       if (!gradient.wanted) continue;
       const double a = share * (two_temperatures ? t.c : t.c + t.c_kl) / tau;
       const double a_kl = two_temperatures ? share * t.c_kl / settings.kl_temperature : 0;
-      if (a == 0 && a_kl == 0)
+      const double bonus = share * t.bonus / tau;
+      if (a == 0 && a_kl == 0 && bonus == 0)
         gradient.zero(row);
       else
-        sweep.write(gradient.to.row(row), gradient.to.element, r, a, a_kl, gradient.streaming, logits.after(row));
+        sweep.write(gradient.to.row(row), gradient.to.element, r, a, a_kl, bonus, gradient.streaming,
+                    logits.after(row));
     }
   });
   sum_up(given.rows<float>(n, logits.length, b), record, loss, completion_kl, totals);
@@ -329,7 +367,8 @@ void logprobs(StableIValue* stack, uint64_t, uint64_t) {
         const double found[6] = {s.peak, s.log_total, s.entropy, s.log_total_kl, r.own.z, r.logprob};
         std::copy(found, found + 6, values);
         if (gradient.wanted)
-          sweep.write(gradient.to.row(row), gradient.to.element, r, 1 / tau, 0, gradient.streaming, logits.after(row));
+          sweep.write(gradient.to.row(row), gradient.to.element, r, 1 / tau, 0, 0, gradient.streaming,
+                      logits.after(row));
       } else if (gradient.wanted) {
         gradient.zero(row);
       }
@@ -340,14 +379,15 @@ void logprobs(StableIValue* stack, uint64_t, uint64_t) {
 }
 
 const std::string LOGPROBS_BACKWARD =
-    std::string("(Tensor logits, Tensor(a!) gradient, Tensor grad_logprobs, Tensor grad_kl, ") + INPUTS +
-    "int num_completions, Tensor statistics) -> ()";
+    std::string("(Tensor logits, Tensor(a!) gradient, Tensor grad_logprobs, Tensor grad_kl, Tensor grad_entropy, ") +
+    INPUTS + "int num_completions, Tensor statistics) -> ()";
 
-// Σ of the incoming gradients times ∂ℓ/∂x, of one temperature or two; the statistics are given.
+// Σ of the incoming gradients times ∂ℓ/∂x, of one temperature or two, and times -∂H/∂x; the statistics are given.
 void logprobs_backward(StableIValue* stack, uint64_t, uint64_t) {
   Arguments args(stack, aoti_torch_device_type_cpu());
   const Tensor logits_ = args.tensor("logits"), gradient_ = args.tensor("gradient"),
-               grad_ = args.tensor("grad_logprobs"), grad_kl_ = args.tensor("grad_kl");
+               grad_ = args.tensor("grad_logprobs"), grad_kl_ = args.tensor("grad_kl"),
+               grad_entropy_ = args.tensor("grad_entropy");
   const RowTensors given(args);
   const int64_t b = args.integer();
   const Tensor statistics_ = args.tensor("statistics");
@@ -358,6 +398,7 @@ void logprobs_backward(StableIValue* stack, uint64_t, uint64_t) {
   const int64_t n = logits.rows();
   const float* const grad = elements<float>(grad_, n);
   const float* const grad_kl = elements<float>(grad_kl_, n, true);
+  const float* const grad_entropy = elements<float>(grad_entropy_, n, true);
   const Rows<double> rows = given.rows<double>(n, logits.length, b);
   const Settings<double> settings = given.settings<double>();
   const float* const statistics = elements<float>(statistics_, 5 * n);
@@ -367,13 +408,15 @@ void logprobs_backward(StableIValue* stack, uint64_t, uint64_t) {
     for (int64_t row = begin; row < end; ++row) {
       const double tau = rows.temperature_of(b == 0 ? 0 : rows.completion_of(row), row);
       const double a = grad[row] / tau, a_kl = grad_kl == nullptr ? 0 : grad_kl[row] / settings.kl_temperature;
-      if (!rows.kept(row) || (grad[row] == 0 && a_kl == 0)) {
+      const double bonus = grad_entropy == nullptr ? 0 : grad_entropy[row] / tau;
+      const bool none = grad[row] == 0 && a_kl == 0 && (grad_entropy == nullptr || grad_entropy[row] == 0);
+      if (!rows.kept(row) || none) {
         gradient.zero(row);
         continue;
       }
       Row r = sweep.read(row, tau, true);
-      r.statistics = {statistics[row], statistics[n + row], 0, statistics[3 * n + row]};
-      sweep.write(gradient.to.row(row), gradient.to.element, r, a, a_kl, gradient.streaming, logits.after(row));
+      r.statistics = {statistics[row], statistics[n + row], statistics[2 * n + row], statistics[3 * n + row]};
+      sweep.write(gradient.to.row(row), gradient.to.element, r, a, a_kl, bonus, gradient.streaming, logits.after(row));
     }
   });
 }
@@ -395,32 +438,42 @@ void objective(StableIValue* stack, uint64_t, uint64_t) {
   check(b > 0, "rows belong to completions: num_completions must be above 0, not ", std::to_string(b));
   Objective o(given, n, 1, b, true);
   const Rows<double>& rows = o.rows;
-  const bool two_temperatures = o.settings.two_temperatures, sequence = o.settings.sequence;
+  const bool two_temperatures = o.settings.two_temperatures, bonus = rows.has_bonus();
   const float* const s = elements<float>(statistics_, 5 * n);
   const float* const logprobs = elements<float>(logprobs_, n, true);
   const float* const lengths = elements<float>(lengths_, b);
   const double denominator = *elements<float>(denominator_, 1);
   const Record record{n, elements<float>(per_row_, 5 * n), elements<bool>(marks_, 3 * n)};
-  float* const weights = elements<float>(weights_, (two_temperatures ? 2 : 1) * n);
-  check(!sequence || rows.old_logprobs == nullptr || logprobs != nullptr, "logprobs are needed at sequence level");
-  if (sequence) o.couple(rows.old_logprobs == nullptr ? nullptr : logprobs);
+  float* const weights = elements<float>(weights_, (1 + two_temperatures + bonus) * n);
+  check(!o.settings.first_pass(rows) || logprobs != nullptr,
+        "logprobs are needed where the tokens of a completion share more than its length");
+  const auto seen = [&](int64_t row) {
+    const int64_t c = rows.completion_of(row);
+    const double z = static_cast<double>(s[4 * n + row]) - s[row];
+    Seen found{static_cast<float>(z / rows.temperature_of(c, row) - s[n + row]), s[2 * n + row], 0};
+    found.kl_logprob =
+        two_temperatures ? static_cast<float>(z / o.settings.kl_temperature - s[3 * n + row]) : found.logprob;
+    return found;
+  };
+  o.couple([&](int64_t row) {
+    Seen found = seen(row);
+    if (logprobs != nullptr) found.logprob = logprobs[row];
+    return found;
+  });
   for (int64_t row = 0; row < n; ++row) {
     if (!rows.kept(row)) {
       record.masked(row);
-      weights[row] = 0;
-      if (two_temperatures) weights[n + row] = 0;
+      for (int64_t i = 0; i < 1 + two_temperatures + bonus; ++i) weights[i * n + row] = 0;
       continue;
     }
     const int64_t c = rows.completion_of(row);
-    const double tau = rows.temperature_of(c, row), z = static_cast<double>(s[4 * n + row]) - s[row];
-    const float logprob = static_cast<float>(z / tau - s[n + row]);
-    const float kl_logprob =
-        two_temperatures ? static_cast<float>(z / o.settings.kl_temperature - s[3 * n + row]) : logprob;
-    const Token<double> t = o.at(row, c, tau, logprob, kl_logprob);
+    const Seen found = seen(row);
+    const Token<double> t = o.at(row, c, rows.temperature_of(c, row), found);
     const double share = o.share(denominator, lengths[c]);
-    record.token(row, logprob, s[2 * n + row], t, share);
+    record.token(row, found.logprob, found.entropy, t, share);
     weights[row] = static_cast<float>(share * (two_temperatures ? t.c : t.c + t.c_kl));
     if (two_temperatures) weights[n + row] = static_cast<float>(share * t.c_kl);
+    if (bonus) weights[(1 + two_temperatures) * n + row] = static_cast<float>(share * t.bonus);
   }
 }
 
@@ -441,7 +494,8 @@ void totals(StableIValue* stack, uint64_t, uint64_t) {
 }
 
 const char* const ADVANTAGES =
-    "(Tensor numbers, Tensor flags, Tensor rewards, Tensor num_constraints, Tensor valid, Tensor slots, Tensor batch_std, "
+    "(Tensor numbers, Tensor flags, Tensor rewards, Tensor num_constraints, Tensor valid, Tensor slots, Tensor "
+    "batch_std, "
     "Tensor(a!) per_group, Tensor(b!) per_completion) -> ()";
 
 void advantages(StableIValue* stack, uint64_t, uint64_t) {
@@ -449,21 +503,21 @@ void advantages(StableIValue* stack, uint64_t, uint64_t) {
   const SettingsTensors given(args);
   const Tensor rewards_ = args.tensor("rewards"), constraints_ = args.tensor("num_constraints"),
                valid_ = args.tensor("valid"), slots_ = args.tensor("slots"), batch_std_ = args.tensor("batch_std"),
-               groups_ = args.tensor("per_group"),
-               completions_ = args.tensor("per_completion");
+               groups_ = args.tensor("per_group"), completions_ = args.tensor("per_completion");
   const Settings<float> s = given.settings<float>();
   const int64_t g = s.group_size, p = constraints_.numel(), n = p * g;
   const float* const rewards = elements<float>(rewards_, n);
   const float* const constraints = elements<float>(constraints_, p);
   const uint8_t* const valid = elements<uint8_t>(valid_, n, true);
+  const float* const batch_std = s.scale == BY_BATCH ? elements<float>(batch_std_, 1) : nullptr;
   float* const groups = elements<float>(groups_, 2 * p);
   float* const out = elements<float>(completions_, 4 * n);
   parallel(p, GRAIN / std::max<int64_t>(8 * g, 1), [&](int64_t begin, int64_t end) {
     std::vector<Completion> each(static_cast<size_t>(g));
     for (int64_t i = begin; i < end; ++i) {
       float mean, std_;
-      group_advantages(rewards + i * g, valid == nullptr ? nullptr : valid + i * g, constraints[i], s, mean, std_,
-                       each.data());
+      group_advantages(rewards + i * g, valid == nullptr ? nullptr : valid + i * g, constraints[i], batch_std, s, mean,
+                       std_, each.data());
       groups[i] = mean, groups[p + i] = std_;
       for (int64_t j = 0; j < g; ++j) {
         const Completion& c = each[static_cast<size_t>(j)];

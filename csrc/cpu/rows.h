@@ -28,9 +28,10 @@ struct RowStatistics {
   double peak, log_total, entropy, log_total_kl;
 };
 
-// a (onehot - p) + a_kl (onehot - p_kl) is to be written; `own` is its value at the token, -1: no token in this row.
+// a (onehot - p) + a_kl (onehot - p_kl) + bonus p (log p + H) is to be written, with the entropy H of the row; `own` is
+// its value at the token, -1: no token in this row.
 struct RowWeights {
-  double a, a_kl, own;
+  double a, a_kl, bonus, own;
   int64_t token;
 };
 

@@ -156,6 +156,26 @@ inline Floats exp2_of(Floats& t) {
   return p * load_vector<Floats>(&power);
 }
 
+// ln x of a positive, normal number; absolute error under 1e-7 around 1, else relative.
+inline Floats log_of(Floats x) {
+  // x = 2^n m, m in [√½, √2): the exponents that m has not.
+  const Ints bits = load_vector<Ints>(&x), n = (bits - 0x3f3504f3) >> 23;
+  const Words mantissa = load_vector<Words>(&x) - (load_vector<Words>(&n) << 23);
+  const Floats u = load_vector<Floats>(&mantissa) - 1.0f, square = u * u;
+  const Floats series =
+      (((((((all(7.0376836292e-2f) * u - 1.1514610310e-1f) * u + 1.1676998740e-1f) * u - 1.2420140846e-1f) * u +
+          1.4249322787e-1f) *
+             u -
+         1.6668057665e-1f) *
+            u +
+        2.0000714765e-1f) *
+           u -
+       2.4999993993e-1f) *
+          u +
+      3.3333331174e-1f;
+  return __builtin_convertvector(n, Floats) * 0.69314718f + (u + square * (series * u - 0.5f));
+}
+
 // cap tanh(x / cap) and its derivative 4e / (1 + e)², e = exp(-2|x| / cap): the latter without cancellation, and so the
 // former where 1 - e would cancel, by the first terms of its series.
 inline Floats cap_of(Floats x, float softcap, Floats& slope) {
@@ -281,7 +301,7 @@ RowStatistics read_row(const typename E::Storage* row, const RowOptions& o, doub
 
 // ---- writing --------------------------------------------------------------------------------------------------------
 
-template <class E, bool TWO, bool CAP>
+template <class E, bool TWO, bool CAP, bool BONUS>
 void write_row(typename E::Storage* out, const RowOptions& o, double k, double k_kl, const RowStatistics& s,
                const RowWeights& w, const float* scratch, bool streaming, const void* next) {
   const int64_t blocks = (o.vocab + BLOCK - 1) / BLOCK;
@@ -294,14 +314,23 @@ void write_row(typename E::Storage* out, const RowOptions& o, double k, double k
     const int64_t start = b * BLOCK, count = o.vocab - start < BLOCK ? o.vocab - start : BLOCK;
     // A row of nothing but -inf, or of NaN, has no peak: its exponentials or its sums say so.
     const double d = s.peak == NEG_INF ? 0 : peaks[b] - s.peak;
-    const Floats c = all(static_cast<float>(-w.a * ::exp2(d * k - log2_total)));
+    const double factor = ::exp2(d * k - log2_total);  // p of an exponential of 1
+    // With a bonus it is multiplied by one more, times log p + H, of which ln of the exponential is a part.
+    const double constant = BONUS && factor != 0 ? w.bonus * factor * (LN2 * d * k - s.log_total + s.entropy) : 0.0;
+    const Floats c = all(static_cast<float>(-w.a * factor + constant));
+    const Floats c_log = all(BONUS ? static_cast<float>(w.bonus * factor) : 0.0f);
     const Floats c_kl = all(TWO ? static_cast<float>(-w.a_kl * ::exp2(d * k_kl - log2_total_kl)) : 0.0f);
     // As many lines per block as bring the first block of the next row.
     for (int64_t line_at = b * LINES / blocks; line_at < (b + 1) * LINES / blocks; ++line_at)
       __builtin_prefetch(static_cast<const char*>(next) + 64 * line_at);
     typename E::Storage* const to = out + start;
+    const auto policy = [&](const float* at) {
+      const Floats e = Float32::load(at);
+      // An exponential of 0 is that, times anything finite.
+      return BONUS ? e * (c + c_log * log_of(larger(e, all(1.17549435e-38f)))) : e * c;
+    };
     const auto value = [&](int64_t i) {
-      Floats g = Float32::load(scratch + start + i) * c;
+      Floats g = policy(scratch + start + i);
       if (TWO) g += Float32::load(kept_kl + start + i) * c_kl;
       if (CAP) g *= Float32::load(kept_slope + start + i);
       return g;
@@ -320,7 +349,7 @@ void write_row(typename E::Storage* out, const RowOptions& o, double k, double k
       ::memcpy(rest[0], scratch + start + i, bytes);
       if (TWO) ::memcpy(rest[1], kept_kl + start + i, bytes);
       if (CAP) ::memcpy(rest[2], kept_slope + start + i, bytes);
-      Floats g = Float32::load(rest[0]) * c;
+      Floats g = policy(rest[0]);
       if (TWO) g += Float32::load(rest[1]) * c_kl;
       if (CAP) g *= Float32::load(rest[2]);
       store_some<E>(to + i, g, count - i);
@@ -367,16 +396,23 @@ RowStatistics read(const void* row, const RowOptions& o, double k, double k_kl, 
                             : read_kept<E, false, false>(row, o, k, k_kl, scratch);
 }
 
+template <class E, bool BONUS>
+void write_kept(typename E::Storage* to, const RowOptions& o, double k, double k_kl, const RowStatistics& s,
+                const RowWeights& w, const float* scratch, bool streaming, const void* next) {
+  if (o.softcap > 0)
+    o.two_temperatures ? write_row<E, true, true, BONUS>(to, o, k, k_kl, s, w, scratch, streaming, next)
+                       : write_row<E, false, true, BONUS>(to, o, k, k_kl, s, w, scratch, streaming, next);
+  else
+    o.two_temperatures ? write_row<E, true, false, BONUS>(to, o, k, k_kl, s, w, scratch, streaming, next)
+                       : write_row<E, false, false, BONUS>(to, o, k, k_kl, s, w, scratch, streaming, next);
+}
+
 template <class E>
 void write(void* out, const RowOptions& o, double k, double k_kl, const RowStatistics& s, const RowWeights& w,
            const float* scratch, bool streaming, const void* next) {
   auto* to = static_cast<typename E::Storage*>(out);
-  if (o.softcap > 0)
-    o.two_temperatures ? write_row<E, true, true>(to, o, k, k_kl, s, w, scratch, streaming, next)
-                       : write_row<E, false, true>(to, o, k, k_kl, s, w, scratch, streaming, next);
-  else
-    o.two_temperatures ? write_row<E, true, false>(to, o, k, k_kl, s, w, scratch, streaming, next)
-                       : write_row<E, false, false>(to, o, k, k_kl, s, w, scratch, streaming, next);
+  w.bonus != 0 ? write_kept<E, true>(to, o, k, k_kl, s, w, scratch, streaming, next)
+               : write_kept<E, false>(to, o, k, k_kl, s, w, scratch, streaming, next);
 }
 
 }  // namespace

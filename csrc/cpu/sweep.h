@@ -76,13 +76,24 @@ class Sweep {
     r.logprob = static_cast<float>((r.own.z - s.peak) / tau - s.log_total);
     return r;
   }
-  // a (onehot - p) + a_kl (onehot - p_kl) of the row that was read last.
-  void write(void* out, Element element, const Row& r, double a, double a_kl, bool streaming, const void* next) const {
+  // ℓ at the KL's temperature.
+  float kl_logprob(const Row& r, double kl_temperature) const {
+    const RowStatistics& s = r.statistics;
+    return options_.two_temperatures ? static_cast<float>((r.own.z - s.peak) / kl_temperature - s.log_total_kl)
+                                     : r.logprob;
+  }
+  // a (onehot - p) + a_kl (onehot - p_kl) + bonus p (log p + H) of the row that was read last.
+  void write(void* out, Element element, const Row& r, double a, double a_kl, double bonus, bool streaming,
+             const void* next) const {
     const RowStatistics& s = r.statistics;
     const double d = r.own.z - s.peak;
     double own = -a * std::expm1(d * r.k / LOG2E - s.log_total);
     if (options_.two_temperatures) own -= a_kl * std::expm1(d * r.k_kl / LOG2E - s.log_total_kl);
-    kernels_.write[element](out, options_, r.k, r.k_kl, s, {a, a_kl, own * r.own.slope, r.token}, scratch_start_,
+    if (bonus != 0) {
+      const double logprob = d * r.k / LOG2E - s.log_total, p = std::exp(logprob);
+      own += p == 0 ? 0 : bonus * p * (logprob + s.entropy);  // -inf has none of it
+    }
+    kernels_.write[element](out, options_, r.k, r.k_kl, s, {a, a_kl, bonus, own * r.own.slope, r.token}, scratch_start_,
                             streaming, next);
   }
 

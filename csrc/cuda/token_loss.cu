@@ -15,24 +15,24 @@ namespace {
 constexpr int64_t SLICE_BYTES = 72 << 10;
 constexpr int64_t MAX_SLICE_BYTES = 224 << 10;
 
-template <class E, class Out, bool TWO, bool CAP>
+template <class E, class Out, bool TWO, bool CAP, bool EXTENDED>
 __global__ void __launch_bounds__(hw::THREADS, 3) token_loss_kernel(const __grid_constant__ RowArguments p) {
   extern __shared__ __align__(128) unsigned char memory[];
   __shared__ BlockMemory block;
-  token_loss_rows<E, Out, TWO, CAP>(p, memory, block);
+  token_loss_rows<E, Out, TWO, CAP, EXTENDED>(p, memory, block);
 }
 
 void require(cudaError_t status, const char* what) {
   check(status == cudaSuccess, what, ": ", cudaGetErrorString(status));
 }
 
-template <class E, class Out, bool TWO, bool CAP>
+template <class E, class Out, bool TWO, bool CAP, bool EXTENDED>
 void launch(RowArguments p, cudaStream_t stream) {
   constexpr int64_t item = sizeof(typename E::Storage);
   const auto [cluster, slice] = row_shape(p.vocab, item, SLICE_BYTES, MAX_SLICE_BYTES);
   p.slice = static_cast<int32_t>(slice / item);
 
-  const auto kernel = token_loss_kernel<E, Out, TWO, CAP>;
+  const auto kernel = token_loss_kernel<E, Out, TWO, CAP, EXTENDED>;
   require(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(slice)),
           "shared memory");
   cudaLaunchAttribute attribute;
@@ -53,13 +53,20 @@ void launch(RowArguments p, cudaStream_t stream) {
   require(cudaLaunchKernelEx(&config, kernel, p), "launch");
 }
 
-template <class E, class Out>
-void launch_for(const RowArguments& p, cudaStream_t stream) {
+template <class E, class Out, bool EXTENDED>
+void launch_with(const RowArguments& p, cudaStream_t stream) {
   const bool two_temperatures = p.settings.two_temperatures;
   if (p.settings.softcap > 0)
-    two_temperatures ? launch<E, Out, true, true>(p, stream) : launch<E, Out, false, true>(p, stream);
+    two_temperatures ? launch<E, Out, true, true, EXTENDED>(p, stream)
+                     : launch<E, Out, false, true, EXTENDED>(p, stream);
   else
-    two_temperatures ? launch<E, Out, true, false>(p, stream) : launch<E, Out, false, false>(p, stream);
+    two_temperatures ? launch<E, Out, true, false, EXTENDED>(p, stream)
+                     : launch<E, Out, false, false, EXTENDED>(p, stream);
+}
+
+template <class E, class Out>
+void launch_for(const RowArguments& p, cudaStream_t stream) {
+  p.settings.extended(p.rows) ? launch_with<E, Out, true>(p, stream) : launch_with<E, Out, false>(p, stream);
 }
 
 struct DeviceGuard {

@@ -31,7 +31,7 @@ struct RowArguments {
   int32_t slice;  // columns of a block, a multiple of what 16 bytes hold
   Rows<float> rows;
   Settings<float> settings;
-  const float *denominator, *lengths, *ratio, *slope, *statistics;
+  const float *denominator, *lengths, *ratio, *slope, *drift, *statistics;
   float* per_row;
   bool* marks;
   int64_t* taken;  // rows that clusters have taken beyond the first of each, 0 before the launch
@@ -54,7 +54,8 @@ struct RowInputs {
   MDPGRPO_KNOBS(X)
   MDPGRPO_PER_ROW(X)
 #undef X
-  float denominator, length, ratio, slope;
+  float denominator, length;
+  Coupled<float> coupled;
 };
 
 struct alignas(16) BlockMemory {
@@ -63,7 +64,7 @@ struct alignas(16) BlockMemory {
   Sums warps[32];
   float target;
   int64_t next;
-  float weights[2];  // a, a_kl
+  float weights[3];  // a, a_kl, bonus
   RowInputs inputs;
   // By parity of the visit: a block may be one row ahead of another, and two ahead of none.
   Exchange from[2][MAX_CLUSTER];
@@ -339,8 +340,10 @@ MDPGRPO_DEVICE RowInputs inputs_of(const RowArguments& p, int64_t c, int64_t row
 #undef X
   in.denominator = *p.denominator;
   in.length = p.settings.aggregation == 0 ? p.lengths[c] : 1.0f;
-  in.ratio = p.settings.sequence ? p.ratio[c] : 1.0f;
-  in.slope = p.settings.sequence ? p.slope[c] : 0.0f;
+  in.coupled = Coupled<float>{};
+  if (p.ratio != nullptr) in.coupled.ratio = p.ratio[c];
+  if (p.slope != nullptr) in.coupled.slope = p.slope[c];
+  if (p.drift != nullptr) in.coupled.drift = p.drift[c];
   return in;
 }
 
@@ -360,20 +363,25 @@ struct RowStatistics {
   float peak, log_total, entropy, log_total_kl, target;  // peak and target as y
 };
 
-// Everything that is said of a row, by one thread; a and a_kl of its gradient come back.
-template <bool TWO, bool CAP>
+// Everything that is said of a row, by one thread; a, a_kl and bonus of its gradient come back.
+template <bool TWO, bool CAP, bool EXTENDED>
 MDPGRPO_DEVICE void conclude(const RowArguments& p, int64_t row, const RowScalars& r, const RowStatistics& s,
                              const RowInputs& in, bool record, float* weights) {
   const int64_t n = p.rows.n_rows;
-  const Settings<float>& settings = p.settings;
+  Settings<float> settings = p.settings;
+  Rows<float> rows = alone(p.rows, in);
+  if (!EXTENDED) {  // what is known of these rows when this is compiled
+    settings.loss = PPO_CLIP, settings.unbiased_kl = settings.masks_off_policy = false;
+    rows.entropy_coef = rows.entropy_floor = {};
+  }
   const float z = (s.target - s.peak) * Opening<CAP>(settings.softcap).scale;
   const float logprob = z / r.tau - s.log_total;
   const float kl_logprob = TWO ? z / settings.kl_temperature - s.log_total_kl : logprob;
-  const Token<float> t =
-      token_objective(alone(p.rows, in), settings, 0, 0, r.tau, logprob, kl_logprob, in.ratio, in.slope);
+  const Token<float> t = token_objective(rows, settings, 0, 0, r.tau, logprob, kl_logprob, s.entropy, in.coupled);
   const float share = token_share(in.denominator, in.length);
   weights[0] = share * (TWO ? t.c : t.c + t.c_kl) / r.tau;
   weights[1] = TWO ? share * t.c_kl / settings.kl_temperature : 0.0f;
+  weights[2] = EXTENDED ? share * t.bonus / r.tau : 0.0f;
   if (!record) return;
   p.per_row[row] = logprob;
   p.per_row[n + row] = s.entropy;
@@ -514,16 +522,20 @@ MDPGRPO_DEVICE RowStatistics read(const RowArguments& p, const Slice<E>& slice, 
   return s;
 }
 
-template <class E, class Out, bool TWO, bool CAP>
+// a (onehot - p) + a_kl (onehot - p_kl) + bonus p (log p + H).
+template <class E, class Out, bool TWO, bool CAP, bool BONUS>
 MDPGRPO_DEVICE void write(const RowArguments& p, const Slice<E>& slice, const unsigned char* memory,
-                          const RowScalars& r, const RowStatistics& s, float a, float a_kl, typename Out::Storage* out,
-                          const Ahead<E>& ahead) {
+                          const RowScalars& r, const RowStatistics& s, float a, float a_kl, float bonus,
+                          typename Out::Storage* out, const Ahead<E>& ahead) {
   const Opening<CAP> open(p.settings.softcap);
   const float k = open.scale * (LOG2E_F / r.tau), k_kl = open.scale * (LOG2E_F / p.settings.kl_temperature);
   const float log2_total = s.log_total * LOG2E_F, log2_total_kl = s.log_total_kl * LOG2E_F;
   const Line line(s.peak, k), line_kl(s.peak, k_kl);
-  a *= open.STEEPNESS, a_kl *= open.STEEPNESS;
-  const float weight = -a * hw::exp2(-log2_total - line.rest);
+  a *= open.STEEPNESS, a_kl *= open.STEEPNESS, bonus *= open.STEEPNESS;
+  const float scale = hw::exp2(-log2_total - line.rest);
+  // log p = ln 2 (t - rest) - log Σ of an exponent t.
+  const float weight = BONUS ? scale * (bonus * (s.entropy - s.log_total - LN2_F * line.rest) - a) : -a * scale;
+  const float weight_log = BONUS ? scale * bonus * LN2_F : 0.0f;
   const float weight_kl = -a_kl * hw::exp2(-log2_total_kl - line_kl.rest);
   const int64_t at = r.token + slice.lead - slice.first;
   const bool mine = r.token >= 0 && at >= 0 && at < slice.columns && slice.mine(static_cast<int32_t>(at) / E::N);
@@ -536,7 +548,13 @@ MDPGRPO_DEVICE void write(const RowArguments& p, const Slice<E>& slice, const un
         for (int i = 0; i < E::N; ++i) {
           float slope;
           const float y = open.y(g[i], slope);
-          g[i] = weight * hw::exp2(line.at(y));
+          if (BONUS) {
+            // A probability of 0, times anything finite.
+            const float t = CAP ? line.at(y) : hw::max_nan(line.at(y), -1024.0f);
+            g[i] = fmaf(weight_log, t, weight) * hw::exp2(t);
+          } else {
+            g[i] = weight * hw::exp2(line.at(y));
+          }
           if (TWO) g[i] += weight_kl * hw::exp2(line_kl.at(y));
           g[i] *= slope;
         }
@@ -548,11 +566,15 @@ MDPGRPO_DEVICE void write(const RowArguments& p, const Slice<E>& slice, const un
   const float d = open.y(own, slope) - s.peak;
   float g = a * (1.0f - hw::exp2(d * k - log2_total));
   if (TWO) g += a_kl * (1.0f - hw::exp2(d * k_kl - log2_total_kl));
+  if (BONUS) {
+    const float log2_p = CAP ? d * k - log2_total : hw::max_nan(d * k - log2_total, -1024.0f);
+    g += bonus * hw::exp2(log2_p) * fmaf(LN2_F, log2_p, s.entropy);
+  }
   out[r.token] = Out::store(g * slope);
 }
 
 // The row with the number of the cluster, then whichever no cluster has taken yet: some run faster than others.
-template <class E, class Out, bool TWO, bool CAP>
+template <class E, class Out, bool TWO, bool CAP, bool EXTENDED>
 MDPGRPO_DEVICE void token_loss_rows(const RowArguments& p, unsigned char* memory, BlockMemory& block) {
   if (hw::thread() == 0) {
     for (uint64_t& barrier : block.arrived) hw::initialise(&barrier);
@@ -609,7 +631,7 @@ MDPGRPO_DEVICE void token_loss_rows(const RowArguments& p, unsigned char* memory
     const int64_t next = block.from[slot][0].next;
     const bool next_kept = next < n && p.rows.kept(next);
     const bool first = hw::rank() == 0 && hw::thread() == 0;
-    if (kept && hw::thread() == 0) conclude<TWO, CAP>(p, row, r, s, block.inputs, first, block.weights);
+    if (kept && hw::thread() == 0) conclude<TWO, CAP, EXTENDED>(p, row, r, s, block.inputs, first, block.weights);
     hw::sync_block();
     under_way = false;
     if (!kept) {
@@ -619,13 +641,16 @@ MDPGRPO_DEVICE void token_loss_rows(const RowArguments& p, unsigned char* memory
       }
       if (p.gradient != nullptr) put_zeros<E, Out>(p, slice, out);
     } else if (p.gradient != nullptr) {
-      const float a = block.weights[0], a_kl = block.weights[1];
-      if (a == 0.0f && a_kl == 0.0f) {
+      const float a = block.weights[0], a_kl = block.weights[1], bonus = EXTENDED ? block.weights[2] : 0.0f;
+      if (a == 0.0f && a_kl == 0.0f && bonus == 0.0f) {
         put_zeros<E, Out>(p, slice, out);
       } else {
         under_way = next_kept;
-        write<E, Out, TWO, CAP>(p, slice, memory, r, s, a, a_kl, out,
-                                Ahead<E>{next_kept ? slice_of(next) : slice, next_kept, memory, block});
+        const Ahead<E> ahead{next_kept ? slice_of(next) : slice, next_kept, memory, block};
+        if (EXTENDED && bonus != 0.0f)
+          write<E, Out, TWO, CAP, true>(p, slice, memory, r, s, a, a_kl, bonus, out, ahead);
+        else
+          write<E, Out, TWO, CAP, false>(p, slice, memory, r, s, a, a_kl, 0.0f, out, ahead);
       }
     }
     if (kept && needed) ++turn;

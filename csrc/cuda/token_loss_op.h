@@ -8,10 +8,10 @@
 
 namespace mdpgrpo {
 
-const std::string TOKEN_LOSS_ROWS =
-    std::string("(Tensor logits, Tensor(a!) gradient, ") + INPUTS +
-    "Tensor denominator, Tensor lengths, Tensor ratio, Tensor slope, Tensor statistics, int num_completions, "
-    "Tensor(b!) per_row, Tensor(c!) marks, Tensor(d!) taken) -> ()";
+const std::string TOKEN_LOSS_ROWS = std::string("(Tensor logits, Tensor(a!) gradient, ") + INPUTS +
+                                    "Tensor denominator, Tensor lengths, Tensor ratio, Tensor slope, Tensor drift, "
+                                    "Tensor statistics, int num_completions, "
+                                    "Tensor(b!) per_row, Tensor(c!) marks, Tensor(d!) taken) -> ()";
 
 struct RowCall {
   RowArguments p = {};
@@ -26,7 +26,7 @@ inline RowCall row_call(StableIValue* stack, int32_t device_type) {
   const Tensor logits = args.tensor("logits"), gradient = args.tensor("gradient");
   const RowTensors given(args);
   const Tensor denominator = args.tensor("denominator"), lengths = args.tensor("lengths"), ratio = args.tensor("ratio"),
-               slope = args.tensor("slope"), statistics = args.tensor("statistics");
+               slope = args.tensor("slope"), drift = args.tensor("drift"), statistics = args.tensor("statistics");
   const int64_t b = args.integer();
   const Tensor per_row = args.tensor("per_row"), marks = args.tensor("marks"), taken = args.tensor("taken");
 
@@ -50,8 +50,9 @@ inline RowCall row_call(StableIValue* stack, int32_t device_type) {
   check(p.rows.advantage.each != nullptr && p.rows.kl_beta.each != nullptr, "advantage and kl_beta must be given");
   p.denominator = elements<float>(denominator, 1);
   p.lengths = elements<float>(lengths, b, p.settings.aggregation != 0);
-  p.ratio = elements<float>(ratio, b, !p.settings.sequence);
-  p.slope = elements<float>(slope, b, !p.settings.sequence);
+  p.ratio = elements<float>(ratio, b, !p.settings.couples_ratio());
+  p.slope = elements<float>(slope, b, !p.settings.couples_slope());
+  p.drift = elements<float>(drift, b, !p.settings.couples_drift(p.rows));
   p.statistics = elements<float>(statistics, 5 * n, true);
   p.per_row = elements<float>(per_row, 5 * n);
   p.marks = elements<bool>(marks, 3 * n);

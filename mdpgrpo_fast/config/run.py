@@ -66,7 +66,11 @@ class PromptConfig:
 class TrainConfig(PromptConfig):
     """The run: model, data, rewards, optimiser, logging. Counts are per process; lengths are in tokens."""
 
-    preset: str = knob("paper", f"method settings to start from: {', '.join(PRESETS)}")
+    preset: str = knob(
+        "paper",
+        f"method settings to start from: {', '.join(PRESETS)} (of grpo z is TRL's and all else the paper's; trl has "
+        "TRL's defaults)",
+    )
     train_file: str | None = knob(
         None, "prompts: JSON lines, a JSON array, parquet or CSV, plain or .gz, or a data set; unset: the embedded ones"
     )
@@ -79,7 +83,8 @@ class TrainConfig(PromptConfig):
 
     reward: list[str] = knob(
         ["constraints"],
-        "rewards: 'constraints', module:function with TRL's signature, a reward model's directory or hub id; several",
+        "rewards: 'constraints', 'soft_overlong_punishment' (DAPO) and 'cosine_scaled' (both with arguments in "
+        "parentheses), module:function with TRL's signature, a reward model's directory or hub id; several",
     )
     reward_weights: list[float] | None = knob(None, "one weight per reward; unset: all 1")
     constraint_reward: Literal["share", "all", "loose"] = knob(

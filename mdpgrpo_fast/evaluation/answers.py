@@ -49,9 +49,9 @@ def answers(
 
     batch_size: responses of one call of the sampler, which has all G of a prompt.
     """
-    from ..rollout.generate import generate
+    from ..rollout.generate import generate, pad_id
 
-    draw = draw or Draw()
+    draw, pad = draw or Draw(), pad_id(model, thinking.tokenizer)
     g, greedy = len(draw.temperatures), draw.temperatures == (0.0,)
     done: dict[int, list[Answer]] = {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together: less padding
@@ -68,6 +68,7 @@ def answers(
             top_p=draw.top_p,
             min_p=draw.min_p,
             num_generations=g,
+            pad=pad,
         )
         texts = thinking.scored_texts(out, keep_special_tokens)
         found = [Answer(*row) for row in zip(*texts, out.rows, out.finished.tolist(), strict=True)]

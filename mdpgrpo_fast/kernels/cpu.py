@@ -55,15 +55,15 @@ def launch_logprobs(
 
 def launch_logprobs_backward(
     logits: Tensor, grad_logprobs: Tensor, rows: Rows, settings: Settings, num_completions: int, statistics: Tensor,
-    grad_kl: Tensor | None = None, gradient: Tensor | None = None,
+    grad_kl: Tensor | None = None, gradient: Tensor | None = None, grad_entropy: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     if gradient is None:
         gradient = torch.empty(logits.shape, dtype=logits.dtype, device=CPU)
     if gradient.numel():
         _raw._cpu_logprobs_backward(
             logits=logits, gradient=gradient, grad_logprobs=as_raw(grad_logprobs, logits),
-            grad_kl=as_raw(grad_kl, logits), **inputs(logits, settings, rows), num_completions=num_completions,
-            statistics=as_raw(statistics, logits),
+            grad_kl=as_raw(grad_kl, logits), grad_entropy=as_raw(grad_entropy, logits),
+            **inputs(logits, settings, rows), num_completions=num_completions, statistics=as_raw(statistics, logits),
         )  # fmt: skip
     return gradient
 
@@ -74,7 +74,8 @@ def launch_objective(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     n = statistics.shape[1]
     per_row, marks = new_outputs(n, CPU)
-    weights = torch.empty(1 + settings.two_temperatures, n, dtype=torch.float32, device=CPU)
+    kinds = 1 + settings.two_temperatures + settings.has_bonus(rows)
+    weights = torch.empty(kinds, n, dtype=torch.float32, device=CPU)
     if n:
         _raw._cpu_objective(
             statistics=as_raw(statistics, statistics), logprobs=as_raw(logprobs, statistics),
@@ -108,18 +109,19 @@ def launch_advantages(groups: Groups, settings: Settings) -> tuple[Tensor, Tenso
 
 def sample(
     logits: Tensor, temperature: Tensor | None, truncation: tuple[int, float, float], noise: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `rollout.sampling.sample`; truncation: top_k, top_p, min_p; noise (R,): wanted beside a temperature (R,)."""
     n = len(logits)
     tokens = torch.empty(n, dtype=torch.int64, device=CPU)
-    logprobs = torch.empty(2, n, dtype=torch.float32, device=CPU)
+    logprobs = torch.empty(3, n, dtype=torch.float32, device=CPU)
     if n:
         _raw._cpu_sample(
             logits=logits[None] if logits.stride(1) == 1 else logits[None].contiguous(),
             temperature=as_raw(temperature, logits), noise=as_raw(noise, logits, torch.int64), tokens=tokens,
             truncation=torch.tensor(truncation, dtype=torch.float64, device=CPU), logprobs=logprobs,
         )  # fmt: skip
-    return tokens, logprobs[0], logprobs[1]
+    sampling, policy, log_kept = logprobs.unbind()
+    return tokens, sampling, policy, log_kept
 
 
 def launch_scale(gradient: Tensor, scale: Tensor) -> None:

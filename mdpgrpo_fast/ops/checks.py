@@ -6,6 +6,8 @@ a GPU the look would wait for all work before it. Unlooked-at bad values there g
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from numbers import Real
 from typing import Any, NoReturn
 
 import torch
@@ -15,11 +17,56 @@ from ..config import ConfigError, MDPGRPOConfig
 from ..kernels.schemas import KNOBS, Rows
 
 Shape = tuple[int, ...]
+Numbers = Tensor | Sequence[Any]
 
 
 def refuse(name: str, got: Any, expected: str) -> NoReturn:
     """Called where something does not fit: the words are put together only then, so that checks trace under compile."""
     raise ValueError(f"{name} must be {expected}; got {got}")
+
+
+def kind_of(x: Any) -> str:
+    """What came, where its type is what does not fit."""
+    return "None" if x is None else f"a {type(x).__name__}"
+
+
+def check_tensor(name: str, x: Any, optional: bool = False) -> None:
+    if not isinstance(x, Tensor) and not (optional and x is None):
+        refuse(name, kind_of(x), f"a tensor{', or None' * optional}")
+
+
+def is_number(x: Any) -> bool:
+    """A symbolic one of torch.compile is one too."""
+    return isinstance(x, (int, float, torch.SymInt, torch.SymFloat, Real))
+
+
+def check_whole(name: str, x: Any) -> None:
+    """A whole number, or None."""
+    if not (x is None or (isinstance(x, (int, torch.SymInt)) and not isinstance(x, bool))):
+        refuse(name, x if isinstance(x, float) else kind_of(x), "a whole number, or None")
+
+
+def check_flags(**flags: Any) -> None:
+    for name, x in flags.items():
+        if not (isinstance(x, bool) or (x is None and name == "check_values")):
+            refuse(name, kind_of(x), "True or False")
+
+
+def check_config(config: Any) -> None:
+    if not isinstance(config, MDPGRPOConfig):
+        refuse("config", kind_of(config), "an MDPGRPOConfig, as `preset` gives one")
+
+
+def as_tensor(name: str, x: Any, device: torch.device, expected: str, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor as it is, a list of numbers (or of lists, or an array) as one on the device; dtype: of a list."""
+    if isinstance(x, Tensor):
+        return x
+    if not isinstance(x, (list, tuple)) and not hasattr(x, "__array__"):
+        refuse(name, kind_of(x), f"a tensor or a list {expected}")
+    try:
+        return torch.as_tensor(x, device=device, dtype=dtype)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as e:
+        refuse(name, f"{x} ({e})", f"a tensor or a list {expected}")
 
 
 def check_shape(name: str, x: Tensor | None, *shapes: Shape) -> None:
@@ -51,10 +98,37 @@ def check_range(name: str, x: Tensor, end: int, check_values: bool | None) -> No
             refuse(name, f"range {low} to {high}", f"in [0, {end})")
 
 
-def check_device(reference: Tensor, called: str = "logits", /, **others: Tensor | float | None) -> None:
+def check_device(reference: Tensor, called: str = "logits", /, **others: Any) -> None:
     for name, x in others.items():
         if isinstance(x, Tensor) and x.ndim and x.device != reference.device:
             refuse(name, f"device {x.device}", f"on {reference.device}, as {called} are")
+
+
+def as_rewards(rewards: Any, device: torch.device) -> Tensor:
+    """Rewards as floating point: those of a list may be whole numbers."""
+    given = as_tensor("rewards", rewards, device, "of numbers")
+    return given if isinstance(rewards, Tensor) or given.is_floating_point() else given.float()
+
+
+def as_constraints(num_constraints: Any, prompts: int, device: torch.device, config: MDPGRPOConfig) -> Tensor:
+    """K of each prompt (P,); where no goal anchor asks for it, it may be left out."""
+    if num_constraints is None:
+        if config.alpha:
+            refuse(
+                "num_constraints",
+                "None, where the goal anchor has weight (dual_anchor)",
+                "given with rewards",
+            )
+        num_constraints = 1
+    if is_number(num_constraints):
+        if not 1 <= num_constraints < float("inf"):
+            refuse("num_constraints", num_constraints, "at least 1")
+        # A number is filled in there: a copy from the host would wait for the device.
+        return torch.full((prompts,), num_constraints, device=device)
+    k = as_tensor("num_constraints", num_constraints, device, "of one number for each prompt, or one for all")
+    if k.dtype == torch.bool or k.is_complex():
+        refuse("num_constraints", k.dtype, "whole numbers")
+    return k
 
 
 def check_rewards(
@@ -107,6 +181,11 @@ def check_rows(
     rows: as given to a public function. For hidden states (B, L, D) or (T, D): their name, and the vocabulary of the
     head that comes after.
     """
+    check_tensor(name, x)
+    check_tensor("tokens", rows.tokens)
+    check_tensor("mask", rows.mask, optional=True)
+    check_tensor("completion", rows.completion, optional=True)
+    check_whole("num_completions", num_completions)
     last = "V" if vocab is None else "D"
     if x.ndim != (3 if rows.completion is None else 2):
         packed = f"of shape (T, {last}) with completion="
@@ -119,7 +198,7 @@ def check_rows(
     check_shape("tokens", rows.tokens, shape)
     check_integers("tokens", rows.tokens)
     check_shape("mask", rows.mask, shape)
-    if softcap is not None and not softcap > 0:
+    if softcap is not None and not (is_number(softcap) and softcap > 0):
         refuse("softcap", softcap, "above 0, or None")
     if rows.completion is None:
         if num_completions is not None:
@@ -144,18 +223,21 @@ def check_objective(
     denominator: Tensor | float | None, check_values: bool | None, name: str = "logits",
 ) -> None:  # fmt: skip
     """What the objective takes beside `check_rows`. name: of the logits or hidden states."""
+    check_config(config)
+    check_whole("max_completion_length", max_completion_length)
     if max_completion_length is None and rows.completion is not None:
         if config.aggregation == "dr_grpo" and denominator is None:
             refuse("max_completion_length", None, f"given for packed {name} with aggregation = dr_grpo")
     elif max_completion_length is not None and max_completion_length < 1:
         refuse("max_completion_length", max_completion_length, "at least 1")
-    if isinstance(denominator, Tensor) and denominator.numel() != 1:
-        refuse("denominator", f"shape {tuple(denominator.shape)}", "a number or a scalar tensor")
+    if denominator is not None:
+        check_scalar("denominator", denominator)
     for member, x in rows._asdict().items():
         if member not in ("tokens", "mask", "completion", "temperature"):
             if member in KNOBS:
                 check_knob(member, x, shape, num_completions, check_values)
             else:
+                check_tensor(member, x, optional=True)
                 check_shape(member, x, shape)
     if config.weighs_sampling and rows.importance_weight is None:
         raise ConfigError(
@@ -180,6 +262,25 @@ def _check_consumed(rows: Rows, config: MDPGRPOConfig) -> None:
         refuse("entropy_floor", "a value", "left out where config.top_entropy_quantile asks for one of its own")
 
 
+def check_scalar(name: str, x: Any, least: float = -float("inf")) -> None:
+    """A number that is not below the least, or a tensor of one."""
+    if isinstance(x, Tensor):
+        if x.numel() != 1:
+            refuse(name, f"shape {tuple(x.shape)}", "a number or a scalar tensor")
+    elif not is_number(x):
+        refuse(name, kind_of(x), "a number or a scalar tensor")
+    elif x < least:
+        refuse(name, x, f"{least:g} or above")
+
+
+def check_pair(name: str, x: Any) -> None:
+    """A mean or median, and a deviation."""
+    if not isinstance(x, (tuple, list)) or len(x) != 2:
+        refuse(name, x if isinstance(x, (tuple, list)) else kind_of(x), "a pair of numbers: a middle and a deviation")
+    check_scalar(name, x[0])
+    check_scalar(name, x[1], least=0)
+
+
 def check_knob(
     name: str, x: Tensor | float | None, shape: Shape, num_completions: int, check_values: bool | None
 ) -> None:
@@ -192,30 +293,30 @@ def check_knob(
                 refuse(name, x.tolist(), "above 0 in every row")
             if name == "delta" and bool((x < 0).any()):
                 refuse(name, x.tolist(), "0 (no cap) or above in every row")
-    elif name == "temperature" and (x is None or not 0 < x < float("inf")):
+        return
+    if x is not None and not is_number(x):
+        refuse(name, kind_of(x), "a number, or a tensor with one value per completion or per row")
+    if name == "temperature" and (x is None or not 0 < x < float("inf")):
         refuse(name, x, "above 0")
     elif name == "delta" and x is not None and x < 0:
         refuse(name, x, "0 (no cap) or above")
 
 
 def check_advantages(
-    rows: Rows, num_completions: int, rewards: Tensor | None, num_constraints: Tensor | None, valid: Tensor | None,
-    groups: Tensor | None,
+    rows: Rows, num_completions: int, rewards: Tensor | None, num_constraints: Any, valid: Any, groups: Any,
 ) -> None:  # fmt: skip
-    """Either rewards with their num_constraints, or advantage and kl_beta."""
+    """Either rewards, or advantage and kl_beta; what goes with rewards comes with them."""
     for name in ("advantage", "kl_beta"):
         given = getattr(rows, name) is not None
         if rewards is None and not given:
             refuse(name, None, "given, or rewards")
         if rewards is not None and given:
             refuse(name, "both it and rewards", "left out where rewards are given")
-    if rewards is not None and num_constraints is None:
-        refuse("num_constraints", None, "given with rewards")
     if rewards is not None and rewards.numel() != num_completions:
         refuse("rewards", f"{rewards.numel()} rewards", f"one for each of {num_completions} completions")
     for name, extra in (("num_constraints", num_constraints), ("valid", valid), ("groups", groups)):
         if rewards is None and extra is not None:
-            refuse(name, "a tensor", "given with rewards only")
+            refuse(name, kind_of(extra), "given with rewards only")
 
 
 # ---- logits that have been overwritten ------------------------------------------------------------------------------

@@ -66,7 +66,9 @@ def scalar(x: Tensor | float, device: torch.device, dtype: torch.dtype) -> Tenso
 
 
 def _flat_groups(groups: Groups) -> list[Tensor | None]:
-    return list(Groups(flat(groups.rewards), flat(groups.num_constraints), as_bytes(groups.valid), flat(groups.slots)))
+    std = None if groups.batch_std is None else scalar(groups.batch_std, groups.rewards.device, torch.float32)
+    each = flat(groups.rewards), flat(groups.num_constraints), as_bytes(groups.valid), flat(groups.slots)
+    return list(Groups(*each, batch_std=std))
 
 
 def _as_padded(logits: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from ..kernels.schemas import Rows
 from ..reference import Layout
 from . import fused
 from .backends import choose
-from .checks import check_rows, refuse_overwritten
+from .checks import check_flags, check_rows, check_tensor, refuse_overwritten
 
 
 def token_logprobs(
@@ -32,6 +32,8 @@ def token_logprobs(
     rows give 0 and cost no read. A temperature of one value per completion needs `completion` (T,) for packed rows.
     Raises as `token_loss` does.
     """
+    check_tensor("logits", logits)
+    check_flags(check_values=check_values)
     if logits.ndim == 2 and completion is None:
         # Without a map every row is its own completion.
         completion, num_completions = torch.arange(len(logits), device=logits.device), len(logits)

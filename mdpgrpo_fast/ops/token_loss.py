@@ -13,11 +13,15 @@ from . import fused
 from .advantages import grouped, with_advantages
 from .backends import choose, hopper_wins
 from .checks import (
+    Numbers,
+    as_rewards,
     check_advantages,
     check_device,
+    check_flags,
     check_in_place,
     check_objective,
     check_rows,
+    check_tensor,
     mark_overwritten,
     refuse,
     refuse_overwritten,
@@ -30,8 +34,8 @@ def token_loss(
     mask: Tensor | None,
     config: MDPGRPOConfig,
     *,
-    rewards: Tensor | None = None,
-    num_constraints: Tensor | None = None,
+    rewards: Numbers | None = None,
+    num_constraints: Numbers | float | None = None,
     valid: Tensor | None = None,
     groups: Tensor | None = None,
     advantage: Tensor | float | None = None,
@@ -94,6 +98,9 @@ def token_loss(
         this call, in the dtype of the logits; the backward pass only scales it.
     Raises: ValueError naming the argument that does not fit, or why the backend cannot run; ConfigError for an unknown.
     """
+    check_tensor("logits", logits)
+    check_flags(in_place=in_place, check_values=check_values)
+    rewards = None if rewards is None else as_rewards(rewards, logits.device)
     if rewards is not None and num_completions is None and completion is not None:
         num_completions = rewards.numel()
     rows = Rows(
@@ -104,7 +111,7 @@ def token_loss(
     check_objective(rows, shape, num_completions, config, max_completion_length, denominator, check_values)
     check_device(logits, rewards=rewards, num_constraints=num_constraints, valid=valid, groups=groups)
     check_advantages(rows, num_completions, rewards, num_constraints, valid, groups)
-    by_group = grouped(rewards, num_constraints, valid, groups, config, check_values)
+    by_group = grouped(rewards, num_constraints, valid, groups, config, check_values, logits.device)
     refuse_overwritten(logits)
     name = choose(backend, logits.device, logits.dtype)
     size = logits.shape[:-1].numel()

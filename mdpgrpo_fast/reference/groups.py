@@ -30,6 +30,8 @@ def group_statistics(rewards: Tensor, valid: Tensor, group_std: str) -> tuple[Te
     of exactly 0, whatever rounding a sum would leave.
     """
     n = valid.sum(1)
+    if not rewards.shape[1]:  # a batch without groups has no largest reward
+        return torch.zeros_like(n, dtype=rewards.dtype), torch.zeros_like(n, dtype=rewards.dtype), n == 0
     top = rewards.masked_fill(~valid, -torch.inf).amax(1)
     bottom = rewards.masked_fill(~valid, torch.inf).amin(1)
     noise = 4 * torch.finfo(rewards.dtype).eps * torch.maximum(top.abs(), bottom.abs())
@@ -55,7 +57,8 @@ def relative_anchor(
         scale = std.clamp(min=1e-8) if group_std == "population" else std + 1e-4
         z = z / (scale[:, None] if scale.ndim else scale)
     if count is not None:
-        z = z * (count / (count - 1).clamp(min=1))[:, None]
+        n = count.to(z.dtype)
+        z = z * (n / (n - 1).clamp(min=1))[:, None]
     return torch.where(constant[:, None], 0, z)
 
 

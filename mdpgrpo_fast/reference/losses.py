@@ -99,9 +99,15 @@ def cispo_weight(ratio: Tensor, epsilon_low: Tensor | float, epsilon_high: Tenso
     return ratio.detach().clamp(*_bounds(ratio, epsilon_low, epsilon_high))
 
 
+def _by_sign(positive: Tensor, above: float, elsewhere: float, like: Tensor) -> Tensor:
+    """One of two numbers, in the dtype of `like`: of numbers alone torch.where makes float32."""
+    first, second = (torch.full((), x, dtype=like.dtype, device=like.device) for x in (above, elsewhere))
+    return torch.where(positive, first, second)
+
+
 def _sapo_temperature(advantage: Tensor | float, like: Tensor, config: MDPGRPOConfig) -> Tensor:
     positive = torch.as_tensor(advantage, device=like.device) > 0
-    return torch.where(positive, config.sapo_temperature_pos, config.sapo_temperature_neg).to(like.dtype)
+    return _by_sign(positive, config.sapo_temperature_pos, config.sapo_temperature_neg, like)
 
 
 def sapo_gate(ratio: Tensor, advantage: Tensor | float, config: MDPGRPOConfig) -> Tensor:
@@ -119,8 +125,8 @@ def sapo_gate_slope(ratio: Tensor, advantage: Tensor | float, config: MDPGRPOCon
 def vespo_weight(log_weight: Tensor, advantage: Tensor | float, config: MDPGRPOConfig) -> Tensor:
     """φ(w) = exp(λ + k log w - λ w), k and λ by the sign of A: J = φ A ℓ (VESPO). φ(1) = 1."""
     positive = torch.as_tensor(advantage, device=log_weight.device) >= 0
-    k = torch.where(positive, config.vespo_k_pos, config.vespo_k_neg).to(log_weight.dtype)
-    rate = torch.where(positive, config.vespo_lambda_pos, config.vespo_lambda_neg).to(log_weight.dtype)
+    k = _by_sign(positive, config.vespo_k_pos, config.vespo_k_neg, log_weight)
+    rate = _by_sign(positive, config.vespo_lambda_pos, config.vespo_lambda_neg, log_weight)
     return (rate + k * log_weight - rate * log_weight.exp()).exp()
 
 

@@ -137,12 +137,14 @@ def token_objective(
         factor = factor * weight
     if config.rescale_per_row:
         factor = factor * temperature
-    gate = ~(entropy.detach() < entropy_floor)
+    # An entropy that rounds below 0 is not under a floor of 0.
+    gate = ~(entropy.detach().clamp(min=0) < entropy_floor)
     if config.off_policy_threshold is not None and (sampling_logprobs is not None or old_logprobs is not None):
         base = old if sampling_logprobs is None else rows(sampling_logprobs)
         factor = factor * kept_off_policy(logprobs, base, keep, layout, advantage, config.off_policy_threshold)
     factor = factor * gate
-    per_token = -(factor * objective) - entropy_coef * gate * entropy
+    # In this order: a number times a bool would be float32.
+    per_token = -(factor * objective) - entropy_coef * (gate * entropy)
     kl, over = torch.zeros_like(mask), torch.zeros_like(keep)
     if ref_logprobs is not None:
         kl, over = losses.kl_penalty(kl_logprobs, rows(ref_logprobs), config.kl_estimator)

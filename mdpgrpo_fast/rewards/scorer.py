@@ -30,8 +30,9 @@ from .functions import (
     name_of,
     spec_of,
 )
+from .lengths import CosineScaledReward, LengthReward, named_reward, unknown_reward
 from .model import RewardModel
-from .pool import Failure, Job, Workers
+from .pool import Failure, Job, Verdict, Workers
 
 CONSTRAINTS = "constraints"
 CALL_TIMEOUT, COMPLETION_TIMEOUT = 600.0, 10.0  # seconds, where none are given
@@ -54,23 +55,36 @@ class Score:
 
 @dataclass(frozen=True)
 class Reward:
-    """One reward of a run. function: None for `constraints` and what workers call by its spec."""
+    """One reward of a run. function: None for `constraints`, for what workers call by its spec, and for what is made of
+    their verdict on the constraints: scaled."""
 
     name: str
     spec: str
     function: RewardFunction | None
     isolated: bool = False
+    scaled: CosineScaledReward | None = None
+
+    @property
+    def of_constraints(self) -> bool:
+        return self.spec == CONSTRAINTS or self.scaled is not None
 
 
 def named_spec(reward: str | RewardFunction) -> str:
     """What a run's settings call a reward: its spec, or of a function its module and name, whether or not it could be
     loaded by them."""
-    if isinstance(reward, str):
-        return reward
+    if isinstance(reward, (str, LengthReward)):
+        return reward if isinstance(reward, str) else reward.spec
     return f"{getattr(reward, '__module__', type(reward).__module__)}:{name_of(reward)}"
 
 
-def _resolve(reward: str | RewardFunction, isolation: str, trust_remote_code: bool) -> Reward:
+def _resolve(
+    reward: str | RewardFunction, isolation: str, trust_remote_code: bool, max_completion_length: int | None
+) -> Reward:
+    length = named_reward(reward, max_completion_length) if isinstance(reward, str) else reward
+    if isinstance(length, CosineScaledReward) and length.of_constraints:
+        return Reward(name_of(length), length.spec, None, scaled=length)
+    if isinstance(length, LengthReward):
+        return Reward(name_of(length), length.spec, length)
     if not isinstance(reward, str):
         if isolation == "none" and not getattr(reward, "per_completion", False):
             return Reward(name_of(reward), named_spec(reward), reward)
@@ -80,6 +94,8 @@ def _resolve(reward: str | RewardFunction, isolation: str, trust_remote_code: bo
     if ":" not in reward and ("/" in reward or Path(reward).is_dir()):
         model = RewardModel(reward, trust_remote_code)
         return Reward(name_of(model), reward, model)
+    if ":" not in reward:
+        raise unknown_reward(reward)
     function = load_reward(reward)
     isolated = isolation == "process" or getattr(function, "per_completion", False)
     if isolated and is_async(function):
@@ -104,10 +120,11 @@ class Scorer:
     """Scores completions of a step: functions are called once with all of them, in this process; constraints and
     isolated functions one completion at a time in worker processes.
 
-    rewards: specs as of TrainConfig.reward, or functions. weights: one each, default 1. A call that raises, takes
-    longer than timeout or returns no numbers loses its completions: they come back with `total` None and the reason in
-    `problem`. A NaN or infinite reward raises RewardError with the row, or drops the sample where
-    on_bad_reward is "drop". None is "not mine": the other rewards are summed; where all are None the sample is dropped.
+    rewards: specs as of TrainConfig.reward, or functions. weights: one each, default 1. max_completion_length: what
+    rewards of lengths take where their spec gives none. A call that raises, takes longer than timeout or returns no
+    numbers loses its completions: they come back with `total` None and the reason in `problem`. A NaN or infinite
+    reward raises RewardError with the row, or drops the sample where on_bad_reward is "drop". None is "not mine": the
+    other rewards are summed; where all are None the sample is dropped.
     Use as a context manager; workers end with it. Raises ConfigError for a reward that cannot be loaded.
     """
 
@@ -124,8 +141,9 @@ class Scorer:
         workers: int = TrainConfig.reward_workers,
         on_bad_reward: str = TrainConfig.on_bad_reward,
         trust_remote_code: bool = False,
+        max_completion_length: int | None = None,
     ) -> None:
-        found = [_resolve(r, isolation, trust_remote_code) for r in rewards]
+        found = [_resolve(r, isolation, trust_remote_code, max_completion_length) for r in rewards]
         self.rewards = found = _told_apart(found)
         self.weights = [1.0] * len(found) if weights is None else list(map(float, weights))
         if len(self.weights) != len(found):
@@ -155,6 +173,7 @@ class Scorer:
             workers=run.reward_workers,
             on_bad_reward=run.on_bad_reward,
             trust_remote_code=run.trust_remote_code,
+            max_completion_length=run.max_completion_length,
         )
 
     def __enter__(self) -> Scorer:
@@ -179,12 +198,12 @@ class Scorer:
                 reward.function.to(device)
 
     def check(self, examples: Sequence[Example]) -> None:
-        """Raises ConfigError for a prompt that `constraints` cannot score, where there is no other reward."""
-        if [r.spec for r in self.rewards] == [CONSTRAINTS]:
+        """Raises ConfigError for a prompt without constraints, where there is no reward of anything else."""
+        if all(r.of_constraints for r in self.rewards):
             for index, example in enumerate(examples, 1):
                 if not example.instruction_ids:
                     raise ConfigError(
-                        f"prompt {index} has no instruction_id_list, which the reward 'constraints' needs: "
+                        f"prompt {index} has no instruction_id_list, which the reward {self.rewards[0].spec!r} needs: "
                         f"{example.text[:60]!r}"
                     )
 
@@ -228,6 +247,8 @@ class Scorer:
         completion_ids: Sequence[list[int]] | None = None,
     ) -> list[Score]:
         """One Score per (example, response) pair, in order. answers: what constraints look at; default: responses."""
+        if completion_ids is None and any(r.scaled or isinstance(r.function, LengthReward) for r in self.rewards):
+            raise ValueError("completion_ids must be given: rewards of lengths count the tokens; got None")
         ids = completion_ids if completion_ids is not None else [[]] * len(responses)
         state = replace(self.state, log_history=[])
         jobs = [
@@ -315,7 +336,7 @@ class Scorer:
             extra = {**extra, **{k: v[0] for k, v in verdict.extra.items() if len(v) == 1}}
             for i, reward in enumerate(self.rewards):
                 if reward.function is None:
-                    values[i] = next(isolated) if reward.isolated else verdict.constraint_reward
+                    values[i] = next(isolated) if reward.isolated else _of_constraints(reward, verdict, job)
         parts = {n: v if isinstance(v, (int, float)) else None for n, v in zip(self.names, values, strict=True)}
         pair = f"prompt {job.example.text[:80]!r}, response {job.text[:80]!r}"
         score = partial(Score, None, parts, satisfied, extra=extra)
@@ -338,10 +359,20 @@ class Scorer:
 
     def _say_unchecked(self, reward: float | Failure | None) -> None:
         """Where no reward loses its sample by it, that constraints cannot be checked would be lost in silence."""
-        if not isinstance(reward, Failure) or CONSTRAINTS in self.names or reward.cause in self._causes:
+        if not isinstance(reward, Failure) or reward.cause in self._causes:
+            return
+        if any(r.of_constraints for r in self.rewards):
             return
         self._causes.add(reward.cause)
         say_once(logging.WARNING, f"constraints that cannot be checked: {reward.reason}")
+
+
+def _of_constraints(reward: Reward, verdict: Verdict, job: Job) -> Value:
+    """What a worker's verdict on the constraints of a completion is worth."""
+    share = verdict.constraint_reward
+    if reward.scaled is None or share is None or isinstance(share, Failure):
+        return share
+    return reward.scaled.of(len(job.token_ids), all(verdict.satisfied or ()))
 
 
 def _limited(call: Callable[[], Any], seconds: float) -> Any:

@@ -80,6 +80,11 @@ class InPlaceSlidingWindowLayer(_InPlace, DynamicSlidingWindowLayer):
     """Sliding-window attention: the last window - 1 tokens are kept."""
 
 
+def can_reorder(cache: Any) -> bool:
+    """Whether rows of a cache may be repeated and left out; MiniMax's leaves those of its linear layers as they are."""
+    return hasattr(cache, "reorder_cache") and not hasattr(cache, "linear_cache")
+
+
 def write_in_place(cache: Any) -> None:
     """Gives the attention layers of a filled DynamicCache buffers with room; layers of other kinds stay as they are."""
     if type(cache) is not DynamicCache:
@@ -126,6 +131,7 @@ class Decoder:
             )
         self.mask = prompt_mask.long() if padded else None  # (R, S + t), all tokens so far
         self.ids: Tensor | None = None  # (R, S + t) where there is no cache
+        self.length = prompt_ids.shape[1]  # S + t
         self.cache: Any = None
         self.cache_name = ATTENTION_CACHE
         self.prompts, self.origin = (prompt_ids, self.mask), origin
@@ -139,6 +145,9 @@ class Decoder:
             # Left padding shifts positions unless they are told; a model without position ids derives its own.
             options["position_ids"] = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
             options["attention_mask"] = self.mask
+        elif self.mask is None and self.cache is not None:
+            # Models of several kinds of layers (Bamba) may take the length from a cache that has none.
+            options["position_ids"] = ids.new_full(ids.shape, self.length - 1)
         if self.cache is not None:
             options[self.cache_name] = self.cache
         if self.accepted is not None:
@@ -150,7 +159,7 @@ class Decoder:
         ids, mask = self.prompts
         out = self._forward(ids, True)
         cache = self._found(out)
-        if hasattr(cache, "reorder_cache"):
+        if can_reorder(cache):
             self.cache = cache
             return out.logits[:, -1].index_select(0, self.origin)
         kind = type(self.model).__name__
@@ -183,6 +192,7 @@ class Decoder:
     def step(self, tokens: Tensor) -> Tensor:
         """Logits (R, V) after one more token (R,) of each row."""
         new = tokens[:, None]
+        self.length += 1
         if self.mask is not None:
             self.mask = torch.cat([self.mask, torch.ones_like(new)], 1)
         if self.ids is not None:
@@ -192,7 +202,7 @@ class Decoder:
     @property
     def can_drop_rows(self) -> bool:
         """Whether rows may be dropped."""
-        return self.ids is not None or hasattr(self.cache, "reorder_cache")
+        return self.ids is not None or can_reorder(self.cache)
 
     def keep(self, index: Tensor) -> None:
         if self.cache is not None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+import logging
+from dataclasses import dataclass, fields
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -11,14 +12,28 @@ from torch import Tensor
 
 from ..config import ConfigError
 from ..kernels import onednn
+from ..log import say_once
 from .decoding import Decoder
 from .loop import Steps, complete
+from .processors import Processors
 from .record import Sampling
+
+# Model types whose answers depend on the padding whatever the mask says. A pad id with a zero embedding does not help:
+# RecurrentGemma's layers have biases, and its convolution reaches back over what they made of it. RWKV takes no mask;
+# MiniMax's linear attention applies it to its state at each step.
+RUN_THROUGH_PADDING = {"recurrent_gemma", "rwkv", "minimax"}
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """B completions. prompt_ids (B, S) left-padded, tokens (B, L) right-padded, L the longest completion."""
+    """B completions. prompt_ids (B, S) left-padded, tokens (B, L) right-padded, L the longest completion.
+
+    log_kept tells what truncation did to the distribution: with ℓ the policy's log-prob of a token at the row's
+    temperature, the truncated policy's is ℓ - log_kept, which is what the token was drawn from. The weight of
+    `temperature_objective = corrected`, exp(policy - sampling), is exact for the tokens inside the truncation's
+    support, and those are the ones that were drawn; what lies outside of it no weight brings back. With logits
+    processors ℓ is of the logits that they made, and policy_logprobs are still of the model's own.
+    """
 
     prompt_ids: Tensor
     prompt_mask: Tensor  # (B, S) bool
@@ -26,9 +41,9 @@ class Rollout:
     lengths: Tensor  # (B,) tokens up to and including eos
     finished: Tensor  # (B,) bool: an eos was sampled; False: cut at the length limit
     temperature: Tensor  # (B,) float, 0 for greedy
-    sampling_logprobs: Tensor  # (B, L) float under the distribution drawn from: temperature and truncation applied
+    sampling_logprobs: Tensor  # (B, L) float under what was drawn from: processors, temperature, truncation
     policy_logprobs: Tensor  # (B, L) float under the policy at temperature 1, untruncated
-    log_kept: Tensor  # (B, L) float, log of the probability that truncation kept at the row's temperature; NaN: unknown
+    log_kept: Tensor  # (B, L) float, log of the probability that top-k, top-p and min-p kept, 0: all; NaN: not known
 
     @property
     def mask(self) -> Tensor:
@@ -56,6 +71,15 @@ def eos_ids(model: Any, tokenizer: Any) -> list[int]:
         named = eos if isinstance(eos, (list, tuple)) else [eos]
         ids.update(i for i in named if i in tokenizer.added_tokens_decoder)
     return sorted(ids)
+
+
+def pad_id(model: Any, tokenizer: Any = None) -> int | None:
+    """What to pad prompts with: the tokenizer's pad id, else the model's; one that the model cannot embed is none."""
+    text = model.config.get_text_config()
+    for pad in (getattr(tokenizer, "pad_token_id", None), getattr(text, "pad_token_id", None)):
+        if pad is not None and 0 <= pad < text.vocab_size:
+            return int(pad)
+    return None
 
 
 def check_prompts(prompts: list[list[int]]) -> None:
@@ -86,6 +110,8 @@ def generate(
     min_p: float = 0.0,
     num_generations: int = 1,
     steps: Steps = "auto",
+    generation_kwargs: dict[str, Any] | None = None,
+    pad: int | None = None,
 ) -> Rollout:
     """Draw num_generations completions of each of P prompts in one batch: B = P * num_generations rows.
 
@@ -94,9 +120,13 @@ def generate(
     prompts: token ids; each different one is prefilled once, also where it is given several times.
     steps: "auto": on a GPU captured in CUDA graphs, where the model's can be, else as "eager", the model as it is.
     temperature: of each row, the rows of a prompt next to each other; None: all rows greedily.
+    generation_kwargs: what transformers' logits processors do to the logits first, by their names in its
+        GenerationConfig (`processors.PROCESSORS`).
+    pad: id that prompts are padded with; default: the model's pad id, else eos[0].
 
     Raises: ValueError where a prompt is empty, num_generations or max_new_tokens is below 1, temperature is not one
-        number above 0 for each row, or the model cannot be used; FloatingPointError where a log-prob is not finite.
+        number above 0 for each row, the model cannot be used, or a processor cannot be had; FloatingPointError where a
+        log-prob is not finite.
     """
     check_prompts(prompts)
     for name, value in (("num_generations", num_generations), ("max_new_tokens", max_new_tokens)):
@@ -108,25 +138,68 @@ def generate(
             f"temperature must be None (greedy) or one number above 0 for each of the {len(rows)} rows; "
             f"got {temperature!r}"
         )
+    if pad is None:
+        pad = pad_id(model)
+    pad = eos[0] if pad is None else pad
+    if len(set(map(len, prompts))) > 1 and model.config.model_type in RUN_THROUGH_PADDING:
+        say_once(logging.INFO, f"{type(model).__name__} reads padding: prompts are decoded in groups of one length")
+        draw = partial(
+            generate, model, eos=eos, max_new_tokens=max_new_tokens, top_k=top_k, top_p=top_p, min_p=min_p,
+            num_generations=num_generations, steps=steps, generation_kwargs=generation_kwargs, pad=pad,
+        )  # fmt: skip
+        return _by_length(draw, prompts, temperature, num_generations, {"prompt_ids": pad, "tokens": eos[0]})
     device = model.device
     place = {p: i for i, p in enumerate(dict.fromkeys(map(tuple, rows)))}
     origin = torch.tensor([place[tuple(p)] for p in rows], device=device)
-    ids, mask = left_pad([list(p) for p in place], eos[0], device)
+    ids, mask = left_pad([list(p) for p in place], pad, device)
     tau = None if temperature is None else torch.tensor(temperature, dtype=torch.float32, device=device)
     ends = torch.tensor(eos, device=device)
     with onednn.packed(model):
-        sampling = Sampling(tau, (top_k, top_p, min_p))
+        process = None
+        if generation_kwargs:
+            process = Processors(generation_kwargs, ids, mask, origin, eos, max_new_tokens)
+        sampling = Sampling(tau, (top_k, top_p, min_p), process)
         done = complete(Decoder(model, ids, mask, origin), sampling, ends, max_new_tokens, steps)
     if not bool(done.sampling_logprobs.isfinite().all()):
         row = int((~done.sampling_logprobs.isfinite()).any(1).int().argmax())
+        if generation_kwargs and bool(done.policy_logprobs.isfinite().all()):
+            raise FloatingPointError(f"generation_kwargs must leave a token to draw; none is left in row {row}")
         raise FloatingPointError(f"the model's logits must be finite; those of row {row} are not")
     return Rollout(
         prompt_ids=ids[origin],
         prompt_mask=mask[origin],
         temperature=torch.zeros(len(rows), device=device) if tau is None else tau,
-        log_kept=torch.full_like(done.sampling_logprobs, 0.0 if (top_k, top_p, min_p) == (0, 1.0, 0.0) else torch.nan),
         **vars(done),
     )
+
+
+def _by_length(
+    draw: Any, prompts: list[list[int]], temperature: list[float] | None, size: int, fills: dict[str, int]
+) -> Rollout:
+    """One rollout of several: draw, `generate` of some prompts, for those of each length; size: completions of one.
+
+    fills: what fields are padded with, others with 0.
+    """
+    parts, order = [], []
+    for length in sorted(set(map(len, prompts))):
+        own = [i for i, p in enumerate(prompts) if len(p) == length]
+        rows = [i * size + j for i in own for j in range(size)]
+        taus = None if temperature is None else [temperature[r] for r in rows]
+        parts.append(draw([prompts[i] for i in own], temperature=taus))
+        order += rows
+    place = torch.tensor(order).argsort().to(parts[0].tokens.device)
+
+    def whole(name: str) -> Tensor:
+        found = [getattr(part, name) for part in parts]
+        if found[0].ndim == 2:
+            width = max(x.shape[1] for x in found)
+            gaps = [width - x.shape[1] for x in found]
+            sides = [(gap, 0) if name.startswith("prompt") else (0, gap) for gap in gaps]
+            fill = fills.get(name, 0)
+            found = [torch.nn.functional.pad(x, side, value=fill) for x, side in zip(found, sides, strict=True)]
+        return torch.cat(found)[place]
+
+    return Rollout(**{f.name: whole(f.name) for f in fields(Rollout)})
 
 
 def decode(rollout: Rollout, tokenizer: Any, skip_special_tokens: bool = True) -> list[str]:

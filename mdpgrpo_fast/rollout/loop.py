@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from . import graphs
+from ..log import say_once
+from .captured import graphs
+from .captured.fixed import FixedSteps
 from .decoding import Decoder
-from .fixed import FixedSteps
 from .record import Completions, Record, Sampling
 
 # Steps between checks for finished rows: on a GPU a check waits for the device, on the CPU it costs nothing.
@@ -26,6 +28,11 @@ def complete(
 ) -> Completions:
     """Draws tokens until every row met one of eos (E,) or has max_new_tokens."""
     logits = decoder.prefill()
+    if sampling.processors is not None and steps != "eager":
+        # They look at which tokens there are so far, on shapes that grow.
+        if eos.device.type == "cuda":
+            say_once(logging.INFO, "decode steps with logits processors run as they are, not as CUDA graphs")
+        steps = "eager"
     fixed = graphs.prepare(decoder, sampling, max_new_tokens, capture=steps == "auto") if steps != "eager" else None
     record = Record(len(decoder.origin), max_new_tokens, sampling, eos.device) if fixed is None else fixed.record
     record.start(sampling)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .sampling import NOISE, sample
+from .processors import Processors
+from .sampling import NOISE, logprobs, sample
 
 
 @dataclass(frozen=True)
@@ -20,14 +21,17 @@ class Completions:
     finished: Tensor
     sampling_logprobs: Tensor
     policy_logprobs: Tensor
+    log_kept: Tensor
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature (B,) float32 above 0, None: greedy; truncation: top_k, top_p and min_p."""
+    """temperature (B,) float32 above 0, None: greedy; truncation: top_k, top_p and min_p; processors: of logits, before
+    the temperature."""
 
     temperature: Tensor | None
     truncation: tuple[int, float, float] = (0, 1.0, 0.0)
+    processors: Processors | None = None
 
 
 class Record:
@@ -37,9 +41,9 @@ class Record:
     """
 
     def __init__(self, num_rows: int, num_steps: int, sampling: Sampling, device: torch.device) -> None:
-        self.truncation = sampling.truncation
+        self.truncation, self.processors = sampling.truncation, sampling.processors
         self.tokens = torch.zeros(num_rows, num_steps, dtype=torch.int64, device=device)
-        self.sampling, self.policy = torch.zeros(2, num_rows, num_steps, device=device)
+        self.sampling, self.policy, self.log_kept = torch.zeros(3, num_rows, num_steps, device=device)
         self.temperature: Any = None
         self.noise: Any = None
         if sampling.temperature is not None:
@@ -53,11 +57,18 @@ class Record:
             self.noise.random_(NOISE)
 
     def draw(self, logits: Tensor, rows: Tensor, step: int | Tensor) -> Tensor:
-        """Tokens (R,) of rows (R,) from logits (R, V), recorded. step: a number, or (1,) on the device."""
+        """Tokens (R,) of rows (R,) from the model's logits (R, V), recorded. step: a number, or, where there are no
+        processors, (1,) on the device."""
         tau = None if self.temperature is None else self.temperature[rows]
         noise = None if self.noise is None else self.noise[step, rows]
-        drawn, sampling, policy = sample(logits, tau, *self.truncation, noise=noise)
-        self.tokens[rows, step], self.sampling[rows, step], self.policy[rows, step] = drawn, sampling, policy
+        if self.processors is None:
+            drawn, sampling, policy, log_kept = sample(logits, tau, *self.truncation, noise=noise)
+        else:
+            processed = self.processors(logits, rows, self.tokens[rows, :step])
+            drawn, sampling, _, log_kept = sample(processed, tau, *self.truncation, noise=noise)
+            policy = logprobs(logits, drawn, 1.0)
+        self.tokens[rows, step], self.log_kept[rows, step] = drawn, log_kept
+        self.sampling[rows, step], self.policy[rows, step] = sampling, policy
         return drawn
 
     def ended(self, rows: Tensor, steps: slice, eos: Tensor) -> Tensor:
@@ -71,5 +82,5 @@ class Record:
         lengths = torch.where(finished, ends.int().argmax(1) + 1, num_steps)
         width = int(lengths.max())
         own = torch.arange(width, device=eos.device) < lengths[:, None]
-        sampling, policy = (x[:, :width].where(own, 0.0) for x in (self.sampling, self.policy))
-        return Completions(self.tokens[:, :width].where(own, eos[0]), lengths, finished, sampling, policy)
+        recorded = (x[:, :width].where(own, 0.0) for x in (self.sampling, self.policy, self.log_kept))
+        return Completions(self.tokens[:, :width].where(own, eos[0]), lengths, finished, *recorded)

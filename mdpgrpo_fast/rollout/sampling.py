@@ -21,13 +21,17 @@ NOISE = 2**53  # noise is below it: what a double tells apart in [0, 1)
 def sample(
     logits: Tensor, temperature: Tensor | None, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0,
     noise: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """One token a row, int64, and its log-probs under what it was drawn from and under the policy, float32: (R,) each.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """One token a row, int64, its log-probs under what it was drawn from and under the policy, and the log of the share
+    of probability that truncation left, float32: (R,) each.
 
     logits (R, V); temperature (R,) above 0, or None: the most likely token, whatever the truncation. The temperature
     comes first, then top-k, top-p (a token goes when those before it already hold top_p) and min-p, each on what is
     left and 0, 1 and 0 for none. Of equals at its border top-k takes any, so that k stay. NaN gives NaN log-probs.
     noise (R,): int64, uniform in [0, NOISE), from which alone the draw follows; None: from the device's generator.
+
+    The share is log Σ p over the tokens that were left, at the row's temperature, 0 where nothing was cut: so the first
+    log-prob is that of the whole distribution at this temperature less it.
     """
     vocab = logits.shape[1]
     truncated = temperature is not None and (0 < top_k < vocab or top_p < 1 or min_p > 0)
@@ -35,7 +39,8 @@ def sample(
     if backend == "triton" and not truncated:
         from ..kernels.triton import library
 
-        return library.sample(logits, temperature, noise)
+        tokens, sampling, policy = library.sample(logits, temperature, noise)
+        return tokens, sampling, policy, torch.zeros_like(sampling)
     if temperature is not None and noise is None:
         noise = torch.randint(NOISE, (len(logits),), device=logits.device)
     if backend == "cpu":
@@ -44,8 +49,8 @@ def sample(
         return cpu.sample(logits, temperature, (top_k, top_p, min_p), noise)
     if temperature is None:
         tokens = logits.argmax(1)
-        policy = _logprobs(logits, tokens, 1.0)
-        return tokens, policy, policy
+        policy = logprobs(logits, tokens, 1.0)
+        return tokens, policy, policy, torch.zeros_like(policy)
     assert noise is not None
     # In double: a float has too few values for the last tokens of a large vocabulary.
     u = noise.double() / NOISE
@@ -55,15 +60,18 @@ def sample(
         place = draw(p, u)[:, None]
         tokens = (place if ids is None else ids.gather(1, place)).squeeze(1)
         sampling = z.log_softmax(1).gather(1, place).squeeze(1)
+        # Of one and the same token, so that nothing has to be summed again; rounding must not make it a share above 1.
+        log_kept = (logprobs(logits, tokens, temperature) - sampling).clamp(max=0)
     else:
         rows = max(1, CHUNK // vocab) if logits.device.type == "cpu" else len(logits)
         parts = zip(logits.split(rows), temperature[:, None].split(rows), u.split(rows), strict=True)
         tokens = torch.cat([draw((x.float() / tau).softmax(1), v) for x, tau, v in parts])
-        sampling = _logprobs(logits, tokens, temperature)
-    return tokens, sampling, _logprobs(logits, tokens, 1.0)
+        sampling = logprobs(logits, tokens, temperature)
+        log_kept = torch.zeros_like(sampling)
+    return tokens, sampling, logprobs(logits, tokens, 1.0), log_kept
 
 
-def _logprobs(logits: Tensor, tokens: Tensor, temperature: Tensor | float) -> Tensor:
+def logprobs(logits: Tensor, tokens: Tensor, temperature: Tensor | float) -> Tensor:
     # Tokens of these very rows are in range; to look would be a wait for the device.
     found, _ = token_logprobs(logits[:, None], tokens[:, None], temperature=temperature, check_values=False)
     return found.squeeze(1).float()
@@ -127,7 +135,7 @@ def _most_likely(logits: Tensor, temperature: Tensor, top_p: float) -> tuple[Ten
     while True:
         values, ids = logits.topk(size) if size < vocab else logits.sort(descending=True)
         z = values.float() / tau
-        log_total = z[:, :1] - _logprobs(logits, ids[:, 0], temperature)[:, None]
+        log_total = z[:, :1] - logprobs(logits, ids[:, 0], temperature)[:, None]
         if size == vocab or bool(((z - log_total).exp().sum(1) >= top_p).all()):
             return z, ids, log_total
         size = min(8 * size, vocab)

@@ -17,7 +17,8 @@ from ..models.policy import Policy
 from ..reference import Advantages
 from ..rewards import Score, Scorer
 from ..rollout.engine import sync_weights
-from ..rollout.generate import Rollout, generate
+from ..rollout.generate import Rollout, generate, pad_id
+from ..rollout.processors import generation_kwargs
 from ..rollout.thinking import Thinking
 from ..rollout.vllm.sampler import RolloutEngine, trainer_logprobs, with_policy_logprobs
 from .batch import Batch, replace_groups
@@ -102,6 +103,8 @@ class Collector:
             top_k=method.top_k,
             top_p=method.top_p,
             min_p=method.min_p,
+            generation_kwargs=generation_kwargs(self.run),
+            pad=pad_id(self.lm, self.task.tokenizer),
         )
 
     def assemble(self, rollout: Rollout, rows: list[int], responses: list[str], scores: list[Score]) -> Batch:

@@ -252,25 +252,30 @@ void run_cluster(const RowShape& shape) {
   }
 }
 
-template <class E, class Out, bool TWO, bool CAP>
+template <class E, class Out, bool TWO, bool CAP, bool EXTENDED>
 void launch(RowArguments p) {
   constexpr int64_t item = sizeof(typename E::Storage);
   const RowShape shape = row_shape(p.vocab, item, slice_bytes(), 224 << 10);
   p.slice = static_cast<int32_t>(shape.slice / item);
-  task.body = token_loss_rows<E, Out, TWO, CAP>;
+  task.body = token_loss_rows<E, Out, TWO, CAP, EXTENDED>;
   task.p = &p;
   // Two clusters, so that each takes several rows.
   hw::machine.clusters = p.rows.n_rows < 2 ? 1 : 2;
   for (hw::machine.cluster = 0; hw::machine.cluster < hw::machine.clusters; ++hw::machine.cluster) run_cluster(shape);
 }
 
-template <class E, class Out>
-void launch_for(const RowArguments& p) {
+template <class E, class Out, bool EXTENDED>
+void launch_with(const RowArguments& p) {
   const bool two_temperatures = p.settings.two_temperatures;
   if (p.settings.softcap > 0)
-    two_temperatures ? launch<E, Out, true, true>(p) : launch<E, Out, false, true>(p);
+    two_temperatures ? launch<E, Out, true, true, EXTENDED>(p) : launch<E, Out, false, true, EXTENDED>(p);
   else
-    two_temperatures ? launch<E, Out, true, false>(p) : launch<E, Out, false, false>(p);
+    two_temperatures ? launch<E, Out, true, false, EXTENDED>(p) : launch<E, Out, false, false, EXTENDED>(p);
+}
+
+template <class E, class Out>
+void launch_for(const RowArguments& p) {
+  p.settings.extended(p.rows) ? launch_with<E, Out, true>(p) : launch_with<E, Out, false>(p);
 }
 
 void token_loss_rows_op(StableIValue* stack, uint64_t, uint64_t) {

@@ -18,10 +18,10 @@ from helpers.losses import assert_matches, config_for, make_batch, run
 from torch import Tensor
 
 import mdpgrpo_fast
-from mdpgrpo_fast import reference
 from mdpgrpo_fast.kernels import binaries
 from mdpgrpo_fast.kernels.binaries import inputs
-from mdpgrpo_fast.kernels.schemas import KNOBS, Rows, Settings
+from mdpgrpo_fast.kernels.schemas import KNOBS, LOSSES, SCALES, Rows, Settings
+from mdpgrpo_fast.reference import losses
 
 CSRC = ROOT / "csrc"
 VARIANT = "from mdpgrpo_fast.kernels import binaries as b; print(b.why_missing('cpu') or b.variant('cpu'))"
@@ -126,7 +126,7 @@ def test_nothing_wrong_reaches_a_pointer() -> None:
         (logprobs, logprobs_arguments(TWO, gradient=torch.zeros(1, 4, 8)), "gradient of two temperatures needs"),
         (logprobs, logprobs_arguments(tokens=torch.empty(0)), "tokens must be int64, not float32"),
         (logprobs, logprobs_arguments(temperature=torch.zeros(3)), "temperature must have 4 elements, not 3"),
-        (logprobs, logprobs_arguments(flags=torch.zeros(3).long()), "flags must have 11 elements, not 3"),
+        (logprobs, logprobs_arguments(flags=torch.zeros(3).long()), "flags must have 16 elements, not 3"),
     ):  # fmt: skip
         with pytest.raises(RuntimeError, match=f"^mdpgrpo_fast: .*{message}"):
             op(**arguments)
@@ -255,6 +255,20 @@ def test_blocks_without_probability_have_no_gradient(level: float, tau: float) -
 
 
 @needs_cpu
+@pytest.mark.parametrize("tau", [0.3, 1.0])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_an_entropy_bonus_of_banned_logits(softcap: float | None, tau: float) -> None:
+    """What has probability 0 has no part in it, and 0 times -inf is not met; nor has a row of equals."""
+    batch = make_batch(13, lengths=(2, 2), vocab=6000, scale=3.0)
+    x = batch.logits
+    x[0, 0, 2048:], x[0, 1, :4096], x[1, 0, 1000:5000], x[1, 1] = -torch.inf, -torch.inf, -torch.inf, 7.0
+    x[1, 0, :1000] -= 200
+    batch.tokens = x.argmax(-1)
+    config = config_for(entropy_coef=0.3, kl_temperature=0.8, temperature_objective="per_row")
+    assert_matches("cpu", batch, config, temperature=tau, softcap=softcap)
+
+
+@needs_cpu
 def test_the_first_call_may_be_traced() -> None:
     """What a tracing mode makes of a small tensor must not be kept for real calls."""
     code = """
@@ -339,13 +353,17 @@ def test_an_instruction_set_that_is_not_there_is_refused() -> None:
 
 def test_constants_of_csrc_and_reference_agree() -> None:
     header = (CSRC / "method.h").read_text()
-    for name in ("KL_EXPONENT_MAX", "RATIO_EXPONENT_MAX"):
-        assert float(re.search(rf"{name} = ([\d.]+)", header).group(1)) == getattr(reference, name)  # type: ignore
+    for name in ("KL_EXPONENT_MAX", "RATIO_EXPONENT_MAX", "VESPO_LOG_MIN", "VESPO_LOG_MAX"):
+        assert float(re.search(rf"{name} = ([-\d.]+)", header).group(1)) == getattr(losses, name)  # type: ignore
+    for enum, names in (("Loss", LOSSES), ("Scale", ("by_group", "by_batch", "unscaled"))):
+        assert f"enum {enum} : int32_t {{ {', '.join(names).upper()} }};" in header
+    assert SCALES == ("group", "batch", "none")
     settings = Settings()
     assert f"NUM_NUMBERS = {len(settings.numbers)}, NUM_FLAGS = {len(settings.flags)};" in header
     text = {name: body for name, body in re.findall(r"#define MDPGRPO_(\w+)\(X\)((?:.*\\\n)*.*)\n", header)}
     places = {n: int(at) for part in ("KNOBS", "NUMBERS") for n, at in re.findall(r"X\((\w+), (-?\d+)\)", text[part])}
     numbers = {n: i for i, n in enumerate(Settings._fields[: len(settings.numbers)])}
+    del numbers["top_entropy_quantile"]  # kernels are given the floor that follows from it
     assert places == {**{n: -1 for n in KNOBS if n not in numbers}, **numbers}
     flags = {n: int(place) for n, place in re.findall(r"X\(\w+, (\w+), (\d+)\)", text["FLAGS"])}
     assert flags == {n: i for i, n in enumerate(Settings._fields[len(settings.numbers) :])}

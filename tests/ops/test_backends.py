@@ -145,9 +145,16 @@ def test_constants_of_kernels_and_reference_agree() -> None:
     assert method.KL_EXPONENT_MAX.value == reference.KL_EXPONENT_MAX
     assert method.RATIO_EXPONENT_MAX.value == reference.RATIO_EXPONENT_MAX
     assert len(reference.TOTALS) == schemas.NUM_TOTALS
-    assert [method.K1.value, method.K2.value, method.K3.value] == [1, 2, 3]
+    estimators = {method.K1: "k1", method.K2: "k2", method.K3: "k3", method.ABS: "abs"}
+    assert [schemas.ESTIMATORS[k.value - 1] for k in estimators] == list(estimators.values())
+    losses = {method.CISPO: "cispo", method.SAPO: "sapo", method.GMPO: "gmpo", method.VESPO: "vespo"}
+    assert [schemas.LOSSES[k.value] for k in losses] == list(losses.values())
+    scales = [schemas.SCALES[k.value] for k in (method.SCALE_BATCH, method.SCALE_NONE)]
+    assert scales == ["batch", "none"]
+    assert method.VESPO_LOG_MIN.value == reference.losses.VESPO_LOG_MIN
+    assert method.VESPO_LOG_MAX.value == reference.losses.VESPO_LOG_MAX
     assert method.MEAN_OF_MEANS.value == schemas.GRPO
-    assert [schemas.AGGREGATION[i] for i in range(4)] == list(get_args(get_type_hints(MDPGRPOConfig)["aggregation"]))
+    assert list(schemas.AGGREGATION) == list(get_args(get_type_hints(MDPGRPOConfig)["aggregation"]))
     goals = (method.HALF.value, method.MAX_HALF_MEAN.value, method.MEAN.value)
     assert [schemas.GOAL_MEAN[i] for i in goals] == ["half", "max_half_mean", "mean"]
 
@@ -400,6 +407,7 @@ def test_a_logit_costs_few_instructions(machine_code: list[dict[str, Any]]) -> N
     most = {
         "V=32000": {
             "on-policy, rewards": 17, "on-policy, two temperatures": 29, "unit gradient": 29, "full, token level": 37,
+            "entropy bonus": 19, "full, entropy bonus": 39, "cispo, off-policy": 17, "sapo, off-policy": 17,
             "sampling": 46, "sampling, greedy": 12,
         },
         "V=32001": {"on-policy, rewards": 18, "sampling": 46, "sampling, greedy": 14},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import replace
 from typing import Any
@@ -244,3 +245,109 @@ def test_the_same_slice_again_is_refused_and_another_is_not(backend: str) -> Non
     for half in (slice(0, b), slice(b, 2 * b)):
         with pytest.raises(ValueError, match=r"^logits must be logits; got logits that hold their gradient"):
             mdpgrpo_fast.token_logprobs(whole[half], batch.tokens.to(DEVICE), backend=backend)
+
+
+# ---- wrong types ----------------------------------------------------------------------------------------------------
+
+TEXT, NOTHING, TABLE, OBJECT, LIST = "one", None, {"a": 1}, object(), ["a", "b"]
+TENSORS = (TEXT, TABLE, OBJECT, LIST, 1.5)  # what no tensor of rows is
+NUMBERS = (TEXT, TABLE, OBJECT, LIST, [0.5, 0.5])  # what is neither a number nor a tensor
+WHOLE = (TEXT, TABLE, OBJECT, [2], 2.5)
+SWITCH = (TEXT, TABLE, 1, [True])
+WRONG: dict[str, tuple[Any, ...]] = {  # of both losses
+    "tokens": (*TENSORS, NOTHING),
+    "config": (TEXT, TABLE, NOTHING, OBJECT, 1),
+    "temperature": (*NUMBERS, NOTHING),
+    "check_values": SWITCH,
+    **{n: TENSORS for n in ("mask", "completion", "old_logprobs", "ref_logprobs", "importance_weight",
+                            "sampling_logprobs")},
+    **{n: NUMBERS for n in ("advantage", "kl_beta", "epsilon_low", "epsilon_high", "delta", "entropy_coef",
+                            "entropy_floor", "denominator", "softcap")},
+    **{n: WHOLE for n in ("num_completions", "max_completion_length")},
+}  # fmt: skip
+OF_REWARDS: dict[str, tuple[Any, ...]] = {
+    "rewards": (TEXT, TABLE, OBJECT, LIST, 1, [[0.5, 1.0], [0.5]], [["a", 1.0], [0.5, 1.0]], [[None, 1.0], [0.0, 1.0]]),
+    "num_constraints": (TEXT, TABLE, OBJECT, LIST, 0, 0.5, math.nan, [True, True], [4, None], [4, 2, 1]),
+    "valid": (TEXT, TABLE, OBJECT, LIST, 1, [[1, 0], [1, 1]], [[True], [True]]),
+    "groups": (TEXT, TABLE, OBJECT, LIST, 1),
+}
+OF_HEAD: dict[str, tuple[Any, ...]] = {
+    "hidden": (*TENSORS, NOTHING),
+    "weight": (*TENSORS, NOTHING),
+    "bias": TENSORS,
+    "logit_scale": (TEXT, NOTHING, TABLE, LIST),
+    "lengths": (TEXT, TABLE, OBJECT, LIST, 3),
+    "skip_idle": (*SWITCH, NOTHING),
+    "fp32_logits": (*SWITCH, NOTHING),
+    "workspace_bytes": WHOLE,
+    "vocab_group": (TEXT, TABLE, LIST, 1),
+}
+
+
+def assert_wrong_types_refused(
+    function: Any, good: dict[str, Any], table: dict[str, tuple[Any, ...]], before: Any = no_work
+) -> None:
+    for name, values in table.items():
+        for value in values:
+            with before():
+                try:
+                    function(**{**good, name: value})
+                except ValueError as e:
+                    assert str(e).startswith(f"{name} must be ") and "; got " in str(e), (name, value, str(e))
+                else:
+                    raise AssertionError(f"{name} = {value!r} is taken")
+
+
+def test_wrong_types_of_advantages() -> None:
+    good = {**REWARDS, "config": config_for(), "backend": "torch"}
+    table = {**OF_REWARDS, "config": WRONG["config"], "check_values": SWITCH, "running": (TEXT, TABLE, 1.0, [1.0])}
+    table["rewards"] = (*table["rewards"], NOTHING)
+    table["num_constraints"] = (*table["num_constraints"], NOTHING, config_for())
+    assert_wrong_types_refused(mdpgrpo_fast.advantages, good, table)
+    batch = {**good, "config": config_for(scale_rewards="batch")}
+    assert_wrong_types_refused(mdpgrpo_fast.advantages, batch, {"batch_std": (*NUMBERS, torch.ones(2), -1.0)})
+    several = {
+        "rewards": None,
+        "num_constraints": 2,
+        "parts": torch.rand(2, 2, 3),
+        "config": config_for(multi_objective_aggregation="normalize_then_sum"),
+        "backend": "torch",
+    }
+    wrong = {
+        "parts": (*TENSORS, NOTHING, torch.ones(4), torch.ones(2, 2, 0), torch.ones(2, 2, 3).long(),
+                  torch.full((2, 2, 3), math.inf), [[["a"]]]),
+        "part_weights": (TEXT, TABLE, OBJECT, LIST, 1.0, [1.0, 2.0], [1.0, 2.0, math.nan], torch.ones(2)),
+        "batch": (TEXT, TABLE, OBJECT, 1.0, [1.0], (1.0, TEXT), (1.0, -1.0), (NOTHING, 1.0), (torch.ones(2), 1.0)),
+        "valid": (TEXT, [[True, False]], torch.ones(2, 2)),
+    }  # fmt: skip
+    assert mdpgrpo_fast.advantages(**several).z.shape == (2, 2)
+    # The sum of the parts, which stands for the rewards, is work.
+    assert_wrong_types_refused(mdpgrpo_fast.advantages, several, wrong, before=contextlib.nullcontext)
+
+
+def test_wrong_types_of_token_loss() -> None:
+    batch = make_batch(15)
+    good = {**arguments(batch), "config": config_for(), "backend": "torch"}
+    of_logits = {"logits": (*TENSORS, NOTHING), "in_place": (*SWITCH, NOTHING)}
+    assert_wrong_types_refused(mdpgrpo_fast.token_loss, good, {**WRONG, **of_logits})
+    good = {**good, **GIVEN, **REWARDS}
+    refused = {**OF_REWARDS, "num_constraints": (*OF_REWARDS["num_constraints"], NOTHING)}
+    assert_wrong_types_refused(mdpgrpo_fast.token_loss, good, refused)
+
+
+def test_wrong_types_of_linear_token_loss() -> None:
+    batch = make_batch(15)
+    good = {k: v for k, v in arguments(batch).items() if k != "logits"}
+    good |= {"hidden": torch.randn(4, 2, 5), "weight": torch.randn(11, 5), "config": config_for(), "backend": "torch"}
+    assert_wrong_types_refused(mdpgrpo_fast.linear_token_loss, good, {**WRONG, **OF_HEAD})
+    good |= {**GIVEN, **REWARDS}
+    refused = {**OF_REWARDS, "num_constraints": (*OF_REWARDS["num_constraints"], NOTHING)}
+    assert_wrong_types_refused(mdpgrpo_fast.linear_token_loss, good, refused)
+
+
+def test_wrong_types_of_token_logprobs() -> None:
+    batch = make_batch(15)
+    good = {"logits": batch.logits, "tokens": batch.tokens, "backend": "torch"}
+    names = ("tokens", "mask", "completion", "temperature", "softcap", "num_completions", "check_values")
+    table = {n: WRONG[n] for n in names} | {"logits": (*TENSORS, NOTHING)}
+    assert_wrong_types_refused(mdpgrpo_fast.token_logprobs, good, table)

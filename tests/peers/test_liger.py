@@ -30,7 +30,8 @@ def liger(peer: Callable[[str], Any], head: tuple[torch.Tensor, torch.Tensor]) -
     def compute(batch: LossInputs, rows: Any = slice(None), weight: Any = None, items: Any = None, **knobs: Any) -> Any:
         hidden, matrix = (x.clone().requires_grad_() for x in (head[0][rows], head[1]))
         batch = batch.rows(rows)
-        loss_fn = fused(compiled=False, max_completion_length=MAX_LENGTH, epsilon_low=0.2, epsilon_high=0.2, **knobs)
+        knobs = {"epsilon_low": 0.2, "epsilon_high": 0.2, **knobs}
+        loss_fn = fused(compiled=False, max_completion_length=MAX_LENGTH, **knobs)
         loss, _ = loss_fn(
             hidden,
             matrix,
@@ -91,6 +92,57 @@ def test_liger_chunked_loss(head: Any, liger: Any, aggregation: Any, level: Any,
             temperature_objective="per_row",
         )
         assert_same(run_head(head, batch, config, temperature=tau), theirs)
+
+
+# Liger's loss_type is a loss and an aggregation.
+LOSSES: dict[str, dict[str, Any]] = {
+    "dapo": {"aggregation": "dapo"},
+    "cispo": {"loss": "cispo", "aggregation": "dapo", "epsilon_low": 1.0, "epsilon_high": 0.3},
+    "sapo": {"loss": "sapo"},
+    "luspo": {"loss": "luspo"},
+    "vespo": {"loss": "vespo", "aggregation": "dapo"},
+}
+
+
+def liger_knobs(loss_type: str) -> dict[str, Any]:
+    """Its cispo has one bound, which is not counted from 1; its luspo is at sequence level."""
+    level = {"importance_sampling_level": "sequence"} if loss_type == "luspo" else {}
+    return {"loss_type": loss_type, **level, **({"epsilon_high": 1.3} if loss_type == "cispo" else {})}
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+@pytest.mark.parametrize("unbiased", [False, True], ids=["plain", "unbiased"])
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_liger_chunked_loss_types(head: Any, liger: Any, loss_type: str, unbiased: bool, weighted: bool) -> None:
+    batch, more = head_inputs(head), {}
+    if loss_type == "luspo":
+        batch.mask[:] = True  # by design: with a KL term its mean is over padded positions too
+    if weighted:
+        more["weight"] = torch.where(batch.mask, torch.linspace(0.4, 2, 20).view(4, 5), 1.0)
+    theirs = liger(batch, beta=0.1, use_bias_correction_kl=unbiased, **liger_knobs(loss_type), **more)
+    config = config_for(kl_gradient="unbiased" if unbiased else "plain", **LOSSES[loss_type])
+    assert_same(run_head(head, batch, config, importance_weight=more.get("weight")), theirs)
+
+
+@pytest.mark.parametrize("unbiased", [False, True], ids=["plain", "unbiased"])
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_liger_triton_loss_types(peer: Callable[[str], Any], loss_type: str, unbiased: bool) -> None:
+    theirs = peer("liger_kernel.transformers.grpo_loss").triton_grpo_loss
+    # By design: the mean of its luspo is over padded positions too.
+    batch = equal_beta(make_batch(44, lengths=(3, 3, 3) if loss_type == "luspo" else (3, 1, 2), vocab=37))
+    x = torch.cat([batch.logits, torch.zeros(3, 1, 37)], 1).to(DEVICE).requires_grad_()
+    arguments = (batch.kwargs["old_logprobs"], batch.kwargs["ref_logprobs"], batch.tokens, batch.advantage)
+    knobs = {"eps_high" if k == "epsilon_high" else k: v for k, v in liger_knobs(loss_type).items()}
+    loss, *_ = theirs(
+        x, *(to(t, DEVICE) for t in arguments), batch.mask.long().to(DEVICE), temperature=1.0, beta=0.1, inplace=False,
+        reduce=True, use_bias_correction_kl=unbiased, **{"eps_low": 0.2, "eps_high": 0.2, **knobs},
+    )  # fmt: skip
+    (grad,) = torch.autograd.grad(loss, x)
+    config = config_for(kl_gradient="unbiased" if unbiased else "plain", **LOSSES[loss_type])
+    for backend in ALL_BACKENDS:
+        got = run(backend, batch, config)
+        assert got.out.loss.item() == pytest.approx(loss.item(), rel=1e-4, abs=1e-6), backend
+        torch.testing.assert_close(got.grad, grad[:, :-1], rtol=1e-3, atol=1e-6)
 
 
 def test_liger_importance_weight_multiplies_the_policy_term_only(head: Any, liger: Any) -> None:

@@ -63,11 +63,15 @@ def trl_trainer(trl: TRL, model_dirs: dict[str, str]) -> Any:
 def trl_loss(trl: TRL, trl_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """`GRPOTrainer._compute_loss` on given logits: (loss, gradient of the logits, its logged metrics)."""
 
-    def compute(batch: LossInputs, tau: float = 1.0, weight: Any = None, **knobs: Any) -> Any:
+    def compute(
+        batch: LossInputs, tau: float = 1.0, weight: Any = None, differentiable_entropy: bool = False, **knobs: Any
+    ) -> Any:
         logits = batch.logits.detach().requires_grad_()
         logps, entropy = trl.utils.selective_log_softmax_and_entropy(logits, batch.tokens, temperature=tau)
         t = trl_trainer
-        monkeypatch.setattr(t, "_get_per_token_logps_and_entropies", lambda *a, **k: (logps, entropy.detach(), None))
+        if not differentiable_entropy:
+            entropy = entropy.detach()
+        monkeypatch.setattr(t, "_get_per_token_logps_and_entropies", lambda *a, **k: (logps, entropy, None))
         for name, value in {"use_bias_correction_kl": False, **knobs}.items():
             monkeypatch.setattr(t.args if name in ("delta", "use_bias_correction_kl") else t, name, value)
         monkeypatch.setattr(t, "use_vllm", weight is not None)
@@ -133,19 +137,69 @@ def test_trl_without_kl_and_on_policy(trl_loss: Callable[..., Any]) -> None:
     torch.testing.assert_close(ours, grad, rtol=1e-10, atol=1e-13)
 
 
-def test_trl_bias_corrected_kl(trl_loss: Callable[..., Any]) -> None:
-    """By design: TRL 1.16's default multiplies the KL by the ratio, the method does not: β KL (ρ - 1) a token."""
-    batch = equal_beta(make_inputs(35))
-    loss, grad, _ = trl_loss(batch, loss_type="grpo", use_bias_correction_kl=True)
-    batch.logits.requires_grad_()
-    out = mdpgrpo_fast.token_loss(*list(batch)[:3], config_for(), **batch.given())
-    at, _ = mdpgrpo_fast.token_logprobs(batch.logits, batch.tokens)
-    gap = batch.kwargs["ref_logprobs"] - at
-    ratio = (at - batch.kwargs["old_logprobs"]).exp()
-    extra = 0.1 * (gap.exp() - gap - 1) * (ratio - 1) * batch.mask
-    loss_with = out.loss + (extra.sum(1) / batch.mask.sum(1)).mean()
-    assert loss_with.item() == pytest.approx(loss.item(), rel=1e-12)
-    torch.testing.assert_close(torch.autograd.grad(loss_with, batch.logits)[0], grad, rtol=1e-10, atol=1e-13)
+# TRL's loss_type is a loss and an aggregation.
+LOSSES: dict[str, dict[str, Any]] = {
+    **{name: {"aggregation": name} for name in AGGREGATIONS},
+    "cispo": {"loss": "cispo", "aggregation": "dapo", "epsilon_low": 1.0},
+    "sapo": {"loss": "sapo"},
+    "luspo": {"loss": "luspo"},
+    "vespo": {"loss": "vespo", "aggregation": "dapo"},
+}
+
+
+@pytest.mark.parametrize("correct", [False, True], ids=["plain", "unbiased"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_trl_loss_types(trl_loss: Callable[..., Any], loss_type: str, weighted: bool, correct: bool) -> None:
+    """Every loss of TRL with and without its sampler correction and its unbiased KL, at every level that it has."""
+    levels = {"luspo": ["sequence"], "vespo": ["token"]}.get(loss_type, ["token", "sequence"])
+    for level in levels:
+        batch = equal_beta(make_inputs(35, lengths=(5, 3, 1, 4, 5, 2)))
+        weight = make_inputs(36, lengths=(5, 3, 1, 4, 5, 2)).kwargs["ref_logprobs"].exp().clamp(min=0.2, max=2.0)
+        weight = torch.where(batch.mask, weight, 1.0) if weighted else None
+        clip = {"epsilon_high": 1.3} if loss_type == "cispo" else {}
+        loss, grad, metrics = trl_loss(
+            batch, weight=weight, loss_type=loss_type, importance_sampling_level=level, use_bias_correction_kl=correct,
+            epsilon_low=0.2, **(clip or {"epsilon_high": 0.2}),
+        )  # fmt: skip
+        knobs = {"importance_level": level, "kl_gradient": "unbiased" if correct else "plain", **LOSSES[loss_type]}
+        knobs |= {"epsilon_high": clip["epsilon_high"] - 1} if clip else {}  # its bound is absolute, ours above 1
+        out, ours = run(batch, config_for(**knobs), importance_weight=weight)
+        exact = 1e-12 if loss_type not in ("sapo", "vespo") else 1e-6  # whose constants TRL rounds to float32
+        assert out.loss.item() == pytest.approx(loss.item(), rel=exact, abs=exact), level
+        torch.testing.assert_close(ours, grad, rtol=1e-10 if exact < 1e-6 else 1e-5, atol=0.1 * exact)
+        assert metrics["kl"] == pytest.approx(out.kl.sum().item() / batch.mask.sum().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
+@pytest.mark.parametrize("quantile", [1.0, 0.4])
+def test_trl_entropy(trl_loss: Callable[..., Any], loss_type: str, quantile: float) -> None:
+    """TRL's bonus is a mean over the tokens that it acts on, ours is aggregated as the loss: a knob a row says how."""
+    batch = equal_beta(make_inputs(37, lengths=(5, 3, 1, 4)))
+    knobs = {"entropy_coef": 0.3, "_entropy_bonus_enabled": True, "top_entropy_quantile": quantile}
+    loss, grad, _ = trl_loss(batch, loss_type=loss_type, differentiable_entropy=True, **knobs)
+    tokens, lengths = batch.mask.sum().double(), batch.mask.sum(1).double()
+    config = config_for(aggregation=loss_type, top_entropy_quantile=quantile)
+    kept = tokens
+    if quantile < 1:
+        _, entropy = mdpgrpo_fast.token_logprobs(batch.logits, batch.tokens)
+        kept = (entropy[batch.mask] >= torch.quantile(entropy[batch.mask], 1 - quantile)).sum().double()
+    share = 1 / kept / (1 / tokens if loss_type == "dapo" else 1 / (lengths * 4))  # TRL's share of a row over ours
+    out, ours = run(batch, config, entropy_coef=0.3 * share * torch.ones(4, dtype=torch.float64))
+    assert out.loss.item() == pytest.approx(loss.item(), rel=1e-9)
+    torch.testing.assert_close(ours, grad, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("threshold", [0.01, 0.2])
+def test_trl_off_policy_mask(trl_loss: Callable[..., Any], threshold: float) -> None:
+    for name in ("old_logprobs", "sampling_logprobs"):
+        batch = equal_beta(make_inputs(38, lengths=(5, 3, 1, 4, 5, 2)))
+        if name == "sampling_logprobs":
+            batch.kwargs[name] = batch.kwargs["old_logprobs"] - make_inputs(39, (5, 3, 1, 4, 5, 2)).logits[..., 0] / 20
+        loss, grad, _ = trl_loss(batch, loss_type="dapo", off_policy_mask_threshold=threshold)
+        out, ours = run(batch, config_for(aggregation="dapo", off_policy_threshold=threshold))
+        assert out.loss.item() == pytest.approx(loss.item(), rel=1e-12)
+        torch.testing.assert_close(ours, grad, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize(("aggregation", "factor"), [("grpo", 3 / 4), ("dr_grpo", 3 / 4), ("dapo", 1), ("bnpo", 1)])

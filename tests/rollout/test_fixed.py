@@ -23,12 +23,13 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from mdpgrpo_fast.kernels.triton.decode import blocks
 from mdpgrpo_fast.kernels.triton.decode.attention import launch_attention, takes
 from mdpgrpo_fast.log import say_once
-from mdpgrpo_fast.rollout import attention, fixed, graphs, loop
-from mdpgrpo_fast.rollout.attention import plain_attention
-from mdpgrpo_fast.rollout.fixed import FixedSteps
-from mdpgrpo_fast.rollout.fused import Fused, Merged
+from mdpgrpo_fast.rollout import loop
+from mdpgrpo_fast.rollout.captured import attention, fixed, graphs
+from mdpgrpo_fast.rollout.captured.attention import plain_attention
+from mdpgrpo_fast.rollout.captured.fixed import FixedSteps
+from mdpgrpo_fast.rollout.captured.fused import Fused, Merged
+from mdpgrpo_fast.rollout.captured.graphs import CapturedSteps
 from mdpgrpo_fast.rollout.generate import Rollout, generate
-from mdpgrpo_fast.rollout.graphs import CapturedSteps
 
 VOCAB = 290
 PROMPTS = [[40, 41, 42, 43, 44, 45, 46], [50, 51], [60, 61, 62, 63], [70]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from mdpgrpo_fast.log import say_once
 from mdpgrpo_fast.models.load import load
 from mdpgrpo_fast.models.policy import completion_logits
 from mdpgrpo_fast.rollout import decoding, loop
-from mdpgrpo_fast.rollout.generate import Rollout, decode, eos_ids, generate, left_pad
+from mdpgrpo_fast.rollout.generate import Rollout, decode, eos_ids, generate, left_pad, pad_id
 
 FAMILIES = ("llama", "qwen2", "gemma2", "gpt2")
 PROMPTS = [[40, 41, 42, 43, 44, 45, 46], [50, 51], [60, 61, 62, 63], [70]]
@@ -148,6 +149,8 @@ def test_truncated_sampling_logprobs(llama: Any, knobs: dict[str, Any]) -> None:
             logp = truncate((logits[i, step] / tau).log_softmax(-1).tolist(), **full)
             got, token = r.sampling_logprobs[i, step].item(), int(r.tokens[i, step])
             assert got == pytest.approx(logp[token], abs=5e-4), (i, step)
+            whole = (logits[i, step] / tau).log_softmax(-1)[token].item()
+            assert r.log_kept[i, step].item() == pytest.approx(whole - logp[token], abs=5e-4), (i, step)
     policy = logits.log_softmax(-1).gather(-1, r.tokens[..., None]).squeeze(-1)
     torch.testing.assert_close(r.policy_logprobs.double()[r.mask], policy[r.mask], rtol=1e-4, atol=2e-4)
 
@@ -231,6 +234,58 @@ def test_padding_changes_nothing(model: Any) -> None:
         torch.testing.assert_close(alone.policy_logprobs[0, :n], logp, rtol=1e-4, atol=2e-4)
 
 
+def test_the_pad_is_the_tokenizers_or_the_models(llama: Any) -> None:
+    """An id that the model cannot embed is none of them."""
+    model = copy.copy(llama)
+    model.config = copy.deepcopy(llama.config)
+    for config, of_tokenizer, expected in ((5, 7, 7), (5, None, 5), (5, 10**6, 5), (-1, None, None), (None, -1, None)):
+        model.config.pad_token_id = config
+        assert pad_id(model, SimpleNamespace(pad_token_id=of_tokenizer)) == expected
+    model.config.pad_token_id = 5
+    for given, expected in ((None, 5), (7, 7)):
+        r = sample(model, pad=given)
+        assert set(r.prompt_ids[~r.prompt_mask].tolist()) == {expected}
+    model.config.pad_token_id = None
+    r = sample(model)
+    assert set(r.prompt_ids[~r.prompt_mask].tolist()) == {NEVER}
+
+
+def recurrent_gemma() -> Any:
+    """As real checkpoints are: the pad's embedding is 0, and biases are not."""
+    sizes = {**ATTENTION, "num_key_value_heads": 1, "attention_window_size": 64, "lru_width": 32}
+    blocks = ["recurrent", "recurrent", "attention"]
+    model = small(tf.RecurrentGemmaConfig, block_types=blocks, num_hidden_layers=4, tie_word_embeddings=False, **sizes)
+    assert not model.model.embed_tokens.weight[model.config.pad_token_id].any(), "padding_idx"
+    for name, x in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(x, std=0.3)
+    return model
+
+
+def test_a_model_that_reads_padding_gets_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """RecurrentGemma's convolution reaches back into padding, whatever the mask and the pad id are."""
+    model = recurrent_gemma()
+    prompts = [[40, 51, 12, 103, 44, 205, 46, 77][: n + 1] for n in (3, 0, 6, 1, 7, 5, 2, 4)]
+    alone = [sample(model, [p], temperature=None, max_new_tokens=12) for p in prompts]
+    found = sample(model, prompts, temperature=None, max_new_tokens=12)
+    for i, one in enumerate(alone):
+        assert found.rows[i] == one.rows[0]
+        assert found.prompt_ids[i, found.prompt_mask[i]].tolist() == prompts[i]
+        n = int(one.lengths[0])
+        torch.testing.assert_close(found.policy_logprobs[i, :n], one.policy_logprobs[0], rtol=1e-4, atol=1e-4)
+    assert set(found.prompt_ids[~found.prompt_mask].tolist()) == {0}
+    taus = [0.5, 1.0, 1.5] * 8
+    sampled = sample(model, prompts, temperature=taus, num_generations=3, eos=list(range(1, 290, 5)), top_p=0.9)
+    assert sampled.temperature.tolist() == taus and len(set(sampled.lengths.tolist())) >= 3
+    assert (sampled.tokens[~sampled.mask] == 1).all() and (sampled.log_kept[~sampled.mask] == 0).all()
+    for i in range(24):
+        assert sampled.prompt_ids[i, sampled.prompt_mask[i]].tolist() == prompts[i // 3]
+    assert_logprobs_of_full_passes(model, sample(model, prompts, temperature=taus, num_generations=3))
+    monkeypatch.setattr("mdpgrpo_fast.rollout.generate.RUN_THROUGH_PADDING", set())
+    padded = sample(model, prompts, temperature=None, max_new_tokens=12)
+    assert padded.rows != found.rows, "the pad id alone does not do"
+
+
 def test_prompts_are_kept_as_given(llama: Any) -> None:
     """trl#5242: token ids go in and stay; nothing is decoded and encoded again."""
     odd = [[9, 9, 200, 3, 250], [2, 0, 1]]
@@ -300,9 +355,10 @@ def small(config: Any, **sizes: Any) -> Any:
     torch.manual_seed(3)
     common = {"vocab_size": 290, "hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.5}
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
-    return tf.AutoModelForCausalLM.from_config(config(**common, **tokens, **sizes)).eval()
+    return tf.AutoModelForCausalLM.from_config(config(**{**common, **tokens, **sizes})).eval()
 
 
+MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}
 ATTENTION = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
@@ -311,6 +367,7 @@ ATTENTION = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_h
     [
         ("MambaConfig", {"state_size": 4}),
         ("Lfm2Config", {**ATTENTION, "layer_types": ["conv", "full_attention"]}),
+        ("BambaConfig", {**ATTENTION, **MAMBA2, "attn_layer_indices": [1]}),
         ("BloomConfig", {"n_head": 4}),
         ("OPTConfig", {"ffn_dim": 64, "num_attention_heads": 4, "word_embed_proj_dim": 32}),
     ],
@@ -319,7 +376,16 @@ def test_caches_of_other_kinds(kind: str, sizes: dict[str, Any], caplog: pytest.
     """Recurrent states alone and beside attention; alibi; positions that come from the mask."""
     model = small(getattr(tf, kind), **sizes)
     assert_logprobs_of_full_passes(model, grouped(model))
+    # Without padding: Bamba's cache tells no length, so positions have to be told.
+    assert_logprobs_of_full_passes(model, grouped(model, prompts=[[40, 41], [50, 51], [60, 61], [70, 71]], seed=1))
     assert not [r for r in caplog.records if "cache" in r.message]
+
+
+def test_minimax_decodes_unpadded_and_keeps_its_rows() -> None:
+    """Its linear layers apply the mask of padding to their state at each step, and their cache knows no other rows."""
+    kinds = {"layer_types": ["linear_attention", "full_attention"], "num_local_experts": 2}
+    model = small(tf.MiniMaxConfig, **ATTENTION, **kinds)
+    assert_logprobs_of_full_passes(model, grouped(model))
 
 
 def test_a_model_without_a_cache(caplog: pytest.LogCaptureFixture) -> None:
@@ -444,7 +510,9 @@ def test_lengths_and_ends(scripted: Any, greedy: bool, plan: Any, eos: Any, leng
     r = scripted(plan, eos, greedy=greedy)
     assert r.lengths.tolist() == lengths and r.finished.tolist() == finished
     width = max(lengths)
-    assert r.tokens.shape == r.sampling_logprobs.shape == r.policy_logprobs.shape == r.mask.shape == (3, width)
+    recorded = (r.sampling_logprobs, r.policy_logprobs, r.log_kept)
+    assert {x.shape for x in (r.tokens, r.mask, *recorded)} == {(3, width)}
+    assert all(x[~r.mask].eq(0).all() for x in recorded) and not r.log_kept.any()
     assert r.mask.tolist() == [[t < n for t in range(width)] for n in lengths]
     for row, planned, n in zip(r.tokens.tolist(), plan, lengths, strict=True):
         assert row[:n] == [planned[min(t, len(planned) - 1)] for t in range(n)]

@@ -11,6 +11,7 @@ from helpers.losses import DEVICE
 from torch import Tensor
 
 from mdpgrpo_fast.kernels.triton.library import sample as sample_in_kernel
+from mdpgrpo_fast.ops.logprobs import token_logprobs
 from mdpgrpo_fast.rollout import sampling
 from mdpgrpo_fast.rollout.sampling import draw, sample
 
@@ -96,7 +97,7 @@ def test_frequencies(vocab: int, backend: str) -> None:
     torch.manual_seed(0)
     logits = peaked(1, vocab)
     taus = torch.tensor([0.4, 1.0, 2.5])
-    tokens, _, _ = sample(logits.expand(3 * DRAWS, -1), taus.repeat(DRAWS))
+    tokens, *_ = sample(logits.expand(3 * DRAWS, -1), taus.repeat(DRAWS))
     for slot, tau in enumerate(taus):
         assert_drawn_from(tokens[slot::3], exact(logits, tau[None])[0].exp())
 
@@ -105,7 +106,7 @@ def test_frequencies(vocab: int, backend: str) -> None:
 def test_truncated_frequencies(knobs: dict[str, Any], backend: str) -> None:
     torch.manual_seed(1)
     logits, tau = peaked(1, 60), torch.tensor([1.3])
-    tokens, _, _ = sample(logits.expand(DRAWS, -1), tau.expand(DRAWS), **knobs)
+    tokens, *_ = sample(logits.expand(DRAWS, -1), tau.expand(DRAWS), **knobs)
     assert_drawn_from(tokens, exact(logits, tau, **knobs)[0].exp())
 
 
@@ -120,7 +121,7 @@ def test_logprobs(dtype: torch.dtype, knobs: dict[str, Any], backend: str) -> No
     torch.manual_seed(0)
     logits, tau = peaked(64, 3001, dtype), torch.linspace(0.2, 2, 64)
     # bfloat16 has equals at the borders: which of them stay is not defined.
-    tokens, got, policy = sample(logits, tau, **knobs)
+    tokens, got, policy, _ = sample(logits, tau, **knobs)
     assert tokens.dtype == torch.int64 and got.dtype == policy.dtype == torch.float32
     at = tokens[:, None]
     expected = exact(logits, tau, **knobs).gather(1, at).squeeze(1)
@@ -129,6 +130,37 @@ def test_logprobs(dtype: torch.dtype, knobs: dict[str, Any], backend: str) -> No
     torch.testing.assert_close(got[same].double(), expected[same], rtol=1e-5, atol=1e-5)
     ones = exact(logits, torch.ones(64)).gather(1, at).squeeze(1)
     torch.testing.assert_close(policy.double(), ones, rtol=1e-5, atol=1e-5)
+
+
+MIXTURES = [
+    {},
+    {"top_k": 20},
+    {"top_p": 0.7},
+    {"min_p": 0.1},
+    {"top_k": 30, "top_p": 0.9},
+    {"top_k": 50, "min_p": 0.02},
+    {"top_p": 0.95, "min_p": 0.03},
+    {"top_k": 40, "top_p": 0.8, "min_p": 0.02},
+    {"top_k": 5000, "min_p": 1e-30},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("knobs", MIXTURES, ids=str)
+def test_the_log_of_what_truncation_kept(dtype: torch.dtype, knobs: dict[str, Any], backend: str) -> None:
+    """Against the sum over the support, in float64; and what makes of the whole distribution the one drawn from."""
+    torch.manual_seed(0)
+    logits, tau = peaked(64, 3001, dtype), torch.linspace(0.2, 2, 64)
+    tokens, sampling, _, kept = sample(logits, tau, **knobs)
+    support = exact(logits, tau, **knobs).isfinite()
+    whole = (logits.double() / tau.double()[:, None]).log_softmax(1)
+    expected = whole.masked_fill(~support, -math.inf).logsumexp(1)
+    assert kept.dtype == torch.float32 and kept.max() <= 0
+    torch.testing.assert_close(kept.double(), expected, rtol=1e-5, atol=1e-5)
+    if not knobs:
+        assert not kept.any(), "0 exactly"
+    at = token_logprobs(logits[:, None], tokens[:, None], temperature=tau)[0].squeeze(1)
+    torch.testing.assert_close(sampling.double(), at.double() - kept.double(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("top_p", [0.5, 0.95, 0.9999])
@@ -152,7 +184,7 @@ def test_top_p_looks_as_far_as_it_has_to(monkeypatch: pytest.MonkeyPatch, top_p:
 
 def test_top_k_keeps_k_of_equals(backend: str) -> None:
     torch.manual_seed(0)
-    tokens, got, _ = sample(torch.zeros(500, 40), torch.ones(500), top_k=4)
+    tokens, got, *_ = sample(torch.zeros(500, 40), torch.ones(500), top_k=4)
     assert len(set(tokens.tolist())) <= 4
     torch.testing.assert_close(got, torch.full((500,), -math.log(4)))
 
@@ -164,8 +196,8 @@ def test_greedy(backend: str, dtype: torch.dtype) -> None:
     logits[3, 4000] += 0.001
     logits[4, 4999] = torch.nextafter(logits[4, 0].float(), torch.tensor(1.0))  # the same number but in float32
     logits[5, 2047] = logits[5, 2048] = logits[5, 4096] = 60.0
-    tokens, got, policy = sample(logits, None, top_k=3, top_p=0.1)
-    assert torch.equal(tokens, logits.argmax(1)) and torch.equal(got, policy)
+    tokens, got, policy, kept = sample(logits, None, top_k=3, top_p=0.1)
+    assert torch.equal(tokens, logits.argmax(1)) and torch.equal(got, policy) and not kept.any()
     assert tokens[3:6].tolist() == [4000, 4999 if dtype == torch.float32 else 0, 2047], "the first of equals"
     torch.testing.assert_close(policy, logits.float().log_softmax(1).amax(1))
 
@@ -176,7 +208,7 @@ def test_the_cpu_kernel_draws_by_the_cumulative_sum(vocab: int) -> None:
     logits = peaked(1, vocab)
     logits[:, 1::5] = -math.inf
     noise = (torch.linspace(0, 1, n, dtype=torch.float64) * (sampling.NOISE - 1)).long()
-    tokens, _, _ = sample(logits.expand(n, -1), torch.full((n,), tau), noise=noise)
+    tokens, *_ = sample(logits.expand(n, -1), torch.full((n,), tau), noise=noise)
     running = exact(logits, torch.tensor([tau]))[0].exp().cumsum(0)
     expected = (running[None] <= (noise.double() / sampling.NOISE * running[-1])[:, None]).sum(1)
     # Exponentials are rounded: noise that lies on a border may fall on its other side, past tokens of probability 0.
@@ -190,11 +222,11 @@ def test_rows_that_hold_no_number(backend: str, knobs: dict[str, Any]) -> None:
     logits = peaked(4, 3000)
     logits[0, 7], logits[1], logits[2] = math.nan, math.nan, -math.inf
     for tau in (torch.ones(4), None):
-        tokens, got, policy = sample(logits, tau, **knobs)
+        tokens, got, policy, _ = sample(logits, tau, **knobs)
         assert got[:3].isnan().all() and policy[:3].isnan().all() and got[3].isfinite() and policy[3].isfinite()
         assert tokens.min() >= 0 and tokens.max() < 3000
     if not knobs:
-        tokens, got, _ = sample(logits, torch.tensor([1.0, 1.0, 1.0, -1.0]))
+        tokens, got, *_ = sample(logits, torch.tensor([1.0, 1.0, 1.0, -1.0]))
         assert got[3].isnan() and 0 <= tokens[3] < 3000
 
 
@@ -203,8 +235,8 @@ def test_masked_tokens_are_never_drawn(backend: str) -> None:
     logits = peaked(2000, 900)
     logits[:, 10:] = -math.inf
     for knobs in ({}, {"top_k": 50}, {"top_p": 0.99}, {"min_p": 1e-6}):
-        tokens, got, policy = sample(logits, torch.full((2000,), 5.0), **knobs)
-        assert tokens.max() < 10 and got.isfinite().all() and policy.isfinite().all(), knobs
+        tokens, got, policy, kept = sample(logits, torch.full((2000,), 5.0), **knobs)
+        assert tokens.max() < 10 and all(x.isfinite().all() for x in (got, policy, kept)), knobs
 
 
 def test_the_generator_decides(backend: str) -> None:

@@ -62,8 +62,8 @@ def _logprobs_kernel(
             tl.store(statistics_ptr + 3 * n + row, log_total_kl)
             tl.store(statistics_ptr + 4 * n + row, z)
             if gradient_ptr is not None:
-                _write_gradient(logits, gradient, tiles, token, peak, log_total, 0.0, 1.0 / tau, 0.0, LOG2E / tau, 0.0,
-                                settings.softcap, False, tile)  # fmt: skip
+                _write_gradient(logits, gradient, tiles, token, peak, log_total, 0.0, 0.0, 1.0 / tau, 0.0, None,
+                                LOG2E / tau, 0.0, settings.softcap, False, tile)  # fmt: skip
         else:
             tl.store(logprobs_ptr + row, 0.0)
             for i in tl.static_range(5):
@@ -74,15 +74,16 @@ def _logprobs_kernel(
 
 @triton.jit(
     do_not_specialize=["n_rows", "row_length", "tiles", "num_completions"],
-    do_not_specialize_on_alignment=["grad_logprobs_ptr", "grad_kl_ptr", "statistics_ptr"],
+    do_not_specialize_on_alignment=["grad_logprobs_ptr", "grad_kl_ptr", "grad_entropy_ptr", "statistics_ptr"],
 )
 def _logprobs_backward_kernel(
-    grad_logprobs_ptr, grad_kl_ptr, logits_ptr, rows, is_per_row, settings, statistics_ptr, gradient_ptr, n_rows,
-    row_length, tiles, num_completions, stride_lb, stride_ll, stride_gb, stride_gl, tile,
+    grad_logprobs_ptr, grad_kl_ptr, grad_entropy_ptr, logits_ptr, rows, is_per_row, settings, statistics_ptr,
+    gradient_ptr, n_rows, row_length, tiles, num_completions, stride_lb, stride_ll, stride_gb, stride_gl, tile,
 ):  # fmt: skip
     """∂ℓ/∂x = (onehot - p) / τ, times the incoming gradient of each row's ℓ; zeros where that is 0.
 
-    With grad_kl: plus the same at the KL's temperature, times that of ℓ there. The gradient may lie over x.
+    With grad_kl: plus the same at the KL's temperature, times that of ℓ there. With grad_entropy: plus it times
+    -∂H/∂x = p (log p + H) / τ. The gradient may lie over x.
     """
     first = tl.program_id(0)
     for index in range(first, n_rows if tile.persistent else first + 1, tl.num_programs(0) if tile.persistent else 1):
@@ -97,7 +98,14 @@ def _logprobs_backward_kernel(
             c_kl = tl.load(grad_kl_ptr + row).to(tl.float32) / settings.kl_temperature
             if rows.mask is not None:
                 c_kl = tl.where(_kept(rows, row), c_kl, 0.0)
-        if (c == 0.0) & (c_kl == 0.0):
+        idle = (c == 0.0) & (c_kl == 0.0)
+        b = None
+        if grad_entropy_ptr is not None:
+            b = tl.load(grad_entropy_ptr + row).to(tl.float32)
+            if rows.mask is not None:
+                b = tl.where(_kept(rows, row), b, 0.0)
+            idle = idle & (b == 0.0)
+        if idle:
             _write_zeros(logits, gradient, tiles, tile)
         else:
             completion, _ = _completion_of(rows, row, row_length, num_completions)
@@ -105,8 +113,12 @@ def _logprobs_backward_kernel(
             peak = tl.load(statistics_ptr + row)
             log_total = tl.load(statistics_ptr + n_rows + row)
             log_total_kl = tl.load(statistics_ptr + 3 * tl.cast(n_rows, tl.int64) + row)
+            entropy = 0.0
+            if grad_entropy_ptr is not None:
+                entropy = tl.load(statistics_ptr + 2 * tl.cast(n_rows, tl.int64) + row)
+                b /= tau
             _write_gradient(logits, gradient, tiles, _token(rows.tokens, row, tile), peak, log_total, log_total_kl,
-                            c / tau, c_kl, LOG2E / tau, LOG2E / settings.kl_temperature, settings.softcap,
+                            entropy, c / tau, c_kl, b, LOG2E / tau, LOG2E / settings.kl_temperature, settings.softcap,
                             grad_kl_ptr is not None, tile)  # fmt: skip
 
 
@@ -139,11 +151,13 @@ def launch_logprobs(
 
 def launch_logprobs_backward(
     logits: Tensor, grad_logprobs: Tensor, rows: Rows, settings: Settings, num_completions: int, statistics: Tensor,
-    grad_kl: Tensor | None = None, gradient: Tensor | None = None, *, tile_of: TileSource,
+    grad_kl: Tensor | None = None, gradient: Tensor | None = None, *, grad_entropy: Tensor | None = None,
+    tile_of: TileSource,
 ) -> Tensor:  # fmt: skip
     """Gradient of the logits (B, L, V) from that of ℓ (N,); the rest as in `launch_logprobs`.
 
-    grad_kl (N,): of ℓ at the KL's temperature too. gradient: where it is written, the logits themselves if need be.
+    grad_kl (N,): of ℓ at the KL's temperature too; grad_entropy (N,): of -H. gradient: where it is written, the logits
+    themselves if need be.
     """
     b, length, vocab = logits.shape
     if gradient is None:
@@ -153,7 +167,7 @@ def launch_logprobs_backward(
     tile = tile_of()
     with on_device(logits.device):
         _logprobs_backward_kernel[grid_for(tile, b * length, logits.device)](
-            grad_logprobs, grad_kl, logits, *kernel_rows(rows, num_completions, READS_ROWS),
+            grad_logprobs, grad_kl, grad_entropy, logits, *kernel_rows(rows, num_completions, READS_ROWS),
             kernel_settings(settings, BACKWARD_READS_SETTINGS), statistics, gradient, b * length, length,
             vocab // tile.block, num_completions, *logits.stride()[:2], *gradient.stride()[:2],
             row_tile(tile, logits, gradient), **compiler_options(tile),

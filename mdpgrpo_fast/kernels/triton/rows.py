@@ -254,16 +254,23 @@ def _offsets(start, before, TAIL: tl.constexpr, tile):
 
 @triton.jit
 def _write_tile(
-    row, out, start, before, token, peak, a, scale, scale_kl, k, k_kl, c, c_kl, softcap, OWN: tl.constexpr,
-    TAIL: tl.constexpr, TWO_TEMPERATURES: tl.constexpr, tile,
+    row, out, start, before, token, peak, a, scale, scale_kl, bonus, shift, k, k_kl, c, c_kl, softcap,
+    OWN: tl.constexpr, TAIL: tl.constexpr, TWO_TEMPERATURES: tl.constexpr, tile,
 ):  # fmt: skip
+    """scale exp2(t) + scale_kl exp2(t_kl) + bonus exp2(t) (t + shift), t = k u + c, of a tile; a at the token."""
     places, offsets, inside = _columns(start, tile, tile.write_axis), _offsets(start, before, TAIL, tile), None
     if TAIL:
         inside = places < tile.vocab
     u, slope = _load(row + start + offsets, inside, softcap, "evict_first")
     if OWN:
         u = _logit(u, softcap) - peak
-    g = scale * tl.exp2(tl.fma(u, k, c))
+    t = tl.fma(u, k, c)
+    if bonus is not None:
+        # Finite also for a logit of -inf, whose exp is 0 and must not make 0 * inf; NaN stays.
+        t = tl.maximum(t, -1.0e5, propagate_nan=tl.PropagateNan.ALL)
+        # Of the token's tile the difference first, which is 0 where p is 1; of the others it is in scale.
+        scale = tl.fma(bonus, t + shift if OWN else t, scale)
+    g = scale * tl.exp2(t)
     if TWO_TEMPERATURES:
         g = tl.fma(scale_kl, tl.exp2(tl.fma(u, k_kl, c_kl)), g)
     if OWN:
@@ -279,15 +286,21 @@ def _write_tile(
 
 @triton.jit
 def _write_gradient(
-    row, out, tiles, token, peak, log_total, log_total_kl, a, a_kl, k, k_kl, softcap,
+    row, out, tiles, token, peak, log_total, log_total_kl, entropy, a, a_kl, b, k, k_kl, softcap,
     TWO_TEMPERATURES: tl.constexpr, tile,
 ):  # fmt: skip
-    """a (onehot - p) + a_kl (onehot - p_kl), last tile first: what `_read_row` read last is still in the L2 cache.
+    """a (onehot - p) + a_kl (onehot - p_kl) + b p (log p + entropy), last tile first: what `_read_row` read last is
+    still in the L2 cache.
 
-    Without TWO_TEMPERATURES, a_kl must be 0. `out` may be `row`: each tile is read before it is written.
+    Without TWO_TEMPERATURES, a_kl must be 0; b may be None. `out` may be `row`: each tile is read before it is written.
     """
     if softcap is not None:
         a, a_kl = 4.0 * a, 4.0 * a_kl  # of a quarter of the slope
+    bonus, shift = None, 0.0
+    if b is not None:
+        bonus, shift = b / LOG2E, entropy * LOG2E
+        if softcap is not None:
+            bonus *= 4.0
     # The tile with the row's own token compares columns, and takes differences from the maximum, as 1 - p must be 0
     # where p is 1. The others spend fewer instructions: they are off by some last bits of p.
     row, out, before = _first_whole(row, out, tile)
@@ -298,22 +311,26 @@ def _write_gradient(
     c = -log_total * LOG2E
     c_kl = -log_total_kl * LOG2E
     if tile.vocab % tile.block != 0:
-        _write_tile(row, out, tile.vocab // tile.block * tile.block, before, token, peak, a + a_kl, -a, -a_kl, k, k_kl,
-                    c, c_kl, softcap, True, True, TWO_TEMPERATURES, tile)  # fmt: skip
+        _write_tile(row, out, tile.vocab // tile.block * tile.block, before, token, peak, a + a_kl, -a, -a_kl, bonus,
+                    shift, k, k_kl, c, c_kl, softcap, True, True, TWO_TEMPERATURES, tile)  # fmt: skip
     if own < tiles:
-        _write_tile(row, out, own * tile.block, before, token, peak, a + a_kl, -a, -a_kl, k, k_kl, c, c_kl, softcap,
-                    True, False, TWO_TEMPERATURES, tile)  # fmt: skip
+        _write_tile(row, out, own * tile.block, before, token, peak, a + a_kl, -a, -a_kl, bonus, shift, k, k_kl, c,
+                    c_kl, softcap, True, False, TWO_TEMPERATURES, tile)  # fmt: skip
     if softcap is not None:
         k, k_kl = 2.0 * softcap * k, 2.0 * softcap * k_kl
         peak = (peak - softcap) / (2.0 * softcap)
     a *= -tl.exp2(c - _rounding(peak, k))
+    if b is not None:
+        # log2 p = t + c - rounding.
+        bonus *= tl.exp2(c - _rounding(peak, k))
+        a += bonus * (shift + (c - _rounding(peak, k)))
     a_kl *= -tl.exp2(c_kl - _rounding(peak, k_kl))
     others = tiles - (own < tiles).to(tl.int32)
     for i in tl.range(0, others, num_stages=tile.stages):
         j = others - 1 - i
         j += (j >= own).to(tl.int32)
-        _write_tile(row, out, j * tile.block, before, token, peak, 0.0, a, a_kl, k, k_kl, _offset(peak, k),
-                    _offset(peak, k_kl), softcap, False, False, TWO_TEMPERATURES, tile)  # fmt: skip
+        _write_tile(row, out, j * tile.block, before, token, peak, 0.0, a, a_kl, bonus, 0.0, k, k_kl,
+                    _offset(peak, k), _offset(peak, k_kl), softcap, False, False, TWO_TEMPERATURES, tile)  # fmt: skip
 
 
 @triton.jit

@@ -1,9 +1,9 @@
 """The objective over materialised logits: rewards or advantages and logits in, loss, gradient and statistics out.
 
-Up to three launches: `_completions_kernel` (lengths, and what couples the tokens of a completion at sequence level),
+Up to three launches: `_completions_kernel` (lengths, and what couples the tokens of a completion),
 `_token_loss_kernel` (every row: advantage, one sweep for the log-sum-exp, objective, one for the gradient) and
-`_totals_kernel` (sums, in a fixed order). Off-policy at sequence level `_logprobs_kernel` comes first, because ρ needs
-ℓ of the whole completion; the main kernel then reuses its statistics.
+`_totals_kernel` (sums, in a fixed order). Where what couples them needs ℓ or the entropy of the whole completion, as ρ
+does off-policy at sequence level, `_logprobs_kernel` comes first; the main kernel then reuses its statistics.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..schemas import BNPO, DAPO, DR_GRPO, GRPO, Groups, Rows, Settings, new_outputs
-from .completions import Coupling, launch_coupling, launch_totals
+from .completions import Coupling, launch_coupling, launch_totals, settled
 from .logprobs import launch_logprobs
-from .method import _advantage_of, _token_objective, _token_share
+from .method import _advantage_of, _coupled, _token_objective, _token_share
 from .rows import (
     LOG2E,
     _columns,
@@ -45,7 +45,8 @@ from .tiles import (
     row_tile,
 )
 
-READS_SETTINGS = all_but(Settings, "group_size")
+READS_SETTINGS = all_but(Settings, "group_size top_entropy_quantile")
+READS_ROWS = all_but(Rows, "sampling_logprobs")
 # Of `_scale_kernel` on a multiprocessor. With a program per row, 10^5 would start for the rows of a head's weight, only
 # to see a scale of 1.
 SCALE_WARPS = 32
@@ -54,17 +55,19 @@ SCALE_WARPS = 32
 @triton.jit(
     do_not_specialize=["n_rows", "row_length", "tiles", "num_completions", "G"],
     do_not_specialize_on_alignment=[
-        "denominator_ptr", "lengths_ptr", "ratio_ptr", "slope_ptr", "statistics_ptr", "per_row_ptr", "marks_ptr"
+        "denominator_ptr", "lengths_ptr", "ratio_ptr", "slope_ptr", "drift_ptr", "statistics_ptr", "per_row_ptr",
+        "marks_ptr",
     ],
 )  # fmt: skip
 def _token_loss_kernel(
     logits_ptr, gradient_ptr, rows, is_per_row, groups, settings, denominator_ptr, lengths_ptr, ratio_ptr, slope_ptr,
-    statistics_ptr, per_row_ptr, marks_ptr, n_rows, row_length, tiles, num_completions, stride_lb, stride_ll, stride_gb,
-    stride_gl, G, BLOCK_G: tl.constexpr, tile,
+    drift_ptr, statistics_ptr, per_row_ptr, marks_ptr, n_rows, row_length, tiles, num_completions, stride_lb, stride_ll,
+    stride_gb, stride_gl, G, BLOCK_G: tl.constexpr, tile,
 ):  # fmt: skip
     """Rows program_id, program_id + programs, ...: the whole objective of each, and its gradient row.
 
-    Per row, ∂loss/∂z = a (onehot - p) + a_kl (onehot - p_kl), a = c / τ: a cross-entropy with one weight per row.
+    Per row, ∂loss/∂z = a (onehot - p) + a_kl (onehot - p_kl), a = c / τ: a cross-entropy with one weight per row. An
+    entropy bonus adds b p (log p + H).
     """
     first = tl.program_id(0)
     n = tl.cast(n_rows, tl.int64)
@@ -98,25 +101,11 @@ def _token_loss_kernel(
             advantage, beta = _advantage_of(rows, is_per_row, groups, settings, G, completion, row, True, BLOCK_G)
             logprob = (z - peak) / tau - log_total
             kl_logprob = (z - peak) / settings.kl_temperature - log_total_kl if settings.two_temperatures else logprob
-            ratio, slope = 1.0, 0.0
-            if settings.sequence:
-                ratio = tl.load(ratio_ptr + completion)
-                slope = tl.load(slope_ptr + completion)
-            loss, c, kl, c_kl, ratio, clipped_low, clipped_high, clamped = _token_objective(
-                logprob,
-                kl_logprob,
-                tau,
-                advantage,
-                beta,
-                ratio,
-                slope,
-                rows,
-                is_per_row,
-                settings,
-                completion,
-                row,
-                True,
-            )
+            coupled = _coupled(ratio_ptr, slope_ptr, drift_ptr, completion, True)
+            loss, c, kl, c_kl, bonus, ratio, clipped_low, clipped_high, clamped = _token_objective(
+                logprob, kl_logprob, entropy, tau, advantage, beta, coupled, rows, is_per_row, settings, completion,
+                row, True,
+            )  # fmt: skip
             share = _token_share(denominator_ptr, lengths_ptr, settings, completion, True)
 
             tl.store(per_row_ptr + row, logprob)
@@ -134,11 +123,15 @@ def _token_loss_kernel(
                     a_kl = share * c_kl / settings.kl_temperature
                 else:
                     a += share * c_kl / tau
-                if (a == 0.0) & (a_kl == 0.0):
+                idle, b = (a == 0.0) & (a_kl == 0.0), None
+                if rows.entropy_coef is not None or settings.entropy_coef is not None:
+                    b = share * bonus / tau
+                    idle = idle & (b == 0.0)
+                if idle:
                     _write_zeros(logits, gradient, tiles, tile)
                 else:
-                    _write_gradient(logits, gradient, tiles, token, peak, log_total, log_total_kl, a, a_kl, k, k_kl,
-                                    settings.softcap, settings.two_temperatures, tile)  # fmt: skip
+                    _write_gradient(logits, gradient, tiles, token, peak, log_total, log_total_kl, entropy, a, a_kl, b,
+                                    k, k_kl, settings.softcap, settings.two_temperatures, tile)  # fmt: skip
         else:
             for i in tl.static_range(5):
                 tl.store(per_row_ptr + i * n + row, 1.0 if i == 3 else 0.0)
@@ -182,15 +175,15 @@ def launch_token_loss(
     """
     b, length, vocab = logits.shape
     n = b * length
-    settings = settings if groups.rewards is not None else settings.without_groups()
+    settings = settled(settings if groups.rewards is not None else settings.without_groups(), rows)
     per_row, marks = new_outputs(n, logits.device)
     coupling, statistics = Coupling(), None
     if n:
-        if settings.sequence or settings.aggregation == GRPO or denominator is None:
+        if settings.couples or settings.aggregation == GRPO or denominator is None:
             logprobs = None
-            if settings.sequence and rows.old_logprobs is not None:
+            if settings.first_pass(rows):
                 logprobs, statistics = launch_logprobs(logits, rows, settings, num_completions, tile_of=tile_of)
-            coupling = launch_coupling(logprobs, rows, groups, settings, num_completions, length)
+            coupling = launch_coupling(logprobs, statistics, rows, groups, settings, num_completions, length)
         if denominator is None:
             assert coupling.lengths is not None
             denominator = default_denominator(coupling.lengths, settings, max_completion_length)
@@ -202,7 +195,7 @@ def launch_token_loss(
             tile = tile_of()
             with on_device(logits.device):
                 _token_loss_kernel[grid_for(tile, n, logits.device)](
-                    logits, gradient, *kernel_rows(rows, num_completions, Rows._fields), kernel_groups(groups),
+                    logits, gradient, *kernel_rows(rows, num_completions, READS_ROWS), kernel_groups(groups),
                     kernel_settings(settings, READS_SETTINGS), denominator, *coupling, statistics, per_row, marks, n,
                     length, vocab // tile.block, num_completions, *logits.stride()[:2],
                     *((0, 0) if gradient is None else gradient.stride()[:2]), settings.group_size,

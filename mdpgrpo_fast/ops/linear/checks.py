@@ -9,7 +9,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...kernels.schemas import Rows
-from ..checks import Shape, check_device, check_floating, check_rows, look, refuse
+from ..checks import (
+    Shape,
+    as_tensor,
+    check_device,
+    check_floating,
+    check_rows,
+    check_tensor,
+    is_number,
+    kind_of,
+    look,
+    refuse,
+)
 from . import sharded
 from .chunks import bytes_per_row
 
@@ -24,6 +35,8 @@ def check_head(
 ) -> tuple[Shape, int]:  # fmt: skip
     """Returns the shape of the rows and B."""
     check_floating("hidden", hidden)
+    check_tensor("weight", weight)
+    check_tensor("bias", bias, optional=True)
     for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if x is None:
             continue
@@ -54,13 +67,17 @@ def check_head(
             refuse(name, f"{x.dtype}", "float64, as hidden is")
     if bias is not None and bias.dtype != weight.dtype:
         refuse("bias", f"{bias.dtype}", f"of the dtype of weight, {weight.dtype}")
-    if not (isinstance(logit_scale, (int, float)) and abs(logit_scale) < float("inf")):
+    if not (is_number(logit_scale) and abs(logit_scale) < float("inf")):
         refuse("logit_scale", logit_scale, "a finite number")
+    if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int):
+        refuse("workspace_bytes", kind_of(workspace_bytes), "a whole number, or None")
     needed = bytes_per_row(shape[0], dtype, fp32_logits)
     if workspace_bytes < needed:
         refuse("workspace_bytes", workspace_bytes, f"at least {needed}, what one row of V = {shape[0]} takes")
     vocab = shape[0]
     if group is not None:
+        if not (torch.compiler.is_compiling() or isinstance(group, dist.ProcessGroup)):
+            refuse("vocab_group", kind_of(group), "a process group, or None")
         if sharded.is_dtensor(weight) or hasattr(weight, "ds_id"):
             refuse("weight", f"a {type(weight).__name__}", "this rank's plain tensor where vocab_group is given")
         # First of all that may differ between ranks: one that raised would leave the others waiting.
@@ -76,7 +93,7 @@ def check_lengths(lengths: Lengths | None, rows: Rows, shape: Shape, num_complet
         return None
     if isinstance(lengths, Tensor) and lengths.device.type != "cpu":
         refuse("lengths", f"device {lengths.device}", "on the host: a list or a CPU tensor")
-    host = torch.as_tensor(lengths).detach()
+    host = as_tensor("lengths", lengths, torch.device("cpu"), "of whole numbers").detach()
     if host.dtype not in (torch.int32, torch.int64) or tuple(host.shape) != (num_completions,):
         refuse("lengths", f"{host.dtype} of shape {tuple(host.shape)}", f"integers of shape ({num_completions},)")
     if not look(host, None):

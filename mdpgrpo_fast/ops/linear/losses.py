@@ -13,7 +13,15 @@ from ...kernels.schemas import Rows, Settings
 from ...reference import TokenLoss
 from ..advantages import grouped, with_advantages
 from ..backends import choose
-from ..checks import check_advantages, check_device, check_objective
+from ..checks import (
+    Numbers,
+    as_rewards,
+    check_advantages,
+    check_device,
+    check_flags,
+    check_objective,
+    check_tensor,
+)
 from ..fused import as_token_loss, flat_rows, saved_gradient, scalar
 from . import op, sharded  # noqa: F401  op registers the ops
 from .checks import Lengths, check_head, check_lengths, compute_dtype
@@ -31,8 +39,8 @@ def linear_token_loss(
     *,
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
-    rewards: Tensor | None = None,
-    num_constraints: Tensor | None = None,
+    rewards: Numbers | None = None,
+    num_constraints: Numbers | float | None = None,
     valid: Tensor | None = None,
     groups: Tensor | None = None,
     advantage: Knob | None = None,
@@ -63,10 +71,12 @@ def linear_token_loss(
     """`token_loss` of logits = softcap(logit_scale (hidden weightᵀ + bias)), which are never built as a whole.
 
     Three matmuls where hidden and weight are trained, two where one of them is frozen, one where there is no gradient;
-    all of them in this call, and the backward pass only scales what it finds. One more where ρ is a completion's
-    (importance_level = sequence) and a completion has more rows than a chunk, or where its rows are packed on a GPU
-    without `lengths`. Same bits in every run, and a row's log-prob does not depend on what else is in the batch. Under
-    autocast the matmuls have its dtype.
+    all of them in this call, and the backward pass only scales what it finds. One more where the objective of a row
+    waits for others: tokens of a completion share a ratio, a weight or a gate (importance_level = sequence, gmpo,
+    vespo, off_policy_threshold) and a completion has more rows than a chunk, or its rows are packed on a GPU without
+    `lengths`; or top_entropy_quantile asks for the entropies of several chunks. With a frozen head that costs nothing:
+    d hidden is weighted when all is done (but with an entropy bonus, or two temperatures). Same bits in every run, and
+    a row's log-prob does not depend on what else is in the batch. Under autocast the matmuls have its dtype.
 
     Args:
         hidden: (B, L, D), or packed (T, D) with `completion`, float: the states that lm_head would see, each at the
@@ -95,6 +105,9 @@ def linear_token_loss(
     Returns: TokenLoss, `.loss` with gradients for hidden, weight and bias.
     Raises: ValueError naming the argument that does not fit, before anything is allocated; ConfigError.
     """
+    check_tensor("hidden", hidden)
+    check_flags(skip_idle=skip_idle, fp32_logits=fp32_logits, check_values=check_values)
+    rewards = None if rewards is None else as_rewards(rewards, hidden.device)
     if rewards is not None and num_completions is None and completion is not None:
         num_completions = rewards.numel()
     rows = Rows(
@@ -109,7 +122,7 @@ def linear_token_loss(
     check_device(hidden, "hidden", rewards=rewards, num_constraints=num_constraints, valid=valid, groups=groups)
     check_advantages(rows, num_completions, rewards, num_constraints, valid, groups)
     host_lengths = check_lengths(lengths, rows, shape, num_completions)
-    by_group = grouped(rewards, num_constraints, valid, groups, config, check_values)
+    by_group = grouped(rewards, num_constraints, valid, groups, config, check_values, hidden.device)
     dtype = compute_dtype(hidden)
     name = choose(backend, hidden.device, dtype)
     rows = with_advantages(rows, name, by_group, config)
@@ -150,6 +163,8 @@ def linear_token_logprobs(
     where it is trained, as what a row's gradient is multiplied by is known only there. For the objective of this
     library `linear_token_loss` needs less. Arguments, errors and memory as there; masked rows give 0.
     """
+    check_tensor("hidden", hidden)
+    check_flags(fp32_logits=fp32_logits, check_values=check_values)
     if hidden.ndim == 2 and completion is None:
         # Without a map every row is its own completion.
         completion, num_completions = torch.arange(len(hidden), device=hidden.device), len(hidden)

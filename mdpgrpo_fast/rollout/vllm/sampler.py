@@ -123,14 +123,19 @@ class RolloutEngine(ABC):
         top_p: float = 1.0,
         min_p: float = 0.0,
         seed: int | None = None,
+        generation_kwargs: dict[str, Any] | None = None,
+        pad: int | None = None,
     ) -> Rollout:
         """Draw num_generations completions of each of P prompts, N = P * G rows with groups adjacent.
 
         temperature: one of 0.01 or more for each of the N rows, or None for greedy. Truncation is in vLLM's order:
         min-p, then top-k, then top-p. seed: of these rows; None leaves them to the engine's own, which is faster.
-        policy_logprobs of the result are NaN, until `with_policy_logprobs` fills them in.
+        generation_kwargs: repetition_penalty alone. pad: of the prompts in the result; default: eos[0].
+        policy_logprobs of the result are NaN, until `with_policy_logprobs` fills them in; log_kept is NaN where tokens
+        are cut off, as vLLM does not tell what it kept.
 
-        Raises: ValueError for an empty prompt or a temperature that cannot be used; RolloutError where vLLM fails.
+        Raises: ValueError for an empty prompt, or a temperature or generation_kwargs that cannot be used; RolloutError
+        where vLLM fails.
         """
         check_prompts(prompts)
         rows = [p for p in prompts for _ in range(num_generations)]
@@ -141,6 +146,9 @@ class RolloutEngine(ABC):
                 f"temperature must be None (greedy) or one number of at least {MIN_TEMPERATURE} (vLLM's floor) for "
                 f"each of the {len(rows)} rows; got {temperature!r}"
             )
+        asked = generation_kwargs or {}
+        if more := [name for name in asked if name != "repetition_penalty"]:
+            raise ValueError(f"generation_kwargs of vLLM must be repetition_penalty alone; got {', '.join(more)}")
         common = {
             "top_k": 0 if greedy else top_k,
             "top_p": 1.0 if greedy else top_p,
@@ -150,19 +158,24 @@ class RolloutEngine(ABC):
             "stop_token_ids": eos,
             "ignore_eos": True,
             "logprobs": 0,  # none but the drawn token's
-            "repetition_penalty": 1.0,
+            "repetition_penalty": asked.get("repetition_penalty", 1.0),
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
         }
         rng = random.Random(seed)
         seeds = [None if seed is None or greedy else rng.getrandbits(62) for _ in rows]
         settings = [{**common, "temperature": t, "seed": s} for t, s in zip(temperatures, seeds, strict=True)]
-        return self._rollout(rows, temperatures, eos, self._complete(rows, settings))
+        truncates = not greedy and (top_k > 0 or top_p < 1 or min_p > 0)
+        kept = math.nan if truncates else 0.0
+        pads = (eos[0] if pad is None else pad, eos[0])
+        return self._rollout(rows, temperatures, pads, self._complete(rows, settings), kept)
 
     def _rollout(
-        self, rows: list[list[int]], temperatures: list[float], eos: list[int], completions: list[Completion]
-    ) -> Rollout:
-        ids, mask = left_pad(rows, eos[0], self.device)
+        self, rows: list[list[int]], temperatures: list[float], pads: tuple[int, int], completions: list[Completion],
+        kept: float,
+    ) -> Rollout:  # fmt: skip
+        """pads: of prompts and of completions; kept: log_kept of all tokens."""
+        ids, mask = left_pad(rows, pads[0], self.device)
         width = max(len(c.tokens) for c in completions)
 
         def padded(values: list[list[Any]], fill: Any) -> Tensor:
@@ -172,13 +185,13 @@ class RolloutEngine(ABC):
         return Rollout(
             prompt_ids=ids,
             prompt_mask=mask,
-            tokens=padded([c.tokens for c in completions], eos[0]),
+            tokens=padded([c.tokens for c in completions], pads[1]),
             lengths=torch.tensor([len(c.tokens) for c in completions], device=self.device),
             finished=torch.tensor([c.finished for c in completions], device=self.device),
             temperature=torch.tensor(temperatures, dtype=torch.float32, device=self.device),
             sampling_logprobs=logprobs,
             policy_logprobs=torch.full_like(logprobs, torch.nan),
-            log_kept=torch.full_like(logprobs, torch.nan),
+            log_kept=padded([[kept] * len(c.tokens) for c in completions], 0.0),
         )
 
     def sync(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:

@@ -13,6 +13,7 @@ from ...data.chat import prompt_limit
 from ...models.load import base_model, positions_of, read_config
 from ...models.lora import import_peft
 from ...ops import backends
+from ...rollout.processors import check_generation_kwargs
 from ...rollout.vllm.sampler import MIN_TEMPERATURE
 from ..checkpoint import check_resume
 from ..run_dir import check_output_dir
@@ -44,6 +45,7 @@ def check(run: TrainConfig, method: MDPGRPOConfig, *, model: bool = False, promp
     check_vllm(run, method)
     if not model:
         config = read_config(run.model, run.trust_remote_code)
+        check_generation_kwargs(run, getattr(config.get_text_config(), "vocab_size", None))
         prompt_limit(run, positions_of(config))
         check_memory(run, method, base_model(run.model), config, device)
 
@@ -51,6 +53,7 @@ def check(run: TrainConfig, method: MDPGRPOConfig, *, model: bool = False, promp
 def check_settings(run: TrainConfig, model: bool = False, prompts: bool = False) -> None:
     """What needs no look at anything else. model, prompts: whether they are given, in memory. Raises: ConfigError."""
     check_trackers(run.report_to)
+    check_generation_kwargs(run)
     if run.mixed_precision == "fp16" and device_of(run).type == "cpu":
         raise ConfigError("mixed_precision fp16 needs a GPU; bf16 works on the CPU too")
     if run.train_file is None and not prompts and (run.model is not None or model):

@@ -16,6 +16,7 @@ from mdpgrpo_fast import linear_token_logprobs, linear_token_loss
 from mdpgrpo_fast.kernels import onednn
 from mdpgrpo_fast.ops.linear import chunks
 
+NOTHING: dict[str, Any] = {}
 backends = pytest.mark.parametrize("backend", BACKENDS)
 levels = pytest.mark.parametrize("level", ["token", "sequence"])
 
@@ -104,12 +105,15 @@ def test_no_matmul_more_than_needed(dtype: str, monkeypatch: pytest.MonkeyPatch)
     unit, hidden = 64 * 64 * 16, batch.logits.requires_grad_()
     wide = {"workspace_bytes": budget(head, 32), "fp32_logits": False}
 
-    def count(frozen: bool, gradient: bool = True, level: Any = "token", **more: Any) -> float:
+    def count(
+        frozen: bool, gradient: bool = True, level: Any = "token", config: dict[str, Any] = NOTHING, **more: Any
+    ) -> float:  # fmt: skip
         leaves = head.leaves(frozen)
 
         def both() -> None:
             with torch.set_grad_enabled(gradient):
-                out = call("torch", hidden, leaves, batch, config_for(importance_level=level), **{**wide, **more})
+                knobs = config_for(importance_level=level, **config)
+                out = call("torch", hidden, leaves, batch, knobs, **{**wide, **more})
             if gradient:
                 out.loss.backward()
 
@@ -120,6 +124,13 @@ def test_no_matmul_more_than_needed(dtype: str, monkeypatch: pytest.MonkeyPatch)
     assert count(False, temperature=EACH) == 3, "two temperatures are mixed in the workspace"
     assert count(False, level="sequence", old_logprobs=None, workspace_bytes=budget(head, 8)) == 3
     assert count(False, level="sequence", workspace_bytes=budget(head, 8)) == 4
+    assert count(True, level="sequence", workspace_bytes=budget(head, 8)) == 2, "a frozen head's unit gradient waits"
+    for loss in ("cispo", "sapo", "gmpo", "vespo"):
+        assert count(False, config={"loss": loss}) == 3 and count(True, config={"loss": loss}) == 2, loss
+    bonus, quantile = {"entropy_coef": 0.1}, {"top_entropy_quantile": 0.5}
+    assert count(False, config=bonus) == 3 and count(True, config=bonus) == 2, "the workspace is read twice"
+    assert count(False, config=quantile, workspace_bytes=budget(head, 64)) == 3, "all rows are one chunk"
+    assert count(False, config=quantile) == 4 and count(True, config=quantile) == 2
     half = {"advantage": batch.advantage * torch.tensor([1.0, 0, 1, 0]), "ref_logprobs": None}
     assert count(False, **half) == 1.5, "idle rows are not multiplied"
 

@@ -34,6 +34,9 @@ def test_a_rollout_has_the_rows_in_order_with_what_was_drawn(engine: Any) -> Non
     expected = -torch.tensor(TAUS)[:, None] - torch.arange(5) / 8
     assert torch.equal(r.sampling_logprobs, expected.masked_fill(~r.mask, 0))
     assert r.policy_logprobs.shape == (6, 5) and r.policy_logprobs.isnan().all()
+    assert not r.log_kept.any(), "nothing is cut"
+    cut = engine.generate(PROMPTS, **ARGS, top_p=0.9)
+    assert torch.equal(cut.log_kept.isnan(), cut.mask), "vLLM does not tell"
     assert engine.logprobs_mode == "processed_logprobs"
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import AttentionInterface
 
-from ..models.shared_prompt import attention_named
-from ..ops import backends
+from ...models.shared_prompt import attention_named
+from ...ops import backends
 
 NAME = "mdpgrpo_decode"
 
@@ -43,7 +43,7 @@ def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
 def decode_attention(query: Tensor, keys: Tensor, values: Tensor, *more: Any) -> Tensor:
     """As `plain_attention`, on a GPU by a kernel that reads only what is there, whatever lies beside it."""
     if has_kernels(query.device, query.dtype):
-        from ..kernels.triton.decode.attention import launch_attention, takes
+        from ...kernels.triton.decode.attention import launch_attention, takes
 
         if takes(query, keys, values):
             return launch_attention(query, keys, values, *more)

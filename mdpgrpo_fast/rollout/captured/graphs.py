@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..log import say_once
-from .decoding import Decoder
+from ...log import say_once
+from ..decoding import Decoder
+from ..record import Sampling
 from .fixed import FixedSteps, Unfit
-from .record import Sampling
 
 FEWEST_STEPS = 16  # of a call for which a capture pays: it takes as long as a few steps of the model as it is
 # Of the GPU's memory, for a cache that stays between calls, beside weights copied together (`fused.MERGED_SHARE`); a

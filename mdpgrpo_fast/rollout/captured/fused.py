@@ -67,7 +67,7 @@ class Fused:
             self._rotary(sys.modules.get(name), next(model.parameters()))
 
     def _norm(self, module: Any) -> None:
-        from ..kernels.triton.decode import blocks
+        from ...kernels.triton.decode import blocks
 
         weight, eps = module._parameters.get("weight"), getattr(module, "variance_epsilon", None)
         eps = getattr(module, "eps", None) if eps is None else eps
@@ -84,7 +84,7 @@ class Fused:
                 return
 
     def _linears(self, module: Any) -> None:
-        from ..kernels.triton.decode import blocks
+        from ...kernels.triton.decode import blocks
 
         if heads := self._merge(module, "q_proj", "k_proj", "v_proj"):
             self.forwards += [(x, partial(heads.part, i)) for i, x in enumerate(heads.layers)]
@@ -104,7 +104,7 @@ class Fused:
         return self.merged[-1]
 
     def _rotary(self, place: Any, like: Tensor) -> None:
-        from ..kernels.triton.decode import blocks
+        from ...kernels.triton.decode import blocks
 
         if (original := getattr(place, ROTARY, None)) is None:
             return

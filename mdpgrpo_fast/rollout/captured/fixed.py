@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from ..record import Record, Sampling
 from .attention import attention_of, decode_attention, has_kernels
 from .fused import Fused
-from .record import Record, Sampling
 
 ROOM = 256  # the cache's length is a multiple: prompts of other lengths often fit without another capture
 SMALLEST = 8  # rows below which a smaller batch saves nothing: a step then takes as long as reading the weights
@@ -47,7 +47,7 @@ class FixedLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self.has_kernels:
-            from ..kernels.triton.decode.blocks import append
+            from ...kernels.triton.decode.blocks import append
 
             append(key_states, value_states, self.keys, self.values, self.place)
         else:
