@@ -41,7 +41,7 @@ MDPGRPO_INLINE R clamped(R x, R low, R high) {
   X(advantage, -1)       \
   X(kl_beta, -1)         \
   X(temperature, 0) X(epsilon_low, 1) X(epsilon_high, 2) X(delta, 3) X(entropy_coef, 12) X(entropy_floor, 13)
-#define MDPGRPO_PER_ROW(X) X(old_logprobs) X(ref_logprobs) X(importance_weight) X(sampling_logprobs)
+#define MDPGRPO_PER_ROW(X) X(old_logprobs) X(ref_logprobs) X(importance_weight) X(sampling_logprobs) X(logit_floor)
 
 template <class R>
 struct Knob {

@@ -283,7 +283,7 @@ void token_loss(StableIValue* stack, uint64_t, uint64_t) {
     // What the tokens of a completion share needs all of them first; until it is known there is room in the output.
     float* const kept = record.per_row;
     parallel(n, grain, [&](int64_t begin, int64_t end) {
-      const Sweep sweep(logits, rows.tokens, options, settings.kl_temperature);
+      const Sweep sweep(logits, rows.tokens, options, settings.kl_temperature, rows.logit_floor);
       for (int64_t row = begin; row < end; ++row) {
         if (!rows.kept(row)) continue;
         const double tau = rows.temperature_of(rows.completion_of(row), row);
@@ -306,7 +306,7 @@ void token_loss(StableIValue* stack, uint64_t, uint64_t) {
 
   options.keep = gradient.wanted;
   parallel(n, grain, [&](int64_t begin, int64_t end) {
-    const Sweep sweep(logits, rows.tokens, options, settings.kl_temperature);
+    const Sweep sweep(logits, rows.tokens, options, settings.kl_temperature, rows.logit_floor);
     for (int64_t row = begin; row < end; ++row) {
       if (!rows.kept(row)) {
         record.masked(row);
@@ -355,7 +355,7 @@ void logprobs(StableIValue* stack, uint64_t, uint64_t) {
   float* const statistics = elements<float>(statistics_, 5 * n);
   const RowOptions options{logits.vocab, settings.softcap, settings.two_temperatures, gradient.wanted};
   parallel(n, GRAIN / std::max<int64_t>(logits.vocab, 1), [&](int64_t begin, int64_t end) {
-    const Sweep sweep(logits, rows.tokens, options, settings.kl_temperature);
+    const Sweep sweep(logits, rows.tokens, options, settings.kl_temperature, rows.logit_floor);
     for (int64_t row = begin; row < end; ++row) {
       double values[6] = {};
       if (rows.kept(row)) {
@@ -404,7 +404,7 @@ void logprobs_backward(StableIValue* stack, uint64_t, uint64_t) {
   const float* const statistics = elements<float>(statistics_, 5 * n);
   const RowOptions options{logits.vocab, settings.softcap, grad_kl != nullptr, true};
   parallel(n, GRAIN / std::max<int64_t>(logits.vocab, 1), [&](int64_t begin, int64_t end) {
-    const Sweep sweep(logits, rows.tokens, options, settings.kl_temperature);
+    const Sweep sweep(logits, rows.tokens, options, settings.kl_temperature, rows.logit_floor);
     for (int64_t row = begin; row < end; ++row) {
       const double tau = rows.temperature_of(b == 0 ? 0 : rows.completion_of(row), row);
       const double a = grad[row] / tau, a_kl = grad_kl == nullptr ? 0 : grad_kl[row] / settings.kl_temperature;

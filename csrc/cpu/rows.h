@@ -51,7 +51,8 @@ struct RowKernels {
   // With the arithmetic of the rows: the peak's own z is exactly the peak.
   Logit (*at[3])(const void* row, int64_t column, double softcap);
   // k = log2(e) / τ. Into scratch: exp2(k (z - peak of the block)), and what the soft-cap does to a gradient.
-  RowStatistics (*read[3])(const void* row, const RowOptions&, double k, double k_kl, float* scratch);
+  // least: what is below it is in no sum but the KL's, and its exponential is 0; at most the peak, -inf: all are in.
+  RowStatistics (*read[3])(const void* row, const RowOptions&, double k, double k_kl, float least, float* scratch);
   // From scratch alone, so that `out` may be the row. streaming: past the caches, for memory that no one reads soon.
   // next: what will be read after, of which the beginning is fetched meanwhile.
   void (*write[3])(void* out, const RowOptions&, double k, double k_kl, const RowStatistics&, const RowWeights&,

@@ -196,23 +196,33 @@ struct Sums {
   Floats total = {}, moment = {}, total_kl = {};
 };
 
-template <bool TWO>
-inline Floats accumulate(Floats z, Floats peak, Floats k, Floats k_kl, Sums& sums, Floats& e_kl) {
+// same: k_kl is k, so that of a part only the sums are two.
+template <bool TWO, bool PART>
+inline Floats accumulate(Floats z, Floats peak, Floats k, Floats k_kl, bool same, Floats least, Sums& sums,
+                         Floats& e_kl) {
   const Floats d = z - peak;
   Floats t = d * k;
-  const Floats e = exp2_of(t);
+  const Floats whole = exp2_of(t);
+  Floats e = whole;
+  if (PART) e = z < least ? Floats{} : whole;
   sums.total += e;
   sums.moment += t * e;
   if (TWO) {
-    Floats t_kl = d * k_kl;
-    e_kl = exp2_of(t_kl);
+    if (PART && same) {
+      e_kl = whole;
+    } else {
+      Floats t_kl = d * k_kl;
+      e_kl = exp2_of(t_kl);
+    }
     sums.total_kl += e_kl;
   }
   return e;
 }
 
-template <class E, bool TWO, bool CAP, bool KEEP>
-RowStatistics read_row(const typename E::Storage* row, const RowOptions& o, double k, double k_kl, float* scratch) {
+// PART: only of the columns that are not below `least`.
+template <class E, bool TWO, bool CAP, bool KEEP, bool PART>
+RowStatistics read_row(const typename E::Storage* row, const RowOptions& o, double k, double k_kl, float least,
+                       float* scratch) {
   const int64_t blocks = (o.vocab + BLOCK - 1) / BLOCK;
   float* const kept_kl = scratch + blocks * BLOCK;
   float* const kept_slope = kept_kl + (TWO ? blocks * BLOCK : 0);
@@ -262,7 +272,7 @@ RowStatistics read_row(const typename E::Storage* row, const RowOptions& o, doub
     const auto z_at = [&](int64_t at) { return CAP ? Float32::load(z_of_block + at) : E::load(x + at); };
     const auto add = [&](Floats z, int64_t at, Sums& own) {
       Floats e_kl = {};
-      const Floats e = accumulate<TWO>(z, all(base), k_all, k_kl_all, own, e_kl);
+      const Floats e = accumulate<TWO, PART>(z, all(base), k_all, k_kl_all, k == k_kl, all(least), own, e_kl);
       if (KEEP) {
         Float32::store(e_out + at, e);
         if (TWO) Float32::store(kept_kl + start + at, e_kl);
@@ -380,20 +390,27 @@ void scale_row(void* row, int64_t vocab, float factor) {
 
 // ---- the table ------------------------------------------------------------------------------------------------------
 
-template <class E, bool TWO, bool CAP>
-RowStatistics read_kept(const void* row, const RowOptions& o, double k, double k_kl, float* scratch) {
+template <class E, bool TWO, bool CAP, bool PART>
+RowStatistics read_kept(const void* row, const RowOptions& o, double k, double k_kl, float least, float* scratch) {
   const auto* x = static_cast<const typename E::Storage*>(row);
-  return o.keep ? read_row<E, TWO, CAP, true>(x, o, k, k_kl, scratch)
-                : read_row<E, TWO, CAP, false>(x, o, k, k_kl, scratch);
+  return o.keep ? read_row<E, TWO, CAP, true, PART>(x, o, k, k_kl, least, scratch)
+                : read_row<E, TWO, CAP, false, PART>(x, o, k, k_kl, least, scratch);
 }
 
-template <class E>
-RowStatistics read(const void* row, const RowOptions& o, double k, double k_kl, float* scratch) {
+template <class E, bool PART>
+RowStatistics read_part(const void* row, const RowOptions& o, double k, double k_kl, float least, float* scratch) {
   if (o.softcap > 0)
-    return o.two_temperatures ? read_kept<E, true, true>(row, o, k, k_kl, scratch)
-                              : read_kept<E, false, true>(row, o, k, k_kl, scratch);
-  return o.two_temperatures ? read_kept<E, true, false>(row, o, k, k_kl, scratch)
-                            : read_kept<E, false, false>(row, o, k, k_kl, scratch);
+    return o.two_temperatures ? read_kept<E, true, true, PART>(row, o, k, k_kl, least, scratch)
+                              : read_kept<E, false, true, PART>(row, o, k, k_kl, least, scratch);
+  return o.two_temperatures ? read_kept<E, true, false, PART>(row, o, k, k_kl, least, scratch)
+                            : read_kept<E, false, false, PART>(row, o, k, k_kl, least, scratch);
+}
+
+// A `least` of NaN is none.
+template <class E>
+RowStatistics read(const void* row, const RowOptions& o, double k, double k_kl, float least, float* scratch) {
+  return least > NEG_INF ? read_part<E, true>(row, o, k, k_kl, least, scratch)
+                         : read_part<E, false>(row, o, k, k_kl, least, scratch);
 }
 
 template <class E, bool BONUS>

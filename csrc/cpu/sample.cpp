@@ -59,10 +59,15 @@ int64_t draw(const Sweep& sweep, const Row& r, double u) {
   return own * BLOCK + std::max<int64_t>(place, 0);
 }
 
-// As `draw`, of the columns that truncation leaves, the most likely first. total: their sum of exp((z - peak) / τ), and
-// kept: which share of all columns' it is; both NaN of a row without a number.
-int64_t draw_truncated(const Sweep& sweep, const Row& r, double u, const Truncation& truncation, double& total,
-                       double& kept) {
+// What truncation leaves of a row: Σ exp((z - peak) / τ), which share of all columns' it is, the last column that is
+// left, in the order of their likelihood, and the first that is not, -1: all are.
+struct Support {
+  double total = NOT_A_NUMBER, share = NOT_A_NUMBER;
+  int64_t last = 0, next = -1;
+};
+
+// As `draw`, of the columns that truncation leaves, the most likely first; of a row without a number nothing is.
+int64_t draw_truncated(const Sweep& sweep, const Row& r, double u, const Truncation& truncation, Support& support) {
   std::vector<double> weights;
   std::vector<int64_t> ids;
   double all = 0;
@@ -74,7 +79,6 @@ int64_t draw_truncated(const Sweep& sweep, const Row& r, double u, const Truncat
       all += weights.back();
     }
   }
-  total = kept = NOT_A_NUMBER;
   if (!(all > 0)) return 0;
   const double whole = all;
   const auto weight_of = [&](int64_t id) { return weights[static_cast<size_t>(id)]; };
@@ -103,12 +107,19 @@ int64_t draw_truncated(const Sweep& sweep, const Row& r, double u, const Truncat
   const double least = truncation.min_p * at(0);
   // One goes, with all after it, where those before it hold top_p, or it is less likely than min_p of the first.
   int64_t left = 0;
-  for (total = 0; left < size; ++left) {
+  double total = 0;
+  for (; left < size; ++left) {
     if (left == sorted) sort_to(4 * sorted);
     if (left > 0 && (total >= truncation.top_p * all || at(left) < least || at(left) == 0)) break;
     total += at(left);
   }
-  kept = std::min(total / whole, 1.0);  // sums in another order are rounded otherwise
+  support.total = total, support.share = std::min(total / whole, 1.0);  // sums in another order are rounded otherwise
+  support.last = ids[static_cast<size_t>(left - 1)];
+  // Behind those that top-k left there is no order.
+  if (left < size)
+    support.next = ids[static_cast<size_t>(left)];
+  else if (first + size != ids.end())
+    support.next = *std::min_element(first + size, ids.end(), likelier);
   double before = 0;
   return ids[static_cast<size_t>(first_over(share(u, total), before, left, at))];
 }
@@ -129,9 +140,9 @@ const char* const SAMPLE =
     "(Tensor logits, Tensor temperature, Tensor noise, Tensor truncation, Tensor(a!) tokens, Tensor(b!) logprobs) -> "
     "()";
 
-// One token a row, its log-probs under what it was drawn from and at temperature 1, and the log of the share of its
-// row's probability that truncation left; without temperatures the most likely one. truncation: top_k, top_p, min_p;
-// noise: uniform in [0, 2⁵³).
+// One token a row, its log-probs under what it was drawn from and at temperature 1, the log of the share of its row's
+// probability that truncation left, and a logit between those that it left and the others; without temperatures the
+// most likely one. truncation: top_k, top_p, min_p; noise: uniform in [0, 2⁵³).
 void sample(StableIValue* stack, uint64_t, uint64_t) {
   Arguments args(stack, aoti_torch_device_type_cpu());
   const Tensor logits_ = args.tensor("logits"), temperature_ = args.tensor("temperature"),
@@ -144,7 +155,7 @@ void sample(StableIValue* stack, uint64_t, uint64_t) {
   const Truncation truncation{static_cast<int64_t>(given[0]), given[1], given[2]};
   const int64_t* const noise = elements<int64_t>(noise_, n, temperature == nullptr);
   int64_t* const tokens = elements<int64_t>(tokens_, n);
-  float* const out = elements<float>(logprobs_, 3 * n);
+  float* const out = elements<float>(logprobs_, 4 * n);
   const RowOptions options{logits.vocab, 0, temperature != nullptr, true};
   parallel(n, GRAIN / std::max<int64_t>(logits.vocab, 1), [&](int64_t begin, int64_t end) {
     const Sweep sweep(logits, tokens, options, 1);
@@ -154,13 +165,15 @@ void sample(StableIValue* stack, uint64_t, uint64_t) {
       const Row r = sweep.read(row, tau, true);
       const RowStatistics& s = r.statistics;
       const double u = temperature == nullptr ? 0 : static_cast<double>(noise[row]) * 0x1p-53;
-      double log_total = s.log_total, kept = 1;
+      double log_total = s.log_total, kept = 1, floor = -HUGE_VAL;
       if (temperature == nullptr) {
         tokens[row] = first_of_peak(sweep, row, r);
       } else if (truncation.any(logits.vocab)) {
-        double total;
-        tokens[row] = draw_truncated(sweep, r, u, truncation, total, kept);
-        log_total = std::log(total);
+        Support support;
+        tokens[row] = draw_truncated(sweep, r, u, truncation, support);
+        log_total = std::log(support.total), kept = support.share;
+        // Halfway, so that logits that are rounded otherwise elsewhere stay on their side.
+        if (support.next >= 0) floor = (sweep.at(row, support.last).z + sweep.at(row, support.next).z) / 2;
       } else {
         tokens[row] = draw(sweep, r, u);
       }
@@ -168,6 +181,7 @@ void sample(StableIValue* stack, uint64_t, uint64_t) {
       out[row] = static_cast<float>(gap / tau - log_total);
       out[n + row] = temperature == nullptr ? out[row] : static_cast<float>(gap - s.log_total_kl);
       out[2 * n + row] = static_cast<float>(std::log(kept));
+      out[3 * n + row] = static_cast<float>(floor);
     }
   });
 }

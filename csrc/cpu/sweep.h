@@ -55,8 +55,10 @@ struct Row {
 
 class Sweep {
  public:
-  Sweep(const Logits& logits, const int64_t* tokens, const RowOptions& options, double kl_temperature)
-      : logits_(logits), tokens_(tokens), options_(options), k_kl_(LOG2E / kl_temperature),
+  // logit_floor, of each row: what is under it, and under the token's own z, is in no softmax but the KL's.
+  Sweep(const Logits& logits, const int64_t* tokens, const RowOptions& options, double kl_temperature,
+        const float* logit_floor = nullptr)
+      : logits_(logits), tokens_(tokens), logit_floor_(logit_floor), options_(options), k_kl_(LOG2E / kl_temperature),
         scratch_(new float[static_cast<size_t>(scratch_floats(options)) + 16]) {
     scratch_start_ = scratch_.get();
     while (reinterpret_cast<uintptr_t>(scratch_start_) % 64 != 0) ++scratch_start_;
@@ -69,7 +71,7 @@ class Sweep {
     if (!known) r.own.z = NOT_A_NUMBER;
     r.k = LOG2E / tau, r.k_kl = k_kl_;
     RowStatistics& s = r.statistics;
-    s = kernels_.read[logits_.element](x, options_, r.k, k_kl_, scratch_start_);
+    s = kernels_.read[logits_.element](x, options_, r.k, k_kl_, least(row, r.own.z), scratch_start_);
     // As they are returned: whoever computes ℓ from them comes to the same bits.
     s.log_total = static_cast<float>(s.log_total), s.log_total_kl = static_cast<float>(s.log_total_kl);
     // As it is returned: with it as the old one, the ratio is exactly 1.
@@ -111,9 +113,17 @@ class Sweep {
   int64_t width(int64_t block) const { return std::min(BLOCK, options_.vocab - block * BLOCK); }
 
  private:
+  // The smallest z of a row's support; nothing is below a NaN.
+  float least(int64_t row, double own) const {
+    if (logit_floor_ == nullptr) return -HUGE_VALF;
+    const float floor = logit_floor_[row], z = static_cast<float>(own);
+    return floor > z ? z : z == z ? floor : z;
+  }
+
   const RowKernels& kernels_ = row_kernels();
   const Logits& logits_;
   const int64_t* tokens_;
+  const float* logit_floor_;
   RowOptions options_;
   double k_kl_;
   std::unique_ptr<float[]> scratch_;

@@ -48,6 +48,7 @@ inline RowCall row_call(StableIValue* stack, int32_t device_type) {
   p.rows = given.rows<float>(n, length, b);
   p.settings = given.settings<float>();
   check(p.rows.advantage.each != nullptr && p.rows.kl_beta.each != nullptr, "advantage and kl_beta must be given");
+  check(p.rows.logit_floor == nullptr, "rows with a logit_floor are not for this kernel");
   p.denominator = elements<float>(denominator, 1);
   p.lengths = elements<float>(lengths, b, p.settings.aggregation != 0);
   p.ratio = elements<float>(ratio, b, !p.settings.couples_ratio());

@@ -82,6 +82,11 @@ _RULES: list[Rule] = [
         "there is no importance weight (--temperature-objective corrected, --sampler-correction)",
     ),
     (
+        "truncated_logprobs",
+        lambda run, m: m.truncated_logprobs and not m.truncates,
+        "no token is cut (--top-p, --top-k, --min-p)",
+    ),
+    (
         "sampler_correction",
         lambda run, m: m.sampler_correction and m.temperature_objective == "corrected",
         "--temperature-objective corrected weighs by itself",

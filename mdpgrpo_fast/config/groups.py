@@ -11,7 +11,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
             scale_rewards baseline multi_objective_aggregation advantage_clip kl_gradient kl_in
             entropy_coef entropy_target entropy_coef_delta entropy_coef_min entropy_coef_max top_entropy_quantile
             sampler_correction importance_weight_floor importance_weight_level importance_weight_kind
-            off_policy_threshold sync_reference reference_mix""",
+            off_policy_threshold truncated_logprobs sync_reference reference_mix""",
         "sampling": """num_generations multi_temperature temperatures temperature top_p top_k min_p
             max_completion_length repetition_penalty generation_kwargs refill seed""",
         "model and data": """model tokenizer train_file eval_file split eval_split prompt_column columns on_bad_row
@@ -45,6 +45,6 @@ ADVANCED = frozenset(
     vespo_lambda_neg horizon baseline multi_objective_aggregation advantage_clip kl_gradient kl_in entropy_target
     entropy_coef_delta entropy_coef_min entropy_coef_max top_entropy_quantile sampler_correction
     importance_weight_floor importance_weight_level importance_weight_kind off_policy_threshold sync_reference
-    reference_mix repetition_penalty generation_kwargs mini_batches scale_rewards entropy_coef
+    truncated_logprobs reference_mix repetition_penalty generation_kwargs mini_batches scale_rewards entropy_coef
     """.split()
 )

@@ -81,6 +81,9 @@ class MDPGRPOConfig:
         "a truncated importance weight (corrected)",
     )
     rescale_per_row: bool = knob(False, "per_row only: multiply the policy term by the temperature, undoing 1/tau")
+    truncated_logprobs: bool = knob(
+        False, "per_row: log-probs of training are over the tokens that top-p, top-k and min-p kept"
+    )
     sampler_correction: bool = knob(
         False,
         "per_row: weigh by what the trainer's policy says of a token over what the sampler said, as corrected does",
@@ -212,12 +215,22 @@ class MDPGRPOConfig:
             )
         if self.rescale_per_row and self.temperature_objective != "per_row":
             raise ConfigError("rescale_per_row needs temperature_objective = per_row")
+        if self.truncated_logprobs and self.temperature_objective != "per_row":
+            raise ConfigError(
+                "truncated_logprobs needs temperature_objective = per_row: the tokens are those that were kept at the "
+                "row's temperature"
+            )
 
     @property
     def slot_temperatures(self) -> list[float]:
         """Sampling temperature of each of the G slots of a group."""
         taus = self.temperatures if self.multi_temperature else [self.temperature]
         return list(taus) * (self.num_generations // len(taus))
+
+    @property
+    def truncates(self) -> bool:
+        """Whether tokens are drawn from less than the whole vocabulary."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
     @property
     def running_goal(self) -> bool:

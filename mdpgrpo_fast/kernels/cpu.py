@@ -109,19 +109,19 @@ def launch_advantages(groups: Groups, settings: Settings) -> tuple[Tensor, Tenso
 
 def sample(
     logits: Tensor, temperature: Tensor | None, truncation: tuple[int, float, float], noise: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `rollout.sampling.sample`; truncation: top_k, top_p, min_p; noise (R,): wanted beside a temperature (R,)."""
     n = len(logits)
     tokens = torch.empty(n, dtype=torch.int64, device=CPU)
-    logprobs = torch.empty(3, n, dtype=torch.float32, device=CPU)
+    logprobs = torch.empty(4, n, dtype=torch.float32, device=CPU)
     if n:
         _raw._cpu_sample(
             logits=logits[None] if logits.stride(1) == 1 else logits[None].contiguous(),
             temperature=as_raw(temperature, logits), noise=as_raw(noise, logits, torch.int64), tokens=tokens,
             truncation=torch.tensor(truncation, dtype=torch.float64, device=CPU), logprobs=logprobs,
         )  # fmt: skip
-    sampling, policy, log_kept = logprobs.unbind()
-    return tokens, sampling, policy, log_kept
+    sampling, policy, log_kept, logit_floor = logprobs.unbind()
+    return tokens, sampling, policy, log_kept, logit_floor
 
 
 def launch_scale(gradient: Tensor, scale: Tensor) -> None:

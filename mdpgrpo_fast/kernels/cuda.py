@@ -1,6 +1,7 @@
 """The Hopper kernel (csrc/cuda) as torch.library ops `mdpgrpo_fast::cuda_*`.
 
-It takes the rows of `token_loss`; whatever is beside them, and the other ops, are the Triton kernels.
+It takes the rows of `token_loss`, but for those with a logit_floor; whatever is beside them, those, and the other ops
+are the Triton kernels.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ def launch_token_loss(
         if groups.slots is not None:
             advantage, kl_beta = advantage[groups.slots], kl_beta[groups.slots]
         rows = rows._replace(advantage=advantage, kl_beta=kl_beta)
+    launch_rows = _launch_rows if rows.logit_floor is None else None
     return launch_triton_token_loss(
-        logits, gradient, rows, Groups(), settings, *rest, launch_rows=_launch_rows, **options
+        logits, gradient, rows, Groups(), settings, *rest, launch_rows=launch_rows, **options
     )
 
 

@@ -61,12 +61,14 @@ class Rows(NamedTuple):
     epsilon_high: Any = None
     delta: Any = None
     sampling_logprobs: Any = None  # read where Settings.masks_off_policy is on
+    # z under which a logit is in no softmax but that of the KL, if it is under the token's own too
+    logit_floor: Any = None
     entropy_coef: Any = None
     entropy_floor: Any = None  # entropy under which a row is in neither the policy term nor the bonus
 
     def for_logprobs(self) -> Rows:
         """What log-probs and entropy take."""
-        return Rows(self.tokens, self.mask, self.completion, temperature=self.temperature)
+        return Rows(self.tokens, self.mask, self.completion, temperature=self.temperature, logit_floor=self.logit_floor)
 
     def part(self, start: int, stop: int) -> Rows:
         """Some of the rows, where every member has one value per row; each begins on 16 bytes, as kernels want it."""
@@ -126,7 +128,7 @@ class Settings(NamedTuple):
     estimator: int = 3  # place in ESTIMATORS, from 1 on
     aggregation: int = DAPO  # place in AGGREGATION
     rescale: int = 0  # multiply the policy term by τ
-    two_temperatures: int = 0  # the KL's log-probs are at another temperature than the policy's
+    two_temperatures: int = 0  # the KL's log-probs are at another temperature than the policy's, or of all tokens
     group_size: int = 1  # G
     sample_std: int = 0
     goal_mean: int = 0  # place in GOAL_MEAN
@@ -147,7 +149,8 @@ class Settings(NamedTuple):
         def number(x: Any, default: float) -> float:
             return default if x is None or isinstance(x, Tensor) else float(x)
 
-        two_temperatures = isinstance(rows.temperature, Tensor) or rows.temperature != c.kl_temperature
+        own_kl = isinstance(rows.temperature, Tensor) or rows.temperature != c.kl_temperature
+        own_kl = own_kl or rows.logit_floor is not None
         beta_pos, beta_neg = c.betas
         return cls(
             temperature=number(rows.temperature, 1.0),
@@ -177,7 +180,7 @@ class Settings(NamedTuple):
             estimator=1 + ESTIMATORS.index(c.kl_estimator),
             aggregation=AGGREGATION.index(c.aggregation),
             rescale=int(c.rescale_per_row),
-            two_temperatures=int(rows.ref_logprobs is not None and two_temperatures),
+            two_temperatures=int(rows.ref_logprobs is not None and own_kl),
             group_size=c.num_generations,
             sample_std=int(c.group_std == "sample"),
             goal_mean=GOAL_MEAN.index(c.goal_mean) if c.goal_mean in GOAL_MEAN else 0,  # "running" stays above

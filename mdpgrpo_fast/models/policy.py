@@ -115,11 +115,11 @@ class Policy(nn.Module):
     @torch.no_grad()
     def logprobs(
         self, inputs: PackedRow | tuple[Tensor, Tensor, Tensor, Tensor], mask: Tensor | None, lengths: list[int] | None,
-        temperature: Tensor | float, backend: Backend,
+        temperature: Tensor | float, backend: Backend, logit_floor: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Log-probs of the completion tokens, (B, L) or packed (R,); 0 where mask is."""
         rows, tokens = self._rows(inputs)
-        more: dict[str, Any] = {"temperature": temperature, "backend": backend}
+        more: dict[str, Any] = {"temperature": temperature, "backend": backend, "logit_floor": logit_floor}
         if isinstance(inputs, PackedRow):
             more |= {"completion": inputs.completion, "num_completions": len(inputs.rows)}
         if self.head is None:

@@ -213,6 +213,7 @@ def check_rows(
             refuse("num_completions", num_completions, f"at least 1, as there are {shape[0]} rows")
         check_range("completion", rows.completion, num_completions, check_values)
     check_knob("temperature", rows.temperature, shape, num_completions, check_values)
+    check_shape("logit_floor", rows.logit_floor, shape)
     check_range("tokens", rows.tokens, width if vocab is None else vocab, check_values)
     check_device(x, name, **rows._asdict())
     return shape, num_completions

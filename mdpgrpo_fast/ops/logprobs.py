@@ -23,13 +23,15 @@ def token_logprobs(
     num_completions: int | None = None,
     temperature: Tensor | float = 1.0,
     softcap: float | None = None,
+    logit_floor: Tensor | None = None,
     check_values: bool | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of given tokens, differentiable, and the detached entropy in nats; each of the shape of tokens.
 
-    logits (B, L, V), or (T, V); tokens, mask, temperature, softcap, check_values and backend as in `token_loss`; masked
-    rows give 0 and cost no read. A temperature of one value per completion needs `completion` (T,) for packed rows.
+    logits (B, L, V), or (T, V); tokens, mask, temperature, softcap, logit_floor, check_values and backend as in
+    `token_loss`; masked rows give 0 and cost no read. A temperature of one value per completion needs `completion`
+    (T,) for packed rows.
     Raises as `token_loss` does.
     """
     check_tensor("logits", logits)
@@ -37,7 +39,7 @@ def token_logprobs(
     if logits.ndim == 2 and completion is None:
         # Without a map every row is its own completion.
         completion, num_completions = torch.arange(len(logits), device=logits.device), len(logits)
-    rows = Rows(tokens, mask, completion, temperature=temperature)
+    rows = Rows(tokens, mask, completion, temperature=temperature, logit_floor=logit_floor)
     _, num_completions = check_rows(logits, rows, num_completions, softcap, check_values)
     refuse_overwritten(logits)
     name = choose(backend, logits.device, logits.dtype)
@@ -46,7 +48,9 @@ def token_logprobs(
     real = torch.float64 if logits.dtype == torch.float64 else torch.float32
     tau = Layout(num_completions, completion).knob(temperature, real)
     if mask is None:
-        return reference.token_logprobs(logits, tokens, tau, softcap)
+        return reference.token_logprobs(logits, tokens, tau, softcap, logit_floor=logit_floor)
     keep = mask != 0
-    logprobs, entropy = reference.token_logprobs(logits.masked_fill(~keep[..., None], 0), tokens, tau, softcap)
+    logprobs, entropy = reference.token_logprobs(
+        logits.masked_fill(~keep[..., None], 0), tokens, tau, softcap, logit_floor=logit_floor
+    )
     return logprobs.masked_fill(~keep, 0), entropy.masked_fill(~keep, 0)

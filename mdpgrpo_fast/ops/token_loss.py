@@ -51,6 +51,7 @@ def token_loss(
     epsilon_high: Tensor | float | None = None,
     delta: Tensor | float | None = None,
     sampling_logprobs: Tensor | None = None,
+    logit_floor: Tensor | None = None,
     entropy_coef: Tensor | float | None = None,
     entropy_floor: Tensor | float | None = None,
     softcap: float | None = None,
@@ -82,6 +83,9 @@ def token_loss(
         epsilon_low, epsilon_high: knobs, clip range; default: the config's.
         delta: knob, cap of the ratio before the clip (two-sided clipping); 0: none; default: the config's.
         sampling_logprobs: rows, of the sampler, for config.off_policy_threshold; default: old_logprobs.
+        logit_floor: rows, the logit (after the soft-cap) under which a token is outside of the support that truncated
+            sampling kept: log-probs, ratios, entropy and gradients are then over the support alone, to which the row's
+            token always belongs, with every logit that is not under its own. The KL keeps all tokens.
         entropy_coef: knob, coefficient of the entropy bonus; default: the config's.
         entropy_floor: knob, the entropy under which a row is in neither the policy term nor the bonus; 0: none;
             default: that of config.top_entropy_quantile over the rows of this call, for which all but torch read the
@@ -105,7 +109,8 @@ def token_loss(
         num_completions = rewards.numel()
     rows = Rows(
         tokens, mask, completion, advantage, kl_beta, old_logprobs, ref_logprobs, importance_weight, temperature,
-        epsilon_low, epsilon_high, delta, sampling_logprobs, entropy_coef, entropy_floor,
+        epsilon_low, epsilon_high, delta, sampling_logprobs, logit_floor, entropy_coef,
+        entropy_floor,
     )  # fmt: skip
     shape, num_completions = check_rows(logits, rows, num_completions, softcap, check_values)
     check_objective(rows, shape, num_completions, config, max_completion_length, denominator, check_values)
@@ -115,7 +120,14 @@ def token_loss(
     refuse_overwritten(logits)
     name = choose(backend, logits.device, logits.dtype)
     size = logits.shape[:-1].numel()
-    if backend == "auto" and name == "triton" and hopper_wins(logits.device, logits.dtype, logits.shape[-1], size):
+    # The Hopper kernel takes no rows with a logit_floor: backend cuda hands them on to Triton's.
+    hands_on = rows.logit_floor is not None
+    if (
+        backend == "auto"
+        and name == "triton"
+        and not hands_on
+        and hopper_wins(logits.device, logits.dtype, logits.shape[-1], size)
+    ):
         name = "cuda"
     longest = max_completion_length or max(shape[-1], 1)
     if name == "torch":

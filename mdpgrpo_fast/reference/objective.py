@@ -188,13 +188,14 @@ def token_loss(
     temperature: Tensor | float = 1.0, epsilon_low: Tensor | float | None = None,
     epsilon_high: Tensor | float | None = None, delta: Tensor | float | None = None,
     entropy_coef: Tensor | float | None = None, entropy_floor: Tensor | float | None = None,
-    softcap: float | None = None, denominator: Tensor | float | None = None,
+    logit_floor: Tensor | None = None, softcap: float | None = None, denominator: Tensor | float | None = None,
 ) -> TokenLoss:  # fmt: skip
     """-w·J - entropy_coef·H + β·KL of every token, aggregated. See `ops.token_loss`, the public door, for shapes."""
     keep = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask != 0
     mask = keep.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     layout = Layout(tokens.shape[0] if num_completions is None else num_completions, completion)
-    two_temperatures = isinstance(temperature, Tensor) or temperature != config.kl_temperature
+    # The reference's log-probs are of all tokens.
+    own_kl = isinstance(temperature, Tensor) or temperature != config.kl_temperature or logit_floor is not None
     knobs = {
         "advantage": advantage,
         "kl_beta": kl_beta,
@@ -209,9 +210,9 @@ def token_loss(
     # A masked position may hold any number, NaN included: it is taken out before it meets arithmetic.
     logits = logits.masked_fill(~keep[..., None], 0)
     has_bonus = isinstance(entropy_coef, Tensor) or bool(knobs["entropy_coef"])
-    logprobs, entropy = token_logprobs(logits, tokens, given["temperature"], softcap, has_bonus)
+    logprobs, entropy = token_logprobs(logits, tokens, given["temperature"], softcap, has_bonus, logit_floor)
     logprobs = kl_logprobs = logprobs.masked_fill(~keep, 0)
-    if ref_logprobs is not None and two_temperatures:
+    if ref_logprobs is not None and own_kl:
         kl_logprobs = token_logprobs(logits, tokens, config.kl_temperature, softcap)[0].masked_fill(~keep, 0)
     if config.top_entropy_quantile < 1:
         given["entropy_floor"] = entropy_quantile(entropy, keep, config.top_entropy_quantile)

@@ -54,13 +54,20 @@ def scaled_logits(logits: Tensor, temperature: Tensor | float, softcap: float | 
 
 def token_logprobs(
     logits: Tensor, tokens: Tensor, temperature: Tensor | float = 1.0, softcap: float | None = None,
-    entropy_gradient: bool = False,
+    entropy_gradient: bool = False, logit_floor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """ℓ = log softmax(x/τ)[token] and the entropy of each row's distribution, detached but with entropy_gradient.
 
-    logits (..., V), tokens (...); temperature: a number, or a tensor that broadcasts over the rows.
+    logits (..., V), tokens (...); temperature: a number, or a tensor that broadcasts over the rows. logit_floor (...):
+    the softmax is over a support, the logits (after the soft-cap) that are not under it, nor under the token's own.
     """
     x = scaled_logits(logits, temperature, softcap)
+    if logit_floor is not None:
+        with torch.no_grad():
+            z = scaled_logits(logits, 1.0, softcap)
+            floor = torch.minimum(logit_floor.to(z.dtype)[..., None], z.gather(-1, tokens[..., None].long()))
+            outside = z < floor
+        x = x.masked_fill(outside, -torch.inf)
     lse = x.logsumexp(-1)
     target = x.gather(-1, tokens[..., None].long()).squeeze(-1)
     with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):

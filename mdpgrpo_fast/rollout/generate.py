@@ -33,6 +33,10 @@ class Rollout:
     `temperature_objective = corrected`, exp(policy - sampling), is exact for the tokens inside the truncation's
     support, and those are the ones that were drawn; what lies outside of it no weight brings back. With logits
     processors ℓ is of the logits that they made, and policy_logprobs are still of the model's own.
+
+    logit_floor tells which tokens truncation kept, for `token_loss` and its like: those whose logit is not under it,
+    before the temperature. It lies halfway to the largest that was not kept. With logits processors it is not known
+    where something was cut: it would be of the logits that they made.
     """
 
     prompt_ids: Tensor
@@ -44,6 +48,7 @@ class Rollout:
     sampling_logprobs: Tensor  # (B, L) float under what was drawn from: processors, temperature, truncation
     policy_logprobs: Tensor  # (B, L) float under the policy at temperature 1, untruncated
     log_kept: Tensor  # (B, L) float, log of the probability that top-k, top-p and min-p kept, 0: all; NaN: not known
+    logit_floor: Tensor  # (B, L) float, -inf: they kept all; NaN: not known
 
     @property
     def mask(self) -> Tensor:

@@ -22,6 +22,7 @@ class Completions:
     sampling_logprobs: Tensor
     policy_logprobs: Tensor
     log_kept: Tensor
+    logit_floor: Tensor
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Record:
     def __init__(self, num_rows: int, num_steps: int, sampling: Sampling, device: torch.device) -> None:
         self.truncation, self.processors = sampling.truncation, sampling.processors
         self.tokens = torch.zeros(num_rows, num_steps, dtype=torch.int64, device=device)
-        self.sampling, self.policy, self.log_kept = torch.zeros(3, num_rows, num_steps, device=device)
+        self.sampling, self.policy, self.log_kept, self.logit_floor = torch.zeros(4, num_rows, num_steps, device=device)
         self.temperature: Any = None
         self.noise: Any = None
         if sampling.temperature is not None:
@@ -62,12 +63,14 @@ class Record:
         tau = None if self.temperature is None else self.temperature[rows]
         noise = None if self.noise is None else self.noise[step, rows]
         if self.processors is None:
-            drawn, sampling, policy, log_kept = sample(logits, tau, *self.truncation, noise=noise)
+            drawn, sampling, policy, log_kept, floor = sample(logits, tau, *self.truncation, noise=noise)
         else:
             processed = self.processors(logits, rows, self.tokens[rows, :step])
-            drawn, sampling, _, log_kept = sample(processed, tau, *self.truncation, noise=noise)
+            drawn, sampling, _, log_kept, floor = sample(processed, tau, *self.truncation, noise=noise)
             policy = logprobs(logits, drawn, 1.0)
-        self.tokens[rows, step], self.log_kept[rows, step] = drawn, log_kept
+            # Processed logits have another order than the model's own.
+            floor = floor.where(floor == -torch.inf, torch.nan)
+        self.tokens[rows, step], self.log_kept[rows, step], self.logit_floor[rows, step] = drawn, log_kept, floor
         self.sampling[rows, step], self.policy[rows, step] = sampling, policy
         return drawn
 
@@ -82,5 +85,6 @@ class Record:
         lengths = torch.where(finished, ends.int().argmax(1) + 1, num_steps)
         width = int(lengths.max())
         own = torch.arange(width, device=eos.device) < lengths[:, None]
-        recorded = (x[:, :width].where(own, 0.0) for x in (self.sampling, self.policy, self.log_kept))
+        recorded = (self.sampling, self.policy, self.log_kept, self.logit_floor)
+        recorded = tuple(x[:, :width].where(own, 0.0) for x in recorded)
         return Completions(self.tokens[:, :width].where(own, eos[0]), lengths, finished, *recorded)

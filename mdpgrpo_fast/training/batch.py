@@ -41,6 +41,7 @@ class Batch:
     lengths: list[int]  # B: tokens of each completion
     weight: Tensor | None = None  # (B, L) importance weight of the sampler's log-probs, where the method has one
     outside: Tensor | None = None  # (B, L) bool: weights that were out of bounds
+    logit_floor: Tensor | None = None  # (B, L) what tells the tokens that log-probs are over, truncated_logprobs only
     sampling: Tensor | None = None  # (B, L) the sampler's log-probs, where the loss measures its drift by them
     kl: Tensor | None = None  # (B, L) KL estimates whose sums the rewards of the advantages lack, kl_in = reward only
 
@@ -113,6 +114,7 @@ def _objective(batch: Batch, method: MDPGRPOConfig, made: MicroBatch) -> dict[st
         "temperature": batch.rollout.temperature[rows] if method.temperature_objective == "per_row" else 1.0,
         "importance_weight": None if weight is None else made.of(weight),
         **({} if sampling is None else {"sampling_logprobs": made.of(sampling)}),
+        **({} if batch.logit_floor is None else {"logit_floor": made.of(batch.logit_floor)}),
     }
 
 
@@ -198,6 +200,7 @@ def _empty_micro_batch(batch: Batch) -> MicroBatch:
     objective = {"advantage": zero, "kl_beta": zero, "temperature": 1.0}
     objective["importance_weight"] = None if batch.weight is None else zero
     objective |= {} if batch.sampling is None else {"sampling_logprobs": zero}
+    objective |= {} if batch.logit_floor is None else {"logit_floor": zero}
     return MicroBatch(packed, zero.bool(), [0], batch.prompt_lengths[:1], [[1]], 0, objective)
 
 

@@ -136,18 +136,21 @@ class Collector:
         )  # fmt: skip
 
     def weigh(self, batch: Batch) -> None:
-        """The batch gets its importance weights and the sampler's log-probs, where the method takes them."""
+        """The batch gets its importance weights, the sampler's log-probs and floors, where the method takes them."""
         method, rollout = self.method, batch.rollout
         passes: dict[str, Any] = {"micro_batch_size": self.run.micro_batch_size, "backend": self.run.backend}
-        own = None
+        own, truncated = None, method.truncated_logprobs and method.truncates
         with self.accelerator.autocast():
             in_reward = method.needs_reference and not method.kl_in_loss
             if self.engine is not None and (method.temperature_objective == "corrected" or in_reward):
                 rollout = batch.rollout = with_policy_logprobs(rollout, self.policy, **passes)
             if method.weighs_sampling and method.temperature_objective == "per_row":
-                own = trainer_logprobs(rollout, self.policy, rollout.temperature, **passes)
+                own = trainer_logprobs(rollout, self.policy, rollout.temperature, truncated=truncated, **passes)
         if method.weighs_sampling:
-            batch.weight, batch.outside = importance_weights(log_ratio(rollout, own), rollout.mask, method)
+            ratio = log_ratio(rollout, own, truncated)
+            batch.weight, batch.outside = importance_weights(ratio, rollout.mask, method)
+        if truncated:
+            batch.logit_floor = rollout.logit_floor
         # At another temperature than the loss's they would say little of how far the policy has moved.
         same = method.temperature_objective == "per_row" or all(tau == 1 for tau in method.slot_temperatures)
         if method.off_policy_threshold is not None and self.engine is not None and same:

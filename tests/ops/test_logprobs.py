@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -72,6 +73,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "temperature_per_row": {"temperature": 0.3 + torch.arange(8.0).view(4, 2) / 8},
     "softcap": {"softcap": 3.0},
     "softcap_temperature": {"softcap": 30.0, "temperature": EACH, "mask": None},
+    "logit_floor": {"logit_floor": torch.arange(8.0).view(4, 2) - 3},
+    "logit_floor_softcap": {"logit_floor": torch.arange(8.0).view(4, 2) / 2 - 1, "softcap": 3.0, "temperature": EACH},
 }
 
 
@@ -121,6 +124,27 @@ def test_huge_and_banned_logits(backend: str) -> None:
     batch.logits = 1e4 * make_batch(4).logits.sign()
     batch.tokens = batch.tokens % 11
     assert_matches(backend, batch)
+
+
+def test_the_support_of_truncated_sampling(backend: str) -> None:
+    """The row's token is in it whatever the bound; outside of it there is neither probability nor gradient."""
+    batch = make_batch(9, vocab=5000, dtype="bfloat16")
+    batch.tokens[0] = batch.logits[0].argmax(-1)
+    plain = run(backend, batch)
+    everything = run(backend, batch, logit_floor=torch.full(SIZE, -math.inf))
+    assert torch.equal(everything.out[0], plain.out[0]) and torch.equal(everything.grad, plain.grad)
+    got = assert_matches(backend, batch, logit_floor=torch.full(SIZE, math.inf))
+    assert (got.out[0][0] == 0).all() and (got.out[1][0] < 1e-6).all() and (got.grad[0] == 0).all()
+    outside = batch.logits < batch.logits.gather(2, batch.tokens[..., None])
+    assert outside[1:].any() and (got.grad.cpu()[outside] == 0).all()
+    floor = torch.full(SIZE, 1.0).masked_fill(~batch.mask, math.nan)
+    assert_matches(backend, batch, logit_floor=floor, softcap=5.0)
+    alone = batch.logits.masked_fill(batch.logits < floor.nan_to_num()[..., None], -math.inf)
+    alone.scatter_(2, batch.tokens[..., None], batch.logits.gather(2, batch.tokens[..., None]))
+    inside = alone.gather(2, batch.tokens[..., None]).squeeze(2) >= 1
+    got, banned = run(backend, batch, logit_floor=floor), run(backend, replace(batch, logits=alone))
+    for i in (0, 1):
+        torch.testing.assert_close(got.out[i].cpu()[inside & batch.mask], banned.out[i].cpu()[inside & batch.mask])
 
 
 def test_known_distributions(backend: str) -> None:

@@ -554,7 +554,7 @@ def test_decode_keeps_what_looks_like_padding(tokenizer: Any) -> None:
     word = tokenizer(" sea").input_ids
     row = torch.tensor([[*word, *word, *word]])
     zeros, n = torch.zeros(1, row.shape[1]), torch.tensor([2 * len(word)])
-    r = Rollout(row, row > 0, row, n, n > 0, n.float(), zeros, zeros, zeros)
+    r = Rollout(row, row > 0, row, n, n > 0, n.float(), zeros, zeros, zeros, zeros)
     assert decode(r, tokenizer) == [" sea sea"]
     assert r.mask.sum() == 2 * len(word)
 

@@ -121,7 +121,7 @@ def test_logprobs(dtype: torch.dtype, knobs: dict[str, Any], backend: str) -> No
     torch.manual_seed(0)
     logits, tau = peaked(64, 3001, dtype), torch.linspace(0.2, 2, 64)
     # bfloat16 has equals at the borders: which of them stay is not defined.
-    tokens, got, policy, _ = sample(logits, tau, **knobs)
+    tokens, got, policy, *_ = sample(logits, tau, **knobs)
     assert tokens.dtype == torch.int64 and got.dtype == policy.dtype == torch.float32
     at = tokens[:, None]
     expected = exact(logits, tau, **knobs).gather(1, at).squeeze(1)
@@ -151,14 +151,16 @@ def test_the_log_of_what_truncation_kept(dtype: torch.dtype, knobs: dict[str, An
     """Against the sum over the support, in float64; and what makes of the whole distribution the one drawn from."""
     torch.manual_seed(0)
     logits, tau = peaked(64, 3001, dtype), torch.linspace(0.2, 2, 64)
-    tokens, sampling, _, kept = sample(logits, tau, **knobs)
+    tokens, sampling, _, kept, floor = sample(logits, tau, **knobs)
     support = exact(logits, tau, **knobs).isfinite()
     whole = (logits.double() / tau.double()[:, None]).log_softmax(1)
     expected = whole.masked_fill(~support, -math.inf).logsumexp(1)
     assert kept.dtype == torch.float32 and kept.max() <= 0
+    told, likely = logits >= floor[:, None], whole > -30  # at the very end the sum in `exact` reaches 1
+    assert floor.dtype == torch.float32 and torch.equal(told[likely], support[likely])
     torch.testing.assert_close(kept.double(), expected, rtol=1e-5, atol=1e-5)
     if not knobs:
-        assert not kept.any(), "0 exactly"
+        assert not kept.any() and (floor == -math.inf).all(), "exactly"
     at = token_logprobs(logits[:, None], tokens[:, None], temperature=tau)[0].squeeze(1)
     torch.testing.assert_close(sampling.double(), at.double() - kept.double(), rtol=0, atol=1e-5)
 
@@ -170,7 +172,8 @@ def test_top_p_looks_as_far_as_it_has_to(monkeypatch: pytest.MonkeyPatch, top_p:
     tau = torch.tensor([0.5, 1, 2, 3, 4, 1])
     whole = sampling._truncated(logits, tau, 0, top_p, 0.0)
     monkeypatch.setattr(sampling, "CANDIDATES", 4)
-    z, ids = sampling._truncated(logits, tau, 0, top_p, 0.0)
+    z, ids, floor = sampling._truncated(logits, tau, 0, top_p, 0.0)
+    torch.testing.assert_close(floor, whole[2])
     got = torch.full((6, 2000), -math.inf).scatter(1, ids, z).log_softmax(1)
     expected = torch.full((6, 2000), -math.inf).scatter(1, whole[1], whole[0]).log_softmax(1)
     assert torch.equal(got.isfinite().sum(1), expected.isfinite().sum(1)), "as many tokens stay"
@@ -196,8 +199,9 @@ def test_greedy(backend: str, dtype: torch.dtype) -> None:
     logits[3, 4000] += 0.001
     logits[4, 4999] = torch.nextafter(logits[4, 0].float(), torch.tensor(1.0))  # the same number but in float32
     logits[5, 2047] = logits[5, 2048] = logits[5, 4096] = 60.0
-    tokens, got, policy, kept = sample(logits, None, top_k=3, top_p=0.1)
+    tokens, got, policy, kept, floor = sample(logits, None, top_k=3, top_p=0.1)
     assert torch.equal(tokens, logits.argmax(1)) and torch.equal(got, policy) and not kept.any()
+    assert (floor == -math.inf).all()
     assert tokens[3:6].tolist() == [4000, 4999 if dtype == torch.float32 else 0, 2047], "the first of equals"
     torch.testing.assert_close(policy, logits.float().log_softmax(1).amax(1))
 
@@ -222,7 +226,7 @@ def test_rows_that_hold_no_number(backend: str, knobs: dict[str, Any]) -> None:
     logits = peaked(4, 3000)
     logits[0, 7], logits[1], logits[2] = math.nan, math.nan, -math.inf
     for tau in (torch.ones(4), None):
-        tokens, got, policy, _ = sample(logits, tau, **knobs)
+        tokens, got, policy, *_ = sample(logits, tau, **knobs)
         assert got[:3].isnan().all() and policy[:3].isnan().all() and got[3].isfinite() and policy[3].isfinite()
         assert tokens.min() >= 0 and tokens.max() < 3000
     if not knobs:
@@ -235,7 +239,7 @@ def test_masked_tokens_are_never_drawn(backend: str) -> None:
     logits = peaked(2000, 900)
     logits[:, 10:] = -math.inf
     for knobs in ({}, {"top_k": 50}, {"top_p": 0.99}, {"min_p": 1e-6}):
-        tokens, got, policy, kept = sample(logits, torch.full((2000,), 5.0), **knobs)
+        tokens, got, policy, kept, _ = sample(logits, torch.full((2000,), 5.0), **knobs)
         assert tokens.max() < 10 and all(x.isfinite().all() for x in (got, policy, kept)), knobs
 
 

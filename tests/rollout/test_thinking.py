@@ -64,7 +64,7 @@ def rollout(prompts: list[list[int]], rows: list[list[int]]) -> Rollout:
     width = max(map(len, rows))
     tokens = torch.tensor([r + [0] * (width - len(r)) for r in rows])
     lengths, ids, empty = torch.tensor([len(r) for r in rows]), torch.tensor(prompts), torch.zeros(len(rows), width)
-    return Rollout(ids, ids >= 0, tokens, lengths, lengths > 0, lengths.float(), empty, empty, empty)
+    return Rollout(ids, ids >= 0, tokens, lengths, lengths > 0, lengths.float(), empty, empty, empty, empty)
 
 
 ROWS = [[1, 3, 2, 4, 6], [3, 2, 4, 6], [3, 4, 6], [1, 3]]

@@ -46,7 +46,7 @@ KL_ROWS: Names = ("kl_beta", "ref_logprobs")
 SLOPE_SETTINGS = all_but(
     Settings, f"softcap aggregation group_size top_entropy_quantile entropy_coef {' '.join(KL_SETTINGS)}"
 )
-SLOPE_ROWS = all_but(Rows, f"tokens entropy_coef {' '.join(KL_ROWS)}")
+SLOPE_ROWS = all_but(Rows, f"tokens logit_floor entropy_coef {' '.join(KL_ROWS)}")
 
 
 class Coupling(NamedTuple):

@@ -15,6 +15,7 @@ from .rows import (
     LOG2E,
     _completion_of,
     _kept,
+    _least,
     _read_row,
     _row_at,
     _target,
@@ -25,7 +26,7 @@ from .rows import (
 )
 from .tiles import TileSource, compiler_options, grid_for, kernel_rows, kernel_settings, on_device, row_tile
 
-READS_ROWS = ("tokens", "mask", "completion", "temperature")
+READS_ROWS = ("tokens", "mask", "completion", "temperature", "logit_floor")
 BACKWARD_READS_SETTINGS = ("temperature", "kl_temperature", "softcap")
 READS_SETTINGS = (*BACKWARD_READS_SETTINGS, "two_temperatures")
 
@@ -51,8 +52,9 @@ def _logprobs_kernel(
             tau = _temperature(rows, is_per_row, settings, completion, row, True)
             token = _token(rows.tokens, row, tile)
             z = tl.where(known, _target(logits, token, settings.softcap), float("nan"))
+            least = _least(rows, row, z)
             peak, log_total, entropy, log_total_kl = _read_row(
-                logits, tiles, LOG2E / tau, LOG2E / settings.kl_temperature, settings.softcap,
+                logits, tiles, LOG2E / tau, LOG2E / settings.kl_temperature, settings.softcap, least,
                 "evict_first" if gradient_ptr is None else "evict_last", settings.two_temperatures, tile,
             )  # fmt: skip
             tl.store(logprobs_ptr + row, (z - peak) / tau - log_total)
@@ -63,7 +65,7 @@ def _logprobs_kernel(
             tl.store(statistics_ptr + 4 * n + row, z)
             if gradient_ptr is not None:
                 _write_gradient(logits, gradient, tiles, token, peak, log_total, 0.0, 0.0, 1.0 / tau, 0.0, None,
-                                LOG2E / tau, 0.0, settings.softcap, False, tile)  # fmt: skip
+                                LOG2E / tau, 0.0, settings.softcap, least, False, tile)  # fmt: skip
         else:
             tl.store(logprobs_ptr + row, 0.0)
             for i in tl.static_range(5):
@@ -113,13 +115,14 @@ def _logprobs_backward_kernel(
             peak = tl.load(statistics_ptr + row)
             log_total = tl.load(statistics_ptr + n_rows + row)
             log_total_kl = tl.load(statistics_ptr + 3 * tl.cast(n_rows, tl.int64) + row)
+            least = _least(rows, row, tl.load(statistics_ptr + 4 * tl.cast(n_rows, tl.int64) + row))
             entropy = 0.0
             if grad_entropy_ptr is not None:
                 entropy = tl.load(statistics_ptr + 2 * tl.cast(n_rows, tl.int64) + row)
                 b /= tau
             _write_gradient(logits, gradient, tiles, _token(rows.tokens, row, tile), peak, log_total, log_total_kl,
                             entropy, c / tau, c_kl, b, LOG2E / tau, LOG2E / settings.kl_temperature, settings.softcap,
-                            grad_kl_ptr is not None, tile)  # fmt: skip
+                            least, grad_kl_ptr is not None, tile)  # fmt: skip
 
 
 def launch_logprobs(

@@ -20,7 +20,7 @@ from .tiles import FP_FUSION, all_but, kernel_rows, kernel_settings, on_device
 BLOCK = 128  # one row a thread
 # What the objective of a row is made of, beside its logits.
 READS_SETTINGS = all_but(Settings, f"softcap group_size top_entropy_quantile {' '.join(ADVANTAGES)}")
-READS_ROWS = all_but(Rows, "tokens sampling_logprobs")
+READS_ROWS = all_but(Rows, "tokens sampling_logprobs logit_floor")
 
 
 @triton.jit(

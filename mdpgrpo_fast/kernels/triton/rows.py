@@ -11,7 +11,8 @@ and with it the last bits of a float32 gradient, then depends on where a row beg
 `tiles`, the whole tiles of a row, is V // block given at run time: known at compile time, the loops would be unrolled
 and their addresses fill the registers.
 
-z is a logit after the soft-cap, before the temperature; `k` is log2(e) / τ, so that exp(z / τ) = exp2(k z).
+z is a logit after the soft-cap, before the temperature; `k` is log2(e) / τ, so that exp(z / τ) = exp2(k z). `least` is
+the smallest z of a row's support, outside of which p is 0, but for the KL's; None: there is no such bound.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ def _offset(top, k):
 
 
 @triton.jit
-def _accumulate(u, top, total, moment, total_kl, k, k_kl, TWO_TEMPERATURES: tl.constexpr, tile):
+def _accumulate(u, top, total, moment, total_kl, k, k_kl, softcap, least, TWO_TEMPERATURES: tl.constexpr, tile):
     """One tile into the running maximum, Σ exp2(t), Σ t exp2(t) and Σ exp2(t_kl) of each thread.
 
     t = k u + c, c the offset of the maximum: one rounding, so that logits of ±1e4 lose nothing.
@@ -149,6 +150,8 @@ def _accumulate(u, top, total, moment, total_kl, k, k_kl, TWO_TEMPERATURES: tl.c
     t = tl.fma(u, k, c[:, None] if tile.axis == 1 else c[None, :])
     t = tl.maximum(t, -1.0e30, propagate_nan=tl.PropagateNan.ALL)
     e = tl.exp2(t)
+    if least is not None:
+        e = tl.where(_logit(u, softcap) < least, 0.0, e)
     moment = (moment + gap * total) * shrink + tl.sum(t * e, axis=tile.axis)
     total = total * shrink + tl.sum(e, axis=tile.axis)
     if TWO_TEMPERATURES:
@@ -177,7 +180,7 @@ def _total(top, peak, total, k):
 
 
 @triton.jit
-def _read_row(row, tiles, k, k_kl, softcap, EVICT: tl.constexpr, TWO_TEMPERATURES: tl.constexpr, tile):
+def _read_row(row, tiles, k, k_kl, softcap, least, EVICT: tl.constexpr, TWO_TEMPERATURES: tl.constexpr, tile):
     """The one sweep for the statistics of a row: its maximum, log Σ exp, entropy, and log Σ exp at the KL temperature.
 
     log Σ is that of exp((z - maximum) / τ): log p = (z - maximum) / τ - log Σ. Of a row whose maximum is beyond some
@@ -191,10 +194,14 @@ def _read_row(row, tiles, k, k_kl, softcap, EVICT: tl.constexpr, TWO_TEMPERATURE
     total_kl = tl.zeros((tile.block // tile.width,), tl.float32)
     for i in tl.range(0, tiles, num_stages=tile.stages):
         u, _ = _load_tile(row, i * tile.block, softcap, EVICT, False, tile)
-        top, total, moment, total_kl = _accumulate(u, top, total, moment, total_kl, k, k_kl, TWO_TEMPERATURES, tile)
+        top, total, moment, total_kl = _accumulate(
+            u, top, total, moment, total_kl, k, k_kl, softcap, least, TWO_TEMPERATURES, tile
+        )
     if tile.vocab % tile.block != 0:
         u, _ = _load_tile(row, tile.vocab // tile.block * tile.block, softcap, EVICT, True, tile)
-        top, total, moment, total_kl = _accumulate(u, top, total, moment, total_kl, k, k_kl, TWO_TEMPERATURES, tile)
+        top, total, moment, total_kl = _accumulate(
+            u, top, total, moment, total_kl, k, k_kl, softcap, least, TWO_TEMPERATURES, tile
+        )
     peak = tl.max(top, axis=0)
     gap = _offset(peak, k) - _offset(top, k)
     moment = tl.sum((moment + gap * total) * tl.exp2(gap), axis=0)
@@ -226,6 +233,16 @@ def _target(row, token, softcap):
     return _logit(x, softcap)
 
 
+@triton.jit
+def _least(rows, row, z):
+    """The smallest z of a row's support, which its own token is always in; NaN, which nothing is below, where z is."""
+    if rows.logit_floor is None:
+        return None
+    else:
+        floor = tl.load(rows.logit_floor + row).to(tl.float32)
+        return tl.minimum(floor, z, propagate_nan=tl.PropagateNan.ALL)
+
+
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
@@ -254,7 +271,7 @@ def _offsets(start, before, TAIL: tl.constexpr, tile):
 
 @triton.jit
 def _write_tile(
-    row, out, start, before, token, peak, a, scale, scale_kl, bonus, shift, k, k_kl, c, c_kl, softcap,
+    row, out, start, before, token, peak, a, scale, scale_kl, bonus, shift, k, k_kl, c, c_kl, softcap, least,
     OWN: tl.constexpr, TAIL: tl.constexpr, TWO_TEMPERATURES: tl.constexpr, tile,
 ):  # fmt: skip
     """scale exp2(t) + scale_kl exp2(t_kl) + bonus exp2(t) (t + shift), t = k u + c, of a tile; a at the token."""
@@ -262,6 +279,9 @@ def _write_tile(
     if TAIL:
         inside = places < tile.vocab
     u, slope = _load(row + start + offsets, inside, softcap, "evict_first")
+    outside = None
+    if least is not None:
+        outside = _logit(u, softcap) < least
     if OWN:
         u = _logit(u, softcap) - peak
     t = tl.fma(u, k, c)
@@ -271,6 +291,8 @@ def _write_tile(
         # Of the token's tile the difference first, which is 0 where p is 1; of the others it is in scale.
         scale = tl.fma(bonus, t + shift if OWN else t, scale)
     g = scale * tl.exp2(t)
+    if outside is not None:
+        g = tl.where(outside, 0.0, g)
     if TWO_TEMPERATURES:
         g = tl.fma(scale_kl, tl.exp2(tl.fma(u, k_kl, c_kl)), g)
     if OWN:
@@ -286,7 +308,7 @@ def _write_tile(
 
 @triton.jit
 def _write_gradient(
-    row, out, tiles, token, peak, log_total, log_total_kl, entropy, a, a_kl, b, k, k_kl, softcap,
+    row, out, tiles, token, peak, log_total, log_total_kl, entropy, a, a_kl, b, k, k_kl, softcap, least,
     TWO_TEMPERATURES: tl.constexpr, tile,
 ):  # fmt: skip
     """a (onehot - p) + a_kl (onehot - p_kl) + b p (log p + entropy), last tile first: what `_read_row` read last is
@@ -312,10 +334,10 @@ def _write_gradient(
     c_kl = -log_total_kl * LOG2E
     if tile.vocab % tile.block != 0:
         _write_tile(row, out, tile.vocab // tile.block * tile.block, before, token, peak, a + a_kl, -a, -a_kl, bonus,
-                    shift, k, k_kl, c, c_kl, softcap, True, True, TWO_TEMPERATURES, tile)  # fmt: skip
+                    shift, k, k_kl, c, c_kl, softcap, least, True, True, TWO_TEMPERATURES, tile)  # fmt: skip
     if own < tiles:
         _write_tile(row, out, own * tile.block, before, token, peak, a + a_kl, -a, -a_kl, bonus, shift, k, k_kl, c,
-                    c_kl, softcap, True, False, TWO_TEMPERATURES, tile)  # fmt: skip
+                    c_kl, softcap, least, True, False, TWO_TEMPERATURES, tile)  # fmt: skip
     if softcap is not None:
         k, k_kl = 2.0 * softcap * k, 2.0 * softcap * k_kl
         peak = (peak - softcap) / (2.0 * softcap)
@@ -330,7 +352,8 @@ def _write_gradient(
         j = others - 1 - i
         j += (j >= own).to(tl.int32)
         _write_tile(row, out, j * tile.block, before, token, peak, 0.0, a, a_kl, bonus, 0.0, k, k_kl,
-                    _offset(peak, k), _offset(peak, k_kl), softcap, False, False, TWO_TEMPERATURES, tile)  # fmt: skip
+                    _offset(peak, k), _offset(peak, k_kl), softcap, least, False, False, TWO_TEMPERATURES,
+                    tile)  # fmt: skip
 
 
 @triton.jit

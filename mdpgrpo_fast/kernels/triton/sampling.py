@@ -63,11 +63,15 @@ def _sample_kernel(
     choice = tl.zeros((tile.block // tile.width,), tl.int32)
     for i in tl.range(0, tiles, num_stages=tile.stages):
         z, _ = _load_tile(logits, i * tile.block, None, "evict_first", False, tile)
-        top, total, moment, total_policy = _accumulate(z, top, total, moment, total_policy, k, LOG2E, NOISE, tile)
+        top, total, moment, total_policy = _accumulate(
+            z, top, total, moment, total_policy, k, LOG2E, None, None, NOISE, tile
+        )
         best, choice = _race(z, i * tile.block, best, choice, seed, k, NOISE, tile)
     if tile.vocab % tile.block != 0:
         z, _ = _load_tile(logits, tile.vocab // tile.block * tile.block, None, "evict_first", True, tile)
-        top, total, moment, total_policy = _accumulate(z, top, total, moment, total_policy, k, LOG2E, NOISE, tile)
+        top, total, moment, total_policy = _accumulate(
+            z, top, total, moment, total_policy, k, LOG2E, None, None, NOISE, tile
+        )
         best, choice = _race(z, tile.vocab // tile.block * tile.block, best, choice, seed, k, NOISE, tile)
     peak = tl.max(top, axis=0)
     token = tl.min(tl.where(best == tl.max(best, axis=0), choice, tile.vocab), axis=0)

@@ -24,6 +24,7 @@ from .rows import (
     _columns,
     _completion_of,
     _kept,
+    _least,
     _read_row,
     _row_at,
     _target,
@@ -91,11 +92,13 @@ def _token_loss_kernel(
                 log_total = tl.load(statistics_ptr + n_rows + row)
                 entropy = tl.load(statistics_ptr + 2 * n + row)
                 log_total_kl = tl.load(statistics_ptr + 3 * n + row)
+                least = _least(rows, row, z)
             else:
                 z = tl.where(known, _target(logits, token, settings.softcap), float("nan"))
+                least = _least(rows, row, z)
                 peak, log_total, entropy, log_total_kl = _read_row(
-                    logits, tiles, k, k_kl, settings.softcap, "evict_first" if gradient_ptr is None else "evict_last",
-                    settings.two_temperatures, tile,
+                    logits, tiles, k, k_kl, settings.softcap, least,
+                    "evict_first" if gradient_ptr is None else "evict_last", settings.two_temperatures, tile,
                 )  # fmt: skip
             # After the sweep, so that it has the registers.
             advantage, beta = _advantage_of(rows, is_per_row, groups, settings, G, completion, row, True, BLOCK_G)
@@ -131,7 +134,7 @@ def _token_loss_kernel(
                     _write_zeros(logits, gradient, tiles, tile)
                 else:
                     _write_gradient(logits, gradient, tiles, token, peak, log_total, log_total_kl, entropy, a, a_kl, b,
-                                    k, k_kl, settings.softcap, settings.two_temperatures, tile)  # fmt: skip
+                                    k, k_kl, settings.softcap, least, settings.two_temperatures, tile)  # fmt: skip
         else:
             for i in tl.static_range(5):
                 tl.store(per_row_ptr + i * n + row, 1.0 if i == 3 else 0.0)

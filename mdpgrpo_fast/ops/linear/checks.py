@@ -80,6 +80,8 @@ def check_head(
             refuse("vocab_group", kind_of(group), "a process group, or None")
         if sharded.is_dtensor(weight) or hasattr(weight, "ds_id"):
             refuse("weight", f"a {type(weight).__name__}", "this rank's plain tensor where vocab_group is given")
+        if rows.logit_floor is not None:
+            refuse("logit_floor", "a tensor", "left out with vocab_group: a row's token is on one rank alone")
         # First of all that may differ between ranks: one that raised would leave the others waiting.
         sharded.check_split(shape[0], group)
         vocab *= dist.get_world_size(group)

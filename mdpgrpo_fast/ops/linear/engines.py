@@ -114,6 +114,7 @@ class TorchRows:
             torch.sub(z, peak, out=gap)
             if s.two_temperatures:
                 found[LOG_TOTAL_KL, block] = torch.div(gap, s.kl_temperature, out=p).exp_().sum(1).log_()
+            self._leave_support(gap, z, found[TARGET, block], rows, block)
             if isinstance(tau, Tensor) or tau != 1:
                 gap /= tau
             gap.clamp_(min=LOWEST)
@@ -135,6 +136,12 @@ class TorchRows:
             logprobs.masked_fill_(~rows.mask, 0)
         return logprobs, found
 
+    def _leave_support(self, x: Tensor, z: Tensor, target: Tensor, rows: Rows, block: slice) -> None:
+        """x = LOWEST where a logit is under the row's floor and under its token's own."""
+        if rows.logit_floor is not None:
+            floor = torch.minimum(rows.logit_floor[block].to(self.dtype), target)
+            x.masked_fill_(z < floor[:, None], LOWEST)
+
     def mix(self, logits: Tensor, gradient: Tensor, statistics: Tensor, weights: Tensor, rows: Rows) -> None:
         """Σ w ∂ℓ/∂x over the temperatures, and the entropy bonus, into gradient, which may be the logits.
 
@@ -149,6 +156,7 @@ class TorchRows:
             local = (rows.tokens[block, None] >= 0) & (rows.tokens[block, None] < size)
             token, tau = rows.tokens[block, None].long().clamp(0, size - 1), self._temperature(rows, block)
             torch.div(gap, tau, out=p).sub_(statistics[LOG_TOTAL, block, None])
+            self._leave_support(p, z, statistics[TARGET, block], rows, block)
             scaled = own = weights[0, block, None] / tau
             if bonus is not None:
                 # -∂H/∂x = p (log p + H) / τ: p times another factor than the one of ∂ℓ/∂x.
@@ -188,7 +196,8 @@ class TorchRows:
         s, layout = self.settings, Layout(num_completions, rows.completion)
         keep = torch.ones_like(rows.completion, dtype=torch.bool) if rows.mask is None else rows.mask
         members = rows._asdict().items()
-        given: Any = {n: self._value(n, x, keep) for n, x in members if n not in ("tokens", "mask", "completion")}
+        known = ("tokens", "mask", "completion", "logit_floor")
+        given: Any = {n: self._value(n, x, keep) for n, x in members if n not in known}
         kl_logprobs = logprobs
         if s.two_temperatures:
             gap = statistics[TARGET] - statistics[PEAK]

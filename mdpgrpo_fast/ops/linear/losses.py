@@ -56,6 +56,7 @@ def linear_token_loss(
     epsilon_high: Knob | None = None,
     delta: Knob | None = None,
     sampling_logprobs: Tensor | None = None,
+    logit_floor: Tensor | None = None,
     entropy_coef: Knob | None = None,
     entropy_floor: Knob | None = None,
     softcap: float | None = None,
@@ -112,7 +113,8 @@ def linear_token_loss(
         num_completions = rewards.numel()
     rows = Rows(
         tokens, mask, completion, advantage, kl_beta, old_logprobs, ref_logprobs, importance_weight, temperature,
-        epsilon_low, epsilon_high, delta, sampling_logprobs, entropy_coef, entropy_floor,
+        epsilon_low, epsilon_high, delta, sampling_logprobs, logit_floor, entropy_coef,
+        entropy_floor,
     )  # fmt: skip
     if workspace_bytes is None:
         workspace_bytes = default_workspace(hidden.device, vocab_group is not None)
@@ -150,6 +152,7 @@ def linear_token_logprobs(
     num_completions: int | None = None,
     temperature: Knob = 1.0,
     softcap: float | None = None,
+    logit_floor: Tensor | None = None,
     lengths: Lengths | None = None,
     workspace_bytes: int | None = None,
     fp32_logits: bool = False,
@@ -168,7 +171,7 @@ def linear_token_logprobs(
     if hidden.ndim == 2 and completion is None:
         # Without a map every row is its own completion.
         completion, num_completions = torch.arange(len(hidden), device=hidden.device), len(hidden)
-    rows = Rows(tokens, mask, completion, temperature=temperature)
+    rows = Rows(tokens, mask, completion, temperature=temperature, logit_floor=logit_floor)
     if workspace_bytes is None:
         workspace_bytes = default_workspace(hidden.device, vocab_group is not None)
     options = logit_scale, fp32_logits, workspace_bytes, vocab_group

@@ -68,16 +68,18 @@ def with_policy_logprobs(rollout: Rollout, policy: Any, *, micro_batch_size: int
 
 
 def trainer_logprobs(
-    rollout: Rollout, policy: Any, temperature: Tensor | float, *, micro_batch_size: int, backend: str
-) -> Tensor:
-    """(B, L) log-probs of the completions by the trainer's model as it stands, untruncated. temperature: a number, or
-    one per row; the rest as of `with_policy_logprobs`."""
+    rollout: Rollout, policy: Any, temperature: Tensor | float, *, truncated: bool = False, micro_batch_size: int,
+    backend: str,
+) -> Tensor:  # fmt: skip
+    """(B, L) log-probs of the completions by the trainer's model as it stands. temperature: a number, or one per row;
+    truncated: over the tokens that truncation kept, not over all; the rest as of `with_policy_logprobs`."""
     r, logprobs = rollout, []
     for start in range(0, len(r.tokens), micro_batch_size):
         rows = slice(start, start + micro_batch_size)
         inputs = (r.prompt_ids[rows], r.prompt_mask[rows], r.tokens[rows], r.mask[rows])
         tau = temperature[rows] if isinstance(temperature, Tensor) else temperature
-        logprobs.append(policy.logprobs(inputs, inputs[3], r.lengths[rows].tolist(), tau, backend))
+        floor = r.logit_floor[rows] if truncated else None
+        logprobs.append(policy.logprobs(inputs, inputs[3], r.lengths[rows].tolist(), tau, backend, floor))
     return torch.cat(logprobs)
 
 
@@ -131,8 +133,8 @@ class RolloutEngine(ABC):
         temperature: one of 0.01 or more for each of the N rows, or None for greedy. Truncation is in vLLM's order:
         min-p, then top-k, then top-p. seed: of these rows; None leaves them to the engine's own, which is faster.
         generation_kwargs: repetition_penalty alone. pad: of the prompts in the result; default: eos[0].
-        policy_logprobs of the result are NaN, until `with_policy_logprobs` fills them in; log_kept is NaN where tokens
-        are cut off, as vLLM does not tell what it kept.
+        policy_logprobs of the result are NaN, until `with_policy_logprobs` fills them in; log_kept and logit_floor are
+        NaN where tokens are cut off, as vLLM does not tell what it kept.
 
         Raises: ValueError for an empty prompt, or a temperature or generation_kwargs that cannot be used; RolloutError
         where vLLM fails.
@@ -166,15 +168,15 @@ class RolloutEngine(ABC):
         seeds = [None if seed is None or greedy else rng.getrandbits(62) for _ in rows]
         settings = [{**common, "temperature": t, "seed": s} for t, s in zip(temperatures, seeds, strict=True)]
         truncates = not greedy and (top_k > 0 or top_p < 1 or min_p > 0)
-        kept = math.nan if truncates else 0.0
+        kept = (math.nan, math.nan) if truncates else (0.0, -math.inf)
         pads = (eos[0] if pad is None else pad, eos[0])
         return self._rollout(rows, temperatures, pads, self._complete(rows, settings), kept)
 
     def _rollout(
         self, rows: list[list[int]], temperatures: list[float], pads: tuple[int, int], completions: list[Completion],
-        kept: float,
+        kept: tuple[float, float],
     ) -> Rollout:  # fmt: skip
-        """pads: of prompts and of completions; kept: log_kept of all tokens."""
+        """pads: of prompts and of completions; kept: log_kept and logit_floor of all tokens."""
         ids, mask = left_pad(rows, pads[0], self.device)
         width = max(len(c.tokens) for c in completions)
 
@@ -191,7 +193,8 @@ class RolloutEngine(ABC):
             temperature=torch.tensor(temperatures, dtype=torch.float32, device=self.device),
             sampling_logprobs=logprobs,
             policy_logprobs=torch.full_like(logprobs, torch.nan),
-            log_kept=padded([[kept] * len(c.tokens) for c in completions], 0.0),
+            log_kept=padded([[kept[0]] * len(c.tokens) for c in completions], 0.0),
+            logit_floor=padded([[kept[1]] * len(c.tokens) for c in completions], 0.0),
         )
 
     def sync(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:

@@ -13,7 +13,7 @@ from ...data.chat import prompt_limit
 from ...models.load import base_model, positions_of, read_config
 from ...models.lora import import_peft
 from ...ops import backends
-from ...rollout.processors import check_generation_kwargs
+from ...rollout.processors import check_generation_kwargs, generation_kwargs
 from ...rollout.vllm.sampler import MIN_TEMPERATURE
 from ..checkpoint import check_resume
 from ..run_dir import check_output_dir
@@ -43,6 +43,7 @@ def check(run: TrainConfig, method: MDPGRPOConfig, *, model: bool = False, promp
         import_peft()
     check_attention(run, device)
     check_vllm(run, method)
+    check_truncated(run, method)
     if not model:
         config = read_config(run.model, run.trust_remote_code)
         check_generation_kwargs(run, getattr(config.get_text_config(), "vocab_size", None))
@@ -95,6 +96,22 @@ def check_attention(run: TrainConfig, device: torch.device) -> None:
                 "attention = flash_attention_2 needs the package flash-attn (pip install flash-attn "
                 "--no-build-isolation), which is not installed"
             )
+
+
+def check_truncated(run: TrainConfig, method: MDPGRPOConfig) -> None:
+    """Raises ConfigError where the sampler does not tell which tokens truncation kept."""
+    if not method.truncated_logprobs:
+        return
+    if run.rollout == "vllm":
+        raise ConfigError(
+            "truncated_logprobs needs rollout = transformers: vLLM does not tell which tokens top-k, top-p and min-p "
+            "kept"
+        )
+    if generation_kwargs(run):
+        raise ConfigError(
+            "truncated_logprobs needs a sampler without repetition_penalty and generation_kwargs: which tokens they "
+            "leave follows from logits that the loss has not"
+        )
 
 
 def check_vllm(run: TrainConfig, method: MDPGRPOConfig) -> None:

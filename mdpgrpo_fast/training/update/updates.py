@@ -125,8 +125,8 @@ class Updates:
         """Log-probs of parts by the policy before any update, at the objective's temperature, without a gradient."""
         with self.accelerator.autocast():
             for m in (m for part in parts for m in part):
-                tau = m.objective["temperature"]
-                m.put(self.policy.logprobs(m.inputs, m.mask, m.lengths, tau, self.run.backend), into)
+                tau, floor = m.objective["temperature"], m.objective.get("logit_floor")
+                m.put(self.policy.logprobs(m.inputs, m.mask, m.lengths, tau, self.run.backend, floor), into)
                 passes.without.append(m)
 
     def reference_logprobs(self, parts: list[list[MicroBatch]], like: Tensor, passes: Passes) -> Tensor | None:

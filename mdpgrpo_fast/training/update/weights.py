@@ -8,14 +8,17 @@ from ...config import MDPGRPOConfig
 from ...rollout.generate import Rollout
 
 
-def log_ratio(rollout: Rollout, own: Tensor | None) -> Tensor:
+def log_ratio(rollout: Rollout, own: Tensor | None, truncated: bool = False) -> Tensor:
     """(B, L) log π_old - log μ of every token.
 
     own: (B, L) log-probs of the trainer's policy at each row's temperature, which what truncation kept is taken off
-    where it is known; None: those at temperature 1, untruncated, as `corrected` has them.
+    where it is known; None: those at temperature 1, untruncated, as `corrected` has them. truncated: whether own is
+    over what truncation kept already.
     """
     if own is None:
         return rollout.policy_logprobs - rollout.sampling_logprobs
+    if truncated:
+        return own - rollout.sampling_logprobs
     # vLLM does not tell what its truncation kept.
     return own - rollout.log_kept.nan_to_num(0.0) - rollout.sampling_logprobs
 

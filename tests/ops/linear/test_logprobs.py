@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.inputs import LossInputs
 from helpers.linear import BACKENDS, Head, budget, make_linear, relative, run
-from helpers.losses import DEVICE, EACH, config_for, packed, to
+from helpers.losses import DEVICE, EACH, ROWS, config_for, packed, to
 
 import mdpgrpo_fast
 from mdpgrpo_fast import linear_token_logprobs
@@ -49,7 +49,8 @@ def expected_logprobs(batch: LossInputs, head: Head, dtype: torch.dtype, **more:
 
 
 OPTIONS: list[dict[str, Any]] = [
-    {}, {"mask": None}, {"temperature": 0.6}, {"temperature": EACH, "softcap": 4.0}
+    {}, {"mask": None}, {"temperature": 0.6}, {"temperature": EACH, "softcap": 4.0}, {"logit_floor": 3 * ROWS - 1},
+    {"logit_floor": ROWS, "temperature": EACH, "softcap": 4.0},
 ]  # fmt: skip
 
 
