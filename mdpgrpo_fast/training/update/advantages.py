@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -30,12 +32,11 @@ def step_advantages(
     """
     if not of_the_batch(method):
         return advantages(rewards, num_constraints, method, valid=valid, running=running, backend=backend)
-    counted = rewards.masked_fill(~valid, 0)
-    # Sums over a step are taken by the reference, in plain PyTorch on any device.
+    common: dict[str, Any] = {"valid": valid, "running": running, "backend": backend}
     if method.scale_rewards == "batch":
-        everyone, theirs = _gathered(accelerator, counted, valid)
+        everyone, theirs = _gathered(accelerator, rewards.masked_fill(~valid, 0), valid)
         std = reference.batch_deviation(everyone, theirs, method.group_std)
-        return reference.advantages(counted, num_constraints, method, valid, running, batch_std=std)
+        return advantages(rewards, num_constraints, method, batch_std=std, **common)
     nan = float("nan")
     table = [[nan if v is None else float(v) for v in s.parts.values()] or [nan] * len(weights) for s in scores]
     parts = torch.tensor(table, device=rewards.device).view(*rewards.shape, len(weights))
@@ -45,8 +46,7 @@ def step_advantages(
     mean, std, _ = (x.squeeze(0) for x in reference.group_statistics(everyone, theirs, method.group_std))
     if accelerator is None:
         mean = torch.zeros_like(mean)
-    relative = reference.decoupled_anchor(parts, shares, valid, method, batch=(mean, std))
-    return reference.advantages(counted, num_constraints, method, valid, running, relative=relative)
+    return advantages(rewards, num_constraints, method, parts=parts, part_weights=shares, batch=(mean, std), **common)
 
 
 def _gathered(accelerator: Accelerator | None, rewards: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
