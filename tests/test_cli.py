@@ -122,7 +122,7 @@ def test_every_knob_is_a_flag_with_help(capsys: pytest.CaptureFixture[str]) -> N
         (["--steps-per-generation", "4"], "; --mini-batches gives parts of it an update each"),
         (["--use_adaptive_entropy"], "unknown flag '--use-adaptive-entropy'; it is --entropy-target"),
         (["algorithm.use_kl_in_reward=true"], "'algorithm.use_kl_in_reward'; it is --kl-in"),
-        (["--mini-batches", "9"], "mini_batches must be at most prompts_per_step = 4; got 9"),
+        (["--mini-batches", "17"], "mini_batches must be at most prompts_per_step = 16; got 17"),
         (
             ["--lora", "--sync-reference", "1"],
             "reference_mix must be 1 with lora, where the reference is adapters beside the model",

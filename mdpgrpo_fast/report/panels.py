@@ -100,7 +100,8 @@ def loss_caption(run: Run) -> str:
         or method.top_entropy_quantile < 1 or method.advantage_clip > 0 or method.off_policy_threshold is not None
     )  # fmt: skip
     if method is None or updates != 1 or parts not in (None, 1) or other:
-        return f"Minus the weighted advantages, plus the KL term. {little}"
+        kl = "" if method is not None and not method.kl_in_loss else ", plus the KL term"
+        return f"Minus the weighted advantages{kl}. {little}"
     moved = " and ".join(["shaping"] * method.prospect + ["the goal anchor"] * (method.alpha > 0))
     alike = method.aggregation == "grpo" and not method.mask_truncated and not method.rescale_per_row
     if alike and not moved:
