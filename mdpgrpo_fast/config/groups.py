@@ -45,6 +45,7 @@ ADVANCED = frozenset(
     vespo_lambda_neg horizon baseline multi_objective_aggregation advantage_clip kl_gradient kl_in entropy_target
     entropy_coef_delta entropy_coef_min entropy_coef_max top_entropy_quantile sampler_correction
     importance_weight_floor importance_weight_level importance_weight_kind off_policy_threshold sync_reference
-    truncated_logprobs reference_mix repetition_penalty generation_kwargs mini_batches scale_rewards entropy_coef chat_template
+    truncated_logprobs reference_mix repetition_penalty generation_kwargs mini_batches scale_rewards entropy_coef
+    chat_template
     """.split()
 )
