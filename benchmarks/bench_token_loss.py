@@ -2,7 +2,8 @@
 
 `pytest benchmarks/bench_token_loss.py --benchmark-only`. All compute the same: one β, temperature 1, `grpo`
 aggregation, k3, a KL not weighted by the ratio; but for `gemma`, with a temperature per completion and a soft-cap, and
-the other losses, off-policy, with the aggregation that TRL gives them; `entropy` is on-policy with an entropy bonus.
+the other losses, off-policy, with the aggregation that TRL gives them; `entropy` is on-policy with an entropy bonus,
+`support` on-policy over the support of a truncated sampler.
 Each is verified against the reference before it is timed. `copy` is the ceiling: the logits into memory that is there.
 Bytes counted: one read and one write of the logits, whatever moves.
 """
@@ -56,7 +57,10 @@ LOSSES: dict[str, dict[str, Any]] = {
     "luspo": {"loss": "luspo"},
     "vespo": {"loss": "vespo", "aggregation": "dapo"},
     "entropy": {"entropy_coef": 0.01},
+    "support": {},
 }
+# Of logits with a deviation of 2: about one in forty is in the support.
+FLOOR = 4.0
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ class Case:
 
     @property
     def off_policy(self) -> bool:
-        return self.name not in ("on-policy", "gemma", "entropy")
+        return self.name not in ("on-policy", "gemma", "entropy", "support")
 
     @property
     def config(self) -> MDPGRPOConfig:
@@ -105,7 +109,9 @@ def cases() -> list[Case]:
 
 def knobs(p: Problem, case: Case) -> dict[str, Any]:
     """What all calls of ours have in common."""
-    more = {} if case.plain else {"temperature": p.temperature, "softcap": SOFTCAP}
+    more: dict[str, Any] = {} if case.plain else {"temperature": p.temperature, "softcap": SOFTCAP}
+    if case.name == "support":
+        more["logit_floor"] = torch.full_like(p.old_logprobs, FLOOR)
     return {"old_logprobs": p.old_logprobs if case.off_policy else None, "ref_logprobs": p.ref_logprobs, **more}
 
 
@@ -242,8 +248,8 @@ def given(p: Problem, case: Case) -> tuple[Tensor, float]:
 def liger(p: Problem, case: Case) -> Candidate:
     advantage, beta = given(p, case)
     require_gpu()
-    if case.name in ("entropy", "gmpo"):
-        raise Unavailable("has no entropy bonus, and no gmpo")
+    if case.name in ("entropy", "gmpo", "support"):
+        raise Unavailable("has no entropy bonus, no gmpo, no support")
     grpo = peer("liger_kernel.transformers.grpo_loss", "triton_grpo_loss")
     loss_type = case.name if case.name in LOSSES else "grpo"
     high = 1 + EPSILON if case.name == "cispo" else EPSILON  # its bound is absolute
@@ -264,6 +270,8 @@ def liger(p: Problem, case: Case) -> Candidate:
 def trl(p: Problem, case: Case) -> Candidate:
     """TRL's log-probs of the logits, the rest in PyTorch on (B, L) as its trainer does."""
     advantage, beta = given(p, case)
+    if case.name == "support":
+        raise Unavailable("has no support")
     logprobs_of = trl_logprobs()
     config, layout, mask, denominator = case.config, reference.Layout(p.count), p.mask.float(), denominator_of(p, case)
 
