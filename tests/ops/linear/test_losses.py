@@ -272,6 +272,20 @@ def test_frozen_parts_get_no_gradient_and_no_memory() -> None:
         assert torch.equal(call("torch", batch.logits, leaves, batch, config_for()).loss, out.loss)
 
 
+@backends
+@pytest.mark.parametrize("option", ["top_entropy", "gmpo", "unbiased"])
+def test_a_frozen_heads_unit_gradient_waits_for_the_weights(backend: str, option: str) -> None:
+    """In chunks of three rows, all of which have to be scored before one of them has a weight."""
+    knobs, more = OPTIONS[option]
+    batch, head = make_linear(16, lengths=(5, 3, 1, 4))
+    for index in (None, torch.tensor([True, False, True, True])):
+        batch.mask = batch.mask if index is None else batch.mask & index[:, None]
+        config = config_for(**{"importance_level": levels_of(option)[-1], **knobs})
+        truth, own = truths(batch, head, config, **more)
+        got = run(backend, batch, head, config, frozen=True, workspace_bytes=budget(head, 3), **more)
+        assert_agrees(got, Result(truth.out, {"hidden": truth.grads["hidden"]}), own, torch.float32)
+
+
 # ---- values that nobody looked at -----------------------------------------------------------------------------------
 
 

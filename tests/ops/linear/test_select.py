@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,6 +33,9 @@ def test_idle_rows_are_left_out_exactly(backend: str, level: Any) -> None:
             torch.testing.assert_close(g, kept.grads[name], rtol=1e-5, atol=1e-7)
         assert (skipped.out.logprobs.cpu()[idle] == 0).all() and (kept.out.logprobs.cpu()[idle] != 0).all()
         assert skipped.out.total("tokens") == 3 and kept.out.total("tokens") == 7
+    bonus = replace(config, entropy_coef=0.1)
+    with_bonus = run(backend, batch, head, bonus, advantage=advantage, ref_logprobs=None)
+    assert (with_bonus.out.logprobs.cpu()[batch.mask] != 0).all(), "an entropy bonus leaves no row idle"
     with_kl = run(backend, batch, head, config, advantage=advantage)
     assert (with_kl.out.logprobs.cpu()[batch.mask] != 0).all(), "A = 0 with a KL term contributes"
 
