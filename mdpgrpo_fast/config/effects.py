@@ -144,6 +144,11 @@ _RULES: list[Rule] = [
         "with a KL term every completion counts",
     ),
     (
+        "skip_idle",
+        lambda run, m: run.skip_idle and m.top_entropy_quantile < 1,
+        "the quantile is of the entropies of all tokens (--top-entropy-quantile)",
+    ),
+    (
         "refill skip_idle",
         lambda run, m: m.has_entropy_bonus and not all(b > 0 for b in m.betas),
         "with an entropy bonus every completion has a gradient",

@@ -238,7 +238,6 @@ class Settings(NamedTuple):
 
 
 NUM_NUMBERS = Settings._fields.index("sequence")
-TOKEN_NUMBERS = tuple(n for n in Settings._fields if n in Rows._fields)  # those that Rows may have for each token
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -108,9 +108,13 @@ class Policy(nn.Module):
         if self.head is None:
             return token_loss(rows, tokens, mask, config, **objective)
         return linear_token_loss(
-            rows, tokens=tokens, mask=mask, config=config, lengths=lengths, skip_idle=self.skip_idle, **self._head(),
-            **objective,
+            rows, tokens=tokens, mask=mask, config=config, lengths=lengths, skip_idle=self._skips_idle(config),
+            **self._head(), **objective,
         )  # fmt: skip
+
+    def _skips_idle(self, config: MDPGRPOConfig) -> bool:
+        """With an entropy bonus, also one that does not act at present, and a quantile of entropies all rows count."""
+        return self.skip_idle and not config.has_entropy_bonus and config.top_entropy_quantile == 1
 
     @torch.no_grad()
     def logprobs(

@@ -227,7 +227,7 @@ def check_objective(
     check_config(config)
     check_whole("max_completion_length", max_completion_length)
     if max_completion_length is None and rows.completion is not None:
-        if config.aggregation == "dr_grpo" and denominator is None:
+        if config.aggregation == "dr_grpo" and config.horizon is None and denominator is None:
             refuse("max_completion_length", None, f"given for packed {name} with aggregation = dr_grpo")
     elif max_completion_length is not None and max_completion_length < 1:
         refuse("max_completion_length", max_completion_length, "at least 1")

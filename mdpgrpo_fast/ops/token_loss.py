@@ -60,7 +60,7 @@ def token_loss(
     check_values: bool | None = None,
     backend: Backend = "auto",
 ) -> TokenLoss:
-    """The clipped policy objective with sign-dependent KL over completion tokens, aggregated to one loss.
+    """The policy objective of config.loss with sign-dependent KL over completion tokens, aggregated to one loss.
 
     Rows are tokens: padded (B, L), or packed (T,) with `completion` saying whose each row is, in any order. A knob is a
     number, a tensor (B,) with one value per completion, or one of the rows' shape; where B = T it means completions.
@@ -75,14 +75,16 @@ def token_loss(
         rewards, num_constraints, valid, groups: see `advantages`; B = P * G completions, by groups or with `groups`.
         advantage, kl_beta: knobs, instead of rewards; of `advantages` or any other estimator.
         completion: (T,) integers in [0, B), packed rows only, with num_completions = B (default: that of the rewards).
-        max_completion_length: L of the `dr_grpo` normaliser in tokens; default: the width of tokens (padded only).
+        max_completion_length: L of the `dr_grpo` normaliser in tokens, where config.horizon is unset; default: the
+            width of tokens (padded only).
         old_logprobs: rows, of the sampling policy at `temperature`; absent: on-policy, ratio 1.
         ref_logprobs: rows, of the reference policy at config.kl_temperature; absent: no KL term.
         importance_weight: rows, multiplies the policy term only; detached.
         temperature: knob, of the policy term's log-probs.
         epsilon_low, epsilon_high: knobs, clip range; default: the config's.
         delta: knob, cap of the ratio before the clip (two-sided clipping); 0: none; default: the config's.
-        sampling_logprobs: rows, of the sampler, for config.off_policy_threshold; default: old_logprobs.
+        sampling_logprobs: rows, of the sampler, for config.off_policy_threshold; default: old_logprobs. One that is NaN
+            leaves its completion in.
         logit_floor: rows, the logit (after the soft-cap) under which a token is outside of the support that truncated
             sampling kept: log-probs, ratios, entropy and gradients are then over the support alone, to which the row's
             token always belongs, with every logit that is not under its own. The KL keeps all tokens.
@@ -129,7 +131,7 @@ def token_loss(
         and hopper_wins(logits.device, logits.dtype, logits.shape[-1], size)
     ):
         name = "cuda"
-    longest = max_completion_length or max(shape[-1], 1)
+    longest = config.horizon or max_completion_length or max(shape[-1], 1)
     if name == "torch":
         if in_place:
             refuse("in_place", True, "left off: backend torch computes the gradient in the backward pass")
@@ -144,7 +146,9 @@ def token_loss(
         with torch.no_grad():
             _, entropy = fused.token_logprobs(name, logits, rows.for_logprobs(), num_completions, softcap)
         keep = torch.ones_like(entropy, dtype=torch.bool) if rows.mask is None else rows.mask != 0
-        rows = rows._replace(entropy_floor=reference.entropy_quantile(entropy, keep, config.top_entropy_quantile))
+        floor = reference.entropy_quantile(entropy, keep, config.top_entropy_quantile)
+        # A row that is the quantile itself is not to fall to another kernel's last bits.
+        rows = rows._replace(entropy_floor=floor * (1 - 2**-20))
     settings = Settings.of(config, rows, softcap)
     out = fused.token_loss(name, logits, rows, by_group, settings, denominator, num_completions, longest, in_place)
     if in_place and out.loss.requires_grad:

@@ -34,7 +34,7 @@ def importance_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, layou
 def gmpo_log_ratios(
     log_ratio: Tensor, advantage: Tensor | float, epsilon_low: Tensor | float, epsilon_high: Tensor | float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """log ρ bounded by ε_high where A >= 0, by -ε_low where A < 0, and where one of the bounds holds (GMPO, Eq. 4)."""
+    """log ρ bounded by ε_high where A > 0, by -ε_low where A < 0, and where one of the bounds holds (GMPO, Eq. 4)."""
     advantage, low, high = (
         torch.as_tensor(x, dtype=log_ratio.dtype, device=log_ratio.device)
         for x in (advantage, epsilon_low, epsilon_high)

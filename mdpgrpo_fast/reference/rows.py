@@ -88,7 +88,8 @@ def entropy_quantile(entropy: Tensor, keep: Tensor, share: float) -> Tensor:
     n = keep.sum()
     place = len(rows) - n + (1 - share) * (n - 1).clamp(min=0).to(torch.float64)
     low = place.floor().clamp(max=len(rows) - 1).long()
-    below, above = rows[low], rows[(low + 1).clamp(max=len(rows) - 1)]
+    # Not by indexing, which would look at the index.
+    below, above = rows.gather(0, torch.stack([low, (low + 1).clamp(max=len(rows) - 1)])).unbind()
     return torch.where(n == 0, 0, torch.lerp(below, above, (place - low).to(rows.dtype)))
 
 

@@ -179,7 +179,9 @@ class Collector:
 
     def contributing(self, tokens: Tensor, adv: Advantages) -> Tensor:
         """(B,) tokens of each completion that the loss is to look at, of those that count."""
-        return tokens.masked_fill(self.idle(adv).flatten() & self.run.skip_idle, 0)
+        # A quantile of entropies is that of all tokens.
+        skips = self.run.skip_idle and self.method.top_entropy_quantile == 1
+        return tokens.masked_fill(self.idle(adv).flatten() & skips, 0)
 
     def num_constraints(self, example: Example) -> int:
         """K: 1 where all constraints of a prompt make one reward of 0 or 1."""

@@ -270,8 +270,12 @@ def test_token_loss_compiles_without_graph_breaks(backend: str, compiler: str) -
     """Liger#1366: no float64 scalar, no look at a value and no Python of the launch is in the way."""
     batch = make_batch(18, lengths=(2, 1))
     taus, rewards = {"temperature": torch.tensor([0.5, 1.2])}, {**REWARDS, "softcap": 9.0}
-    for level, more in (("sequence", taus), ("token", rewards)):
-        plain = loss_of(backend, importance_level=level)
+    quantile: dict[str, Any] = {"top_entropy_quantile": 0.5, "loss": "gmpo"}
+    cases: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({"importance_level": "sequence"}, taus), ({}, rewards), (quantile, {"entropy_coef": torch.tensor(0.1)}),
+    ]  # fmt: skip
+    for knobs, more in cases:
+        plain = loss_of(backend, **knobs)
         grads = []
         for f in (plain, torch.compile(plain, fullgraph=True, backend=compiler)):
             args, options = arguments(batch, **more)

@@ -61,6 +61,13 @@ def test_every_option_at_both_levels(backend: str, option: str) -> None:
         assert_matches(backend, batch, config_for(importance_level=level, **knobs), **more)
 
 
+def test_a_horizon_takes_the_place_of_the_longest_completion(backend: str) -> None:
+    batch = make_batch(2)
+    plain, far = (config_for(aggregation="dr_grpo", horizon=h) for h in (None, 10 * MAX_LENGTH))
+    own, ten = (assert_matches(backend, batch, c).out.loss.item() for c in (plain, far))
+    assert own == pytest.approx(10 * ten, rel=1e-5)
+
+
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_aggregations_and_denominators(backend: str, aggregation: Any) -> None:
     """A denominator below 1 counts as 1; a completion without tokens is in none of the batch's own (trl#6439)."""

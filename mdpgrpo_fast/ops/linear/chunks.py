@@ -2,7 +2,7 @@
 
 A chunk's logits become the gradient of ℓ in place, without the weights of its rows: those are applied to the two small
 matrices that are made of it, hidden (n, D) before d weight and d hidden (n, D) after. So nothing about a row has to be
-known before its logits are read, and nothing is read twice.
+known before its logits are read. They are read twice where its gradient is no multiple of ∂ℓ/∂x: `needs_mixing`.
 """
 
 from __future__ import annotations
@@ -345,7 +345,7 @@ def unit_all(head: Head, engine: Engine) -> tuple[Tensor, Tensor]:
 
 
 def backward_all(head: Head, engine: Engine, statistics: Tensor, weights: Tensor, unit: float | Tensor) -> None:
-    """The gradients where all statistics and weights (1 or 2, N) are known: the logits once more, two matmuls after."""
+    """The gradients where all statistics and weights (1 to 3, N) are known: the logits once more, two matmuls after."""
     for a, b in head.chunks:
         h, z = head.forward(a, b)
         g, part = head.target(z), statistics[:, a:b].contiguous()

@@ -217,7 +217,7 @@ class TorchRows:
         share = reference.token_shares(lengths, layout, AGGREGATION[s.aggregation], denominator)
         weights = [c, c_kl] if s.two_temperatures else [c + c_kl]
         if s.has_bonus(rows):
-            weights.append((given["entropy_coef"] * parts.gate).to(self.dtype))
+            weights.append(parts.gate.to(self.dtype) * given["entropy_coef"])
         loss = torch.where(logprobs.isnan(), logprobs, parts.per_token)
         per_row = torch.stack([logprobs, statistics[ENTROPY], parts.kl, parts.ratio, loss * share])
         marks = torch.stack([parts.clipped_low, parts.clipped_high, parts.kl_clamped])

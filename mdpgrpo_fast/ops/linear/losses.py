@@ -90,11 +90,12 @@ def linear_token_loss(
         logit_scale: what the head's output is multiplied by, before the soft-cap.
         lengths: how many rows of each completion count (B,), on the host, where mask is on a GPU: what does not count
             is then left out of the matmuls without waiting for the device. 0 leaves a completion out that has A = 0 and
-            no KL term. Numbers that are not the mask's give a NaN loss. On the CPU the mask itself is looked at. On a
-            GPU without lengths every row is multiplied, and those that do not count are ignored.
-        skip_idle: leave out rows with A = 0 and no KL term, exact for loss and gradients; they report as masked rows
-            do (on a GPU with lengths, those of completions whose length is given as 0). False: their log-probs and
-            entropy are computed all the same.
+            no KL term (with an entropy bonus or a quantile of entropies none is). Numbers that are not the mask's give
+            a NaN loss. On the CPU the mask itself is looked at. On a GPU without lengths every row is multiplied, and
+            those that do not count are ignored.
+        skip_idle: leave out rows with A = 0 and no KL term, exact for loss and gradients, but none where there is an
+            entropy bonus or a quantile of entropies; they report as masked rows do (on a GPU with lengths, those of
+            completions whose length is given as 0). False: their log-probs and entropy are computed all the same.
         workspace_bytes: of the chunk's logits; None: 256 MiB on the CPU and with vocab_group, else on a GPU 1 GiB, or a
             64th of its memory where that is less. Beside it and the gradients, memory does not grow with T by more than
             a few numbers a row.
@@ -133,7 +134,7 @@ def linear_token_loss(
         head, needs = _whole_head(hidden, weight, bias, dtype)
         args = (
             needs, None if denominator is None else scalar(denominator, hidden.device, real),
-            max_completion_length or max(shape[-1], 1), skip_idle,
+            config.horizon or max_completion_length or max(shape[-1], 1), skip_idle,
             *_call(rows, num_completions, host_lengths, settings, name, hidden.device, real, *options),
         )  # fmt: skip
         outputs = _LinearTokenLoss.apply(*head, args)

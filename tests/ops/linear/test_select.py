@@ -36,6 +36,9 @@ def test_idle_rows_are_left_out_exactly(backend: str, level: Any) -> None:
     bonus = replace(config, entropy_coef=0.1)
     with_bonus = run(backend, batch, head, bonus, advantage=advantage, ref_logprobs=None)
     assert (with_bonus.out.logprobs.cpu()[batch.mask] != 0).all(), "an entropy bonus leaves no row idle"
+    quantile = replace(config, top_entropy_quantile=0.5)
+    of_all = run(backend, batch, head, quantile, advantage=advantage, ref_logprobs=None)
+    assert (of_all.out.logprobs.cpu()[batch.mask] != 0).all(), "nor does a quantile, which is of all"
     with_kl = run(backend, batch, head, config, advantage=advantage)
     assert (with_kl.out.logprobs.cpu()[batch.mask] != 0).all(), "A = 0 with a KL term contributes"
 
