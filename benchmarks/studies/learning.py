@@ -38,7 +38,7 @@ VARIANTS: dict[str, list[str]] = {
 }
 MAIN = ("paper", "exact", "grpo")
 # The advantages of `exact`, so that only the loss differs; off-policy by three updates on older samples.
-OFF_POLICY = ["--preset", "exact", "--steps", "60", "--updates-per-rollout", "2", "--mini-batches", "2"]
+OFF_POLICY = ["--preset", "exact", "--steps", "20", "--updates-per-rollout", "2", "--mini-batches", "2"]
 LOSSES: dict[str, list[str]] = {
     "ppo_clip": [],
     "ppo_clip, sequence (GSPO)": [
