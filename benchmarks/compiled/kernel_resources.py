@@ -4,7 +4,8 @@
     python benchmarks/compiled/kernel_resources.py --all-tiles  # every tile that tuning may choose
 
 The launchers run on CPU tensors with the launch itself replaced: what they would launch is compiled for each
-architecture with exactly their arguments. Exit code 1 if a kernel spills, uses local memory, or does not compile.
+architecture with exactly their arguments. Exit code 1 if a kernel spills (more than MAY_SPILL),
+uses local memory, or does not compile.
 """
 
 from __future__ import annotations
@@ -59,6 +60,10 @@ class Launch:
     constants: dict[tuple[int, ...], Any]
     attributes: dict[tuple[int, ...], Any]
     options: dict[str, Any]
+
+
+# Bytes per thread, of rows with more at once than three programs of a multiprocessor have registers for.
+MAY_SPILL = {"full, entropy bonus": 32, "per row, two temperatures, support": 32}
 
 
 @dataclass(frozen=True)
@@ -363,7 +368,7 @@ def main() -> int:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     versions = {"triton": triton.__version__, "torch": torch.__version__}
     args.output.write_text(json.dumps({"versions": versions, "kernels": [asdict(r) for r in found]}, indent=1) + "\n")
-    bad = [r for r in found if r.spilled]
+    bad = [r for r in found if r.spilled > MAY_SPILL.get(r.case.split(", ", 1)[-1], 0)]
     print(f"{len(found)} compiled, {len(bad)} with spills or local memory -> {args.output}")
     return int(bool(bad))
 
