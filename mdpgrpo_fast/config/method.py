@@ -195,7 +195,7 @@ class MDPGRPOConfig:
                 value = getattr(self, name)
                 reason = {
                     "asymmetric_kl": "the sign of A, which picks the coefficient, follows from the reward",
-                    "kl_temperature": "the sampler records log-probs at temperature 1",
+                    "kl_temperature": "the reward lacks the KL between the policies themselves",
                     "kl_gradient": "the reward has no gradient",
                 }[name]
                 require(value == only, name, value, f"{only} for kl_in = reward: {reason}")

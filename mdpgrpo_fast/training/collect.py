@@ -141,8 +141,7 @@ class Collector:
         passes: dict[str, Any] = {"micro_batch_size": self.run.micro_batch_size, "backend": self.run.backend}
         own, truncated = None, method.truncated_logprobs and method.truncates
         with self.accelerator.autocast():
-            in_reward = method.needs_reference and not method.kl_in_loss
-            if self.engine is not None and (method.temperature_objective == "corrected" or in_reward):
+            if self.engine is not None and method.temperature_objective == "corrected":
                 rollout = batch.rollout = with_policy_logprobs(rollout, self.policy, **passes)
             if method.weighs_sampling and method.temperature_objective == "per_row":
                 own = trainer_logprobs(rollout, self.policy, rollout.temperature, truncated=truncated, **passes)

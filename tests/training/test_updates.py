@@ -242,6 +242,24 @@ def test_the_kl_is_taken_off_the_reward_and_is_not_in_the_loss(tmp_path: Path, e
     assert row["loss"] == pytest.approx(-batch.adv.advantage.mean().item(), abs=1e-5)
 
 
+@pytest.mark.parametrize("packing", ["on", "off"])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_policy_that_is_its_reference_has_no_kl_to_take_off(tmp_path: Path, precision: str, packing: str) -> None:
+    """To the bit, or the rounding of a KL would be all that a group of equal rewards learns from."""
+    knobs: dict[str, Any] = {"mixed_precision": precision, "packing": packing, "backend": "torch", "steps": 1}
+    trainer = make_trainer(tmp_path, IN_REWARD, **knobs)
+    batch, passes = collected(trainer, rewards=[0.5] * 4 + [0.0, 1.0] * 2), Passes()
+    trainer.updates.take_kl_off(batch, clock(), passes)
+    trainer.collector.settle(batch)
+    assert batch.kl is not None and (batch.kl == 0).all()
+    assert batch.adv.std[0] == 0 and batch.adv.std[1] > 0 and (batch.adv.advantage[0] == 0).all()
+    assert len(passes.without) == 2 * len(trainer.updates.micro_batches(batch))
+    (row,), (plain,) = (
+        rows(run_small(tmp_path, method, name, **knobs)) for name, method in (("kl", IN_REWARD), ("none", PLAIN))
+    )
+    assert row["kl"] == 0 and row["zero_variance_groups"] == plain["zero_variance_groups"]
+
+
 # ---- the entropy's coefficient --------------------------------------------------------------------------------------
 
 

@@ -61,8 +61,8 @@ class Updates:
         return packed_micro_batches(batch, self.method, binned, num_passes)
 
     def take_kl_off(self, batch: Batch, clock: StageClock, passes: Passes) -> None:
-        """Under kl_in = reward: batch.kl becomes the KL estimate of each token between sampling and reference policy,
-        at temperature 1."""
+        """Under kl_in = reward: batch.kl becomes the KL estimate of each token between policy and reference, exactly 0
+        where they are equal: both come from the same passes."""
         if not self.method.needs_reference or self.method.kl_in_loss:
             return
         own = batch.rollout.mask
@@ -70,11 +70,16 @@ class Updates:
         whole = replace(batch, mask=own, counted=batch.lengths, contributing=batch.lengths)
         with clock.stage("reference"):
             micro_batches = self.micro_batches(whole)
-            ref = self.no_logprobs(batch)
+            policy, ref = self.no_logprobs(batch), self.no_logprobs(batch)
+            with self.accelerator.autocast():
+                for m in micro_batches:
+                    found = self.policy.logprobs(
+                        m.inputs, m.mask, m.lengths, self.method.kl_temperature, self.run.backend
+                    )
+                    m.put(found, policy)
             self.reference.logprobs(micro_batches, ref)
-            batch.kl = kl_penalty(batch.rollout.policy_logprobs.masked_fill(~own, 0), ref, self.method.kl_estimator)[0]
-            batch.kl = batch.kl.masked_fill(~own, 0)
-        passes.without += micro_batches
+            batch.kl = kl_penalty(policy, ref, self.method.kl_estimator)[0].masked_fill(~own, 0)
+        passes.without += micro_batches * 2
 
     def no_logprobs(self, batch: Batch) -> Tensor:
         """(B, L) zeros in the dtype of the objective's log-probs."""
