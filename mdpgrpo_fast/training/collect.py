@@ -150,8 +150,9 @@ class Collector:
             batch.weight, batch.outside = importance_weights(ratio, rollout.mask, method)
         if truncated:
             batch.logit_floor = rollout.logit_floor
-        # At another temperature than the loss's they would say little of how far the policy has moved.
+        # Of another distribution than the loss's they would say little of how far the policy has moved.
         same = method.temperature_objective == "per_row" or all(tau == 1 for tau in method.slot_temperatures)
+        same = same and not method.truncates and self.run.repetition_penalty == 1
         if method.off_policy_threshold is not None and self.engine is not None and same:
             batch.sampling = rollout.sampling_logprobs
 
