@@ -69,8 +69,8 @@ class Facts:
         processed = run.repetition_penalty != 1 or run.generation_kwargs
         if processed and method.temperature_objective != "corrected":
             notes.append(
-                "log-probs of training are not those of sampling, which repetition_penalty and generation_kwargs change; "
-                "--temperature-objective corrected weighs them"
+                "log-probs of training are not those of sampling, which repetition_penalty and generation_kwargs "
+                "change; --temperature-objective corrected weighs them"
             )
         return cls(
             sources=task.sources,
