@@ -11,7 +11,9 @@ import torch
 from helpers.runs import PLAIN, make_trainer, parameters, rows, run_small
 
 from mdpgrpo_fast import reference
-from mdpgrpo_fast.config import MDPGRPOConfig, preset
+from mdpgrpo_fast.config import ConfigError, MDPGRPOConfig, preset
+from mdpgrpo_fast.demo import DEMO_DIR
+from mdpgrpo_fast.models.load import load
 from mdpgrpo_fast.models.policy import Policy
 from mdpgrpo_fast.rewards import Score
 from mdpgrpo_fast.training import checkpoint
@@ -23,6 +25,7 @@ from mdpgrpo_fast.training.update.updates import Passes, Updates
 
 STILL = {"learning_rate": 1e-30}  # an update that moves no weight
 KL = preset("grpo", num_generations=4)
+PROMPTS = str(DEMO_DIR / "train.jsonl")
 IN_REWARD = replace(KL, kl_in="reward", kl_beta_pos=0.1)
 
 
@@ -153,6 +156,21 @@ def test_the_reference_follows_the_policy(tmp_path: Path) -> None:
         assert not now.requires_grad
     stays = make_trainer(tmp_path, KL, "stays")
     assert not stays.reference.moves and not make_trainer(tmp_path, PLAIN, "none", sync_reference=1).reference.moves
+
+
+def test_weights_in_bfloat16_take_no_mix(tmp_path: Path) -> None:
+    """Also where it is the model's own dtype."""
+    with pytest.raises(ConfigError, match="reference_mix must be 1 for weights in bfloat16"):
+        make_trainer(
+            tmp_path, KL, dtype="auto", model=str(_in_bfloat16(tmp_path)), train_file=PROMPTS, sync_reference=1
+        )
+
+
+def _in_bfloat16(tmp_path: Path) -> Path:
+    model, tokenizer = load(None)
+    for part in (model.to(torch.bfloat16), tokenizer):
+        part.save_pretrained(tmp_path / "half")
+    return tmp_path / "half"
 
 
 def test_a_copied_reference_has_no_distance(tmp_path: Path, peer: Any) -> None:
