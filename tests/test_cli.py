@@ -321,6 +321,10 @@ def test_a_wrong_flag_and_help_load_no_torch() -> None:
             ["--scale-rewards", "none", "--dual-anchor-alpha", "1"],
             "--scale-rewards has no effect: the relative anchor has no weight",
         ),
+        (
+            ["--baseline", "leave_one_out", "--multi-objective-aggregation", "normalize_then_sum"],
+            "--baseline has no effect: its factor n / (n - 1) cancels",
+        ),
         (["--group-std", "population", "--preset", "dr_grpo"], "--group-std has no effect: rewards are divided by no"),
         (
             ["--importance-weight-floor", "0.1"],
@@ -364,6 +368,7 @@ def test_a_flag_with_effect_is_not(tmp_path: Path) -> None:
         ["--eval-every", "2"],
         ["--preset", "grpo"],
         ["--epsilon-low", "0.1", "--importance-level", "sequence", "--mini-batches", "2"],
+        ["--importance-level", "sequence", "--kl-gradient", "unbiased"],
         ["--loss", "vespo", "--vespo-k-neg", "2", "--temperature-objective", "corrected"],
         ["--loss", "sapo", "--sapo-temperature-neg", "2", "--updates-per-rollout", "2"],
         ["--sampler-correction", "--temperature-objective", "per_row", "--importance-weight-kind", "mask"],

@@ -235,6 +235,19 @@ def test_parts_of_a_batch_and_a_moving_reference() -> None:
     with pytest.raises(ConfigError, match="reference_mix must be 1 with lora"):
         TrainConfig(lora=True, sync_reference=1)
     TrainConfig(mini_batches=4, lora=True, sync_reference=1, reference_mix=1.0)
+    with pytest.raises(ConfigError, match=r"reference_mix must be 1 with dtype = bfloat16, in which .*; got 0.6"):
+        TrainConfig(dtype="bfloat16", sync_reference=1)
+    TrainConfig(dtype="bfloat16", sync_reference=1, reference_mix=1.0)
+    TrainConfig(dtype="bfloat16")
+
+
+@pytest.mark.parametrize("coef", [-0.1, 0.005, 0.3])
+def test_with_a_target_the_entropys_coefficient_begins_within_its_bounds(coef: float) -> None:
+    bounds: dict[str, Any] = {"entropy_coef_min": 0.01, "entropy_coef_max": 0.2}
+    assert MDPGRPOConfig(entropy_coef=coef, **bounds).has_entropy_bonus
+    with pytest.raises(ConfigError, match=r"entropy_coef must be within .* = \[0.01, 0.2\] with entropy_target; got"):
+        MDPGRPOConfig(entropy_coef=coef, entropy_target=1.0, **bounds)
+    MDPGRPOConfig(entropy_coef=0.01, entropy_target=1.0, **bounds)
 
 
 @pytest.mark.parametrize("objective", ["paper", "corrected"])

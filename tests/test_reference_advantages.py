@@ -386,6 +386,16 @@ def test_single_rewards_that_are_all_constant_are_exactly_zero() -> None:
         assert (mdpgrpo_fast.advantages(config=config, parts=varied, batch=(0.1, 0.0), backend="torch").z == 0).all()
 
 
+def test_a_group_constant_in_all_its_rewards_is_exactly_zero_beside_others() -> None:
+    """Whatever rounding, or the ranks' own, leaves of the mean that is subtracted."""
+    parts = torch.rand(3, 4, 2, generator=torch.Generator().manual_seed(0))
+    parts[1] = torch.tensor([0.1 + 0.2, torch.nan])
+    config = MDPGRPOConfig(**PLAIN, multi_objective_aggregation="normalize_then_sum")
+    for batch in (None, (0.01, 0.9)):
+        got = mdpgrpo_fast.advantages(config=config, parts=parts, part_weights=[0.3, 0.7], batch=batch)
+        assert (got.z[1] == 0).all() and (got.advantage[1] == 0).all() and (got.z[::2] != 0).all()
+
+
 def test_one_reward_of_larger_numbers_does_not_outweigh_another() -> None:
     """What GDPO is for: the sum of rewards of 0 to 1 and of 0 to 100 is all but the second."""
     parts = torch.tensor([[[0.0, 100.0], [1.0, 0.0], [0.0, 0.0], [1.0, 100.0]]], dtype=torch.float64)

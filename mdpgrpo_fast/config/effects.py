@@ -72,6 +72,13 @@ _RULES: list[Rule] = [
         "the relative anchor has no weight (--dual-anchor-alpha)",
     ),
     (
+        "baseline",
+        lambda run, m: (
+            m.alpha < 1 and m.baseline == "leave_one_out" and m.multi_objective_aggregation == "normalize_then_sum"
+        ),
+        "its factor n / (n - 1) cancels in the deviation of the step, but for rewards that do not apply to all",
+    ),
+    (
         "group_std",
         lambda run, m: m.alpha < 1 and m.scale_rewards == "none",
         "rewards are divided by no deviation (--scale-rewards)",
@@ -112,7 +119,12 @@ _RULES: list[Rule] = [
         lambda run, m: _on_policy(run) and m.loss not in ("sapo", "vespo"),
         ONE_UPDATE,
     ),
-    ("importance_level", lambda run, m: _on_policy(run) and m.loss != "luspo", ONE_UPDATE),
+    (
+        "importance_level",
+        # The gradient of an unbiased KL goes through the ratio, whatever its value.
+        lambda run, m: _on_policy(run) and m.loss != "luspo" and not (m.kl_in_loss and m.kl_gradient == "unbiased"),
+        ONE_UPDATE,
+    ),
     (
         "sapo_temperature_pos sapo_temperature_neg",
         lambda run, m: _on_policy(run) and m.loss == "sapo",

@@ -179,6 +179,10 @@ class MDPGRPOConfig:
         require(floor <= cap, "importance_weight_floor", floor, f"at most importance_weight_cap = {cap}")
         least, most = self.entropy_coef_min, self.entropy_coef_max
         require(least <= most, "entropy_coef_min", least, f"at most entropy_coef_max = {most}")
+        coef = self.entropy_coef
+        if self.entropy_target is not None:
+            within = f"within [entropy_coef_min, entropy_coef_max] = [{least}, {most}] with entropy_target"
+            require(least <= coef <= most, "entropy_coef", coef, within)
         self._check_together()
 
     def _check_together(self) -> None:
@@ -195,7 +199,7 @@ class MDPGRPOConfig:
                 value = getattr(self, name)
                 reason = {
                     "asymmetric_kl": "the sign of A, which picks the coefficient, follows from the reward",
-                    "kl_temperature": "the sampler records log-probs at temperature 1",
+                    "kl_temperature": "the reward lacks the KL between the policies themselves",
                     "kl_gradient": "the reward has no gradient",
                 }[name]
                 require(value == only, name, value, f"{only} for kl_in = reward: {reason}")

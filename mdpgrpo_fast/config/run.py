@@ -143,7 +143,7 @@ class TrainConfig(PromptConfig):
 
     learning_rate: float = knob(1e-5, "peak learning rate of AdamW")
     lr_schedule: Literal["constant", "linear", "cosine"] = knob("linear", "schedule after the warmup")
-    warmup_steps: int = knob(0, "steps of linear warmup")
+    warmup_steps: int = knob(0, "optimiser updates of linear warmup")
     weight_decay: float = knob(0.0, "weight decay of AdamW")
     adam_beta2: float = knob(0.999, "second moment decay of AdamW")
     fused_adamw: bool = knob(True, "torch's fused AdamW, one kernel over all parameters")
@@ -192,10 +192,14 @@ class TrainConfig(PromptConfig):
         "down on Llama, Qwen, Gemma)",
     )
     repetition_penalty: float = knob(
-        1.0, "divide the logits of tokens that the prompt or the completion has by it, multiply those below 0; 1: none"
+        1.0,
+        "divide the logits of tokens that the prompt or the completion has by it, multiply those below 0; 1: none. "
+        "Held-out answers are greedy without it",
     )
     generation_kwargs: list[str] = knob(
-        [], "what transformers' logits processors do, as no_repeat_ngram_size=3 (names of its GenerationConfig)"
+        [],
+        "what transformers' logits processors do, as no_repeat_ngram_size=3 (names of its GenerationConfig); held-out "
+        "answers are greedy without them",
     )
     rollout: Literal["transformers", "vllm"] = knob("transformers", "what samples: the model itself, or vLLM")
     vllm_url: str | None = knob(None, "rollout vllm: address of a server; unset: vLLM in this process")
@@ -247,6 +251,11 @@ class TrainConfig(PromptConfig):
             raise ConfigError(
                 "reference_mix must be 1 with lora, where the reference is adapters beside the model: a mix of two "
                 f"adapters' matrices is not the mix of the weights that they add up to; got {self.reference_mix!r}"
+            )
+        if self.dtype == "bfloat16" and self.sync_reference and self.reference_mix < 1:
+            raise ConfigError(
+                "reference_mix must be 1 with dtype = bfloat16, in which small shares of the policy round away "
+                f"(--reference-mix 1, or --dtype float32); got {self.reference_mix!r}"
             )
         if self.packing == "off" and self.tokens_per_micro_batch is not None:
             raise ConfigError("tokens_per_micro_batch needs packing; without it, micro_batch_size counts completions")

@@ -71,7 +71,8 @@ def batch_deviation(rewards: Tensor, valid: Tensor, group_std: str) -> Tensor:
 def decoupled_anchor(
     parts: Tensor, weights: Tensor, valid: Tensor, config: MDPGRPOConfig, batch: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
-    """z of several rewards, each normalised in its group and then summed, over the batch's deviation (GDPO). (P, G)
+    """z of several rewards, each normalised in its group and then summed, over the batch's deviation (GDPO); exactly 0
+    in a group whose sums are, as where it is constant in all its rewards. (P, G)
 
     parts (P, G, R): rewards, NaN where one does not apply; weights (R,). batch: mean and deviation of the sums over the
     batch, where that is more than these; see `decoupled_sums`.
@@ -84,7 +85,9 @@ def decoupled_anchor(
     else:
         mean, std = (x.to(sums) for x in batch)
     scale = std.clamp(min=1e-8) if config.group_std == "population" else std + 1e-4
-    return torch.where(std == 0, 0, (sums - mean) / scale).masked_fill(~valid, 0)
+    # The mean is 0 but for rounding, which would be all that such a group learns from.
+    constant = (sums == 0).all(1, keepdim=True)
+    return torch.where((std == 0) | constant, 0, (sums - mean) / scale).masked_fill(~valid, 0)
 
 
 def decoupled_sums(parts: Tensor, weights: Tensor, valid: Tensor, config: MDPGRPOConfig) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import transformers as tf
 from torch import Tensor
 
-from ..config import ConfigError, TrainConfig, unknown_name
+from ..config import ConfigError, TrainConfig, require, unknown_name
 
 # What belongs to a setting of ours, or to the tokenizer, by its name in transformers' GenerationConfig.
 ELSEWHERE = {
@@ -71,16 +71,18 @@ PROCESSORS: dict[str, tuple[Callable[[Any], bool], Callable[[Any, Row], Any]]] =
 
 
 def generation_kwargs(run: TrainConfig) -> dict[str, Any] | None:
-    """A run's settings for `generate`, values as JSON where they are JSON, else text; None: there are none.
+    """A run's settings for `generate`, values as JSON (or True, False) where they are, else text; None: there are none.
 
-    Raises: ConfigError for a name that no logits processor has.
+    Raises: ConfigError for a name that no logits processor has, or that is given twice.
     """
     values: dict[str, Any] = {}
     for item in run.generation_kwargs:
         name, _, text = item.partition("=")
         _check_name(name)
+        if name in values:
+            raise ConfigError(f"generation_kwargs: {name} is given twice")
         try:
-            values[name] = json.loads(text)
+            values[name] = json.loads({"True": "true", "False": "false"}.get(text, text))
         except ValueError:
             values[name] = text
     if run.repetition_penalty != 1:
@@ -102,6 +104,30 @@ def _check_name(name: str) -> None:
     )
 
 
+def _check_kinds(values: dict[str, Any]) -> None:
+    """Raises ConfigError for a bool where a number is meant, and for anything but one where one is meant."""
+    for name, value in values.items():
+        if value is None:
+            continue
+        if name == "remove_invalid_values":
+            require(isinstance(value, bool), f"generation_kwargs: {name}", value, "True or False")
+        elif any(isinstance(x, bool) for x in _flat(value)):
+            raise ConfigError(f"generation_kwargs: {name} cannot be {value!r}: a number is wanted, not True or False")
+
+
+def _check_ids(values: dict[str, Any], vocab: int | None) -> None:
+    """Raises ConfigError for what is no token of the model, where its processor would pass over it."""
+    wanted = "whole numbers from 0" + ("" if vocab is None else f" below the vocabulary size {vocab}")
+    for name in ("forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens"):
+        for x in _flat(values.get(name) or []):
+            ok = isinstance(x, int) and x >= 0 and (vocab is None or x < vocab)
+            require(ok, f"generation_kwargs: tokens of {name}", x, wanted)
+
+
+def _flat(value: Any) -> list[Any]:
+    return [x for item in value for x in _flat(item)] if isinstance(value, (list, tuple)) else [value]
+
+
 def check_generation_kwargs(run: TrainConfig, vocab: int | None = None) -> None:
     """Raises ConfigError where the run's settings cannot be used. vocab: size of the model's logits, where known."""
     values = generation_kwargs(run)
@@ -112,9 +138,11 @@ def check_generation_kwargs(run: TrainConfig, vocab: int | None = None) -> None:
             f"generation_kwargs need rollout = transformers: of vLLM only --repetition-penalty is asked; "
             f"got {', '.join(run.generation_kwargs)}"
         )
+    _check_kinds(values)
     ids, mask = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.bool)
     try:
         process = Processors(values, ids, mask, torch.zeros(1, dtype=torch.int64), [0], run.max_completion_length)
+        _check_ids(values, vocab)
         if vocab is not None:
             process(torch.zeros(1, vocab), torch.zeros(1, dtype=torch.int64), ids[:, :0])
     except ValueError as e:

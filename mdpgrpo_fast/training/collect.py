@@ -141,8 +141,7 @@ class Collector:
         passes: dict[str, Any] = {"micro_batch_size": self.run.micro_batch_size, "backend": self.run.backend}
         own, truncated = None, method.truncated_logprobs and method.truncates
         with self.accelerator.autocast():
-            in_reward = method.needs_reference and not method.kl_in_loss
-            if self.engine is not None and (method.temperature_objective == "corrected" or in_reward):
+            if self.engine is not None and method.temperature_objective == "corrected":
                 rollout = batch.rollout = with_policy_logprobs(rollout, self.policy, **passes)
             if method.weighs_sampling and method.temperature_objective == "per_row":
                 own = trainer_logprobs(rollout, self.policy, rollout.temperature, truncated=truncated, **passes)
@@ -151,8 +150,9 @@ class Collector:
             batch.weight, batch.outside = importance_weights(ratio, rollout.mask, method)
         if truncated:
             batch.logit_floor = rollout.logit_floor
-        # At another temperature than the loss's they would say little of how far the policy has moved.
+        # Of another distribution than the loss's they would say little of how far the policy has moved.
         same = method.temperature_objective == "per_row" or all(tau == 1 for tau in method.slot_temperatures)
+        same = same and not method.truncates and self.run.repetition_penalty == 1
         if method.off_policy_threshold is not None and self.engine is not None and same:
             batch.sampling = rollout.sampling_logprobs
 

@@ -26,6 +26,7 @@ def step_metrics(batch: Batch, updated: dict[str, Any], method: MDPGRPOConfig, m
     """A step's row of metrics.jsonl on one rank, without its times; updated: what `TrainingLoop.update` returned."""
     rollout, has_kl = batch.rollout, method.kl_in_loss
     quality = from_scores(batch.examples, batch.scores)
+    no_weight = batch.weight is not None and bool((batch.weight[batch.mask] == 0).all())
     return {
         **updated,
         **group_health(batch.rewards, batch.valid, batch.adv, has_kl or method.has_entropy_bonus),
@@ -42,7 +43,9 @@ def step_metrics(batch: Batch, updated: dict[str, Any], method: MDPGRPOConfig, m
         "slots": slot_statistics(batch, method),
         "out_of_bounds": None if batch.outside is None else share_outside(batch.outside, batch.mask, method),
         "memory_mb": memory_mb,
-        "note": why_zero(updated["loss"], updated["grad_norm"], int(batch.mask.sum()), batch.adv, method, has_kl),
+        "note": why_zero(
+            updated["loss"], updated["grad_norm"], int(batch.mask.sum()), batch.adv, method, has_kl, no_weight
+        ),
     }
 
 
@@ -123,9 +126,11 @@ class TokenStatistics:
 
 
 def why_zero(
-    loss: float, grad_norm: float, rollout_tokens: int, adv: Advantages, config: MDPGRPOConfig, has_kl: bool
-) -> str | None:
-    """One line on why the loss or the gradient is 0 at this step; None where neither is."""
+    loss: float, grad_norm: float, rollout_tokens: int, adv: Advantages, config: MDPGRPOConfig, has_kl: bool,
+    no_weight: bool = False,
+) -> str | None:  # fmt: skip
+    """One line on why the loss or the gradient is 0 at this step; None where neither is. no_weight: whether every
+    importance weight is 0."""
     if rollout_tokens == 0:
         return "no token counts: every completion was dropped or masked as truncated"
     if grad_norm == 0:
@@ -133,6 +138,11 @@ def why_zero(
             anchor = "the goal anchor is off" if config.alpha == 0 else "the goal anchor is 0 too"
             kl = "the policy still equals the reference" if has_kl else "there is no KL term"
             return f"the gradient is 0: the rewards of every group are all equal, so z = 0, {anchor} and {kl}"
+        if no_weight:
+            return (
+                "the gradient is 0 because every importance weight is 0: all out of bounds (--importance-weight-floor, "
+                "--importance-weight-cap)"
+            )
         return "the gradient is 0 although advantages are not: every token's ratio is clipped, or gradients underflow"
     if abs(loss) < 1e-7:
         return "the loss is 0 but its gradient is not: on-policy the ratio is 1 and the advantages cancel in the mean"

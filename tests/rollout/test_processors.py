@@ -150,6 +150,15 @@ def test_settings_of_a_run() -> None:
         ("no_repeat_ngram_size=-1", "generation_kwargs: no_repeat_ngram_size cannot be -1: "),
         ("suppress_tokens=7", "generation_kwargs: suppress_tokens cannot be 7: "),
         ("sequence_bias=[1]", r"generation_kwargs: sequence_bias cannot be \[1\]: "),
+        ("no_repeat_ngram_size=True", "no_repeat_ngram_size cannot be True: a number is wanted"),
+        ("suppress_tokens=[3, true]", r"suppress_tokens cannot be \[3, True\]: a number is wanted"),
+        ("remove_invalid_values=yes", "generation_kwargs: remove_invalid_values must be True or False; got 'yes'"),
+        ("remove_invalid_values=1", "generation_kwargs: remove_invalid_values must be True or False; got 1"),
+        ("begin_suppress_tokens=[1.5]", "tokens of begin_suppress_tokens must be whole numbers from 0; got 1.5"),
+        ("suppress_tokens=[-1]", "tokens of suppress_tokens must be whole numbers from 0; got -1"),
+        ("remove_invalid_values=True", None),
+        ("remove_invalid_values=false", None),
+        ("forced_eos_token_id=0", None),
         ("bad_words_ids=[]", None),
         ("min_new_tokens=null", None),
     ],
@@ -168,6 +177,20 @@ def test_tokens_that_the_model_does_not_have(tmp_path: Any) -> None:
     run = TrainConfig(output_dir=str(tmp_path / "run"), generation_kwargs=["bad_words_ids=[[999999]]"])
     with pytest.raises(ConfigError, match=r"vocabulary size is .*999999"):
         check(run, MDPGRPOConfig())
+    for item in ("suppress_tokens=[5, 999999]", "begin_suppress_tokens=[999999]", "forced_eos_token_id=999999"):
+        run = TrainConfig(output_dir=str(tmp_path / "run"), generation_kwargs=[item])
+        with pytest.raises(ConfigError, match=r"whole numbers from 0 below the vocabulary size \d+; got 999999"):
+            check(run, MDPGRPOConfig())
+
+
+def test_how_bools_are_spelt_and_a_name_given_twice() -> None:
+    for text, value in (("True", True), ("true", True), ("False", False)):
+        assert generation_kwargs(TrainConfig(generation_kwargs=[f"remove_invalid_values={text}"])) == {
+            "remove_invalid_values": value
+        }
+    twice = TrainConfig(generation_kwargs=["min_length=3", "min_length=4"])
+    with pytest.raises(ConfigError, match="generation_kwargs: min_length is given twice"):
+        generation_kwargs(twice)
 
 
 def test_vllm_takes_the_penalty_alone(engine_settings: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from helpers.runs import PLAIN, rows, run_small
@@ -34,6 +35,14 @@ def test_zero_gradient_says_why(tmp_path: Path) -> None:
     knobs["reward"] = ["helpers.rewards:length"]
     (row,) = rows(run_small(tmp_path, preset("exact", num_generations=4), "moved", **knobs))
     assert row["grad_norm"] > 0 and row["zero_gradient_groups"] < 1
+
+
+def test_weights_that_are_all_out_of_bounds_are_named(tmp_path: Path) -> None:
+    method = replace(
+        PLAIN, temperature_objective="corrected", importance_weight_kind="mask", importance_weight_floor=1.9
+    )
+    (row,) = rows(run_small(tmp_path, method, steps=1, reward=["helpers.rewards:length"], backend="torch"))
+    assert row["out_of_bounds"] == 1 and "every importance weight is 0: all out of" in row["note"]
 
 
 def test_truncated_completions_leave_loss_and_normaliser_by_choice(tmp_path: Path) -> None:

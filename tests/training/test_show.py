@@ -74,6 +74,21 @@ def test_the_facts_of_a_run(tmp_path: Path, backend: str) -> None:
     assert 0 < adapted.trained < adapted.parameters / 10 and "reference" not in adapted.memory
 
 
+def test_the_facts_name_what_runs_elsewhere_and_what_is_not_weighed(tmp_path: Path) -> None:
+    def facts(objective: str = "paper", aggregation: str = "sum_then_normalize", **knobs: Any) -> Any:
+        method = preset(
+            "exact", num_generations=4, temperature_objective=objective, multi_objective_aggregation=aggregation
+        )
+        return make_trainer(tmp_path, method, **knobs).facts
+
+    assert facts(aggregation="normalize_then_sum").backend["advantages"] == "torch"
+    said = "log-probs of training are not those of sampling"
+    for knobs in ({"repetition_penalty": 1.1}, {"generation_kwargs": ["min_length=3"]}):
+        assert sum(said in note for note in facts("per_row", **knobs).notes) == 1
+        assert not any(said in note for note in facts("corrected", **knobs).notes)
+    assert not any(said in note for note in facts("per_row").notes)
+
+
 # ---- the end --------------------------------------------------------------------------------------------------------
 
 SCORES = {"hsr": 0.5, "ssr": 0.75, "reward": 0.75}

@@ -91,3 +91,14 @@ def test_what_does_not_tell_its_support_is_refused() -> None:
         with pytest.raises(ConfigError, match="truncated_logprobs needs a sampler without repetition_penalty"):
             check_truncated(TrainConfig(**knobs), CUT)  # type: ignore[arg-type]
     check_truncated(TrainConfig(repetition_penalty=1.2), replace(CUT, truncated_logprobs=False))
+
+
+@pytest.mark.parametrize("cut", [{"top_k": 40}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str)
+def test_vllm_does_not_tell_the_mass_that_a_weight_per_row_needs(cut: dict[str, Any]) -> None:
+    method, vllm = preset("exact", sampler_correction=True, **cut), TrainConfig(rollout="vllm")
+    with pytest.raises(ConfigError, match="sampler_correction with temperature_objective = per_row needs rollout"):
+        check_truncated(vllm, method)
+    check_truncated(TrainConfig(), method)
+    check_truncated(vllm, replace(method, temperature_objective="corrected"))
+    check_truncated(vllm, replace(method, top_k=0, top_p=1.0, min_p=0.0))
+    check_truncated(vllm, replace(method, sampler_correction=False))

@@ -11,7 +11,9 @@ import torch
 from helpers.runs import PLAIN, make_trainer, parameters, rows, run_small
 
 from mdpgrpo_fast import reference
-from mdpgrpo_fast.config import MDPGRPOConfig, preset
+from mdpgrpo_fast.config import ConfigError, MDPGRPOConfig, preset
+from mdpgrpo_fast.demo import DEMO_DIR
+from mdpgrpo_fast.models.load import load
 from mdpgrpo_fast.models.policy import Policy
 from mdpgrpo_fast.rewards import Score
 from mdpgrpo_fast.training import checkpoint
@@ -23,6 +25,7 @@ from mdpgrpo_fast.training.update.updates import Passes, Updates
 
 STILL = {"learning_rate": 1e-30}  # an update that moves no weight
 KL = preset("grpo", num_generations=4)
+PROMPTS = str(DEMO_DIR / "train.jsonl")
 IN_REWARD = replace(KL, kl_in="reward", kl_beta_pos=0.1)
 
 
@@ -155,6 +158,21 @@ def test_the_reference_follows_the_policy(tmp_path: Path) -> None:
     assert not stays.reference.moves and not make_trainer(tmp_path, PLAIN, "none", sync_reference=1).reference.moves
 
 
+def test_weights_in_bfloat16_take_no_mix(tmp_path: Path) -> None:
+    """Also where it is the model's own dtype."""
+    with pytest.raises(ConfigError, match="reference_mix must be 1 for weights in bfloat16"):
+        make_trainer(
+            tmp_path, KL, dtype="auto", model=str(_in_bfloat16(tmp_path)), train_file=PROMPTS, sync_reference=1
+        )
+
+
+def _in_bfloat16(tmp_path: Path) -> Path:
+    model, tokenizer = load(None)
+    for part in (model.to(torch.bfloat16), tokenizer):
+        part.save_pretrained(tmp_path / "half")
+    return tmp_path / "half"
+
+
 def test_a_copied_reference_has_no_distance(tmp_path: Path, peer: Any) -> None:
     """To the bit: full weights, and adapters under LoRA, those of a checkpoint too."""
     peer("peft")
@@ -240,6 +258,24 @@ def test_the_kl_is_taken_off_the_reward_and_is_not_in_the_loss(tmp_path: Path, e
     row = trainer.updates.apply(batch, 1, clock(), passes)
     assert row["kl"] == pytest.approx((kl.sum() / r.mask.sum()).item(), abs=1e-4) and row["kl"] != 0
     assert row["loss"] == pytest.approx(-batch.adv.advantage.mean().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("packing", ["on", "off"])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_policy_that_is_its_reference_has_no_kl_to_take_off(tmp_path: Path, precision: str, packing: str) -> None:
+    """To the bit, or the rounding of a KL would be all that a group of equal rewards learns from."""
+    knobs: dict[str, Any] = {"mixed_precision": precision, "packing": packing, "backend": "torch", "steps": 1}
+    trainer = make_trainer(tmp_path, IN_REWARD, **knobs)
+    batch, passes = collected(trainer, rewards=[0.5] * 4 + [0.0, 1.0] * 2), Passes()
+    trainer.updates.take_kl_off(batch, clock(), passes)
+    trainer.collector.settle(batch)
+    assert batch.kl is not None and (batch.kl == 0).all()
+    assert batch.adv.std[0] == 0 and batch.adv.std[1] > 0 and (batch.adv.advantage[0] == 0).all()
+    assert len(passes.without) == 2 * len(trainer.updates.micro_batches(batch))
+    (row,), (plain,) = (
+        rows(run_small(tmp_path, method, name, **knobs)) for name, method in (("kl", IN_REWARD), ("none", PLAIN))
+    )
+    assert row["kl"] == 0 and row["zero_variance_groups"] == plain["zero_variance_groups"]
 
 
 # ---- the entropy's coefficient --------------------------------------------------------------------------------------

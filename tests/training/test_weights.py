@@ -106,8 +106,11 @@ def test_the_loss_measures_drift_by_an_engines_log_probs(tmp_path: Path, packing
         ({}, True, False),
         ({"off_policy_threshold": 0.1, **warm}, True, False),
         ({"off_policy_threshold": 0.1, **warm, "temperature_objective": "per_row"}, True, True),
+        ({"off_policy_threshold": 0.1, "top_k": 40}, True, False),
+        ({"off_policy_threshold": 0.1, "repetition_penalty": 1.1}, True, False),
     ):
-        trainer = make_trainer(tmp_path, replace(PLAIN, **knobs), packing=packing, backend="torch")
+        run = {"repetition_penalty": knobs.pop("repetition_penalty", 1.0)}
+        trainer = make_trainer(tmp_path, replace(PLAIN, **knobs), packing=packing, backend="torch", **run)
         rollout = trainer.collector.sample([0, 1])
         batch = trainer.collector.assemble(rollout, [0, 1], [""] * 8, [Score(i / 8, {}, None) for i in range(8)])
         trainer.collector.engine = object() if engine else None  # type: ignore[assignment]
@@ -117,6 +120,24 @@ def test_the_loss_measures_drift_by_an_engines_log_probs(tmp_path: Path, packing
         if handed:
             assert torch.equal(m.objective["sampling_logprobs"], m.of(rollout.sampling_logprobs))
             trainer.updates.forward_backward(m, None, None, None, 1.0, _clock())
+
+
+@pytest.mark.parametrize("packing", ["on", "off"])
+@pytest.mark.parametrize("size", [3, 8])
+def test_what_the_threshold_left_out_is_logged(tmp_path: Path, packing: str, size: int) -> None:
+    """Of the completions that count, those with A < 0 whose sampler was surer of them."""
+    knobs: dict[str, Any] = {"packing": packing, "micro_batch_size": size, "backend": "torch", "learning_rate": 1e-30}
+    trainer = make_trainer(tmp_path, replace(PLAIN, off_policy_threshold=0.1), skip_idle=True, **knobs)
+    rollout = trainer.collector.sample([0, 1])
+    rewards, trainer.collector.engine = [0.0, 1.0, 0.0, None, *[0.5] * 4], object()  # type: ignore[assignment]
+    drift = torch.tensor([0.5, 0.5, 0.0, 0.5, *[0.5] * 4])[:, None]
+    rollout = replace(rollout, sampling_logprobs=rollout.sampling_logprobs + drift)
+    batch = trainer.collector.assemble(rollout, [0, 1], [""] * 8, [Score(r, {}, None) for r in rewards])
+    trainer.collector.weigh(batch)
+    assert trainer.updates.apply(batch, 1, _clock())["off_policy_masked"] == pytest.approx(1 / 7)
+    batch.sampling = None
+    assert trainer.updates.apply(batch, 2, _clock())["off_policy_masked"] == 0
+    assert "off_policy_masked" not in make_trainer(tmp_path, PLAIN, "none", **knobs).updates.apply(batch, 1, _clock())
 
 
 def _clock() -> Any:

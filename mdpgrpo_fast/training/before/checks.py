@@ -100,14 +100,19 @@ def check_attention(run: TrainConfig, device: torch.device) -> None:
 
 def check_truncated(run: TrainConfig, method: MDPGRPOConfig) -> None:
     """Raises ConfigError where the sampler does not tell which tokens truncation kept."""
-    if not method.truncated_logprobs:
-        return
-    if run.rollout == "vllm":
+    if run.rollout == "vllm" and method.truncated_logprobs:
         raise ConfigError(
             "truncated_logprobs needs rollout = transformers: vLLM does not tell which tokens top-k, top-p and min-p "
             "kept"
         )
-    if generation_kwargs(run):
+    per_row = method.sampler_correction and method.temperature_objective == "per_row"
+    if run.rollout == "vllm" and per_row and method.truncates:
+        raise ConfigError(
+            "sampler_correction with temperature_objective = per_row needs rollout = transformers where top_p, top_k "
+            "or min_p cut tokens: vLLM does not tell what mass they kept, which would be the weight; "
+            "--temperature-objective corrected needs it not"
+        )
+    if method.truncated_logprobs and generation_kwargs(run):
         raise ConfigError(
             "truncated_logprobs needs a sampler without repetition_penalty and generation_kwargs: which tokens they "
             "leave follows from logits that the loss has not"

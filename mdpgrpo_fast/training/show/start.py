@@ -66,6 +66,12 @@ class Facts:
                 "completions are sampled at several temperatures and trained on at temperature 1, uncorrected, as the "
                 "paper does; --temperature-objective per_row or corrected makes the log-probs agree"
             )
+        processed = run.repetition_penalty != 1 or run.generation_kwargs
+        if processed and method.temperature_objective != "corrected":
+            notes.append(
+                "log-probs of training are not those of sampling, which repetition_penalty and generation_kwargs "
+                "change; --temperature-objective corrected weighs them"
+            )
         return cls(
             sources=task.sources,
             parameters=sum(p.numel() for p in weights),
@@ -98,8 +104,9 @@ def _backends(run: TrainConfig, method: MDPGRPOConfig, device: torch.device, dty
     sampling = backends.choose("auto", device, dtype)
     if run.rollout == "vllm":
         sampling = "vllm" if run.vllm_url is None else f"vllm at {run.vllm_url}"
-    # Moments of the rewards seen so far are taken by the reference alone.
-    found = "torch" if method.running_goal else backends.choose(run.backend, device, torch.float32)
+    # Moments of the rewards seen so far, and rewards normalised one by one, are taken by the reference alone.
+    in_torch = method.running_goal or method.multi_objective_aggregation == "normalize_then_sum"
+    found = "torch" if in_torch else backends.choose(run.backend, device, torch.float32)
     return {"loss": loss, "log-probs": loss, "advantages": found, "sampling": sampling}
 
 

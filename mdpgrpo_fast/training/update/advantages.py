@@ -27,8 +27,7 @@ def step_advantages(
     """Advantages (P, G) of this rank's completions.
 
     scores, weights: of the P * G completions, and of each of their rewards. accelerator: for the statistics of all
-    ranks, which then call this together; None: of these rewards alone, with 0 as the mean of decoupled rewards, so that
-    those of groups whose rewards are all equal are exactly 0.
+    ranks, which then call this together; None: of these rewards alone.
     """
     if not of_the_batch(method):
         return advantages(rewards, num_constraints, method, valid=valid, running=running, backend=backend)
@@ -44,8 +43,6 @@ def step_advantages(
     sums = reference.decoupled_sums(parts, shares, valid, method)
     everyone, theirs = (x.reshape(1, -1) for x in _gathered(accelerator, sums, valid))
     mean, std, _ = (x.squeeze(0) for x in reference.group_statistics(everyone, theirs, method.group_std))
-    if accelerator is None:
-        mean = torch.zeros_like(mean)
     return advantages(rewards, num_constraints, method, parts=parts, part_weights=shares, batch=(mean, std), **common)
 
 

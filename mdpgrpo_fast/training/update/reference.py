@@ -29,6 +29,11 @@ class Reference:
         self.run, self.method, self.accelerator, self.policy = run, method, accelerator, policy
         self.moves = run.sync_reference > 0 and method.needs_reference
         _check_moves(accelerator, self.moves)
+        if self.moves and run.reference_mix < 1 and any(p.dtype == torch.bfloat16 for p in policy.parameters()):
+            raise ConfigError(
+                "reference_mix must be 1 for weights in bfloat16, in which small shares of the policy round away "
+                f"(--reference-mix 1, or --dtype float32); got {run.reference_mix!r}"
+            )
         # Under LoRA it is the model without its adapters, or with those that it came with.
         self._starts_adapted = method.needs_reference and run.lora and adds_something(policy.model)
         distributed.check_adapted_start(accelerator, self._starts_adapted)

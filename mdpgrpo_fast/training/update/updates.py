@@ -21,6 +21,7 @@ from ..metrics import TokenStatistics
 from ..timing import StageClock
 from .entropy import EntropyControl
 from .reference import Reference
+from .weights import left_out
 
 
 @dataclass
@@ -61,8 +62,8 @@ class Updates:
         return packed_micro_batches(batch, self.method, binned, num_passes)
 
     def take_kl_off(self, batch: Batch, clock: StageClock, passes: Passes) -> None:
-        """Under kl_in = reward: batch.kl becomes the KL estimate of each token between sampling and reference policy,
-        at temperature 1."""
+        """Under kl_in = reward: batch.kl becomes the KL estimate of each token between policy and reference, exactly 0
+        where they are equal: both come from the same passes."""
         if not self.method.needs_reference or self.method.kl_in_loss:
             return
         own = batch.rollout.mask
@@ -70,11 +71,16 @@ class Updates:
         whole = replace(batch, mask=own, counted=batch.lengths, contributing=batch.lengths)
         with clock.stage("reference"):
             micro_batches = self.micro_batches(whole)
-            ref = self.no_logprobs(batch)
+            policy, ref = self.no_logprobs(batch), self.no_logprobs(batch)
+            with self.accelerator.autocast():
+                for m in micro_batches:
+                    found = self.policy.logprobs(
+                        m.inputs, m.mask, m.lengths, self.method.kl_temperature, self.run.backend
+                    )
+                    m.put(found, policy)
             self.reference.logprobs(micro_batches, ref)
-            batch.kl = kl_penalty(batch.rollout.policy_logprobs.masked_fill(~own, 0), ref, self.method.kl_estimator)[0]
-            batch.kl = batch.kl.masked_fill(~own, 0)
-        passes.without += micro_batches
+            batch.kl = kl_penalty(policy, ref, self.method.kl_estimator)[0].masked_fill(~own, 0)
+        passes.without += micro_batches * 2
 
     def no_logprobs(self, batch: Batch) -> Tensor:
         """(B, L) zeros in the dtype of the objective's log-probs."""
@@ -115,6 +121,9 @@ class Updates:
                 "grad_norm": statistics.fmean(r["grad_norm"] for r in rows),
                 "learning_rate": rows[-1]["learning_rate"],
             }
+        if self.method.off_policy_threshold is not None:
+            counted = sum(r["counted"] for r in rows)
+            row["off_policy_masked"] = sum(r["masked"] for r in rows) / max(1, counted)
         if self.method.has_entropy_bonus:
             row["entropy_coef"] = rows[-1]["entropy_coef"]
         if batch.kl is not None:
@@ -155,13 +164,16 @@ class Updates:
         if method.aggregation == "bnpo":
             denominator, scale = None, 1 / max(1, sum(m.counted > 0 for m in part))
         loss_sum, entropy_coef = torch.zeros((), device=acc.device), self.entropy.applied
-        totals = []
+        totals, threshold = [], method.off_policy_threshold
+        masked = torch.zeros((), dtype=torch.int64, device=acc.device)
         for i, micro_batch in enumerate(part):
             acc.sync_gradients = i == len(part) - 1
             logprobs = None if is_first else micro_batch.of(old)
             refs = None if ref is None else micro_batch.of(ref)
             out = self.forward_backward(micro_batch, logprobs, refs, denominator, scale, clock)
             loss_sum += out.loss.detach() * scale
+            if threshold is not None:
+                masked += left_out(micro_batch, out.logprobs, logprobs, threshold)
             if is_first:
                 micro_batch.put(out.logprobs, old)
             stats.add(out)
@@ -179,6 +191,7 @@ class Updates:
             "grad_norm": distributed.norm_of(norm),
             "learning_rate": learning_rate,
             "entropy_coef": entropy_coef,
+            **({} if threshold is None else {"masked": masked.item(), "counted": int((tokens > 0).sum())}),
         }
 
     def mean_entropy(self, totals: Tensor) -> float:

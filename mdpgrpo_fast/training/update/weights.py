@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ...config import MDPGRPOConfig
+from ...models.packing import PackedRow
+from ...reference import Layout, kept_off_policy
 from ...rollout.generate import Rollout
+from ..batch import MicroBatch
 
 
 def log_ratio(rollout: Rollout, own: Tensor | None, truncated: bool = False) -> Tensor:
@@ -19,7 +23,7 @@ def log_ratio(rollout: Rollout, own: Tensor | None, truncated: bool = False) -> 
         return rollout.policy_logprobs - rollout.sampling_logprobs
     if truncated:
         return own - rollout.sampling_logprobs
-    # vLLM does not tell what its truncation kept.
+    # NaN of vLLM, which does not tell, and cuts nothing where this is asked.
     return own - rollout.log_kept.nan_to_num(0.0) - rollout.sampling_logprobs
 
 
@@ -48,3 +52,19 @@ def share_outside(outside: Tensor, mask: Tensor, method: MDPGRPOConfig) -> float
     per_completion = method.importance_weight_level == "sequence"
     found = (outside & mask).any(1)[mask.any(1)] if per_completion else outside[mask]
     return found.float().mean().item() if found.numel() else None
+
+
+def left_out(micro_batch: MicroBatch, logprobs: Tensor, old: Tensor | None, threshold: float) -> Tensor:
+    """(): completions of a micro-batch that the off-policy threshold took out of the policy term, as the loss does.
+
+    logprobs: of the loss, one per row; old: those it was given, None: the same.
+    """
+    base = micro_batch.objective.get("sampling_logprobs", old)
+    if base is None:
+        return torch.zeros((), dtype=torch.int64, device=logprobs.device)
+    inputs, advantage = micro_batch.inputs, micro_batch.objective["advantage"]
+    completion = inputs.completion if isinstance(inputs, PackedRow) else None
+    layout = Layout(len(advantage), completion)
+    keep = torch.ones_like(logprobs, dtype=torch.bool) if micro_batch.mask is None else micro_batch.mask
+    kept = kept_off_policy(logprobs, base, keep, layout, layout.broadcast(advantage), threshold)
+    return (layout.sum((keep & ~kept).long()) > 0).sum()
