@@ -17,6 +17,12 @@ def _on_policy(run: TrainConfig) -> bool:
     return run.updates_per_rollout == run.mini_batches == 1
 
 
+def _tokens_are_alike(m: MDPGRPOConfig) -> bool:
+    """Whether on-policy all tokens of a completion have the same part in the gradient, which a mean of them leaves."""
+    through_kl = m.kl_in_loss and m.kl_gradient == "unbiased"
+    return not (through_kl or m.weighs_sampling or m.top_entropy_quantile < 1)
+
+
 # Knobs, when they have no effect, and why.
 _RULES: list[Rule] = [
     (
@@ -121,8 +127,7 @@ _RULES: list[Rule] = [
     ),
     (
         "importance_level",
-        # The gradient of an unbiased KL goes through the ratio, whatever its value.
-        lambda run, m: _on_policy(run) and m.loss != "luspo" and not (m.kl_in_loss and m.kl_gradient == "unbiased"),
+        lambda run, m: _on_policy(run) and m.loss != "luspo" and _tokens_are_alike(m),
         ONE_UPDATE,
     ),
     (
@@ -139,6 +144,11 @@ _RULES: list[Rule] = [
         "off_policy_threshold",
         lambda run, m: _on_policy(run) and run.rollout != "vllm",
         "the policy is the one that sampled where a batch gets one update (--updates-per-rollout, --mini-batches)",
+    ),
+    (
+        "off_policy_threshold",
+        lambda run, m: _on_policy(run) and run.rollout == "vllm" and not m.samples_as_trained,
+        "vLLM samples from another distribution than the loss's (--temperature-objective per_row, --top-p, --top-k)",
     ),
     (
         "entropy_coef_delta entropy_coef_min entropy_coef_max",

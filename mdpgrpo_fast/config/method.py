@@ -237,6 +237,12 @@ class MDPGRPOConfig:
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
     @property
+    def samples_as_trained(self) -> bool:
+        """Whether tokens are drawn from the distribution that the loss's log-probs are of."""
+        at_own = self.temperature_objective == "per_row" or all(tau == 1 for tau in self.slot_temperatures)
+        return at_own and not self.truncates
+
+    @property
     def running_goal(self) -> bool:
         """Whether the goal anchor takes its mean or deviation from the rewards seen so far."""
         return "running" in (self.goal_mean, self.goal_std)

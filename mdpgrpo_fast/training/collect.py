@@ -151,8 +151,7 @@ class Collector:
         if truncated:
             batch.logit_floor = rollout.logit_floor
         # Of another distribution than the loss's they would say little of how far the policy has moved.
-        same = method.temperature_objective == "per_row" or all(tau == 1 for tau in method.slot_temperatures)
-        same = same and not method.truncates and self.run.repetition_penalty == 1
+        same = method.samples_as_trained and self.run.repetition_penalty == 1
         if method.off_policy_threshold is not None and self.engine is not None and same:
             batch.sampling = rollout.sampling_logprobs
 
