@@ -62,8 +62,9 @@ class Launch:
     options: dict[str, Any]
 
 
-# Bytes per thread, of rows with more at once than three programs of a multiprocessor have registers for.
-MAY_SPILL = {"full, entropy bonus": 32, "per row, two temperatures, support": 32}
+# Bytes per thread, of rows with more at once than three programs of a multiprocessor have registers for; and of the
+# sums over a completion, which are not of logits.
+MAY_SPILL = {"full, entropy bonus": 32, "per row, two temperatures, support": 32, "gmpo, off-policy": 16}
 
 
 @dataclass(frozen=True)
