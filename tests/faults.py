@@ -265,7 +265,7 @@ FAULTS = [
     training("if target is None or self.last <= target else 0.0", "if True else 0.0", "coefficient_follows"),
     training("self.method.kl_beta_pos * batch.kl.sum(1)", "batch.kl.sum(1)", "taken_off_the_reward"),
     training("m.put(found, policy)", "policy = batch.rollout.policy_logprobs", "no_kl_to_take_off"),
-    training("not method.truncates and self.run.repetition_penalty == 1", "True", "measures_drift"),
+    training("method.samples_as_trained and self.run.repetition_penalty == 1", "True", "measures_drift"),
     training("(layout.sum((keep & ~kept).long()) > 0).sum()", "(keep & ~kept).sum()", "left_out_is_logged"),
     training("rollout.log_kept.nan_to_num(0.0)", "0.0", "truncation_kept"),
     training("gap = gap.sum(1, keepdim=True).expand_as(gap)", "pass", "weights_are_trls"),

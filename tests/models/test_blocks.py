@@ -11,7 +11,7 @@ import torch
 from helpers.runs import parameters, rows, run_small
 from transformers import AutoModelForCausalLM
 
-from mdpgrpo_fast.training.loop import TrainingLoop
+from mdpgrpo_fast.training.update.updates import Updates
 
 
 @pytest.mark.parametrize("packing", ["on", "off"])
@@ -37,14 +37,14 @@ def test_compiled_blocks_take_other_lengths_without_compiling_again(
     # What is compiled, and how often, is the same without code for the CPU, which takes a compiler.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     graphs: list[int] = []
-    update = TrainingLoop.update
+    update = Updates.apply
 
-    def watched(self: TrainingLoop, *args: Any) -> dict[str, Any]:
+    def watched(self: Updates, *args: Any) -> dict[str, Any]:
         row = update(self, *args)
         graphs.append(counters["stats"]["unique_graphs"])
         return row
 
-    monkeypatch.setattr(TrainingLoop, "update", watched)
+    monkeypatch.setattr(Updates, "apply", watched)
     trainer = run_small(tmp_path, compile=True, steps=3)
     assert len({r["completion_length"] for r in rows(trainer)}) > 1, "packed rows of different lengths"
     assert graphs[0] > 0 and graphs == [graphs[0]] * 3

@@ -76,10 +76,10 @@ def check_head(
         refuse("workspace_bytes", workspace_bytes, f"at least {needed}, what one row of V = {shape[0]} takes")
     vocab = shape[0]
     if group is not None:
-        if not (torch.compiler.is_compiling() or isinstance(group, dist.ProcessGroup)):
-            refuse("vocab_group", kind_of(group), "a process group, or None")
         if sharded.is_dtensor(weight) or hasattr(weight, "ds_id"):
             refuse("weight", f"a {type(weight).__name__}", "this rank's plain tensor where vocab_group is given")
+        if not (torch.compiler.is_compiling() or isinstance(group, dist.ProcessGroup)):
+            refuse("vocab_group", kind_of(group), "a process group, or None")
         if rows.logit_floor is not None:
             refuse("logit_floor", "a tensor", "left out with vocab_group: a row's token is on one rank alone")
         # First of all that may differ between ranks: one that raised would leave the others waiting.
