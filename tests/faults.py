@@ -204,9 +204,9 @@ FAULTS = [
     op("csrc/method.h", "return !(floor > R(0) && entropy < floor)", "return true", "entropy_floor and cpu"),
     op("csrc/cpu/rows.inl", "moment + old * total", "moment", "vocabularies and 32001 and cpu"),
     op("csrc/cpu/rows.inl", "peaks[b] - s.peak", "0", "vocabularies and 32001 and cpu"),
-    op("csrc/cpu/ops.cpp", "constant = n == 0 || top - bottom <= noise", "constant = n == 0 || top == bottom",
+    op("csrc/cpu/objective.h", "constant = n == 0 || top - bottom <= noise", "constant = n == 0 || top == bottom",
        "equal_but_for_rounding and cpu"),
-    op("csrc/cpu/ops.cpp", "slope[c] = whole.slope / n;", "slope[c] = whole.slope;",
+    op("csrc/cpu/objective.h", "slope[c] = whole.slope / n;", "slope[c] = whole.slope;",
        "couples and cpu"),
     # The public functions: checks, in place, autograd, groups, the choice of a backend.
     op(OPS, "low < 0 or high >= end", "low < 0 or high > end", "refuse"),

@@ -39,7 +39,7 @@ def run(batch: LossInputs, config: MDPGRPOConfig, **more: Any) -> tuple[referenc
     return out, grad
 
 
-def close(got: Any, expected: Any, **tolerance: float) -> None:
+def assert_close(got: Any, expected: Any, **tolerance: float) -> None:
     torch.testing.assert_close(got, expected, **{"rtol": 1e-11, "atol": 1e-13, **tolerance})
 
 
@@ -92,7 +92,7 @@ def test_gradcheck(loss: Any, level: Any, option: str, monkeypatch: pytest.Monke
         ).loss
 
     assert torch.autograd.gradcheck(value, batch.logits.requires_grad_(), eps=1e-6, atol=1e-7)
-    close(torch.autograd.grad(value(batch.logits), batch.logits)[0], expected)
+    assert_close(torch.autograd.grad(value(batch.logits), batch.logits)[0], expected)
 
 
 def slope_of(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
@@ -105,15 +105,15 @@ def test_slopes_are_the_derivatives() -> None:
     x = torch.linspace(0.3, 2.0, 35, dtype=torch.float64)
     a = torch.where(torch.arange(35) % 2 == 0, 1.3, -0.7).double()
     config = config_for(loss="sapo", sapo_temperature_neg=2.0)
-    close(losses.sapo_gate_slope(x, a, config), slope_of(lambda r: losses.sapo_gate(r, a, config), x))
+    assert_close(losses.sapo_gate_slope(x, a, config), slope_of(lambda r: losses.sapo_gate(r, a, config), x))
     for delta in (0.0, 1.5):
-        close(
+        assert_close(
             losses.clipped_objective_slope(x, a, 0.21, 0.33, delta),
             slope_of(lambda r, d=delta: losses.clipped_objective(r, a, 0.21, 0.33, d)[0], x),
         )
     ref = torch.full_like(x, 1.234)
     for estimator in ("k1", "k2", "k3", "abs"):
-        close(
+        assert_close(
             losses.kl_penalty_slope(x, ref, estimator),
             slope_of(lambda r, e=estimator: losses.kl_penalty(r, ref, e)[0], x),
         )
@@ -278,21 +278,21 @@ def test_order_does_not_matter(loss: Any, level: Any, aggregation: Any) -> None:
     out, grad = run(batch, config, max_completion_length=7)
     for order in (torch.tensor([1, 0, 3, 2]), torch.tensor([2, 3, 0, 1]), torch.tensor([3, 1, 2, 0])):
         moved, moved_grad = run(batch.rows(order), config, max_completion_length=7)
-        close(moved.loss, out.loss)
-        close(moved_grad, grad[order])
-        close(moved.ratio, out.ratio[order])
+        assert_close(moved.loss, out.loss)
+        assert_close(moved_grad, grad[order])
+        assert_close(moved.ratio, out.ratio[order])
     places = torch.randperm(5, generator=torch.Generator().manual_seed(0))
     turned = LossInputs(batch.logits[:, places], batch.tokens[:, places], batch.mask[:, places], batch.advantage,
                         batch.kl_beta, {k: v[:, places] for k, v in batch.kwargs.items()})  # fmt: skip
     moved, moved_grad = run(turned, config, max_completion_length=7)
-    close(moved.loss, out.loss)
-    close(moved_grad, grad[:, places])
+    assert_close(moved.loss, out.loss)
+    assert_close(moved_grad, grad[:, places])
     rows = torch.randperm(20, generator=torch.Generator().manual_seed(1))
     packed = LossInputs(*(x.flatten(0, 1)[rows] for x in (batch.logits, batch.tokens, batch.mask)), batch.advantage,
                         batch.kl_beta, {k: v.flatten()[rows] for k, v in batch.kwargs.items()})  # fmt: skip
     moved, moved_grad = run(packed, config, max_completion_length=7, completion=rows // 5, num_completions=4)
-    close(moved.loss, out.loss)
-    close(moved_grad, grad.flatten(0, 1)[rows])
+    assert_close(moved.loss, out.loss)
+    assert_close(moved_grad, grad.flatten(0, 1)[rows])
 
 
 @each_loss
@@ -310,8 +310,8 @@ def test_a_masked_row_changes_nothing(loss: Any, level: Any) -> None:
         more = LossInputs(longer(batch.logits), longer(batch.tokens, 0), longer(batch.mask, False), batch.advantage,
                           batch.kl_beta, {k: longer(v) for k, v in batch.kwargs.items()})  # fmt: skip
         got, got_grad = run(more, config)
-        close(got.loss, out.loss)
-        close(got_grad[:, :-1], grad)
+        assert_close(got.loss, out.loss)
+        assert_close(got_grad[:, :-1], grad)
         assert (got_grad[:, -1] == 0).all() and (got.ratio[:, -1] == 1).all() and (got.entropy[:, -1] == 0).all()
 
 
@@ -325,8 +325,8 @@ def test_the_policy_gradient_scales_with_the_advantage(loss: Any, level: Any, sc
     assert grad.abs().sum() > 0
     batch.advantage = batch.advantage * scale
     scaled, scaled_grad = run(batch, config)
-    close(scaled.loss, out.loss * scale)
-    close(scaled_grad, grad * scale)
+    assert_close(scaled.loss, out.loss * scale)
+    assert_close(scaled_grad, grad * scale)
 
 
 def test_luspo_is_gspo_times_the_length() -> None:
@@ -335,11 +335,11 @@ def test_luspo_is_gspo_times_the_length() -> None:
         del batch.kwargs["ref_logprobs"]
         gspo, gspo_grad = run(batch, config_for(importance_level="sequence"))
         luspo, luspo_grad = run(batch, config_for(loss="luspo"))
-        close(luspo.loss, gspo.loss * length)
-        close(luspo_grad, gspo_grad * length)
+        assert_close(luspo.loss, gspo.loss * length)
+        assert_close(luspo_grad, gspo_grad * length)
     batch = make_inputs(6)
     summed, _ = run(batch, config_for(importance_level="sequence", aggregation="seq_mean_token_sum"))
-    close(run(batch, config_for(loss="luspo"))[0].loss, summed.loss)
+    assert_close(run(batch, config_for(loss="luspo"))[0].loss, summed.loss)
 
 
 @pytest.mark.parametrize("loss", ["gmpo", "sapo", "cispo", "vespo"])
@@ -349,9 +349,9 @@ def test_on_policy_every_loss_has_the_plain_policy_gradient(loss: Any) -> None:
     batch.kwargs.clear()
     plain, expected = run(batch, config_for())
     got, grad = run(batch, config_for(loss=loss))
-    close(grad, expected)
+    assert_close(grad, expected)
     if loss == "gmpo":
-        close(got.loss, plain.loss)
+        assert_close(got.loss, plain.loss)
     assert (got.ratio == 1).all() and not (got.clipped_low | got.clipped_high).any()
 
 
@@ -362,8 +362,8 @@ def test_old_logprobs_of_the_policy_itself_are_none(loss: Any, level: Any) -> No
     config = config_for(loss=loss, importance_level=level, kl_gradient="unbiased")
     absent, expected = run(batch, config)
     given, grad = run(batch, config, old_logprobs=absent.logprobs)
-    close(given.loss, absent.loss)
-    close(grad, expected)
+    assert_close(given.loss, absent.loss)
+    assert_close(grad, expected)
 
 
 @each_loss
@@ -380,7 +380,7 @@ def test_the_bonus_pushes_the_entropy_up(loss: Any, level: Any) -> None:
         assert ((changed > 0) if more else (changed < 0)).all()
         mean = out.entropy.sum(1) / batch.mask.sum(1)
         if loss != "luspo":
-            close(out.loss, -coefficient * mean.mean())
+            assert_close(out.loss, -coefficient * mean.mean())
 
 
 @each_loss
@@ -405,9 +405,9 @@ def test_a_quantile_of_the_entropy_is_torch_s() -> None:
     out, _ = run(batch, config_for())
     for share in (0.1, 0.2, 0.5, 0.9, 1.0):
         floor = reference.entropy_quantile(out.entropy, batch.mask, share)
-        close(floor, torch.quantile(out.entropy[batch.mask], 1 - share))
+        assert_close(floor, torch.quantile(out.entropy[batch.mask], 1 - share))
     only, _ = run(batch, config_for(top_entropy_quantile=0.3))
     given, _ = run(batch, config_for(), entropy_floor=reference.entropy_quantile(out.entropy, batch.mask, 0.3))
-    close(only.loss, given.loss)
+    assert_close(only.loss, given.loss)
     none = torch.zeros_like(batch.mask)
     assert reference.entropy_quantile(out.entropy, none, 0.3) == 0

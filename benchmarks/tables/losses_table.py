@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import step_table
@@ -21,10 +22,6 @@ GOOD_FOR = {
 }
 
 
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
 def section() -> str:
     document = json.loads(RESULT.read_text(encoding="utf-8"))
     variants: dict[str, list[dict[str, Any]]] = {}
@@ -35,9 +32,9 @@ def section() -> str:
     for name, runs in variants.items():
         after = [r["hsr_after"] for r in runs]
         lines.append(
-            f"| {name} | {mean([r['hsr_before'] for r in runs]):.3f} | {mean(after):.3f} ({min(after):.3f} to "
-            f"{max(after):.3f}) | {mean([r['ssr_after'] for r in runs]):.3f} "
-            f"| {mean([r['ratio_max'][1] for r in runs]):.2f} | {mean([r['entropy'][1] for r in runs]):.2f} "
+            f"| {name} | {fmean([r['hsr_before'] for r in runs]):.3f} | {fmean(after):.3f} ({min(after):.3f} to "
+            f"{max(after):.3f}) | {fmean([r['ssr_after'] for r in runs]):.3f} "
+            f"| {fmean([r['ratio_max'][1] for r in runs]):.2f} | {fmean([r['entropy'][1] for r in runs]):.2f} "
             f"| {GOOD_FOR[name]} |"
         )
     seeds, steps = len({r["seed"] for r in document["runs"]}), document["runs"][0]["steps"]

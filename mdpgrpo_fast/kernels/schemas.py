@@ -206,6 +206,11 @@ class Settings(NamedTuple):
             leave_one_out=0, advantage_clip=0.0,
         )  # fmt: skip
 
+    def settled(self, rows: Rows) -> Settings:
+        """Without the mask by how far off-policy a completion is, where there is nothing that says so."""
+        has = rows.old_logprobs is not None or rows.sampling_logprobs is not None
+        return self if has else self._replace(masks_off_policy=0)
+
     def has_bonus(self, rows: Rows) -> bool:
         """Whether there is an entropy bonus, whose gradient is a term of its own."""
         return rows.entropy_coef is not None or self.entropy_coef != 0

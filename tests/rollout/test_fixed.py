@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from helpers.inputs import make_model
+from helpers.inputs import make_model, unavailable
 from helpers.losses import DEVICE, gpu
 from transformers.models.llama import modeling_llama as llama_module
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -381,7 +381,7 @@ def assert_falls_back(model: Any, reasons: Any, reason: str, sizes: list[int]) -
 
 def tiny(name: str, config: str, **knobs: Any) -> Any:
     if not hasattr(tf, config):
-        pytest.skip(f"transformers has no {config}")
+        unavailable(f"transformers has no {config}")
     torch.manual_seed(3)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     more = {"vocab_size": VOCAB, "initializer_range": 0.5, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}

@@ -251,12 +251,6 @@ def launch_coupling(
     return Coupling(lengths, ratio, slope, drift)
 
 
-def settled(settings: Settings, rows: Rows) -> Settings:
-    """Without the mask by how far off-policy a completion is, where there is nothing that says so."""
-    has = rows.old_logprobs is not None or rows.sampling_logprobs is not None
-    return settings if has else settings._replace(masks_off_policy=0)
-
-
 def launch_totals(
     per_row: Tensor, marks: Tensor, rows: Rows, num_completions: int, row_length: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..schemas import Groups, Rows, Settings, new_outputs
-from .completions import ADVANTAGES, Coupling, launch_coupling, settled
+from .completions import ADVANTAGES, Coupling, launch_coupling
 from .method import _coupled, _token_objective, _token_share
 from .rows import _knob
 from .tiles import FP_FUSION, all_but, kernel_rows, kernel_settings, on_device
@@ -88,7 +88,7 @@ def launch_objective(
     (N,), with a completion each; lengths (B,), denominator a scalar, float32. Where Settings.couples the rows must be
     all that their completions have.
     """
-    settings = settled(settings.without_groups(), rows)
+    settings = settings.without_groups().settled(rows)
     n, device = statistics.shape[1], statistics.device
     per_row, marks = new_outputs(n, device)
     terms = 1 + settings.two_temperatures + settings.has_bonus(rows)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..schemas import BNPO, DAPO, DR_GRPO, GRPO, Groups, Rows, Settings, new_outputs
-from .completions import Coupling, launch_coupling, launch_totals, settled
+from .completions import Coupling, launch_coupling, launch_totals
 from .logprobs import _least, launch_logprobs
 from .method import _advantage_of, _coupled, _token_objective, _token_share
 from .rows import (
@@ -177,7 +177,7 @@ def launch_token_loss(
     """
     b, length, vocab = logits.shape
     n = b * length
-    settings = settled(settings if groups.rewards is not None else settings.without_groups(), rows)
+    settings = (settings if groups.rewards is not None else settings.without_groups()).settled(rows)
     per_row, marks = new_outputs(n, logits.device)
     coupling, statistics = Coupling(), None
     if n:

@@ -95,9 +95,8 @@ def _scatter(x: Tensor, index: Tensor | None, n: int) -> Tensor:
 
 def _coupling(settings: Settings, rows: Rows, num_completions: int) -> tuple[Settings, bool]:
     """The settings, simpler where they come to the same, and whether a completion's rows must be seen together."""
-    s = settings
-    if rows.old_logprobs is None and rows.sampling_logprobs is None:
-        s = s._replace(masks_off_policy=0)
+    s = settings.settled(rows)
+    if rows.old_logprobs is None and not s.masks_off_policy:
         # On-policy every ratio is 1, and where all tokens of a completion are alike, so are their gradients.
         knobs = rows._replace(kl_beta=None, entropy_coef=None)
         alike = not (any(knobs.per_row(num_completions)) or s.rescale or s.top_entropy_quantile < 1)
