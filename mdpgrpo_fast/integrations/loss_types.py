@@ -26,7 +26,7 @@ class LossType(NamedTuple):
     """What `linear_token_loss` and `token_loss` take: a config, and the knobs that go beside it."""
 
     config: MDPGRPOConfig
-    knobs: dict[str, float]
+    knobs: dict[str, Any]
 
 
 def objective_of(
@@ -62,7 +62,7 @@ def objective_of(
                 "is of the sequence by itself; got 'sequence'"
             )
         level = "token"  # which vespo itself does not ask for
-    knobs: dict[str, float] = {}
+    knobs: dict[str, Any] = {}
     if loss == "ppo_clip":
         knobs = {"epsilon_low": epsilon_low, "epsilon_high": epsilon_high, "delta": delta or 0.0}
     elif loss == "cispo":

@@ -121,15 +121,22 @@ def find_head(model: nn.Module) -> LinearHead:
     body = body_of(lm)
     if module is None or body is None:
         raise UnsupportedHead("it has no head apart from its body")
-    config = lm.config.get_text_config()
-    scale = getattr(config, "logit_scale", None)
-    if scale is None:
-        # Granite divides by it.
-        scale = 1 / (getattr(config, "logits_scaling", None) or 1.0)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    head = LinearHead(body, module, None if softcap is None else float(softcap), float(scale))
+    head = LinearHead(body, module, *declared_head(lm.config.get_text_config()))
     _check(head, model)
     return head
+
+
+def declared_head(config: Any) -> tuple[float | None, float]:
+    """softcap and logit_scale that the (text) config of a model says."""
+    softcap = getattr(config, "final_logit_softcapping", None)
+    # Cohere; Falcon-H1.
+    names = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+    scale = next((x for name in names if (x := getattr(config, name, None)) is not None), None)
+    if scale is None:
+        # Granite and MiniCPM3 divide by it; HyperCLOVA X multiplies.
+        scale = getattr(config, "logits_scaling", None) or 1.0
+        scale = scale if config.model_type == "hyperclovax" else 1 / scale
+    return None if softcap is None else float(softcap), float(scale)
 
 
 @torch.no_grad()
@@ -150,7 +157,8 @@ def _check(head: LinearHead, model: Any) -> None:
             module.training = mode
     if len(given) != 1 or given[0].shape != states.shape or not torch.equal(given[0], states):
         raise UnsupportedHead("its head does not see the last hidden states of its body")
-    expected = head.logit_scale * nn.functional.linear(states, weight, bias)
+    # A head in float32 takes the states of a body of 16 bits as float32.
+    expected = head.logit_scale * nn.functional.linear(states.to(weight.dtype), weight, bias)
     if head.softcap is not None:
         expected = head.softcap * torch.tanh(expected / head.softcap)
     size = logits.abs().amax().float() * torch.finfo(logits.dtype).eps * TOLERANCE

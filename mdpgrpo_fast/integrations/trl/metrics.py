@@ -1,0 +1,67 @@
+"""What TRL logs of a loss, from ours: the same names and numbers, in two calls over the ranks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...reference import TokenLoss
+
+_CLIPS = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+
+
+def log_loss(trainer: Any, mode: str, out: TokenLoss, mask: Tensor, inputs: dict[str, Any]) -> None:
+    """out: its rows as (B, L); mask: (B, L) of the rows that count."""
+    t, keep = trainer, mask != 0
+    by_sequence = t.importance_sampling_level == "sequence"
+    advantages = inputs["advantages"]
+    advantages = advantages if advantages.ndim == 2 else advantages[:, None]
+    shares: dict[str, Tensor] = {"entropy": out.entropy}
+    if t.beta != 0:
+        shares["kl"] = out.kl
+    low, high = (out.ratio < 1 - t.epsilon_low) & (advantages < 0), (out.ratio > 1 + t.epsilon_high) & (advantages > 0)
+    clips: dict[str, Tensor] = {}
+    if t.loss_type in _CLIPS:
+        clips = {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low | high}
+    elif t.loss_type == "cispo":
+        clips = {"cispo_clip_ratio": (out.ratio > t.epsilon_high) & (advantages > 0)}
+    per_completion: dict[str, Tensor] = {}
+    for name, x in clips.items():
+        if by_sequence:
+            per_completion[name] = (x & keep).any(1).float()
+        else:
+            shares[name] = x.float()
+    if t.loss_type == "vespo":
+        old = inputs.get("old_per_token_logps")
+        log_ratio = torch.zeros_like(out.logprobs) if old is None else out.logprobs - old
+        a = t.args
+        weights = (a.vespo_k_pos, a.vespo_lambda_pos, a.vespo_k_neg, a.vespo_lambda_neg)
+        phi = t.get_gamma_weights(advantages, log_ratio, mask, inputs.get("importance_sampling_ratio"), *weights)
+        per_completion["vespo/phi_seq_mean"] = phi.flatten()
+    # Sums over tokens and over completions, and how many they are of.
+    sums = [x.masked_fill(~keep, 0).sum() for x in shares.values()] + [x.sum() for x in per_completion.values()]
+    sums += [keep.sum(), torch.full((), len(mask), device=mask.device)]
+    *found, tokens, completions = t.accelerator.reduce(torch.stack([x.float() for x in sums]), "sum").tolist()
+    counts = [tokens] * len(shares) + [completions] * len(per_completion)
+    for name, total, count in zip([*shares, *per_completion], found, counts, strict=True):
+        t._metrics[mode][name].append(total / max(count, 1))
+    if t.loss_type in _CLIPS:
+        extremes = torch.stack(
+            [_of_completions(low, keep, by_sequence, "min"), _of_completions(high, keep, by_sequence, "max")]
+        )
+        ranks = t.accelerator.gather(extremes[None]).T.tolist()
+        for name, values, best in zip(("clip_ratio/low_min", "clip_ratio/high_max"), ranks, (min, max), strict=True):
+            t._metrics[mode][name].append(best((v for v in values if not math.isnan(v)), default=math.nan))
+
+
+def _of_completions(clipped: Tensor, keep: Tensor, by_sequence: bool, which: str) -> Tensor:
+    """(): the least or largest share of a completion's tokens that are clipped; NaN where none has tokens."""
+    clipped = (clipped & keep).float()
+    each = clipped.amax(1) if by_sequence else clipped.sum(1) / keep.sum(1)
+    end = math.inf if which == "min" else -math.inf
+    found = each.nan_to_num(nan=end)
+    found = found.amin() if which == "min" else found.amax()
+    return torch.where(found.isinf(), torch.nan, found)
