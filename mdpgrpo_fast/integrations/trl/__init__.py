@@ -6,5 +6,6 @@ check()
 
 from .config import MDPGRPOConfig  # noqa: E402
 from .fused import FusedGRPOTrainer, accelerate_trl  # noqa: E402
+from .trainer import MDPGRPOTrainer  # noqa: E402
 
-__all__ = ["FusedGRPOTrainer", "MDPGRPOConfig", "accelerate_trl"]
+__all__ = ["FusedGRPOTrainer", "MDPGRPOConfig", "MDPGRPOTrainer", "accelerate_trl"]

@@ -27,10 +27,11 @@ from .head import HeadShape, declared_shape, install, shape_of
 from .metrics import log_loss
 from .rows import COUNTED, Form, Packer, PaddedRows, host_facts
 
-FACTS = "host_facts"  # of a batch, beside TRL's own entries, shuffled and split as they are
+# Of a batch, beside TRL's own entries, shuffled and split as they are: of `rows.host_facts`; (B,) KL coefficients.
+FACTS, KL_BETA = "host_facts", "kl_beta"
 # What some rows' hidden states and head give; rows: which of the batch they are.
 Score = Callable[[Form, slice, Tensor, dict[str, Any]], FusedCausalLMOutput]
-_IMAGES = (
+IMAGES = (
     "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles",
     "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
 )  # fmt: skip
@@ -48,6 +49,7 @@ class FusedGRPOTrainer(GRPOTrainer):
     kernel_options: KernelOptions
     fuses_loss = True  # False: only log-probs, with a loss of a subclass's own
     packer: Packer | None = None
+    last_loss = 0.0  # of the last micro-batch, summed over ranks
 
     def use_kernels(self, options: KernelOptions) -> None:
         """To be called once, before training. Raises: ValueError as `accelerate_trl`."""
@@ -85,14 +87,15 @@ class FusedGRPOTrainer(GRPOTrainer):
 
     # ---- what MDPGRPOTrainer has of its own -------------------------------------------------------------------------
 
-    def grpo_objective(self) -> LossType:
-        """Of the trainer's present settings."""
+    def grpo_objective(self, inputs: dict[str, Any], **options: Any) -> LossType:
+        """Of a batch, by the trainer's present settings. options: others of `objective_of`."""
         args = self.args
+        options = {"temperature": self.temperature, **{n: getattr(args, n) for n in _OPTIONS}, **options}
         return objective_of(
             self.loss_type, importance_sampling_level=self.importance_sampling_level, epsilon_low=self.epsilon_low,
             epsilon_high=self.epsilon_high, delta=args.delta, beta=self.beta,
-            use_bias_correction_kl=args.use_bias_correction_kl, temperature=self.temperature,
-            off_policy_mask_threshold=self.off_policy_mask_threshold, **{n: getattr(args, n) for n in _OPTIONS},
+            use_bias_correction_kl=args.use_bias_correction_kl,
+            off_policy_mask_threshold=self.off_policy_mask_threshold, **options,
         )  # fmt: skip
 
     def loss_temperature(self, inputs: dict[str, Any]) -> Tensor | float:
@@ -210,7 +213,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         mode = "train" if self.model.training else "eval"
         attended = inputs["completion_mask"]
         mask = attended * inputs.get("tool_mask", 1)
-        config, knobs = self.grpo_objective()
+        config, knobs = self.grpo_objective(inputs)
         steps = self.current_gradient_accumulation_steps if mode == "train" else 1
         whole, scale = self._normaliser(inputs, mask, steps, mode)
         bonus = EntropyBonus(self, mask, steps)
@@ -244,7 +247,7 @@ class FusedGRPOTrainer(GRPOTrainer):
 
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
         attention = torch.cat([inputs["prompt_mask"], attended], 1)
-        images = {name: inputs.get(name) for name in _IMAGES}
+        images = {name: inputs.get(name) for name in IMAGES}
         batch = (ids, attention, attended.shape[1], None)
         (passed,) = self._passes(model, score, batch, mask, inputs.get(FACTS), self.aux_loss_enabled, images)
         (out,) = found
@@ -253,7 +256,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * passed.aux_loss / steps
             self._metrics[mode]["aux_loss"].append(self.accelerator.gather_for_metrics(passed.aux_loss).mean().item())
-        log_loss(self, mode, out, mask, inputs)
+        self.last_loss = log_loss(self, mode, loss, out, mask, inputs)
         return loss
 
     def _normaliser(self, inputs: dict[str, Any], mask: Tensor, steps: int, mode: str) -> tuple[Tensor, float]:
@@ -272,7 +275,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         weighs = self.use_vllm and self.vllm_importance_sampling_correction
         return {
             "advantage": advantage.squeeze(1) if advantage.ndim == 2 and advantage.shape[1] == 1 else advantage,
-            "kl_beta": inputs.get("kl_beta", self.beta),
+            "kl_beta": inputs.get(KL_BETA, self.beta),
             "temperature": self.loss_temperature(inputs),
             "old_logprobs": inputs.get("old_per_token_logps"),
             "ref_logprobs": inputs["ref_per_token_logps"] if self.beta != 0 else None,

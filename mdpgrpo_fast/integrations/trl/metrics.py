@@ -13,8 +13,8 @@ from ...reference import TokenLoss
 _CLIPS = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 
 
-def log_loss(trainer: Any, mode: str, out: TokenLoss, mask: Tensor, inputs: dict[str, Any]) -> None:
-    """out: its rows as (B, L); mask: (B, L) of the rows that count."""
+def log_loss(trainer: Any, mode: str, loss: Tensor, out: TokenLoss, mask: Tensor, inputs: dict[str, Any]) -> float:
+    """Returns the sum of the ranks' losses. out: its rows as (B, L); mask: (B, L) of the rows that count."""
     t, keep = trainer, mask != 0
     by_sequence = t.importance_sampling_level == "sequence"
     advantages = inputs["advantages"]
@@ -43,8 +43,10 @@ def log_loss(trainer: Any, mode: str, out: TokenLoss, mask: Tensor, inputs: dict
         per_completion["vespo/phi_seq_mean"] = phi.flatten()
     # Sums over tokens and over completions, and how many they are of.
     sums = [x.masked_fill(~keep, 0).sum() for x in shares.values()] + [x.sum() for x in per_completion.values()]
-    sums += [keep.sum(), torch.full((), len(mask), device=mask.device)]
-    *found, tokens, completions = t.accelerator.reduce(torch.stack([x.float() for x in sums]), "sum").tolist()
+    sums += [keep.sum(), torch.full((), len(mask), device=mask.device), loss.detach()]
+    *found, tokens, completions, total_loss = t.accelerator.reduce(
+        torch.stack([x.float() for x in sums]), "sum"
+    ).tolist()
     counts = [tokens] * len(shares) + [completions] * len(per_completion)
     for name, total, count in zip([*shares, *per_completion], found, counts, strict=True):
         t._metrics[mode][name].append(total / max(count, 1))
@@ -55,6 +57,7 @@ def log_loss(trainer: Any, mode: str, out: TokenLoss, mask: Tensor, inputs: dict
         ranks = t.accelerator.gather(extremes[None]).T.tolist()
         for name, values, best in zip(("clip_ratio/low_min", "clip_ratio/high_max"), ranks, (min, max), strict=True):
             t._metrics[mode][name].append(best((v for v in values if not math.isnan(v)), default=math.nan))
+    return total_loss  # type: ignore[no-any-return]
 
 
 def _of_completions(clipped: Tensor, keep: Tensor, by_sequence: bool, which: str) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...models.packing import PackedRow, Packing, pack
 
-COUNTED = 2  # column of `host_facts`
+COUNTED, WHICH_PROMPT = 2, 3  # columns of `host_facts`
 
 
 @dataclass(frozen=True)
