@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ from typing import Any
 from datasets import load_dataset
 from transformers import AutoTokenizer
 from trl import DatasetMixtureConfig, ModelConfig, TrlParser, get_dataset, get_peft_config, get_quantization_config
-from trl import rewards as trl_rewards
 from trl.scripts.grpo import GRPOScriptArguments
 
 from ...cli.ending import end, report_errors
 from ...config import ConfigError
 from . import MDPGRPOConfig, MDPGRPOTrainer, constraint_dataset, constraint_reward
+
+TRL_REWARDS = (
+    "accuracy_reward", "reasoning_accuracy_reward", "think_format_reward", "get_soft_overlong_punishment"
+)  # fmt: skip
 
 
 @dataclass
@@ -39,10 +43,9 @@ def reward_of(name: str) -> Callable[..., Any]:
     if name == "constraints":
         return constraint_reward
     module, _, function = name.rpartition(".")
-    if not module and function not in trl_rewards.__all__:
+    if not module and function not in TRL_REWARDS:
         raise ConfigError(
-            f"reward_funcs must be constraints, package.module.function or one of {', '.join(trl_rewards.__all__)}; "
-            f"got {name!r}"
+            f"reward_funcs must be constraints, package.module.function or one of {', '.join(TRL_REWARDS)}; got {name!r}"
         )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -70,6 +73,15 @@ def data_of(script: Any, mixture: Any, model: Any, trust_remote_code: bool) -> A
     return load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
 
 
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """What TRL and datasets raise for a wrong argument or a missing file becomes a ConfigError."""
+    try:
+        yield
+    except (OSError, ValueError) as e:
+        raise ConfigError(str(e)) from None
+
+
 def run(argv: Sequence[str] | None = None) -> int:
     """Trains, saves and, where asked, pushes to the hub. Returns the exit status: 1 where nothing could be learned."""
     parser = TrlParser(
@@ -86,7 +98,8 @@ def run(argv: Sequence[str] | None = None) -> int:
     }
     rewards: list[Any] = [script.reward_model_name_or_path] if script.reward_model_name_or_path else []
     rewards += [reward_of(name) for name in script.reward_funcs or ([] if rewards else ["constraints"])]
-    data = data_of(script, mixture, model, args.trust_remote_code)
+    with in_one_line():
+        data = data_of(script, mixture, model, args.trust_remote_code)
     trainer = MDPGRPOTrainer(
         model.model_name_or_path, rewards, args, data[script.dataset_train_split],
         data[script.dataset_test_split] if args.eval_strategy != "no" else None,
