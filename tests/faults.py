@@ -70,6 +70,11 @@ def report(old: str, new: str, tests: str) -> Fault:
     return Fault("mdpgrpo_fast/report/", old, new, f"tests/report -k '{tests}'")
 
 
+def liger(old: str, new: str, tests: str) -> Fault:
+    files = "tests/integrations/test_liger_signature.py"
+    return Fault("mdpgrpo_fast/integrations/liger.py", old, new, f"{files} -k '{tests}'")
+
+
 def verifiers(old: str, new: str, tests: str) -> Fault:
     return Fault("mdpgrpo_fast/verifiers/", old, new, f"tests/verifiers -k '{tests}'")
 
@@ -500,6 +505,19 @@ FAULTS = [
     evaluation("[-1:] == [target]", "[:1] == [target]", "rules"),
     evaluation("[*row, False].index(False)", "sum(row)", "consistency"),
     evaluation("if scorer is not None or entries:", "if False:", "refused_before"),
+    # Liger's signatures
+    liger("skip_idle=not isinstance(beta, Tensor)", "skip_idle=True", "mean_kl"),
+    liger("num_items_in_batch / ranks", "num_items_in_batch", "several_processes"),
+    liger("            dist.all_reduce(num_items_in_batch)", "            pass", "several_processes"),
+    liger("temperature = 1.0  # the KL's", "temperature = float(temperature[0])", "per_completion or knobs"),
+    liger("keep.int().argmax(1, keepdim=True)", "torch.zeros_like(keep[:, :1], dtype=torch.long)", "vespo_takes"),
+    liger('!= "vespo":', '!= "":', "vespo_takes or completion_weights"),
+    liger("pad(keep, (0, 1))", "pad(keep, (0, 1), value=True)", "from_logits"),
+    liger("        kl_logprobs = token_logprobs(", "        _ = token_logprobs(", "per_completion"),
+    liger("in_place=inplace and", "in_place=False and", "inplace"),
+    liger("        and logits.is_contiguous()", "", "inplace"),
+    liger("if not (self.use_ref_model and _is_on(beta)):", "if not _is_on(beta):", "hidden_states"),
+    liger("selected_token_ids.masked_fill(~keep, 0)", "selected_token_ids", "masked_positions"),
 ]  # fmt: skip
 
 
