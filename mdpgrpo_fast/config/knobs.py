@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import numbers
 import os
@@ -42,12 +43,17 @@ def unknown_name(kind: str, name: str, known: list[str]) -> ConfigError:
     return ConfigError(f"unknown {kind} {name!r}{hint}")
 
 
+@functools.cache
+def _hints(config: type) -> dict[str, Any]:
+    return get_type_hints(config)  # which takes milliseconds
+
+
 def check_values(config: Any) -> None:
     """Every knob as its type has it: a path as text, a single value of a list as a list, a whole number as a float.
 
     Raises: ConfigError for a value of another type, a choice that is none, and a number that is not finite.
     """
-    hints = get_type_hints(type(config))
+    hints = _hints(config.__class__)
     for f in dataclasses.fields(config):
         object.__setattr__(config, f.name, _converted(f.name, getattr(config, f.name), hints[f.name]))
         choices = get_args(hints[f.name])

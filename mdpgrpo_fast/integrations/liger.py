@@ -5,7 +5,6 @@ Every argument of Liger 0.8.5 is here, in its order and with its default. What i
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -32,7 +31,6 @@ from ..reference import Layout, TokenLoss, token_objective
 from .loss_types import LOSS_TYPES, denominator, objective_of
 
 Knob = Tensor | float
-_cached_objective = functools.lru_cache(objective_of)  # its checks take a millisecond or two
 
 
 class GRPOLoss(torch.nn.Module):
@@ -311,7 +309,7 @@ def _objective(has_kl: bool, temperature: Knob, **options: Any) -> tuple[MDPGRPO
         temperature = 1.0  # the KL's
     elif not (is_number(temperature) and 0 < temperature < float("inf")):
         refuse("temperature", temperature, "above 0")
-    return _cached_objective(beta=float(has_kl), temperature=temperature, **options)
+    return objective_of(beta=float(has_kl), temperature=temperature, **options)
 
 
 def _reference_head(_input: Tensor, ref_input: Any, ref_weight: Any) -> tuple[Tensor, Tensor]:

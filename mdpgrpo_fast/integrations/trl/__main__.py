@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from datasets import load_dataset
 from transformers import AutoTokenizer
@@ -45,7 +45,8 @@ def reward_of(name: str) -> Callable[..., Any]:
     module, _, function = name.rpartition(".")
     if not module and function not in TRL_REWARDS:
         raise ConfigError(
-            f"reward_funcs must be constraints, package.module.function or one of {', '.join(TRL_REWARDS)}; got {name!r}"
+            f"reward_funcs must be constraints, package.module.function or one of {', '.join(TRL_REWARDS)}; got "
+            f"{name!r}"
         )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -84,11 +85,10 @@ def in_one_line() -> Iterator[None]:
 
 def run(argv: Sequence[str] | None = None) -> int:
     """Trains, saves and, where asked, pushes to the hub. Returns the exit status: 1 where nothing could be learned."""
-    parser = TrlParser(
-        (ScriptArguments, MDPGRPOConfig, ModelConfig, DatasetMixtureConfig),
-        prog="python -m mdpgrpo_fast.integrations.trl",
-    )
-    script, args, model, mixture = parser.parse_args_and_config(argv)
+    kinds = (ScriptArguments, MDPGRPOConfig, ModelConfig, DatasetMixtureConfig)
+    parser = TrlParser(cast(Any, kinds), prog="python -m mdpgrpo_fast.integrations.trl")
+    with in_one_line():
+        script, args, model, mixture = parser.parse_args_and_config(argv)
     args.model_init_kwargs = {
         "revision": model.model_revision,
         "trust_remote_code": args.trust_remote_code,
