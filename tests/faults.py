@@ -83,6 +83,10 @@ def evaluation(old: str, new: str, tests: str) -> Fault:
     return Fault("mdpgrpo_fast/evaluation/", old, new, f"tests/evaluation -k '{tests}'")
 
 
+def hooks(old: str, new: str, tests: str) -> Fault:
+    return Fault("docs/other_trainers.md", old, new, f"tests/integrations/test_hooks.py -k '{tests}'")
+
+
 FAULTS = [
     # The reference: advantages.
     reference('n if group_std == "population" else n - 1', "n", "population_and_sample"),
@@ -518,6 +522,17 @@ FAULTS = [
     liger("        and logits.is_contiguous()", "", "inplace"),
     liger("if not (self.use_ref_model and _is_on(beta)):", "if not _is_on(beta):", "hidden_states"),
     liger("selected_token_ids.masked_fill(~keep, 0)", "selected_token_ids", "masked_positions"),
+    # The page on other trainers.
+    hooks("kl_coefficient(a, *CONFIG.betas), old", "CONFIG.kl_beta_pos, old", "prime"),
+    hooks("Layout(1, torch.zeros_like(keep, dtype=torch.long))", "Layout(len(keep), torch.arange(len(keep)))", "prime"),
+    hooks("out.per_token * inputs.loss_weights", "out.per_token", "weights_of_a_component"),
+    hooks("keep.sum().clamp(min=1)", "keep.sum()", "without_tokens"),
+    hooks("data[name][:, 1:]", "data[name][:, :-1]", "nemo"),
+    hooks("logits[:, : tokens.shape[1]]", "logits[:, :-1]", "nemo"),
+    hooks('mask * data["sample_mask"][:, None]', "mask", "does_not_count"),
+    hooks("None if self.force_on_policy_ratio else old", "old", "does_not_compute"),
+    hooks("else global_valid_seqs,", "else global_valid_toks,", "nemo"),
+    hooks("advantages(rewards[None], [k], CONFIG).advantage[0]", "rewards - rewards.mean()", "advantages"),
 ]  # fmt: skip
 
 
