@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from trl import GRPOConfig
 
-from ...config import Backend, require
+from ...config import Backend, check_values, require
 from ...config import MDPGRPOConfig as Method
 from ...config.knobs import knob, knob_of
 
@@ -79,7 +79,7 @@ class MDPGRPOConfig(GRPOConfig):
     packing: Literal["auto", "on", "off"] = knob(
         "auto", "store a prompt once for the completions of its group: where that is exact, always or never"
     )
-    backend: str = knob("auto", "auto, torch, triton, cpu or cuda")
+    backend: Backend = knob("auto", "auto, torch, triton, cpu or cuda")
     workspace_bytes: int | None = knob(None, "memory of the logits of a chunk of rows; unset: by the device")
     fp32_logits: bool = knob(False, "keep the logits of a chunk in float32 although the model is of 16 bits")
     skip_idle: bool = knob(
@@ -88,6 +88,7 @@ class MDPGRPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_values(self, MDPGRPOConfig.__annotations__)
         if self.num_constraints is not None:
             require(self.num_constraints >= 1, "num_constraints", self.num_constraints, "1 or above, or unset")
         self.method()

@@ -51,9 +51,7 @@ def constraint_reward(
     for prompt, completion, ids, arguments in zip(prompts, completions, instruction_id_list, kwargs, strict=True):
         known = constraints_of({"instruction_id_list": ids, "kwargs": arguments})
         if not known[0]:
-            raise ValueError(
-                f"instruction_id_list must have an entry for every prompt; it has none for {prompt!r}"[:300]
-            )
+            raise ValueError(f"instruction_id_list has no entry for the prompt {str(prompt)[:200]}")
         text = completion if isinstance(completion, str) else (completion[-1].get("content") or "")
         found.append(reward(Example(prompt, *known), text)[0])
     return found
