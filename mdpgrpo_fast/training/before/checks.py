@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ...config import ConfigError, MDPGRPOConfig, TrainConfig, require
+from ...config import ConfigError, MDPGRPOConfig, TrainConfig, needs_package, require
 from ...data.chat import prompt_limit
 from ...models.load import base_model, positions_of, read_config
 from ...models.lora import import_peft
@@ -92,10 +92,7 @@ def check_attention(run: TrainConfig, device: torch.device) -> None:
         if device.type == "cpu":
             raise ConfigError("attention = flash_attention_2 needs a GPU; sdpa works on the CPU")
         if importlib.util.find_spec("flash_attn") is None:
-            raise ConfigError(
-                "attention = flash_attention_2 needs the package flash-attn (pip install flash-attn "
-                "--no-build-isolation), which is not installed"
-            )
+            raise ConfigError(f"attention = flash_attention_2 {needs_package('flash-attn')}")
 
 
 def check_truncated(run: TrainConfig, method: MDPGRPOConfig) -> None:
@@ -129,4 +126,4 @@ def check_vllm(run: TrainConfig, method: MDPGRPOConfig) -> None:
         ok = run.vllm_url.startswith(("http://", "https://"))
         require(ok, "vllm_url", run.vllm_url, "an http:// or https:// address")
     elif importlib.util.find_spec("vllm") is None:
-        raise ConfigError("rollout = vllm needs the package vllm (pip install vllm), which is not installed")
+        raise ConfigError(f"rollout = vllm {needs_package('vllm')}")
