@@ -16,6 +16,7 @@ from ...ops import backends
 from ...rollout.processors import check_generation_kwargs, generation_kwargs
 from ...rollout.vllm.sampler import MIN_TEMPERATURE
 from ..checkpoint import check_resume
+from ..hub.repository import check_hub
 from ..run_dir import check_output_dir
 from .memory import check_memory
 
@@ -54,6 +55,7 @@ def check(run: TrainConfig, method: MDPGRPOConfig, *, model: bool = False, promp
 def check_settings(run: TrainConfig, model: bool = False, prompts: bool = False) -> None:
     """What needs no look at anything else. model, prompts: whether they are given, in memory. Raises: ConfigError."""
     check_trackers(run.report_to)
+    check_hub(run)
     check_generation_kwargs(run)
     if run.mixed_precision == "fp16" and device_of(run).type == "cpu":
         raise ConfigError("mixed_precision fp16 needs a GPU; bf16 works on the CPU too")
