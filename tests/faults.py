@@ -477,6 +477,11 @@ FAULTS = [
     training('if phase != "after":  #', "if not phase:  #", "and_nothing_else"),
     training("copy.deepcopy(row)) is True", "row) is True", "callback_sees"),
     training("distributed.max_over_ranks(self.accelerator, int(stops))", "False", "callback_sees"),
+    training("        if public(word) != word:", "        if False:", "uploads_its_model"),
+    training("api.auth_check(repo_id, write=True)", "pass", "right_that_is_missing"),
+    training("run.lora and not run.merge_adapter and hub_id(lm.name_or_path)", "run.lora", "adapters_are_uploaded"),
+    training("run.hub_private_repo and not api.model_info(repo_id).private", "False", "repository_that_is_there"),
+    training("is not None and math.isfinite(value)", "is not None", "what_was_not_measured"),
     Fault("mdpgrpo_fast/models/load.py", "return model, copy.copy(tokenizer)", "return model, tokenizer",
           "tests/training/test_task.py -k stay_as_they_are"),
     # Prompts.
