@@ -125,6 +125,66 @@ def test_first_step_under_bfloat16_autocast(model_dirs: dict[str, str], tmp_path
     same(model_dirs["llama"], tmp_path, tolerance=5e-2, bf16=True, max_steps=1, num_iterations=1)
 
 
+@pytest.mark.parametrize("packing", ["off", "on"])
+@pytest.mark.parametrize("level", LEVELS)
+def test_tokens_of_a_tool_do_not_count(model_dirs: dict[str, str], tmp_path: Path, level: str, packing: str) -> None:
+    """They are seen by the model, and are in no loss, ratio or statistic; nor is a completion of a tool's alone."""
+    losses, gradients, metrics = [], [], []
+    for kernels in (False, True):
+        trainer = plain(model_dirs["llama"], tmp_path, importance_sampling_level=level, loss_type="grpo")
+        if kernels:
+            ours.accelerate_trl(trainer, packing=packing)
+        trainer.model.train()
+        trainer.current_gradient_accumulation_steps = 1
+        batch = trainer._generate_and_score_completions([{"prompt": p} for p in ("the sea", "wind") for _ in range(4)])
+        tools = torch.ones_like(batch["completion_mask"])
+        tools[0], tools[1, 0], tools[2:4, 2:4], tools[5, -2:] = 0, 0, 0, 0
+        batch.pop("host_facts", None)  # which are of the masks before
+        loss = trainer._compute_loss(trainer.model, {**batch, "tool_mask": tools})
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append([p.grad for p in trainer.model.parameters()])
+        metrics.append({name: values[-1] for name, values in trainer._metrics["train"].items()})
+    assert losses[1] == pytest.approx(losses[0], abs=1e-6)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-6)
+    for name in ("kl", "entropy", "clip_ratio/region_mean"):
+        assert metrics[1][name] == pytest.approx(metrics[0][name], abs=1e-6)
+
+
+@pytest.mark.parametrize("packing", ["off", "on"])
+def test_log_probs_in_chunks_with_a_temperature_a_row(model_dirs: dict[str, str], tmp_path: Path, packing: str) -> None:
+    """The rows of each chunk have their own; where nothing of a chunk can be packed it is padded."""
+    trainer = ours.accelerate_trl(plain(model_dirs["llama"], tmp_path), packing=packing)
+    batch = trainer._generate_and_score_completions([{"prompt": p} for p in ("the sea", "wind") for _ in range(4)])
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    width = batch["completion_ids"].shape[1]
+    attention[2:4, -width:] = 0  # completions that were cut off, a whole chunk of them
+    taus = torch.tensor([0.5, 1.0, 0.7, 1.3, 0.9, 0.6, 1.1, 0.8])
+    trainer.logprob_temperatures = lambda model: [taus]
+    with torch.no_grad():
+        found, entropy, _ = trainer._get_per_token_logps_and_entropies(
+            trainer.model, ids, attention, width, batch_size=2, compute_entropy=True
+        )
+        logits = trainer.model(
+            input_ids=ids, attention_mask=attention, position_ids=(attention.cumsum(1) - 1).clamp(min=0)
+        ).logits
+    logits = logits[:, -width - 1 : -1] / taus[:, None, None]
+    mask, expected = attention[:, -width:], logits.log_softmax(-1)
+    own = expected.gather(2, batch["completion_ids"][..., None])[..., 0] * mask
+    torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(entropy, -(expected.exp() * expected).sum(-1) * mask, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("packing", ["off", "on"])
+def test_clips_of_sequences(model_dirs: dict[str, str], tmp_path: Path, packing: str) -> None:
+    _, log = same(
+        model_dirs["llama"], tmp_path, {"packing": packing}, tolerance=1e-4, importance_sampling_level="sequence",
+        epsilon=0.001, epsilon_high=0.001, learning_rate=1e-2,
+    )  # fmt: skip
+    assert any(row["clip_ratio/low_mean"] > 0 for row in log) and any(row["clip_ratio/high_max"] > 0 for row in log)
+
+
 def test_skip_idle_changes_entropy_alone(model_dirs: dict[str, str], tmp_path: Path) -> None:
     theirs = logged(plain(model_dirs["llama"], tmp_path, beta=0.0))
     trainer = ours.accelerate_trl(plain(model_dirs["llama"], tmp_path, beta=0.0), skip_idle=True)

@@ -23,9 +23,7 @@ def check() -> None:
     except importlib.metadata.PackageNotFoundError:
         raise ImportError(f"mdpgrpo_fast.integrations.trl {needs_package('trl')}") from None
     if tuple(int(x) for x in found.split(".")[:2]) < OLDEST:
-        raise ImportError(
-            f"mdpgrpo_fast.integrations.trl {needs_package('trl', f'{least} or newer; found {found}')}"
-        )
+        raise ImportError(f"mdpgrpo_fast.integrations.trl {needs_package('trl', f'{least} or newer; found {found}')}")
     from trl import GRPOTrainer
 
     gone = [name for name in EXTENDED if not hasattr(GRPOTrainer, name)]
