@@ -551,7 +551,7 @@ FAULTS = [
     in_trl("entropy", 'if aggregation == "grpo"', "if True", "bonus"),
     in_trl("entropy", "t._last_world_entropy <= t.args", "t._last_world_entropy > t.args", "adaptive"),
     method_in_trl("trainer", "first + i) % g", "first + i) % (g - 1)", "references or several"),
-    method_in_trl("trainer", "< 0, method.kl_beta_neg, self.beta", "> 0, method.kl_beta_neg, self.beta", "are_the_methods"),
+    method_in_trl("trainer", "< 0, method.kl_beta_neg", "> 0, method.kl_beta_neg", "are_the_methods"),
     method_in_trl("trainer", "logged.pop()", "pass", "are_the_methods"),
     method_in_trl("trainer", 'return [self.method.kl_temperature]', "return [1.0]", "references"),
     method_in_trl("trainer", "[prompts].argsort(stable=True)", ".argsort(stable=True)", "whole_groups"),
