@@ -103,7 +103,11 @@ def through_server(vllm: Any, taus: Sequence[float]) -> Iterator[None]:
         return
     generate = client.generate
 
-    def call(prompts: list[Any], n: int, temperature: float, features: Any = None, **more: Any) -> dict[str, Any]:
+    def call(
+        prompts: list[Any], n: int, temperature: float, features: Any = None, generation_kwargs: Any = None, **more: Any
+    ) -> dict[str, Any]:
+        # One among them would go before the argument.
+        more["generation_kwargs"] = {k: v for k, v in (generation_kwargs or {}).items() if k != "temperature"}
         slots = [everyone[i * n : (i + 1) * n] for i in range(len(prompts))]
         merged: dict[str, Any] = {}
         # After a tool's turn prompts have one completion each, and temperatures differ between them.
