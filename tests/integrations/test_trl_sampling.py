@@ -427,3 +427,22 @@ def test_training_with_an_exact_sampler(
                 assert ours[name] == pytest.approx(theirs[name], rel=rtol, abs=rtol / 100), name
         for a, b in zip(parameters, without[1], strict=True):
             torch.testing.assert_close(a, b, rtol=0.0, atol=rtol / 2)
+
+
+@pytest.mark.parametrize("correction", [True, False])
+@pytest.mark.parametrize("objective", ["paper", "per_row"])
+def test_an_exact_sampler_is_not_off_policy(
+    make: Make, monkeypatch: pytest.MonkeyPatch, model_dirs: dict[str, str], objective: str, correction: bool
+) -> None:
+    """The mask sees no gap of temperatures, under `paper` neither."""
+    stand_in(monkeypatch, lambda: Sampler(model_dirs["llama"]))
+    vllm = {"use_vllm": True, "vllm_mode": "colocate", "vllm_importance_sampling_mode": "token_truncate"}
+    losses = []
+    for threshold in (None, 0.01):
+        trainer = make(
+            **vllm, vllm_importance_sampling_correction=correction, temperature_objective=objective,
+            off_policy_mask_threshold=threshold, max_steps=1,
+        )  # fmt: skip
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5) and losses[0] != 0

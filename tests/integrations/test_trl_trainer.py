@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 import torch
 from helpers.inputs import needed
 from helpers.trl import PROMPTS, arguments, assert_same_log, logged, make_trainer, reward
+from helpers.trl_vllm import Sampler, stand_in
 
 import mdpgrpo_fast
 from mdpgrpo_fast.config import ConfigError
@@ -296,13 +298,22 @@ def embedded() -> Any:
     return ours.constraint_dataset(TRAIN)
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"])
-def test_ten_steps_of_the_seed_policy(embedded: Any, tmp_path: Path, loss_type: str, lora: bool) -> None:
-    config = ours.MDPGRPOConfig(
-        **arguments(tmp_path, max_steps=10, max_completion_length=24, gradient_accumulation_steps=1),
-        loss_type=loss_type, epsilon_high=2.0 if loss_type == "cispo" else None,
-    )  # fmt: skip
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "lora", "vllm"),
+    [*itertools.product(LOSS_TYPES, (False, True), (False,)), *((t, t == "dapo", True) for t in LOSS_TYPES)],
+)
+def test_ten_steps_of_the_seed_policy(
+    embedded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss_type: str, lora: bool, vllm: bool
+) -> None:
+    more: dict[str, Any] = {"epsilon_high": 2.0} if loss_type == "cispo" else {}
+    if vllm:
+        stand_in(monkeypatch, lambda: Sampler(SEED_POLICY))
+        more |= {"use_vllm": True, "vllm_mode": "colocate", "vllm_importance_sampling_mode": "token_truncate"}
+    settings = arguments(tmp_path, max_steps=10, max_completion_length=24, gradient_accumulation_steps=1)
+    config = ours.MDPGRPOConfig(**settings, loss_type=loss_type, **more)
     peft = needed("peft").LoraConfig(r=4, target_modules="all-linear") if lora else None
     trainer = ours.MDPGRPOTrainer(SEED_POLICY, ours.constraint_reward, config, embedded, peft_config=peft)
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
@@ -311,7 +322,11 @@ def test_ten_steps_of_the_seed_policy(embedded: Any, tmp_path: Path, loss_type: 
     assert {"reward/temperature_0.1", "groups/advantage_mean", "kl", "entropy"} <= log[0].keys()
     assert any(row["reward"] > 0 for row in log) and trainer.packer is not None
     moved = [not torch.equal(p, before[n]) for n, p in trainer.model.named_parameters() if n in before]
-    assert all(moved) if not lora else any(moved)
+    assert any(moved) if lora else all(moved)
+    if vllm:
+        # The sampler follows the weights, and says what the policy says of its tokens.
+        ratios = [row["sampling/importance_sampling_ratio/mean"] for row in log]
+        assert ratios == pytest.approx([1.0] * 10, abs=1e-3)
 
 
 def test_prompts_and_reward(tmp_path: Path, embedded: Any) -> None:

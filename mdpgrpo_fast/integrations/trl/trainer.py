@@ -51,7 +51,7 @@ class MDPGRPOTrainer(FusedGRPOTrainer):
     has_learned = False  # whether a completion has had an advantage so far
     _rewards: Tensor | None = None  # (N, R) of all ranks, of the last generation
     _taus: Tensor | None = None  # (B,) sampling temperatures of the generation that is under way
-    _old: Tensor | None = None  # its log-probs at the loss's temperature, where TRL is given others
+    _at_both: list[Tensor]  # its log-probs at the temperatures of sampling, and at that of the loss
 
     def __init__(
         self, model: Any, reward_funcs: Any = None, args: GRPOConfig | None = None, train_dataset: Any = None,
@@ -105,13 +105,15 @@ class MDPGRPOTrainer(FusedGRPOTrainer):
 
     def _generate_by_temperature(self, prompt_ids: Any, taus: list[float], num_generations: int) -> Any:
         """Continuous batching has one temperature for a batch."""
+        assert self._taus is not None and self.method is not None
         found: list[Any] = [None] * len(prompt_ids)
-        for tau in sorted(set(taus)):
+        # A pass for each on every rank, whatever slots it holds: the passes of a sharded model are in step.
+        for tau in torch.tensor(self.method.slot_temperatures).unique().tolist():
             places = [i for i, t in enumerate(taus) if t == tau]
             with sampling.replaced(self.generation_config, "temperature", tau):
-                part = [prompt_ids[i] for i in places]
+                part = [prompt_ids[i] for i in places or [0]]
                 ids, _ = super()._generate_single_turn(part, None, {}, num_generations)
-            for i, completion in zip(places, ids, strict=True):
+            for i, completion in zip(places, ids, strict=False):
                 found[i] = completion
         return found, None
 
@@ -123,7 +125,7 @@ class MDPGRPOTrainer(FusedGRPOTrainer):
     # ---- a generation batch -----------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        self._taus = self._old = None
+        self._taus, self._at_both = None, []
         if self.method is None or not self.model.training:
             return super()._generate_and_score_completions(inputs)
         method, device = self.method, self.accelerator.device
@@ -148,10 +150,19 @@ class MDPGRPOTrainer(FusedGRPOTrainer):
             batch[KL_BETA] = torch.where(batch["advantages"] < 0, method.kl_beta_neg, self.beta)
         if self._taus is not None:
             batch[TEMPERATURE] = self._taus
-        if self._old is not None:
-            batch["old_per_token_logps"] = self._old
-        self._taus = self._old = None
+            self._at_the_temperature_of_the_loss(batch)
+        self._taus, self._at_both = None, []
         return batch
+
+    def _at_the_temperature_of_the_loss(self, batch: dict[str, Any]) -> None:
+        """Takes log-probs at the temperatures of sampling, which TRL's importance weight is of, to that of the loss."""
+        sampled = "sampling_per_token_logps"
+        if self._at_both:
+            at_sampling, batch["old_per_token_logps"] = self._at_both
+            # What the sampler has drifted by stays, for the off-policy mask.
+            batch[sampled] = batch[sampled] + batch["old_per_token_logps"] - at_sampling
+        elif sampled in batch and self._loss_temperature(batch[TEMPERATURE]) is not batch[TEMPERATURE]:
+            del batch[sampled]  # the mask is then against the log-probs before the update
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         self._rewards = super()._calculate_rewards(*args, **kwargs)
@@ -243,7 +254,7 @@ class MDPGRPOTrainer(FusedGRPOTrainer):
 
     def keep_logprobs(self, model: Any, logprobs: list[Tensor]) -> None:
         if len(logprobs) == 2:
-            self._old = logprobs[1]
+            self._at_both = logprobs
 
     def _loss_temperature(self, taus: Tensor) -> Tensor | float:
         assert self.method is not None
