@@ -52,7 +52,7 @@ def outcomes(report: Path) -> dict[str, Outcome]:
                 kind = {"pytest.xfail": "xfailed", "pytest.skip": "skipped"}.get(child.attrib.get("type", ""), "failed")
                 lines = child.attrib.get("message", "").strip().splitlines() or [""]
                 outcome = Outcome(kind, lines[0][:300])
-        if found.get(name, outcome).kind != "failed":  # a test and its teardown are reported one by one
+        if name not in found or outcome.kind == "failed":  # a test and its teardown are reported one by one
             found[name] = outcome
     return found
 

@@ -50,7 +50,7 @@ def cannot_run(item: pytest.Function) -> str | None:
     for name in sorted(asked):
         if name.startswith("trl-internal-testing/") and not Path(name).exists():
             return "no stand-in: the processor needs torchvision"
-    if not torch.cuda.is_available() and (params.get("use_liger_kernel") or uses_liger(item) and ".train()" in body):
+    if not torch.cuda.is_available() and (params.get("use_liger_kernel") or (uses_liger(item) and ".train()" in body)):
         return "Liger's kernels need a GPU"
     return None
 
