@@ -25,7 +25,7 @@ OWNER = "trl-internal-testing"
 # ---- tokens ---------------------------------------------------------------------------------------------------------
 
 # Enough that a random model does not end an answer by chance: one test counts on that.
-SIZE = 8192
+SIZE = 4096
 PAD, EOS = "<|endoftext|>", "<|im_end|>"
 IMAGE = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image>"}
 SPECIAL = [PAD, EOS, "<|im_start|>", "<|finetune_right_pad_id|>", *IMAGE.values()]

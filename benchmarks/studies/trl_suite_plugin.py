@@ -6,6 +6,7 @@ In float32, where a test does not say otherwise: on a CPU bfloat16 takes ten tim
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import importlib.util
 import inspect
@@ -70,3 +71,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Func
             item.add_marker(pytest.mark.skip(reason=why))
     # Liger puts its kernels into the models' modules, where all tests after it find them.
     items.sort(key=uses_liger)
+    # The tests collect garbage after each of them, a second each time unless it passes over what was imported.
+    gc.collect()
+    gc.freeze()
