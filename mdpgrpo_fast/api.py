@@ -22,12 +22,14 @@ class TrainResult:
     """What a run leaves: its directory, the numbers of its summary.json, the rows of its steps.
 
     summary: held-out scores before and after (`hsr_before`, `reward_after` …), settings, versions, times in seconds.
-    history: one row of metrics.jsonl for each step, in their order.
+    history: one row of metrics.jsonl for each step, in their order. hub_url: of the model on the hub, from the first
+    rank of a run with push_to_hub that came to its end.
     """
 
     path: Path
     summary: Row
     history: list[Row] = field(repr=False)
+    hub_url: str | None = None
 
     @property
     def report(self) -> Path:
@@ -116,6 +118,7 @@ class Trainer:
             changed["reward_weights"] = reward_weights
         run = resolve_adapter(replace(run, preset=nearest_preset(config, run.preset), **changed))
         self.run, self.config, self._trained = run, config, False
+        self.result: TrainResult | None = None  # of train(), also where the upload after it failed
         check(run, config, model=model is not None, prompts=prompts is not None)
         self.scorer = Scorer.of(run, functions)
         weakref.finalize(self, self.scorer.stop)
@@ -144,8 +147,10 @@ class Trainer:
         """All steps, with everything in run.output_dir; Ctrl-C ends it early and keeps what was learned.
 
         Raises: what ends a run, after its directory is complete: RewardError, RolloutError, FloatingPointError;
-            RuntimeError where it has been called before.
+            HubError where only its upload failed; RuntimeError where it has been called before.
         """
+        from .training.hub.repository import upload
+
         if self._trained:
             raise RuntimeError("train() runs once; a run with run.resume goes on from a checkpoint")
         self._trained = True
@@ -163,7 +168,11 @@ class Trainer:
             if loop.accelerator.is_main_process:
                 self._report()
             loop.accelerator.wait_for_everyone()  # a rank that ends first would take the one that writes with it
-        return TrainResult(out.path, summary, loop.history)
+        self.result = TrainResult(out.path, summary, loop.history)
+        repo_id = loop.task.repo_id
+        if repo_id is not None and not self.result.interrupted:
+            self.result = replace(self.result, hub_url=upload(self.run, loop.lm, repo_id))
+        return self.result
 
     def _report(self) -> None:
         from .report.page import write_report

@@ -9,19 +9,20 @@ import platform
 import sys
 
 from .cli import Parser, report_errors
+from .config import EXTRA_OF, how_to_install
 from .version import __version__
 
-# What needs it, and how it is installed.
+# What needs it.
 OPTIONAL = {
-    "peft": ("--lora", "the extra lora"),
-    "datasets": ("hub ids, folders and parquet files of prompts", "the extra data"),
-    "vllm": ("--rollout vllm in this process", "the extra vllm"),
-    "flash-attn": ("--attention flash_attention_2", "the extra flash, with a CUDA toolkit"),
-    "lm-eval": ("mdpgrpo evaluate --suite", "the extra eval"),
-    "emoji": ("one type of --rules ifbench", "the extra ifbench"),
-    "syllapy": ("one type of --rules ifbench", "the extra ifbench"),
-    "janome": ("Japanese types of --rules m-ifeval", "the extra m-ifeval"),
-    "triton": ("fused kernels on a GPU", "with a CUDA build of torch"),
+    "peft": "--lora",
+    "datasets": "hub ids, folders and parquet files of prompts",
+    "vllm": "--rollout vllm in this process",
+    "flash-attn": "--attention flash_attention_2",
+    "lm-eval": "mdpgrpo evaluate --suite",
+    "emoji": "one type of --rules ifbench",
+    "syllapy": "one type of --rules ifbench",
+    "janome": "Japanese types of --rules m-ifeval",
+    "triton": "fused kernels on a GPU",
 }
 REQUIRED = "torch transformers accelerate safetensors numpy langdetect nltk".split()
 
@@ -44,8 +45,9 @@ def packages() -> tuple[list[str], bool]:
         except Exception as e:  # whatever a broken installation raises
             whole = False
             lines.append(f"  {name:<14}cannot be imported: {type(e).__name__}: {' '.join(str(e).split())[:200]}")
-    for name, (purpose, how) in OPTIONAL.items():
+    for name, purpose in OPTIONAL.items():
         version = version_of(name)
+        how = how_to_install(name) if name in EXTRA_OF else "a CUDA build of torch brings it"
         lines.append(f"  {name:<14}" + (version or f"not installed: {purpose} needs it ({how})"))
     return lines, whole
 

@@ -66,7 +66,7 @@ def _description(model: str | None, preset: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Status: 0 done, 1 a run that failed, 2 settings that cannot be used, 130 interrupted."""
+    """Status: 0 done, 1 a run or its upload that failed, 2 settings that cannot be used, 130 interrupted."""
     from .cli import report_errors
 
     trainer = None
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
             from .api import Trainer
 
             trainer = Trainer(config=method, run=run)
-        summary = trainer.train().summary
+        result = trainer.train()
     except KeyboardInterrupt:  # before the run had begun, or a second one while it ended
         if trainer is not None and trainer.loop.done:
             from .training.show.end import how_to_resume
@@ -94,23 +94,36 @@ def main(argv: list[str] | None = None) -> int:
             _say_failure(trainer, e)
         return 1
     if trainer.loop.accelerator.is_main_process:
-        from .training.show.end import end_lines
-
-        print("\n".join(end_lines(summary, trainer.run, trainer.out.path / "report.html")))
-    return 130 if summary["interrupted"] else 0
+        _say_end(trainer, result)
+    return 130 if result.interrupted else 0
 
 
 def _stopping() -> tuple[type[Exception], ...]:
     """What ends a run with status 1 and a sentence."""
     from .rewards import RewardError
     from .rollout.vllm.sampler import RolloutError
+    from .training.hub.repository import HubError
 
-    return RewardError, RolloutError, FloatingPointError
+    return RewardError, RolloutError, FloatingPointError, HubError
+
+
+def _say_end(trainer: Trainer, result: TrainResult) -> None:
+    from .training.hub.repository import upload_command
+    from .training.show.end import end_lines
+
+    hub, repo_id = result.hub_url, trainer.loop.task.repo_id
+    if repo_id is not None and result.interrupted:
+        hub = f"nothing is uploaded yet: {upload_command(trainer.run, trainer.loop.lm, repo_id)}"
+    print("\n".join(end_lines(result.summary, trainer.run, result.report, hub)))
 
 
 def _say_failure(trainer: Trainer | None, failure: Exception) -> None:
     if trainer is None:  # a reward that failed when it was tried
         print(*filter(None, [getattr(failure, "trace", None), f"error: {failure}"]), sep="\n", file=sys.stderr)
+        return
+    if trainer.result is not None:  # the run is whole, its upload failed
+        _say_end(trainer, trainer.result)
+        print(f"error: {failure}", file=sys.stderr)
         return
     from .training.show.end import how_to_resume
 

@@ -70,12 +70,29 @@ def report(old: str, new: str, tests: str) -> Fault:
     return Fault("mdpgrpo_fast/report/", old, new, f"tests/report -k '{tests}'")
 
 
+def liger(old: str, new: str, tests: str) -> Fault:
+    files = "tests/integrations/test_liger_signature.py"
+    return Fault("mdpgrpo_fast/integrations/liger.py", old, new, f"{files} -k '{tests}'")
+
+
 def verifiers(old: str, new: str, tests: str) -> Fault:
     return Fault("mdpgrpo_fast/verifiers/", old, new, f"tests/verifiers -k '{tests}'")
 
 
 def evaluation(old: str, new: str, tests: str) -> Fault:
     return Fault("mdpgrpo_fast/evaluation/", old, new, f"tests/evaluation -k '{tests}'")
+
+
+def in_trl(name: str, old: str, new: str, tests: str, file: str = "test_trl_fused.py") -> Fault:
+    return Fault(f"mdpgrpo_fast/integrations/trl/{name}.py", old, new, f"tests/integrations/{file} -k '{tests}'")
+
+
+def method_in_trl(name: str, old: str, new: str, tests: str) -> Fault:
+    return in_trl(name, old, new, tests, "test_trl_trainer.py")
+
+
+def hooks(old: str, new: str, tests: str) -> Fault:
+    return Fault("docs/other_trainers.md", old, new, f"tests/integrations/test_hooks.py -k '{tests}'")
 
 
 FAULTS = [
@@ -468,6 +485,11 @@ FAULTS = [
     training('if phase != "after":  #', "if not phase:  #", "and_nothing_else"),
     training("copy.deepcopy(row)) is True", "row) is True", "callback_sees"),
     training("distributed.max_over_ranks(self.accelerator, int(stops))", "False", "callback_sees"),
+    training("        if public(word) != word:", "        if False:", "uploads_its_model"),
+    training("api.auth_check(repo_id, write=True)", "pass", "right_that_is_missing"),
+    training("run.lora and not run.merge_adapter and hub_id(lm.name_or_path)", "run.lora", "adapters_are_uploaded"),
+    training("run.hub_private_repo and not api.model_info(repo_id).private", "False", "repository_that_is_there"),
+    training("is not None and math.isfinite(value)", "is not None", "what_was_not_measured"),
     Fault("mdpgrpo_fast/models/load.py", "return model, copy.copy(tokenizer)", "return model, tokenizer",
           "tests/training/test_task.py -k stay_as_they_are"),
     # Prompts.
@@ -500,6 +522,53 @@ FAULTS = [
     evaluation("[-1:] == [target]", "[:1] == [target]", "rules"),
     evaluation("[*row, False].index(False)", "sum(row)", "consistency"),
     evaluation("if scorer is not None or entries:", "if False:", "refused_before"),
+    # Liger's signatures
+    liger("skip_idle=not isinstance(beta, Tensor)", "skip_idle=True", "mean_kl"),
+    liger("num_items_in_batch / ranks", "num_items_in_batch", "several_processes"),
+    liger("            dist.all_reduce(num_items_in_batch)", "            pass", "several_processes"),
+    liger("temperature = 1.0  # the KL's", "temperature = float(temperature[0])", "per_completion or knobs"),
+    liger("keep.int().argmax(1, keepdim=True)", "torch.zeros_like(keep[:, :1], dtype=torch.long)", "vespo_takes"),
+    liger('!= "vespo":', '!= "":', "vespo_takes or completion_weights"),
+    liger("pad(keep, (0, 1))", "pad(keep, (0, 1), value=True)", "from_logits"),
+    liger("        kl_logprobs = token_logprobs(", "        _ = token_logprobs(", "per_completion"),
+    liger("in_place=inplace and", "in_place=False and", "inplace"),
+    liger("        and logits.is_contiguous()", "", "inplace"),
+    liger("if not (self.use_ref_model and _is_on(beta)):", "if not _is_on(beta):", "hidden_states"),
+    liger("selected_token_ids.masked_fill(~keep, 0)", "selected_token_ids", "masked_positions"),
+    # TRL's trainer.
+    in_trl("fused", "1 / steps", "1.0", "every_option and delta or every_loss_type and grpo-token"),
+    in_trl("fused", "share = self.args.steps_per_generation / steps", "share = 1", "several_updates or option"),
+    in_trl("fused", "1 - self.top_entropy_quantile", "self.top_entropy_quantile", "quantile"),
+    in_trl("fused", '* inputs.get("tool_mask", 1)\n        config', "\n        config", "tool"),
+    in_trl("fused", "first + own.start, first + own.stop", "0, 8", "chunks"),
+    in_trl("rows", "(self.tokens.shape[1] + 1) : -1", "self.tokens.shape[1] :", "every_option and temperature"),
+    in_trl("rows", "x[self.packed.rows] if x.ndim == 1", "x if x.ndim == 1", "every_option and truncated"),
+    in_trl("rows", "[counted[i] for i in packed.rows]", "[lengths[i] for i in packed.rows]", "tool"),
+    in_trl("head", 'scored.aux_loss = _load', 'scored.aux_loss = 0 * _load', "mixture"),
+    in_trl("head", "if shape.in_float32:", "if False:", "float32"),
+    in_trl("metrics", "(x & keep).any(1).float()", "x[:, 0].float() * 0", "clips_of_sequences"),
+    in_trl("metrics", "each = clipped.amax(1) if by_sequence", "each = clipped.amin(1) if True", "clip"),
+    in_trl("entropy", 'if aggregation == "grpo"', "if True", "bonus"),
+    in_trl("entropy", "t._last_world_entropy <= t.args", "t._last_world_entropy > t.args", "adaptive"),
+    method_in_trl("trainer", "first + i) % g", "first + i) % (g - 1)", "references or several"),
+    method_in_trl("trainer", "< 0, method.kl_beta_neg, self.beta", "> 0, method.kl_beta_neg, self.beta", "are_the_methods"),
+    method_in_trl("trainer", "logged.pop()", "pass", "are_the_methods"),
+    method_in_trl("trainer", 'return [self.method.kl_temperature]', "return [1.0]", "references"),
+    method_in_trl("trainer", "[prompts].argsort(stable=True)", ".argsort(stable=True)", "whole_groups"),
+    method_in_trl("trainer", "if not math.isfinite(self.last_loss):", "if False:", "not_finite"),
+    method_in_trl("trainer", "single = self._rewards.view", "single = 0 * self._rewards.view", "several_rewards"),
+    method_in_trl("sampling", "scores / self", "scores * self", "references"),
+    # The page on other trainers.
+    hooks("kl_coefficient(a, *CONFIG.betas), old", "CONFIG.kl_beta_pos, old", "prime"),
+    hooks("Layout(1, torch.zeros_like(keep, dtype=torch.long))", "Layout(len(keep), torch.arange(len(keep)))", "prime"),
+    hooks("out.per_token * inputs.loss_weights", "out.per_token", "weights_of_a_component"),
+    hooks("keep.sum().clamp(min=1)", "keep.sum()", "without_tokens"),
+    hooks("data[name][:, 1:]", "data[name][:, :-1]", "nemo"),
+    hooks("logits[:, : tokens.shape[1]]", "logits[:, :-1]", "nemo"),
+    hooks('mask * data["sample_mask"][:, None]', "mask", "does_not_count"),
+    hooks("None if self.force_on_policy_ratio else old", "old", "does_not_compute"),
+    hooks("else global_valid_seqs,", "else global_valid_toks,", "nemo"),
+    hooks("advantages(rewards[None], [k], CONFIG).advantage[0]", "rewards - rewards.mean()", "advantages"),
 ]  # fmt: skip
 
 

@@ -215,6 +215,7 @@ _RULES: list[Rule] = [
         lambda run, m: run.rollout == "vllm" and run.vllm_url is None,
         "vLLM runs in this process (--vllm-url)",
     ),
+    ("hub_model_id hub_private_repo", lambda run, m: not run.push_to_hub, "nothing is uploaded (--push-to-hub)"),
     (
         "split",
         lambda run, m: all(file is None or Path(file).is_file() for file in (run.train_file, run.eval_file)),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import numbers
 import os
 import types
+from collections.abc import Collection
 from dataclasses import field
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -42,20 +44,26 @@ def unknown_name(kind: str, name: str, known: list[str]) -> ConfigError:
     return ConfigError(f"unknown {kind} {name!r}{hint}")
 
 
-def check_values(config: Any) -> None:
-    """Every knob as its type has it: a path as text, a single value of a list as a list, a whole number as a float.
+@functools.cache
+def _hints(config: type) -> dict[str, Any]:
+    return get_type_hints(config)  # which takes milliseconds
+
+
+def check_values(config: Any, names: Collection[str] | None = None) -> None:
+    """Every knob, or those named, as its type has it: a path as text, a single value of a list as a list, a whole
+    number as a float.
 
     Raises: ConfigError for a value of another type, a choice that is none, and a number that is not finite.
     """
-    hints = get_type_hints(type(config))
-    for f in dataclasses.fields(config):
-        object.__setattr__(config, f.name, _converted(f.name, getattr(config, f.name), hints[f.name]))
-        choices = get_args(hints[f.name])
-        value = getattr(config, f.name)
+    hints = _hints(config.__class__)
+    for name in [f.name for f in dataclasses.fields(config)] if names is None else names:
+        value = _converted(name, getattr(config, name), hints[name])
+        object.__setattr__(config, name, value)
+        choices = get_args(hints[name])
         if choices and all(isinstance(c, str) for c in choices) and value not in choices:
-            raise ConfigError(f"{f.name} must be one of {', '.join(choices)}; got {value!r}")
+            raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{f.name} must be finite; got {value!r}")
+            raise ConfigError(f"{name} must be finite; got {value!r}")
 
 
 _WANTED = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}

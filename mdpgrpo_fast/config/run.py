@@ -224,10 +224,11 @@ class TrainConfig(PromptConfig):
     log_completions: int = knob(8, "completions written to completions.jsonl each step")
     save_model: bool = knob(True, "write the trained model to the run directory")
     save_every: int = knob(0, "write a checkpoint every so many steps, the newest two are kept; 0: none")
-    resume: bool = knob(
-        False,
-        "go on from the newest checkpoint in output_dir, to more or fewer steps if asked; what does not change "
-        "learning may change too",
+    resume: bool = knob(False, "go on from the newest checkpoint in output_dir, to more or fewer steps if asked")
+    push_to_hub: bool = knob(False, "upload the model, its card and report at the end")
+    hub_model_id: str | None = knob(None, "repository on the hub, as user/name; unset: the name of output_dir")
+    hub_private_repo: bool = knob(
+        False, "make that repository private; one that is there has to be (the report shows prompts and answers)"
     )
     profile: bool = knob(False, "write a torch profiler trace of two steps to the run directory")
 
@@ -257,6 +258,8 @@ class TrainConfig(PromptConfig):
                 "reference_mix must be 1 with dtype = bfloat16, in which small shares of the policy round away "
                 f"(--reference-mix 1, or --dtype float32); got {self.reference_mix!r}"
             )
+        if self.push_to_hub and not self.save_model:
+            raise ConfigError("push_to_hub needs save_model; got False")
         if self.packing == "off" and self.tokens_per_micro_batch is not None:
             raise ConfigError("tokens_per_micro_batch needs packing; without it, micro_batch_size counts completions")
         for name in ("tokens_per_micro_batch", "workspace_mb"):

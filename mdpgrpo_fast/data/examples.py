@@ -145,7 +145,7 @@ def batches(num_prompts: int, per_step: int, steps: int, seed: int) -> Iterator[
 
 def _example(found: Found, where: str, rules: str) -> Example:
     prompt, columns = _prompt(found.prompt, found.column), found.columns
-    ids, kwargs = _constraints(columns)
+    ids, kwargs = constraints_of(columns)
     for instruction_id, arguments in zip(ids, kwargs, strict=True):
         verifiers.validate(instruction_id, arguments, rules=rules)
     ours = {
@@ -203,7 +203,8 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
-def _constraints(columns: dict[str, Any]) -> tuple[list[Any], list[dict[str, Any]]]:
+def constraints_of(columns: dict[str, Any]) -> tuple[list[Any], list[dict[str, Any]]]:
+    """Instruction ids of a row and the arguments of each, which may be tables or JSON text. Raises: ValueError."""
     ids = literal(columns.get("instruction_id_list"))
     if missing(ids) or ids == []:
         return [], []

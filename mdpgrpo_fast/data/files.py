@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..config import ConfigError
+from ..config import ConfigError, needs_package
 
 # Where a row stands ("file:line", "file row 3"), and the row, or the ValueError that says why there is none.
 Row = tuple[str, Any]
@@ -21,7 +21,6 @@ Row = tuple[str, Any]
 Source = str | Path | Iterable[Any]
 
 SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".parquet", ".gz", ".txt")
-_INSTALL = "pip install datasets"
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
 
 
@@ -132,7 +131,7 @@ def _parquet(path: Path, data: bytes) -> Iterator[Row]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise ConfigError(f"prompt file {str(path)!r} needs the package pyarrow: {_INSTALL}") from None
+        raise ConfigError(f"prompt file {str(path)!r} {needs_package('pyarrow')}") from None
     try:
         return _numbered(path, pyarrow.parquet.read_table(pyarrow.BufferReader(data)).to_pylist())
     except (pyarrow.ArrowException, OSError) as e:
@@ -143,7 +142,7 @@ def _data_set(path: str, is_folder: bool, split: str | None, trust_remote_code: 
     try:
         import datasets
     except ImportError:
-        raise ConfigError(f"data set {path!r} needs the package datasets: {_INSTALL}") from None
+        raise ConfigError(f"data set {path!r} {needs_package('datasets')}") from None
     what = f"data set {path!r}" if is_folder else f"{path!r} is no file or folder here, and as a data set of the hub it"
     saved = any(Path(path, name).is_file() for name in ("dataset_info.json", "state.json", "dataset_dict.json"))
     load: Callable[..., Any] = datasets.load_dataset

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import ConfigError
+from ..config import ConfigError, needs_package
 from ..log import counted, reason_of
 from .settings import EvaluateConfig
 
@@ -56,7 +56,7 @@ def _manager(config: EvaluateConfig) -> Any:
         importlib.import_module("lm_eval.models.huggingface")
         tasks = importlib.import_module("lm_eval.tasks")
     except ImportError as e:
-        raise ConfigError(f"suite needs lm-eval: pip install 'mdpgrpo-fast[eval]' ({e})") from None
+        raise ConfigError(f"suite {needs_package('lm-eval', reason_of(e))}") from None
     if config.suite_tasks:
         own = tasks.TaskManager(include_path=config.suite_tasks, include_defaults=False)
         if all(name in own.task_index for name in config.tasks):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ class LossType(NamedTuple):
     knobs: dict[str, Any]
 
 
+@functools.lru_cache  # its checks take a millisecond
 def objective_of(
     loss_type: str,
     *,

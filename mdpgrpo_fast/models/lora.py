@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..config import ConfigError
+from ..config import ConfigError, needs_package
 from ..log import reason_of
 from .heads import causal_lm, other_parts
 
@@ -28,10 +28,8 @@ def import_peft() -> Any:
     try:
         import peft
     except (ImportError, RuntimeError) as e:
-        raise ConfigError(
-            f"lora needs the package peft in a version that fits transformers {transformers.__version__} "
-            f"(pip install -U peft); importing it says: {reason_of(e)}"
-        ) from None
+        why = f"in a version that fits transformers {transformers.__version__}; importing it says: {reason_of(e)}"
+        raise ConfigError(f"lora {needs_package('peft', why)}") from None
     return peft
 
 

@@ -26,6 +26,7 @@ from . import checkpoint, distributed
 from .batch import micro_batch_budget
 from .collect import Collector
 from .held_out import answer_and_score
+from .hub.card import write_cards
 from .metrics import over_ranks, step_metrics
 from .run_dir import (
     RunDir,
@@ -109,6 +110,7 @@ class TrainingLoop:
         self.lost = LostSamples(run.max_dropped)
         for row in self.history:
             self.lost.record(row["dropped"], per_step * method.num_generations)
+        self.saved = False
         self.best = checkpoint.Best(self.accelerator, out.path, run.resume)
         self.last_rows: list[dict[str, Any]] = []
         self.order = itertools.islice(batches(len(task.train), per_step, self.steps, run.seed), self.done, None)
@@ -205,6 +207,8 @@ class TrainingLoop:
         )  # fmt: skip
         if acc.is_main_process:
             self.out.write_json("summary.json", summary)
+            if self.saved:
+                write_cards(self.out.path, run, self.method, summary, self.lm, self.task.repo_id)
         if run.report_to:
             acc.end_training()
         acc.wait_for_everyone()  # a rank that ends first would take the one that writes with it
@@ -323,6 +327,7 @@ class TrainingLoop:
             state = distributed.whole_state(self.accelerator, self.model)
             if self.accelerator.is_main_process:
                 self.out.write_model(self.lm, self.task.tokenizer, state, self.run.lora, best)
+                self.saved = self.saved or not best
 
     def say(self, text: str) -> None:
         """A line on stderr above the progress bar, from the first rank."""

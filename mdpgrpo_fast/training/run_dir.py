@@ -109,6 +109,7 @@ class RunDir:
         folder.rename(whole)
         if lora and not best:
             save_adapters(model, self.path / "adapters", state)
+            tokenizer.save_pretrained(self.path / "adapters")
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         (self.path / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

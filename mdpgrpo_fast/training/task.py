@@ -22,6 +22,7 @@ from ..models.policy import Policy
 from ..rewards import Scorer
 from ..rollout.generate import eos_ids
 from .before.checks import check_settings
+from .hub.repository import make_repository
 from .show.quiet import quiet
 
 
@@ -39,6 +40,7 @@ class Task:
     sources: dict[str, str | None] = field(default_factory=dict)  # where the model and the prompts come from, in words
     notes: list[str] = field(default_factory=list)  # how prompts were read and rendered
     dropped: list[BadRow] = field(default_factory=list)  # rows left out, of both files
+    repo_id: str | None = None  # on the hub, where the first rank uploads the model to
 
     @cached_property
     def fingerprint(self) -> str:
@@ -92,6 +94,7 @@ def prepare(
         "model": run.model or (type(model).__name__ if model is not None else "embedded seed policy"),
         "train_file": _in_words(train_source), "eval_file": _in_words(eval_source),
     }  # fmt: skip
+    repo_id = make_repository(run)  # now: a right that is missing would be found after the last step
     if model is None:
         model, tokenizer = load(
             run.model, run.dtype, run.attention, tokenizer=run.tokenizer, trust_remote_code=run.trust_remote_code,
@@ -115,10 +118,13 @@ def prepare(
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError("the model has no weight to train: requires_grad is off for all of them")
     notes = list(dict.fromkeys([*train.notes, *held_out.notes]))  # both files are rendered alike
+    if repo_id is not None:
+        notes.append(f"after the last step the model goes to {repo_id} on the hub (--push-to-hub)")
     dropped = [*train.dropped, *held_out.dropped]
     return Task(
-        model, tokenizer, eos, train.examples, train_ids, held_out.examples, held_out_ids, sources, notes, dropped
-    )
+        model, tokenizer, eos, train.examples, train_ids, held_out.examples, held_out_ids, sources, notes, dropped,
+        repo_id,
+    )  # fmt: skip
 
 
 def make_policy(model: Any, run: TrainConfig, device: torch.device) -> Policy:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from ..config import needs_package
 from .arguments import Kind, kind_of, whole_mapping
 
 _NOTHING: dict[str, Any] = {}
@@ -166,14 +167,14 @@ def said(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}{place}" if text else f"{type(error).__name__}{place}"
 
 
-def package(name: str, extra: str) -> Callable[[], None]:
-    """For `needs`: raises MissingRequirementError where the package `name`, which `extra` of this library brings, is
-    not installed."""
+def package(name: str) -> Callable[[], None]:
+    """For `needs`: raises MissingRequirementError where the package `name`, of an extra of this library, is not
+    installed."""
 
     @functools.lru_cache(maxsize=1)
     def needs() -> None:
         if importlib.util.find_spec(name) is None:
-            raise MissingRequirementError(f"needs the package {name}: pip install 'mdpgrpo-fast[{extra}]'")
+            raise MissingRequirementError(needs_package(name))
 
     return needs
 

@@ -176,4 +176,4 @@ def test_the_extra_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     for name in ("lm_eval", "lm_eval.evaluator"):
         monkeypatch.setitem(sys.modules, name, None)
     said = refused(["--suite", "ifeval"], capsys)
-    assert said.startswith("error: suite needs lm-eval: pip install 'mdpgrpo-fast[eval]' (")
+    assert said.startswith("error: suite needs the package lm-eval: pip install 'mdpgrpo-fast[eval]' (")

@@ -211,7 +211,9 @@ def test_without_a_peft_that_fits_one_line_says_so(
         (tmp_path / "peft.py").write_text("from transformers import HybridCacheOfOldTimes")
         monkeypatch.delitem(sys.modules, "peft")
         monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ConfigError, match="lora needs the package peft in a version that fits transformers") as e:
+    with pytest.raises(
+        ConfigError, match=r"lora needs the package peft: pip install .* \(in a version that fits transfo"
+    ) as e:
         lora.add_adapters(make_model("llama", VOCAB), r=4, alpha=8, dropout=0.0, target_modules=["auto"])
     assert "\n" not in str(e.value) and ("HybridCache" in str(e.value) or problem == "missing")
 

@@ -211,5 +211,5 @@ def test_a_missing_package_is_a_sentence(
         (tmp_path / path).write_bytes(b"")
         path = str(tmp_path / path)
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ConfigError, match=rf"needs the package {package}: pip install datasets"):
+    with pytest.raises(ConfigError, match=rf"needs the package {package}: pip install 'mdpgrpo-fast\[data\]'"):
         read_rows(path)

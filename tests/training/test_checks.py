@@ -50,7 +50,7 @@ FLASH = "attention = flash_attention_2 needs a GPU; sdpa works on the CPU"
         ("--backend cuda", r"backend 'cuda' cannot run: it runs on CUDA devices, not on the CPU"),
         ("--reward no.module:f", r"reward 'no.module:f' .*No module named 'no'"),
         ("--attention flash_attention_2", re.escape(FLASH)),
-        ("--rollout vllm", r"rollout = vllm needs the package vllm \(pip install vllm\), which is not installed"),
+        ("--rollout vllm", r"rollout = vllm needs the package vllm: pip install 'mdpgrpo-fast\[vllm\]'"),
         ("--rollout vllm --vllm-url host:1", "vllm_url must be an http:// or https:// address; got 'host:1'"),
         (
             "--rollout vllm --vllm-url http://h --temperatures 0.001 1",
@@ -78,7 +78,7 @@ def test_no_tracker_is_none() -> None:
 
 def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
-    said = "flash_attention_2 needs the package flash-attn (pip install flash-attn --no-build-isolation), which is not"
+    said = "flash_attention_2 needs the package flash-attn: pip install --no-build-isolation 'mdpgrpo-fast[flash]'"
     with pytest.raises(ConfigError, match=re.escape(said)):
         checks.check_attention(TrainConfig(attention="flash_attention_2"), torch.device("cuda"))
 

@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 from trl import GRPOConfig
 
-from ...config import Backend, require
+from ...config import Backend, check_values, require
 from ...config import MDPGRPOConfig as Method
-
-_KNOBS = {f.name: f for f in dataclasses.fields(Method)}
-
-
-def _knob(name: str) -> Any:
-    """A field of the method's config, with its default and help."""
-    f = _KNOBS[name]
-    default = f.default_factory() if f.default is dataclasses.MISSING else f.default  # type: ignore[misc, operator]
-    metadata = {"help": f.metadata["help"]}
-    if isinstance(default, (list, tuple)):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def _other(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+from ...config.knobs import knob, knob_of
 
 
 class KernelOptions(NamedTuple):
@@ -57,59 +42,61 @@ class MDPGRPOConfig(GRPOConfig):
     Raises: ConfigError, a ValueError, for a value out of range.
     """
 
-    beta: float = _other(0.01, "KL coefficient of completions with A >= 0 (kl_beta_pos); 0: no KL term, no reference")
-    loss_type: str = _other("grpo", "loss of TRL: grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo or vespo")
-    use_bias_correction_kl: bool = _other(False, "multiply the KL estimate by the importance ratio (DeepSeek-V3.2)")
+    beta: float = knob(0.01, "KL coefficient of completions with A >= 0 (kl_beta_pos); 0: no KL term, no reference")
+    loss_type: str = knob("grpo", "loss of TRL: grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo or vespo")
+    use_bias_correction_kl: bool = knob(False, "multiply the KL estimate by the importance ratio (DeepSeek-V3.2)")
 
-    multi_temperature: bool = _knob("multi_temperature")
-    temperatures: list[float] = _knob("temperatures")
-    temperature_objective: Literal["paper", "per_row"] = _other(
+    multi_temperature: bool = knob_of(Method, "multi_temperature")
+    temperatures: list[float] = knob_of(Method, "temperatures")
+    temperature_objective: Literal["paper", "per_row"] = knob(
         "paper", "with multi_temperature: log-probs at temperature 1 (paper), or at each completion's own (per_row)"
     )
-    rescale_per_row: bool = _knob("rescale_per_row")
-    kl_temperature: float = _other(1.0, "with multi_temperature: temperature of the reference KL's log-probabilities")
-    dual_anchor: bool = _knob("dual_anchor")
-    dual_anchor_alpha: float = _knob("dual_anchor_alpha")
-    goal_mean: Literal["half", "max_half_mean", "mean"] = _other(
+    rescale_per_row: bool = knob_of(Method, "rescale_per_row")
+    kl_temperature: float = knob(1.0, "with multi_temperature: temperature of the reference KL's log-probabilities")
+    dual_anchor: bool = knob_of(Method, "dual_anchor")
+    dual_anchor_alpha: float = knob_of(Method, "dual_anchor_alpha")
+    goal_mean: Literal["half", "max_half_mean", "mean"] = knob(
         "half", "m of the goal anchor: 0.5 (paper), max(0.5, group mean) (released code), the group mean"
     )
-    goal_std: Literal["released", "binomial"] = _other(
+    goal_std: Literal["released", "binomial"] = knob(
         "released", "s of the goal anchor: sqrt(G/(4K)) (released code), sqrt(1/(4K))"
     )
-    num_constraints: int | None = _other(
+    num_constraints: int | None = knob(
         None,
         "K, constraints of a prompt, for the goal anchor; unset: the column num_constraints, or the number of entries "
         "of the column instruction_id_list",
     )
-    group_std: Literal["population", "sample"] = _knob("group_std")
-    prospect: bool = _knob("prospect")
-    prospect_beta: float = _knob("prospect_beta")
-    prospect_gain: float = _knob("prospect_gain")
-    prospect_loss: float = _knob("prospect_loss")
-    prospect_on_goal: bool = _knob("prospect_on_goal")
-    asymmetric_kl: bool = _other(True, "KL coefficient by the sign of the advantage; off: beta for all")
-    kl_beta_neg: float = _knob("kl_beta_neg")
-    kl_estimator: Literal["k1", "k2", "k3", "abs"] = _knob("kl_estimator")
+    group_std: Literal["population", "sample"] = knob_of(Method, "group_std")
+    prospect: bool = knob_of(Method, "prospect")
+    prospect_beta: float = knob_of(Method, "prospect_beta")
+    prospect_gain: float = knob_of(Method, "prospect_gain")
+    prospect_loss: float = knob_of(Method, "prospect_loss")
+    prospect_on_goal: bool = knob_of(Method, "prospect_on_goal")
+    asymmetric_kl: bool = knob(True, "KL coefficient by the sign of the advantage; off: beta for all")
+    kl_beta_neg: float = knob_of(Method, "kl_beta_neg")
+    kl_estimator: Literal["k1", "k2", "k3", "abs"] = knob_of(Method, "kl_estimator")
 
-    packing: Literal["auto", "on", "off"] = _other(
+    packing: Literal["auto", "on", "off"] = knob(
         "auto", "store a prompt once for the completions of its group: where that is exact, always or never"
     )
-    backend: str = _other("auto", "auto, torch, triton, cpu or cuda")
-    workspace_bytes: int | None = _other(None, "memory of the logits of a chunk of rows; unset: by the device")
-    fp32_logits: bool = _other(False, "keep the logits of a chunk in float32 although the model is of 16 bits")
-    skip_idle: bool = _other(
+    backend: Backend = knob("auto", "auto, torch, triton, cpu or cuda")
+    workspace_bytes: int | None = knob(None, "memory of the logits of a chunk of rows; unset: by the device")
+    fp32_logits: bool = knob(False, "keep the logits of a chunk in float32 although the model is of 16 bits")
+    skip_idle: bool = knob(
         False, "leave completions with A = 0 and no KL term out of the head's matmuls; they then report no entropy"
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_values(self, MDPGRPOConfig.__annotations__)
         if self.num_constraints is not None:
             require(self.num_constraints >= 1, "num_constraints", self.num_constraints, "1 or above, or unset")
         self.method()
 
     def method(self) -> Method:
         """The knobs as the method's config, checked. Raises: ConfigError."""
-        own = {*MDPGRPOConfig.__annotations__, "num_generations", "multi_objective_aggregation"} & _KNOBS.keys()
+        shared = {*MDPGRPOConfig.__annotations__, "num_generations", "multi_objective_aggregation"}
+        own = shared & {f.name for f in dataclasses.fields(Method)}
         members = {name: getattr(self, name) for name in own}
         decoupled = self.multi_objective_aggregation == "normalize_then_sum"
         # TRL does not look at scale_rewards then.

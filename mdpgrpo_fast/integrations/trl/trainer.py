@@ -143,7 +143,7 @@ class MDPGRPOTrainer(FusedGRPOTrainer):
             for _ in everyone:
                 logged.pop()
             logged.extend(everyone.tolist())
-        self.has_learned |= bool((batch["advantages"] != 0).any())
+        self.has_learned |= bool((self.accelerator.gather(batch["advantages"]) != 0).any())
         if method.asymmetric_kl and self.beta != 0:
             batch[KL_BETA] = torch.where(batch["advantages"] < 0, method.kl_beta_neg, self.beta)
         if self._taus is not None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 
+from ...config import needs_package
+
 OLDEST = (1, 16)
 # Methods of GRPOTrainer that are overridden or called here. One that is gone would never be called again.
 EXTENDED = (
@@ -11,7 +13,6 @@ EXTENDED = (
     "_get_per_token_logps_and_entropies", "_prepare_inputs", "_tool_call_loop", "get_gamma_weights",
     "get_high_entropy_mask",
 )  # fmt: skip
-INSTALL = "pip install 'mdpgrpo-fast[trl]'"
 
 
 def check() -> None:
@@ -20,9 +21,9 @@ def check() -> None:
     try:
         found = importlib.metadata.version("trl")
     except importlib.metadata.PackageNotFoundError:
-        raise ImportError(f"mdpgrpo_fast.integrations.trl needs trl >= {least}: {INSTALL}") from None
+        raise ImportError(f"mdpgrpo_fast.integrations.trl {needs_package('trl')}") from None
     if tuple(int(x) for x in found.split(".")[:2]) < OLDEST:
-        raise ImportError(f"mdpgrpo_fast.integrations.trl needs trl >= {least}; found {found}: {INSTALL}")
+        raise ImportError(f"mdpgrpo_fast.integrations.trl {needs_package('trl', f'{least} or newer; found {found}')}")
     from trl import GRPOTrainer
 
     gone = [name for name in EXTENDED if not hasattr(GRPOTrainer, name)]

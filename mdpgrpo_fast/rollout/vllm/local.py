@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...config import ConfigError
+from ...config import ConfigError, needs_package
+from ...log import reason_of
 from .sampler import LOGPROBS_MODE, Completion, RolloutEngine, RolloutError, completion
 from .worker import EXTENSION
 
@@ -57,7 +58,7 @@ class VLLMEngine(RolloutEngine):
         try:
             import vllm
         except ImportError as e:
-            raise ConfigError(f"rollout = vllm needs the package vllm (pip install vllm); got {e}") from None
+            raise ConfigError(f"rollout = vllm {needs_package('vllm', reason_of(e))}") from None
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             engine_args.setdefault("distributed_executor_backend", "external_launcher")
         self._vllm, self._sleep_mode = vllm, sleep_mode

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ...config import ConfigError, MDPGRPOConfig, TrainConfig, require
+from ...config import ConfigError, MDPGRPOConfig, TrainConfig, needs_package, require
 from ...data.chat import prompt_limit
 from ...models.load import base_model, positions_of, read_config
 from ...models.lora import import_peft
@@ -16,6 +16,7 @@ from ...ops import backends
 from ...rollout.processors import check_generation_kwargs, generation_kwargs
 from ...rollout.vllm.sampler import MIN_TEMPERATURE
 from ..checkpoint import check_resume
+from ..hub.repository import check_hub
 from ..run_dir import check_output_dir
 from .memory import check_memory
 
@@ -54,6 +55,7 @@ def check(run: TrainConfig, method: MDPGRPOConfig, *, model: bool = False, promp
 def check_settings(run: TrainConfig, model: bool = False, prompts: bool = False) -> None:
     """What needs no look at anything else. model, prompts: whether they are given, in memory. Raises: ConfigError."""
     check_trackers(run.report_to)
+    check_hub(run)
     check_generation_kwargs(run)
     if run.mixed_precision == "fp16" and device_of(run).type == "cpu":
         raise ConfigError("mixed_precision fp16 needs a GPU; bf16 works on the CPU too")
@@ -92,10 +94,7 @@ def check_attention(run: TrainConfig, device: torch.device) -> None:
         if device.type == "cpu":
             raise ConfigError("attention = flash_attention_2 needs a GPU; sdpa works on the CPU")
         if importlib.util.find_spec("flash_attn") is None:
-            raise ConfigError(
-                "attention = flash_attention_2 needs the package flash-attn (pip install flash-attn "
-                "--no-build-isolation), which is not installed"
-            )
+            raise ConfigError(f"attention = flash_attention_2 {needs_package('flash-attn')}")
 
 
 def check_truncated(run: TrainConfig, method: MDPGRPOConfig) -> None:
@@ -129,4 +128,4 @@ def check_vllm(run: TrainConfig, method: MDPGRPOConfig) -> None:
         ok = run.vllm_url.startswith(("http://", "https://"))
         require(ok, "vllm_url", run.vllm_url, "an http:// or https:// address")
     elif importlib.util.find_spec("vllm") is None:
-        raise ConfigError("rollout = vllm needs the package vllm (pip install vllm), which is not installed")
+        raise ConfigError(f"rollout = vllm {needs_package('vllm')}")

@@ -144,12 +144,14 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.0f} s"
 
 
-def end_lines(summary: dict[str, Any], run: TrainConfig, report: Path) -> list[str]:
-    """Scores, where the model and the report are, and the command that goes on."""
+def end_lines(summary: dict[str, Any], run: TrainConfig, report: Path, hub: str | None = None) -> list[str]:
+    """Scores, where the model and the report are, and the command that goes on. hub: where the model is on the hub."""
     out = Path(run.output_dir)
     saved = (out / "model").is_dir()
     why_not = "not saved: no step was done" if run.save_model else "not saved (save_model)"
     rows = {"model": str(out / "model") if saved else why_not, "report": str(report)}
+    if hub is not None:
+        rows["hub"] = hub
     if summary["interrupted"]:
         rows["go on"] = how_to_resume(run, summary["processes"])
     elif saved:

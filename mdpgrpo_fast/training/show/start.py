@@ -18,7 +18,7 @@ MOST_SETTINGS = 12  # that a line names; config.yaml has all
 # Knobs that another line of the block, or of a run's files, says.
 SAID = (
     "model tokenizer train_file eval_file output_dir preset prompts_per_step steps epochs dtype backend attention "
-    "packing tokens_per_micro_batch resume cpu rollout"
+    "packing tokens_per_micro_batch resume cpu rollout push_to_hub hub_model_id"
 ).split()
 
 
@@ -124,7 +124,7 @@ def start_lines(facts: Facts, run: TrainConfig, method: MDPGRPOConfig) -> list[s
         "prompts": f"{facts.prompts:,} of {facts.sources['train_file']}, {_held_out(facts)}",
         "run": f"{p} prompts × {g} completions{processes} × {facts.steps:,} steps, at most "
         f"{p * g * facts.processes * longest:,} tokens a step",
-        "method": f"preset {run.preset}, {_named(_differing(method, run.preset)) or 'nothing changed'}",
+        "method": f"preset {run.preset}, {_named(differing(method, run.preset)) or 'nothing changed'}",
         "settings": _named(_not_default(run)) or "defaults",
         "backend": ", ".join(f"{op} {name}" for op, name in facts.backend.items()),
         "attention": f"{facts.attention}; {packing}",
@@ -138,7 +138,7 @@ def _held_out(facts: Facts) -> str:
     return f"{facts.held_out:,} held out of {facts.sources['eval_file']}" if facts.held_out else "none held out"
 
 
-def _differing(method: MDPGRPOConfig, name: str) -> dict[str, Any]:
+def differing(method: MDPGRPOConfig, name: str) -> dict[str, Any]:
     """Knobs of the method whose value is not the preset's."""
     published = asdict(preset(name))
     return {k: v for k, v in asdict(method).items() if v != published[k]}
@@ -153,12 +153,13 @@ def _not_default(run: TrainConfig) -> dict[str, Any]:
 
 
 def _named(knobs: dict[str, Any]) -> str:
-    shown = [f"{name} {_short(value)}" for name, value in list(knobs.items())[:MOST_SETTINGS]]
+    shown = [f"{name} {short(value)}" for name, value in list(knobs.items())[:MOST_SETTINGS]]
     more = len(knobs) - len(shown)
     return ", ".join([*shown, *([f"{more} more (config.yaml)"] if more > 0 else [])])
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A setting's value in at most 60 characters."""
     text = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
     text = " ".join(text.split())
     return text if len(text) <= 60 else f"{text[:59]}…"

@@ -78,7 +78,7 @@ def word_per_line(text: str) -> bool:
     return sum(map(bool, text.split("\n"))) == len(text.split())
 
 
-@ifbench("format:emoji", needs=package("emoji", "ifbench"))
+@ifbench("format:emoji", needs=package("emoji"))
 def emoji_ends(text: str) -> bool:
     """An emoji at the end of every sentence."""
     import emoji

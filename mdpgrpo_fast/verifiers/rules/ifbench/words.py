@@ -115,7 +115,7 @@ def repeats(text: str, small_n: Count) -> bool:
     return max(Counter(_bare_words(text.lower())).values(), default=0) <= small_n
 
 
-@ifbench("words:odd_even_syllables", needs=package("syllapy", "ifbench"))
+@ifbench("words:odd_even_syllables", needs=package("syllapy"))
 def odd_even_syllables(text: str) -> bool:
     """Words with odd and even numbers of syllables take turns."""
     words = map(str.lower, _bare_words(text))

@@ -16,7 +16,7 @@ from .morphemes import Morpheme, is_noun, morphemes
 from .shared import NTH_PARAGRAPH_AGREES, RELATIONS, has_title, m_ifeval, nth_paragraph_of
 
 JapaneseRelation = Literal["以上", "未満"]
-with_janome = package("janome", "m-ifeval")
+with_janome = package("janome")
 
 _OPTIONS = ("はい、そうです。", "いいえ、違います。", "どちらとも言えません。")
 _POSTSCRIPTS = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}

@@ -1,0 +1,1 @@
+"""The trained model for others: its card, and its repository on the hub."""
