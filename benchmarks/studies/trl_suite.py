@@ -30,7 +30,7 @@ from trl_suite_inputs import build, renumbered
 BASELINE = ("trl:GRPOTrainer", "trl:GRPOConfig")
 SUITE = "test_grpo_trainer.py"
 COPIED = ("__init__.py", "conftest.py", "testing_utils.py")
-SECONDS_PER_TEST = 300
+SECONDS_PER_TEST = 600
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,7 @@ def vision_language(tokenizer: PreTrainedTokenizerFast) -> dict[str, tuple[Any, 
     side = {"height": 28, "width": 28}
     gemma = transformers.Gemma3Config(
         text_config=text,
-        vision_config=vision,
+        vision_config=vision | {"vision_use_head": False},
         mm_tokens_per_image=4,
         boi_token_index=tokenizer.boi_token_id,
         eoi_token_index=tokenizer.eoi_token_id,

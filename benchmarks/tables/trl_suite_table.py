@@ -79,4 +79,5 @@ def _grouped(groups: dict[str, list[str]]) -> list[str]:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+    short = text if len(text) <= 120 else text[:120] + "…"
+    return short.replace("|", "\\|")
