@@ -24,7 +24,9 @@ def readme() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/command_line.md", "docs/losses.md", "docs/verifiers.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/command_line.md", "docs/losses.md", "docs/trl.md", "docs/verifiers.md"]
+)
 def test_a_page_agrees_with_the_result_files(readme: ModuleType, page: str) -> None:
     assert page in readme.PAGES
     text = (ROOT / page).read_text(encoding="utf-8")

@@ -21,6 +21,7 @@ import losses_table
 import speed_table
 import start_table
 import step_table
+import trl_suite_table
 import verifiers_table
 
 from mdpgrpo_fast.config import MDPGRPOConfig, TrainConfig
@@ -160,6 +161,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/command_line.md": {"start": start_table.section},
     "docs/losses.md": {"losses": losses_table.section},
+    "docs/trl.md": {"trl_suite": trl_suite_table.section},
     "docs/verifiers.md": {"verifiers": verifiers_table.section},
 }
 
