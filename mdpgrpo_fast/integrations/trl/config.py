@@ -61,10 +61,8 @@ class MDPGRPOConfig(GRPOConfig):
     goal_std: Literal["released", "binomial"] = knob(
         "released", "s of the goal anchor: sqrt(G/(4K)) (released code), sqrt(1/(4K))"
     )
-    num_constraints: int | None = knob(
-        None,
-        "K, constraints of a prompt, for the goal anchor; unset: the column num_constraints, or the number of entries "
-        "of the column instruction_id_list",
+    num_constraints: int = knob(
+        1, "K of the goal anchor for prompts that have no column instruction_id_list and no num_constraints"
     )
     group_std: Literal["population", "sample"] = knob_of(Method, "group_std")
     prospect: bool = knob_of(Method, "prospect")
@@ -89,8 +87,7 @@ class MDPGRPOConfig(GRPOConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_values(self, MDPGRPOConfig.__annotations__)
-        if self.num_constraints is not None:
-            require(self.num_constraints >= 1, "num_constraints", self.num_constraints, "1 or above, or unset")
+        require(self.num_constraints >= 1, "num_constraints", self.num_constraints, "1 or above")
         self.method()
 
     def method(self) -> Method:

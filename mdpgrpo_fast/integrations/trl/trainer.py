@@ -25,7 +25,6 @@ from .rows import WHICH_PROMPT
 
 # Of a batch, beside TRL's own entries.
 TEMPERATURE = "sampling_temperature"
-_K_COLUMNS = ("num_constraints", "instruction_id_list")  # of a data set, that say K
 
 
 class MDPGRPOTrainer(FusedGRPOTrainer):
@@ -33,12 +32,12 @@ class MDPGRPOTrainer(FusedGRPOTrainer):
 
     args: an `MDPGRPOConfig`; a GRPOConfig has none of the method's knobs and trains as TRL does, on our kernels, which
     is said. Rewards are expected in [0, 1], the share of a prompt's constraints that hold. K of the goal anchor is the
-    column num_constraints of the data, the number of entries of instruction_id_list, or the knob num_constraints.
+    number of entries of the column instruction_id_list, the column num_constraints, or the knob of that name.
 
     Sampling, log-probs, advantages and the KL coefficient of each completion are the method's in training; evaluation
     is TRL's. All else is TRL's: PEFT, vLLM, FSDP, DeepSpeed, callbacks, tools, environments.
 
-    Raises: ValueError for data without K, a rollout_func with multi_temperature, a model whose logits are not those of
+    Raises: ValueError for a rollout_func with multi_temperature, a model whose logits are not those of
     a linear head, an infinite reward; FloatingPointError for a loss that is not finite.
     """
 
@@ -75,11 +74,11 @@ class MDPGRPOTrainer(FusedGRPOTrainer):
                 "rollout_func samples at temperatures of its own; set multi_temperature = False in MDPGRPOConfig"
             )
         columns = getattr(train_dataset, "column_names", None)
-        if args.dual_anchor and args.num_constraints is None and columns and not {*columns} & {*_K_COLUMNS}:
-            raise ValueError(
-                f"train_dataset must have a column {' or '.join(_K_COLUMNS)}, or num_constraints must be set in "
-                "MDPGRPOConfig: the goal anchor (dual_anchor) depends on how many constraints a prompt has; the "
-                f"columns are {', '.join(columns)}"
+        if args.dual_anchor and columns and not {*columns} & {"instruction_id_list", "num_constraints"}:
+            say_once(
+                logging.WARNING,
+                f"train_dataset has no column instruction_id_list or num_constraints: K is {args.num_constraints} for "
+                "all prompts (num_constraints of MDPGRPOConfig)",
             )
 
     # ---- sampling ---------------------------------------------------------------------------------------------------
@@ -173,17 +172,9 @@ class MDPGRPOTrainer(FusedGRPOTrainer):
         assert self.method is not None
         if not self.method.dual_anchor:
             return None
-        known = [self._constraints_of(row) for row in inputs]
+        default = self.args.num_constraints
+        known = [float(len(r.get("instruction_id_list") or ()) or r.get("num_constraints") or default) for r in inputs]
         return torch.tensor(gather_object(known)[:: self.method.num_generations], device=self.accelerator.device)
-
-    def _constraints_of(self, row: dict[str, Any]) -> float:
-        if self.args.num_constraints is not None:
-            return float(self.args.num_constraints)
-        if row.get("num_constraints") is not None:
-            return float(row["num_constraints"])
-        if row.get("instruction_id_list"):
-            return float(len(row["instruction_id_list"]))
-        raise ValueError(f"train_dataset has a row without {' or '.join(_K_COLUMNS)}: {str(row)[:200]}")
 
     def _advantages(self, constraints: Tensor | None) -> Advantages:
         """Of all ranks' completions."""
