@@ -47,7 +47,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 
 # Files that take minutes, begun first: a long one that begins last keeps the other workers waiting.
-LONG = ("test_distributed.py", "test_loop.py", "test_api.py", "test_train.py", "test_processes.py", "test_readme.py")
+LONG = (
+    "test_distributed.py", "test_trl_ranks.py", "test_loop.py", "test_api.py", "test_train.py", "test_processes.py",
+    "test_readme.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

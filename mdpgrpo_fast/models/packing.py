@@ -129,12 +129,13 @@ class Packing:
     (T, T) mask given to the model's own attention, for soft-caps and sliding windows; flex: the same as a block mask,
     where the model's attention is flex.
 
-    device, dtype: where and in what the passes will run, autocast considered.
+    device, dtype: where and in what the passes will run, autocast considered; trial: False for a model whose weights
+    are elsewhere, where it is tried.
 
     Raises: Unpackable where a small trial does not give the padded pass's hidden states, or the reason is known before.
     """
 
-    def __init__(self, model: Any, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, model: Any, device: torch.device, dtype: torch.dtype, trial: bool = True) -> None:
         lm = causal_lm(model)
         body = body_of(lm)
         if body is None:
@@ -160,6 +161,8 @@ class Packing:
             self.mode = "blocks"
         elif self.attention == FLASH_ATTN:
             raise Unpackable(f"{FLASH_ATTN} has no kernels for {dtype} of {self._head_size()} on {device.type}")
+        if not trial:
+            return
         if self.attention == FLASH_ATTN and next(lm.parameters()).device.type == "cpu":
             # A run moves the model later, and may shard it first. What its layers do besides attention shows here too,
             # under the attention that runs anywhere and takes masks.

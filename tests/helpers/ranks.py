@@ -20,7 +20,7 @@ PATIENCE = 180  # seconds: far more than any test here takes, so that ranks that
 
 def start(rank: int, function: Callable[..., None], ranks: int, port: int, folder: str, args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    sys.path.insert(0, str(Path(__file__).parent))
+    sys.path.insert(0, str(Path(__file__).parents[1]))
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=ranks)
     torch.save(function(rank, ranks, *args), f"{folder}/{rank}.pt")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from trl import GRPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
@@ -23,7 +24,7 @@ from ...reference import TokenLoss
 from ..loss_types import LOSS_TYPES, LossType, denominator, objective_of
 from .config import KernelOptions
 from .entropy import EntropyBonus
-from .head import HeadShape, declared_shape, install, shape_of
+from .head import HeadShape, declared_shape, install, shape_of, unrounded
 from .metrics import log_loss
 from .rows import COUNTED, Form, Packer, PaddedRows, host_facts
 
@@ -73,17 +74,23 @@ class FusedGRPOTrainer(GRPOTrainer):
 
     def _packer(self, policy: Any) -> Packer | None:
         half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else policy.dtype
+        weight, reason = next(policy.parameters()), None
         try:
             if self.aux_loss_enabled:
                 raise Unpackable("the load-balancing loss of its experts would count a shared prompt once")
-            if hasattr(next(policy.parameters()), "ds_id"):
+            if hasattr(weight, "ds_id"):
                 raise Unpackable("its weights are parted by ZeRO-3, so that packed groups cannot be tried")
-            return Packer(Packing(policy, self.accelerator.device, half))
+            packing = Packing(policy, self.accelerator.device, half, trial=not weight.is_meta)
         except Unpackable as e:
-            if self.kernel_options.packing == "on":
-                raise ValueError(f"packing = on cannot be had for this model: {e}") from None
-            say_once(logging.WARNING, f"prompts are not shared inside a group: {e}")
-            return None
+            reason = str(e)
+        # Where FSDP loads the weights on one rank, that one finds out for all.
+        reason = next((r for r in gather_object([reason]) if r is not None), None)
+        if reason is None:
+            return Packer(packing)
+        if self.kernel_options.packing == "on":
+            raise ValueError(f"packing = on cannot be had for this model: {reason}")
+        say_once(logging.WARNING, f"prompts are not shared inside a group: {reason}")
+        return None
 
     # ---- what MDPGRPOTrainer has of its own -------------------------------------------------------------------------
 
@@ -124,6 +131,7 @@ class FusedGRPOTrainer(GRPOTrainer):
             )  # fmt: skip
         temperatures = [self.temperature] if trains else self.logprob_temperatures(model)
         found: list[list[Tensor]] = [[] for _ in temperatures]
+        entropies: list[Tensor] = []
 
         def score(form: Form, rows: slice, hidden: Tensor, head: dict[str, Any]) -> FusedCausalLMOutput:
             states = form.states(hidden)
@@ -131,16 +139,17 @@ class FusedGRPOTrainer(GRPOTrainer):
                 at = form.of(tau[rows] if isinstance(tau, Tensor) else tau)
                 each = linear_token_logprobs(states, **form.arguments(), temperature=at, **head, **self._memory())
                 into.append(form.padded(each[0]))
-                entropy = form.padded(each[1])
-            return FusedCausalLMOutput(log_probs=found[0][-1], entropy=entropy)
+            entropies.append(form.padded(each[1]))
+            return FusedCausalLMOutput(log_probs=found[0][-1])
 
         attended = attention_mask[:, -logits_to_keep:]
         outs = self._passes(model, score, batch, attended, None, compute_aux_loss, images)
+        whole = [torch.cat(each) for each in found]
         if not trains:
-            self.keep_logprobs(model, [torch.cat(each) for each in found])
-        logprobs, entropy = (torch.cat([getattr(out, name) for out in outs]) for name in ("log_probs", "entropy"))
+            self.keep_logprobs(model, whole)
+        logprobs = unrounded(torch.cat([out.log_probs for out in outs]), whole[0])
         aux_loss = torch.stack([out.aux_loss for out in outs]).mean() if compute_aux_loss else None
-        return logprobs, entropy if compute_entropy else None, aux_loss
+        return logprobs, torch.cat(entropies) if compute_entropy else None, aux_loss
 
     def _passes(
         self, model: Any, score: Score, batch: tuple[Tensor, Tensor, int, int | None], mask: Tensor,
@@ -219,6 +228,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         bonus = EntropyBonus(self, mask, steps)
         of_rows = self._of_rows(inputs, mask)
         found: list[TokenLoss] = []
+        losses: list[Tensor] = []
 
         def score(form: Form, rows: slice, hidden: Tensor, head: dict[str, Any]) -> FusedCausalLMOutput:
             states, given = form.states(hidden), {name: form.of(x) for name, x in of_rows.items()}
@@ -243,7 +253,9 @@ class FusedGRPOTrainer(GRPOTrainer):
             )
             per_row = ("logprobs", "entropy", "kl", "ratio")
             found.append(dataclasses.replace(out, **{n: form.padded(getattr(out, n)) for n in per_row}))
-            return FusedCausalLMOutput(loss=out.loss, log_probs=found[-1].logprobs)
+            # Scaled here, so that the gradient that comes in is 1, whatever it is rounded to.
+            losses.append(out.loss * scale)
+            return FusedCausalLMOutput(loss=losses[-1], log_probs=found[-1].logprobs)
 
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
         attention = torch.cat([inputs["prompt_mask"], attended], 1)
@@ -251,7 +263,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         batch = (ids, attention, attended.shape[1], None)
         (passed,) = self._passes(model, score, batch, mask, inputs.get(FACTS), self.aux_loss_enabled, images)
         (out,) = found
-        loss = passed.loss * scale
+        loss = unrounded(passed.loss, losses[0])
         bonus.follow(out.entropy, loss, mode, averages=LOSS_TYPES[self.loss_type][1] != "dapo")
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * passed.aux_loss / steps
