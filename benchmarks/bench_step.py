@@ -1,17 +1,26 @@
-"""One training step of ours and of TRL's GRPOTrainer: the same model, prompts, new tokens, optimiser and precision.
+"""One training step, four ways: TRL's GRPOTrainer, the same on our kernels, that with packed groups, and ours.
 
-`python benchmarks/bench_step.py --output FILE` takes a model of a GPU's size where there is one. Both trainers live in
-one process and take steps in turn, TRL inside its own `train()`: one each that does not count, then medians of --steps.
+`python benchmarks/bench_step.py --output FILE` takes a model of a GPU's size where there is one. Model, prompts, new
+tokens, optimiser and precision are the same. All trainers live in one process and take steps in turn: one each that
+does not count, then medians of --steps. A turn of TRL's is a `train()` of one step on the trainer and optimiser that
+are there, timed from its start to its log; what `train()` does before, and emptying the device's cache, is left out.
 Peak memory is measured after that, in a process of its own for each. Every step is verified: all completions have
 their full length, rewards differ within groups, loss and gradient are finite. At the end the weights have moved.
 
-TRL runs without gradient checkpointing, which is faster, and in one case with it, as is its default; all else that
-costs time is at TRL's defaults. Its stages are timed around its own methods.
+- trl: GRPOTrainer as it is. All that costs time is at TRL's defaults, but for gradient checkpointing, which is off
+  (that is faster) and in one case on, as is TRL's default.
+- trl_kernels: `accelerate_trl` of that.
+- trl_packed: `MDPGRPOTrainer` with the method's components off, which leaves GRPO, and packing on. TRL shuffles the
+  completions of a step; this trainer keeps a group's together, so that a pass holds its prompt once.
+- ours: `TrainingLoop`, preset grpo.
+
+Stages of TRL's are timed around its own methods. On our kernels the head's gradients are made in the forward pass.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import itertools
 import json
@@ -23,7 +32,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -49,9 +58,16 @@ CASES = {
     "kl, PyTorch's linear layers": Case(0.01, {"gradient_checkpointing": False}, plain_linear=True),
     "no kl": Case(0.0, {"gradient_checkpointing": False}),
 }
+WAYS = ("trl", "trl_kernels", "trl_packed", "ours")
+# GRPO by MDPGRPOTrainer, at TRL's default where the method's is another.
+PACKED_GRPO = {
+    **dict.fromkeys(("multi_temperature", "dual_anchor", "prospect", "asymmetric_kl"), False),
+    "use_bias_correction_kl": True,
+    "packing": "on",
+}
 
 
-# ---- the two trainers -----------------------------------------------------------------------------------------------
+# ---- the trainers ---------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -109,14 +125,26 @@ def our_steps(size: Size, case: Case, folder: Path, steps: int) -> Iterator[Call
             yield step
 
 
-def trl_steps(size: Size, case: Case, folder: Path, steps: int, between: Callable[[], None]) -> list[Step]:
-    """All steps of a `train()` of TRL, with a call of `between` behind each, which is not counted."""
-    from datasets import Dataset
-    from transformers import TrainerCallback
+def trl_trainer(way: str, options: dict[str, Any], **others: Any) -> Any:
     from trl import GRPOConfig, GRPOTrainer
 
+    if way == "trl":
+        return GRPOTrainer(args=GRPOConfig(**options), **others)
+    from mdpgrpo_fast.integrations.trl import MDPGRPOConfig, MDPGRPOTrainer, accelerate_trl
+
+    if way == "trl_kernels":
+        return accelerate_trl(GRPOTrainer(args=GRPOConfig(**options), **others))
+    return MDPGRPOTrainer(args=MDPGRPOConfig(**options, **PACKED_GRPO), **others)
+
+
+@contextmanager
+def trl_steps(way: str, size: Size, case: Case, folder: Path) -> Iterator[Callable[[], Step]]:
+    """A function that takes the next step, a `train()` of its own that goes on with the model and the optimiser."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+
     options = {
-        "output_dir": str(folder / "trl"),
+        "output_dir": str(folder / way),
         "model_init_kwargs": {"dtype": size.dtype},
         "per_device_train_batch_size": size.micro_batch,
         "gradient_accumulation_steps": size.prompts * size.generations // size.micro_batch,
@@ -126,7 +154,7 @@ def trl_steps(size: Size, case: Case, folder: Path, steps: int, between: Callabl
         "beta": case.beta,
         "loss_type": "grpo",
         "learning_rate": LEARNING_RATE,
-        "max_steps": steps,
+        "max_steps": 1,
         "use_cpu": not CUDA,
         "bf16": False,  # autocast: the weights have the precision already
         "logging_steps": 1,
@@ -136,7 +164,6 @@ def trl_steps(size: Size, case: Case, folder: Path, steps: int, between: Callabl
     }
     prompts = (folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
     taken: list[Step] = []
-    logged: list[dict[str, float]] = []
     stages: dict[str, float] = defaultdict(float)
 
     def timed(owner: Any, name: str, stage: str, when: Callable[[], bool] = lambda: True) -> None:
@@ -153,55 +180,65 @@ def trl_steps(size: Size, case: Case, folder: Path, steps: int, between: Callabl
 
         setattr(owner, name, call)
 
-    class Turns(TrainerCallback):
+    class Turn(TrainerCallback):
         began = 0.0
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            timed(kwargs["optimizer"], "step", "optimizer")
-            self.began = clock()
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            seconds = clock() - self.began
-            taken.append(Step(seconds, {**stages, "other": seconds - sum(stages.values())}))
-            between()
             stages.clear()
             self.began = clock()
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            if "grad_norm" in logs:
-                logged.append(logs)
+            if "grad_norm" not in logs:  # of all steps, at the end
+                return
+            seconds = clock() - self.began
+            seen = {
+                "shortest": logs["completions/min_length"],
+                "longest": logs["completions/max_length"],
+                "loss": logs["loss"],
+                "grad_norm": logs["grad_norm"],
+                "equal_groups": logs["frac_reward_zero_std"],
+                "tokens": logs["num_tokens"],
+            }
+            taken.append(Step(seconds, {**stages, "other": seconds - sum(stages.values())}, seen))
 
-    trainer = GRPOTrainer(
+    trainer = trl_trainer(
+        way,
+        {**options, **case.trl},
         model=str(folder / "model"),
-        args=GRPOConfig(**{**options, **case.trl}),
         reward_funcs=even_share,
         train_dataset=Dataset.from_list([json.loads(line) for line in prompts]),
-        callbacks=[Turns()],
+        callbacks=[Turn()],
     )
+    if (trainer.ref_model is not None) != (case.beta > 0):
+        raise Wrong(f"{way}: a reference model must be there for beta above 0 alone; beta is {case.beta}")
+    # A longer `train()` empties the device's cache once, and not between two steps.
+    trainer.accelerator.free_memory = lambda: None
     timed(trainer, "_generate_single_turn", "generate")
     timed(trainer, "_calculate_rewards", "score")
     timed(trainer, "_get_per_token_logps_and_entropies", "reference", lambda: not torch.is_grad_enabled())
     timed(trainer, "compute_loss", "forward")
     timed(trainer.accelerator, "backward", "backward")
     timed(trainer.accelerator, "clip_grad_norm_", "optimizer")
-    with must_move("trl", trainer.model):
+    timed(trainer.create_optimizer(), "step", "optimizer")
+    tokens = size.prompts * size.generations * (size.prompt_length + size.completion_length)
+
+    def step() -> Step:
         trainer.train()
-    if (trainer.ref_model is not None) != (case.beta > 0):
-        raise Wrong(f"trl: a reference model must be there for beta above 0 alone; beta is {case.beta}")
-    rows = size.prompts * size.generations
-    for number, (step, logs) in enumerate(zip(taken, logged, strict=True), 1):
-        tokens = number * rows * (size.prompt_length + size.completion_length)
-        if logs["num_tokens"] != tokens:
-            raise Wrong(f"trl: {tokens} tokens must have been seen after step {number}; got {logs['num_tokens']}")
-        step.seen = {
-            "shortest": logs["completions/min_length"],
-            "longest": logs["completions/max_length"],
-            "loss": logs["loss"],
-            "grad_norm": logs["grad_norm"],
-            "equal_groups": logs["frac_reward_zero_std"],
-        }
-        verify("trl", step.seen, size)
-    return taken
+        (done,) = taken
+        taken.clear()
+        if done.seen["tokens"] != tokens:
+            raise Wrong(f"{way}: {tokens} tokens must have been seen in a step; got {done.seen['tokens']}")
+        verify(way, done.seen, size)
+        return done
+
+    with must_move(way, trainer.model):
+        yield step
+
+
+def steps_of(
+    way: str, size: Size, case: Case, folder: Path, steps: int
+) -> contextlib.AbstractContextManager[Callable[[], Step]]:
+    return our_steps(size, case, folder, steps) if way == "ours" else trl_steps(way, size, case, folder)
 
 
 # ---- one process each -----------------------------------------------------------------------------------------------
@@ -215,36 +252,33 @@ def peak_mb() -> float:
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024 / 1e6
 
 
-def work(job: str, size: Size, case: Case, folder: Path, steps: int) -> dict[str, Any]:
-    """`memory_ours`, `memory_trl`: the peak; `time`: all steps of both, the first of each left out."""
-    if job == "memory_trl":
-        trl_steps(size, case, folder, 2, lambda: None)
-        return {"peak_mb": peak_mb()}
-    if job == "memory_ours":
-        with our_steps(size, case, folder, 2) as step:
-            step()
-            step()
-        return {"peak_mb": peak_mb()}
-    ours: list[Step] = []
-    with our_steps(size, case, folder, steps + 1) as step:
-        theirs = trl_steps(size, case, folder, steps + 1, lambda: ours.append(step()))
-    return {"ours": [asdict(s) for s in ours[1:]], "trl": [asdict(s) for s in theirs[1:]]}
+def work(job: str, ways: Sequence[str], size: Size, case: Case, folder: Path, steps: int) -> dict[str, Any]:
+    """`memory`: the peak of two steps; `time`: all steps of all ways, the first of each left out."""
+    taken: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
+    count = 2 if job == "memory" else steps + 1
+    with contextlib.ExitStack() as stack:
+        step = {way: stack.enter_context(steps_of(way, size, case, folder, count)) for way in ways}
+        for _ in range(count):
+            for way in ways:
+                taken[way].append(asdict(step[way]()))
+    return {"peak_mb": peak_mb()} if job == "memory" else {way: all_[1:] for way, all_ in taken.items()}
 
 
-def run_alone(job: str, size: str, case: str, folder: Path, steps: int) -> dict[str, Any]:
+def run_alone(job: str, ways: Sequence[str], size: str, case: str, folder: Path, steps: int) -> dict[str, Any]:
     """`work` in a fresh process."""
     with tempfile.TemporaryDirectory() as scratch:
         for name in ("model", "prompts.jsonl"):
             (Path(scratch) / name).symlink_to(folder / name)
         result = Path(scratch) / "result.json"
         command = [sys.executable, __file__, "--output", str(result), "--steps", str(steps)]
-        command += ["--job", job, "--size", size, "--cases", case, "--folder", scratch]
+        command += ["--job", job, "--size", size, "--cases", case, "--folder", scratch, "--ways", *ways]
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         start = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+        what = f"{case}, {job} of {', '.join(ways)}"
         if done.returncode:
-            raise RuntimeError(f"{job} of case {case!r} ended with {done.returncode}:\n{done.stderr[-3000:]}")
-        print(f"{case}, {job}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+            raise RuntimeError(f"{what} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+        print(f"{what}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
         return json.loads(result.read_text(encoding="utf-8"))
 
 
@@ -264,51 +298,48 @@ def middle(steps: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def compare(name: str, timed: dict[str, Any], memory: dict[str, float]) -> dict[str, Any]:
-    """The case's row of the result file; memory: none where it has not been measured yet."""
-    steps = {who: {**middle(timed[who]), **({"peak_mb": short(memory[who])} if memory else {})} for who in timed}
-    return {
-        "case": name,
-        **asdict(CASES[name]),
-        "ratio": short(steps["trl"]["seconds"] / steps["ours"]["seconds"]),
-        **({"memory_ratio": short(memory["trl"] / memory["ours"])} if memory else {}),
-        "steps": steps,
-    }
+    """The case's row of the result file; memory: none where it has not been measured yet. Ratios: TRL's over each."""
+    steps = {way: {**middle(timed[way]), **({"peak_mb": short(memory[way])} if memory else {})} for way in timed}
+    for step in steps.values() if "trl" in steps else ():
+        step["ratio"] = short(steps["trl"]["seconds"] / step["seconds"])
+        step |= {"memory_ratio": short(steps["trl"]["peak_mb"] / step["peak_mb"])} if memory else {}
+    return {"case": name, **asdict(CASES[name]), "steps": steps}
 
 
 def table(row: dict[str, Any]) -> str:
-    """The case in plain text: the stages of both, side by side."""
-    lines = [f"{row['case']} (beta {row['beta']:g}): {row['ratio']:.2f} x"]
-    columns = []
-    for who in ("ours", "trl"):
-        step = row["steps"][who]
-        column = [f"{who:<12}{'s':>8}{'share':>8}"]
+    """The case in plain text: the stages of all ways, side by side."""
+    lines, columns = [f"{row['case']} (beta {row['beta']:g})"], []
+    for way, step in row["steps"].items():
+        column = [f"{way:<12}{'s':>8}{'share':>8}"]
         column += [f"{n:<12}{s['seconds']:>8.2f}{s['share']:>8.0%}" for n, s in step["stages"].items()]
-        column += [f"{'step':<12}{step['seconds']:>8.2f}"]
+        column += [f"{'step':<12}{step['seconds']:>8.2f}" + (f"{step['ratio']:>7.2f}x" if "ratio" in step else "")]
         column += [f"{'peak MB':<12}{step['peak_mb']:>8.0f}"] if "peak_mb" in step else []
         columns.append(column)
-    lines += [f"  {a:<32}{b}".rstrip() for a, b in itertools.zip_longest(*columns, fillvalue="")]
+    rows = itertools.zip_longest(*columns, fillvalue="")
+    lines += ["  " + "".join(f"{cell:<32}" for cell in cells).rstrip() for cells in rows]
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="result file")
-    parser.add_argument("--small", action="store_true", help="a model of nearly no size: that everything runs")
+    parser.add_argument("--size", choices=list(SIZES), help="of the model and the step; unset: gpu or cpu")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--problem", type=Path, help="directory of the model and prompts, made there if it is missing")
     parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory of each")
     parser.add_argument("--make-problem-only", action="store_true", help="make --problem and stop")
-    for name in ("--job", "--size", "--folder"):
+    for name in ("--job", "--folder"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.steps < 1:
         parser.error(f"argument --steps: must be at least 1; got {args.steps}")
     if args.job:
         case, size = CASES[args.cases[0]], SIZES[args.size]
-        write_json(args.output, work(args.job, size, case, Path(args.folder), args.steps))
+        write_json(args.output, work(args.job, args.ways, size, case, Path(args.folder), args.steps))
         return 0
-    name = "small" if args.small else "gpu" if CUDA else "cpu"
+    name = args.size or ("gpu" if CUDA else "cpu")
     size = SIZES[name]
     command = "python benchmarks/bench_step.py " + shlex.join(argv if argv is not None else sys.argv[1:])
     with tempfile.TemporaryDirectory() as temporary:
@@ -329,13 +360,13 @@ def main(argv: list[str] | None = None) -> int:
             "results": [],
         }
         for case in args.cases:
-            timed = run_alone("time", name, case, folder, args.steps)
+            timed = run_alone("time", args.ways, name, case, folder, args.steps)
             document["results"].append(compare(case, timed, {}))
             write_json(args.output, document)
             print(table(document["results"][-1]), flush=True)
             if args.no_memory:
                 continue
-            memory = {w: run_alone(f"memory_{w}", name, case, folder, 2)["peak_mb"] for w in ("ours", "trl")}
+            memory = {w: run_alone("memory", [w], name, case, folder, args.steps)["peak_mb"] for w in args.ways}
             document["results"][-1] = compare(case, timed, memory)
             write_json(args.output, document)
             print(table(document["results"][-1]), flush=True)

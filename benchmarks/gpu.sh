@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What a GPU has to say, in two commands that each end in time whatever fails, in the python3 that has torch for it:
-#     bash benchmarks/gpu.sh bench [SECONDS]    # ceilings, benchmarks, tables: 440 s
+#     bash benchmarks/gpu.sh bench [SECONDS]    # ceilings, benchmarks, tables: 480 s
 #     bash benchmarks/gpu.sh tests [SECONDS]    # the tests that run on the device, then the sanitizer: 200 s
 # Python packages it lacks may lie as wheels in .whl/ (`make gpu-bundle`). Results go to benchmarks/results/<device>/;
 # where $OUT is set, those, the logs and the measured tiles go there too, as results-*.tgz. BENCH_COMMIT names the commit
@@ -9,7 +9,7 @@
 set -u
 cd "$(dirname "$0")/.." || exit 1
 what=${1:-}
-total=${2:-$([ "$what" = bench ] && echo 440 || echo 200)}
+total=${2:-$([ "$what" = bench ] && echo 480 || echo 200)}
 case "$what" in bench | tests) ;; *) sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2 ;; esac
 python=${PYTHON:-python3}
 scratch=$(mktemp -d)
@@ -93,11 +93,14 @@ bench() {
     op linear_token_loss 40
     step generate 60 "$python" benchmarks/bench_generate.py --output "$folder/generate.json" --rounds 1
     step step 100 "$python" benchmarks/bench_step.py --output "$folder/step.json" --steps 1 --cases kl \
-        --problem "$scratch/problem" --no-memory
+        --ways trl ours --problem "$scratch/problem" --no-memory
     op linear_logprobs 12
     op logprobs 12
     op advantages 8
     step packing 40 "$python" benchmarks/bench_packing.py --output "$folder/packing.json" --rounds 3
+    # All four ways, with few new tokens.
+    SHOW=12 step step_ways 90 "$python" benchmarks/bench_step.py --output "$folder/step_ways.json" --steps 1 --cases kl \
+        --size gpu_short --problem "$scratch/problem" --no-memory
     if command -v ncu >/dev/null; then
         step counters 40 env MDPGRPO_AUTOTUNE=0 ncu --clock-control none --kernel-name regex:token_loss_kernel --section SpeedOfLight \
             --section WarpStateStats --section Occupancy --section InstructionStats --section MemoryWorkloadAnalysis \

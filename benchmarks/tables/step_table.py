@@ -15,6 +15,16 @@ WAYS = {
     "ours_plain": "ours, PyTorch's linear layers",
     "ours": "ours",
 }
+STEP_WAYS = {
+    "trl": "TRL {trl}",
+    "trl_kernels": "TRL, our kernels",
+    "trl_packed": "TRL, our kernels, packed",
+    "ours": "ours",
+}
+STEP_NOTES = {
+    "trl_kernels": "Our kernels in TRL are `accelerate_trl`; ",
+    "trl_packed": "packed, `MDPGRPOTrainer` without the method's components, which keeps a group together in a pass; ",
+}
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -34,14 +44,14 @@ def source(document: dict[str, Any]) -> str:
 def _step() -> list[str]:
     document = _read("step")
     names = ("generate", "reference", "forward", "backward", "optimizer", "other")
-    lines = ["| seconds | whole step | " + " | ".join(names) + " | peak MB |", "|---" * (len(names) + 3) + "|"]
+    lines = ["| case | seconds | whole step | " + " | ".join(names) + " | peak MB |", "|---" * (len(names) + 4) + "|"]
     for case in document["results"]:
         for who, step in case["steps"].items():
             stages = [step["stages"].get(n, {"seconds": 0}) for n in names]
             cells = [f"{x['seconds']:.2f} ({x['share']:.0%})" if x["seconds"] else "" for x in stages]
-            ours, total = who == "ours", f"{step['seconds']:.2f}"
-            label = f"ours, {case['case']}" if ours else f"TRL {document['versions']['trl']}"
-            total = f"**{total}, {case['ratio']:.1f} ×**" if ours else total
+            label = f"{case['case']} | {STEP_WAYS[who].format(**document['versions'])}"
+            total, ratio = f"{step['seconds']:.2f}", case["steps"]["trl"]["seconds"] / step["seconds"]
+            total = total if who == "trl" else f"**{total}, {ratio:.1f} ×**"
             lines.append(f"| {label} | {total} | {' | '.join(cells)} | {step['peak_mb']:.0f} |")
     size = document["size"]
     return [
@@ -50,8 +60,10 @@ def _step() -> list[str]:
         f"One step of {size['prompts']} prompts of {size['prompt_length']} tokens, G = {size['generations']}, "
         f"{size['completion_length']} new tokens each, with a Llama of {size['parameters'] / 1e6:.0f}M parameters "
         f"in float32, V = {size['vocab']}, on {document['machine']}; medians of steps taken in turn, and the share of "
-        f"each stage. TRL's passes have {size['micro_batch']} completions, ours all of the step, packed; TRL without "
-        f"gradient checkpointing, which is faster. {source(document)}.",
+        f"each stage; with our kernels the head's gradients are made in the forward pass. "
+        f"{''.join(note for way, note in STEP_NOTES.items() if way in document['results'][0]['steps'])}"
+        f"TRL's passes have {size['micro_batch']} completions, ours all of the step, packed; TRL without gradient "
+        f"checkpointing, which is faster. {source(document)}.",
     ]
 
 

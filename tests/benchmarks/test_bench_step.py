@@ -1,4 +1,4 @@
-"""The benchmark of a training step: equal work for both trainers, and a result that adds up."""
+"""The benchmark of a training step: equal work for all trainers, and a result that adds up."""
 
 from __future__ import annotations
 
@@ -71,20 +71,53 @@ def test_weights_have_to_move() -> None:
         model.weight += 1
 
 
-def test_both_trainers_take_their_steps(tmp_path: Path, peer: Any) -> None:
+def test_all_trainers_take_their_steps(tmp_path: Path, peer: Any) -> None:
     peer("trl")
     write_problem(SMALL, bench_step.PROMPTS, tmp_path)
-    timed = bench_step.run_alone("time", "small", "kl", tmp_path, 2)
-    memory = bench_step.run_alone("memory_ours", "small", "kl", tmp_path, 2)["peak_mb"]
-    row = bench_step.compare("kl", timed, {"ours": memory, "trl": 2 * memory})
-    ours, trl = row["steps"]["ours"], row["steps"]["trl"]
-    assert row["ratio"] == pytest.approx(trl["seconds"] / ours["seconds"], rel=2e-3) and row["memory_ratio"] == 2
+    timed = bench_step.run_alone("time", bench_step.WAYS, "small", "kl", tmp_path, 2)
+    memory = bench_step.run_alone("memory", ["ours"], "small", "kl", tmp_path, 2)["peak_mb"]
+    row = bench_step.compare("kl", timed, {way: 2 * memory if way == "trl" else memory for way in timed})
+    assert list(row["steps"]) == list(bench_step.WAYS)
     assert memory > 100, "MB, torch included"
-    for step in (ours, trl):
+    trl = row["steps"]["trl"]
+    for way, step in row["steps"].items():
         assert {"generate", "score", "other"} <= step["stages"].keys() and len(step["all_seconds"]) == 2
         assert sum(s["share"] for s in step["stages"].values()) == pytest.approx(1, abs=2e-3)
         assert step["seen"]["shortest"] == step["seen"]["longest"] == SMALL.completion_length
-    assert all(trl["stages"][name]["seconds"] > 0 for name in ("reference", "forward", "backward", "optimizer"))
-    for step in timed["ours"] + timed["trl"]:
-        assert sum(step["stages"].values()) == pytest.approx(step["seconds"]), "no time is left out"
+        assert step["ratio"] == pytest.approx(trl["seconds"] / step["seconds"], rel=2e-3)
+        assert step["memory_ratio"] == (1 if way == "trl" else 2)
+        assert all(step["stages"][name]["seconds"] > 0 for name in ("reference", "forward", "backward", "optimizer"))
+        for each in timed[way]:
+            assert sum(each["stages"].values()) == pytest.approx(each["seconds"]), "no time is left out"
+        assert way in bench_step.table(row)
     assert "kl (beta 0.01)" in bench_step.table(row)
+
+
+@pytest.mark.parametrize(
+    ("way", "shapes"),
+    [
+        ("trl", []),
+        ("trl_kernels", [(4, 12, 64)] * 2),  # (B, L, D) of two passes a step
+        ("trl_packed", [(4 * 12, 64)] * 2),  # of a group each, which has its prompt once
+    ],
+    ids=["trl", "trl_kernels", "trl_packed"],
+)
+def test_a_way_of_trl_computes_what_it_is_named_for(
+    way: str, shapes: list[tuple[int, ...]], tmp_path: Path, peer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peer("trl")
+    from mdpgrpo_fast.integrations.trl import fused
+
+    seen, loss = [], fused.linear_token_loss
+
+    def linear_token_loss(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append(tuple(hidden.shape))
+        return loss(hidden, *args, **kwargs)
+
+    monkeypatch.setattr(fused, "linear_token_loss", linear_token_loss)
+    write_problem(SMALL, bench_step.PROMPTS, tmp_path)
+    with bench_step.trl_steps(way, SMALL, bench_step.CASES["kl"], tmp_path) as step:
+        step()
+        assert seen == shapes
+        step()
+    assert seen == 2 * shapes, "a second train() goes on in the same way"
