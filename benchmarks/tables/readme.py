@@ -161,7 +161,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/command_line.md": {"start": start_table.section},
     "docs/losses.md": {"losses": losses_table.section},
-    "docs/trl.md": {"trl_suite": trl_suite_table.section},
+    "docs/trl.md": {"step": step_table.ways, "trl_suite": trl_suite_table.section},
     "docs/verifiers.md": {"verifiers": verifiers_table.section},
 }
 

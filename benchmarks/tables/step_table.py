@@ -41,8 +41,8 @@ def source(document: dict[str, Any]) -> str:
     return text
 
 
-def _step() -> list[str]:
-    document = _read("step")
+def _step(name: str) -> list[str]:
+    document = _read(name)
     names = ("generate", "reference", "forward", "backward", "optimizer", "other")
     lines = ["| case | seconds | whole step | " + " | ".join(names) + " | peak MB |", "|---" * (len(names) + 4) + "|"]
     for case in document["results"]:
@@ -119,4 +119,9 @@ def _demonstration() -> list[str]:
 
 
 def section() -> str:
-    return "\n".join([*_step(), "", *_generation(), "", *_packing(), "", *_demonstration()])
+    return "\n".join([*_step("step"), "", *_generation(), "", *_packing(), "", *_demonstration()])
+
+
+def ways() -> str:
+    """A step of TRL, with and without our kernels, and of ours."""
+    return "\n".join(_step("step_ways"))
