@@ -239,6 +239,8 @@ class MDPGRPOTrainer(FusedGRPOTrainer):
             return True
         policy = self.accelerator.unwrap_model(self.model)
         off = any(getattr(m, "disable_adapters", False) is True for m in policy.modules())
+        # Of prompt learning, which has no layers, peft itself knows.
+        off |= getattr(policy, "_adapters_disabled", False)
         return off or getattr(policy, "active_adapter", None) == "ref"
 
     def keep_logprobs(self, model: Any, logprobs: list[Tensor]) -> None:
