@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from helpers.inputs import needed
-from helpers.trl import make_trainer
+from helpers.trl import assert_same_log, logged, make_trainer
 
 trl = needed("trl")
 ours = pytest.importorskip("mdpgrpo_fast.integrations.trl", exc_type=ImportError)
@@ -44,3 +44,44 @@ def test_dropout_of_an_adapter_does_not_forbid_packing(model_dirs: dict[str, str
     trainer = ours.accelerate_trl(plain(model_dirs["llama"], tmp_path, lora=lora), packing="on")
     dropouts = [m for n, m in trainer.model.named_modules() if "lora_dropout.default" in n]
     assert dropouts and all(m.training for m in dropouts)
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_prompt_learning_trains_as_in_trl_without_packing(
+    model_dirs: dict[str, str], tmp_path: Path, kind: str
+) -> None:
+    given = {
+        "lora": getattr(needed("peft"), kind)(task_type="CAUSAL_LM", num_virtual_tokens=4),
+        "learning_rate": 1e-1, "gradient_checkpointing": False, "max_steps": 2,
+    }  # fmt: skip
+    theirs = logged(plain(model_dirs["llama"], tmp_path, **given))
+    trainer = ours.accelerate_trl(plain(model_dirs["llama"], tmp_path, **given), packing="auto")
+    assert trainer.packer is None
+    assert_same_log(logged(trainer), theirs)
+    with pytest.raises(ValueError, match="packing = on cannot be had for this model: peft puts something"):
+        ours.accelerate_trl(plain(model_dirs["llama"], tmp_path, **given), packing="on")
+
+
+def test_the_reference_of_prompt_learning_is_at_the_kls_temperature(model_dirs: dict[str, str], tmp_path: Path) -> None:
+    prompt = needed("peft").PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    trainer = method(
+        model_dirs["llama"], tmp_path, lora=prompt, temperature_objective="per_row", kl_temperature=0.5, packing="off"
+    )
+    own, found = trainer.logprob_temperatures, []
+    trainer.logprob_temperatures = lambda model: found.append(own(model)) or found[-1]
+    generation(trainer)
+    assert found == [[0.5]]
+
+
+def test_experts_that_only_tell_their_routes_are_not_packed(tokenizer: Any, tmp_path: Path) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2, router_aux_loss_coef=0.0, output_router_logits=True,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "moe")
+    tokenizer.save_pretrained(tmp_path / "moe")
+    trainer = ours.accelerate_trl(plain(str(tmp_path / "moe"), tmp_path), packing="auto")
+    assert trainer.packer is None

@@ -74,8 +74,10 @@ class FusedGRPOTrainer(GRPOTrainer):
     def _packer(self, policy: Any) -> Packer | None:
         half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else policy.dtype
         try:
-            if self.aux_loss_enabled:
+            if self.aux_loss_enabled or getattr(policy.config.get_text_config(), "output_router_logits", False):
                 raise Unpackable("the load-balancing loss of its experts would count a shared prompt once")
+            if getattr(getattr(policy, "active_peft_config", None), "is_prompt_learning", False):
+                raise Unpackable("peft puts something of its own before every prompt")
             if hasattr(next(policy.parameters()), "ds_id"):
                 raise Unpackable("its weights are parted by ZeRO-3, so that packed groups cannot be tried")
             return Packer(Packing(policy, self.accelerator.device, half))
