@@ -220,17 +220,23 @@ class FusedGRPOTrainer(GRPOTrainer):
         whole, scale = self._normaliser(inputs, mask, steps, mode)
         bonus = EntropyBonus(self, mask, steps)
         of_rows = self._of_rows(inputs, mask)
+        # vLLM gives NaN for some tokens, which then count as on-policy.
+        sampling = of_rows["sampling_logprobs"]
+        unscored = sampling is not None and bool(sampling.isnan().any())
         found: list[TokenLoss] = []
 
         def score(form: Form, rows: slice, hidden: Tensor, head: dict[str, Any]) -> FusedCausalLMOutput:
             states, given = form.states(hidden), {name: form.of(x) for name, x in of_rows.items()}
             common = {**form.arguments(), **head, **self._memory()}
-            if self.top_entropy_quantile < 1:
+            if self.top_entropy_quantile < 1 or unscored:
                 with torch.no_grad():
-                    tau = given["temperature"]
-                    entropy = form.padded(linear_token_logprobs(states, **common, temperature=tau)[1])
+                    logprobs, entropy = linear_token_logprobs(states, **common, temperature=given["temperature"])
+            if unscored:
+                sampled = given["sampling_logprobs"]
+                given["sampling_logprobs"] = torch.where(sampled.isnan(), logprobs, sampled)
+            if self.top_entropy_quantile < 1:
                 # TRL's own, over the tokens of all ranks.
-                bonus.kept = self.get_high_entropy_mask(entropy, mask, 1 - self.top_entropy_quantile)
+                bonus.kept = self.get_high_entropy_mask(form.padded(entropy), mask, 1 - self.top_entropy_quantile)
                 given["entropy_floor"] = form.of(torch.where(bonus.kept, 0.0, torch.inf))
             if bonus.coef:
                 given["entropy_coef"] = form.of(bonus.per_completion(config.aggregation, whole, scale))
