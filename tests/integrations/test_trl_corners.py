@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers.inputs import needed
-from helpers.trl import assert_same_log, logged, make_trainer
+from helpers.trl import arguments, assert_same_log, logged, make_trainer
 
 trl = needed("trl")
 ours = pytest.importorskip("mdpgrpo_fast.integrations.trl", exc_type=ImportError)
@@ -85,3 +86,70 @@ def test_experts_that_only_tell_their_routes_are_not_packed(tokenizer: Any, tmp_
     tokenizer.save_pretrained(tmp_path / "moe")
     trainer = ours.accelerate_trl(plain(str(tmp_path / "moe"), tmp_path), packing="auto")
     assert trainer.packer is None
+
+
+# ---- a sampler's log-probs ------------------------------------------------------------------------------------------
+
+
+def sampled_elsewhere(trainer: Any, drift: float, unscored: bool) -> Any:
+    """What the trainer samples is taken for vLLM's; log-probs are off by up to 2 drifts, or NaN here and there."""
+
+    class Elsewhere(type(trainer)):  # type: ignore[misc]
+        def _generate_single_turn(self, prompt_ids: Any, *others: Any, **more: Any) -> Any:
+            self.use_vllm = False
+            found, _ = super()._generate_single_turn(prompt_ids, *others, **more)
+            self.use_vllm = True
+            logprobs: list[list[float | None]] = []
+            for row, (prompt, ids) in enumerate(zip(prompt_ids, found, strict=True)):
+                tau = 1.0 if getattr(self, "_taus", None) is None else self._taus[row].item()
+                with torch.no_grad():
+                    logits = self.model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1] / tau
+                each = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0].tolist()
+                logprobs.append([x + drift * ((row + i) % 5 - 2) for i, x in enumerate(each)])
+                if unscored and row % 2 == 0 and len(ids) > 1:
+                    logprobs[-1][1] = None
+            return found, logprobs
+
+    trainer.__class__, trainer.use_vllm, trainer.vllm_mode = Elsewhere, True, "colocate"
+    return trainer
+
+
+@pytest.mark.parametrize("packing", ["off", "on"])
+@pytest.mark.parametrize("correction", [False, True])
+def test_tokens_that_vllm_has_not_scored(
+    model_dirs: dict[str, str], tmp_path: Path, correction: bool, packing: str
+) -> None:
+    """They say nothing of how far off-policy a completion is; the others do."""
+    given = {
+        "off_policy_mask_threshold": 0.05, "vllm_importance_sampling_correction": correction, "loss_type": "grpo",
+        "vllm_importance_sampling_mode": "token_truncate", "max_steps": 2, "learning_rate": 1e-4,
+    }  # fmt: skip
+    theirs = logged(sampled_elsewhere(plain(model_dirs["llama"], tmp_path, **given), 0.3, True))
+    trainer = ours.accelerate_trl(
+        sampled_elsewhere(plain(model_dirs["llama"], tmp_path, **given), 0.3, True), packing=packing
+    )
+    assert_same_log(logged(trainer), theirs)
+
+
+@pytest.mark.parametrize("objective", ["paper", "per_row"])
+def test_the_off_policy_mask_sees_the_sampler_and_not_its_temperature(
+    model_dirs: dict[str, str], tmp_path: Path, objective: str
+) -> None:
+    for drift in (0.0, 0.2):
+        trainer = method(
+            model_dirs["llama"], tmp_path, temperature_objective=objective, off_policy_mask_threshold=0.1,
+            vllm_importance_sampling_mode="token_truncate",
+        )  # fmt: skip
+        batch = generation(sampled_elsewhere(trainer, drift, False))
+        gap = batch["sampling_per_token_logps"] - batch["old_per_token_logps"]
+        rows, places = batch["completion_mask"].nonzero(as_tuple=True)
+        expected = drift * ((rows + places) % 5 - 2)
+        torch.testing.assert_close(gap[rows, places], expected.float(), rtol=0, atol=2e-4)
+
+
+def test_an_off_policy_mask_that_only_sees_temperatures_is_refused(tmp_path: Path) -> None:
+    given = {**arguments(tmp_path), "use_vllm": True, "off_policy_mask_threshold": 0.1}
+    with pytest.raises(ValueError, match="temperature_objective must be per_row, or vllm_importance_sampling_corr"):
+        ours.MDPGRPOConfig(**given, vllm_importance_sampling_correction=False)
+    ours.MDPGRPOConfig(**given)
+    ours.MDPGRPOConfig(**given, vllm_importance_sampling_correction=False, temperature_objective="per_row")

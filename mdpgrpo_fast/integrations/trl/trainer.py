@@ -149,6 +149,9 @@ class MDPGRPOTrainer(FusedGRPOTrainer):
         if self._taus is not None:
             batch[TEMPERATURE] = self._taus
         if self._old is not None:
+            if "sampling_per_token_logps" in batch:
+                # For the off-policy mask: what the sampler is off by at its own temperature, and no more.
+                batch["sampling_per_token_logps"] += self._old - batch["old_per_token_logps"]
             batch["old_per_token_logps"] = self._old
         self._taus = self._old = None
         return batch
