@@ -153,3 +153,36 @@ def test_an_off_policy_mask_that_only_sees_temperatures_is_refused(tmp_path: Pat
         ours.MDPGRPOConfig(**given, vllm_importance_sampling_correction=False)
     ours.MDPGRPOConfig(**given)
     ours.MDPGRPOConfig(**given, vllm_importance_sampling_correction=False, temperature_objective="per_row")
+
+
+# ---- metrics --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_entropy_is_of_completions_that_are_not_left_out(
+    model_dirs: dict[str, str], tmp_path: Path, adaptive: bool
+) -> None:
+    """Where it steers a bonus none is left out."""
+
+    def half(prompts: list[str], **_: Any) -> list[float]:
+        return [0.5 if p == prompts[0] else i / 8 for i, p in enumerate(prompts)]
+
+    def run(skip_idle: bool) -> Any:
+        given = {"entropy_coef": 0.01, "use_adaptive_entropy": adaptive, "entropy_target": 2.0} if adaptive else {}
+        trainer = plain(model_dirs["llama"], tmp_path, beta=0.0, max_steps=1, num_iterations=1, **given)
+        trainer.reward_funcs[0] = half
+        ours.accelerate_trl(trainer, skip_idle=skip_idle)
+        rows: list[Any] = []
+        prepare = trainer._prepare_inputs
+        trainer._prepare_inputs = lambda batch: rows.append(prepare(batch)) or rows[-1]
+        (log,) = logged(trainer)
+        return log, rows
+
+    (whole, _), (part, rows) = run(False), run(True)
+    assert any(bool((row["advantages"] == 0).any()) for row in rows)
+    if adaptive:
+        assert part["entropy"] == pytest.approx(whole["entropy"], abs=1e-5)
+        assert part["entropy_coef"] == whole["entropy_coef"] < 0.01
+    else:
+        # As near as other completions are, and not as if those that are left out were certain.
+        assert part["entropy"] > 0.8 * whole["entropy"]

@@ -87,6 +87,11 @@ class FusedGRPOTrainer(GRPOTrainer):
             say_once(logging.WARNING, f"prompts are not shared inside a group: {e}")
             return None
 
+    @property
+    def skips_idle(self) -> bool:
+        """Whether completions with A = 0 report no entropy. An adaptive bonus that rests has to see that of all."""
+        return self.kernel_options.skip_idle and self.beta == 0 and not self._entropy_bonus_enabled
+
     # ---- what MDPGRPOTrainer has of its own -------------------------------------------------------------------------
 
     def grpo_objective(self, inputs: dict[str, Any], **options: Any) -> LossType:
@@ -244,7 +249,7 @@ class FusedGRPOTrainer(GRPOTrainer):
                 states,
                 config=config,
                 denominator=whole,
-                skip_idle=self.kernel_options.skip_idle,
+                skip_idle=self.skips_idle,
                 **common,
                 **given,
                 **knobs,

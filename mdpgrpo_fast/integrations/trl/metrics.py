@@ -19,7 +19,8 @@ def log_loss(trainer: Any, mode: str, loss: Tensor, out: TokenLoss, mask: Tensor
     by_sequence = t.importance_sampling_level == "sequence"
     advantages = inputs["advantages"]
     advantages = advantages if advantages.ndim == 2 else advantages[:, None]
-    shares: dict[str, Tensor] = {"entropy": out.entropy}
+    known = keep & (advantages != 0) if t.skips_idle else keep  # whose entropy it is
+    shares: dict[str, Tensor] = {"entropy": out.entropy.masked_fill(~known, 0)}
     if t.beta != 0:
         shares["kl"] = out.kl
     low, high = (out.ratio < 1 - t.epsilon_low) & (advantages < 0), (out.ratio > 1 + t.epsilon_high) & (advantages > 0)
@@ -43,11 +44,11 @@ def log_loss(trainer: Any, mode: str, loss: Tensor, out: TokenLoss, mask: Tensor
         per_completion["vespo/phi_seq_mean"] = phi.flatten()
     # Sums over tokens and over completions, and how many they are of.
     sums = [x.masked_fill(~keep, 0).sum() for x in shares.values()] + [x.sum() for x in per_completion.values()]
-    sums += [keep.sum(), torch.full((), len(mask), device=mask.device), loss.detach()]
-    *found, tokens, completions, total_loss = t.accelerator.reduce(
+    sums += [known.sum(), keep.sum(), torch.full((), len(mask), device=mask.device), loss.detach()]
+    *found, with_entropy, tokens, completions, total_loss = t.accelerator.reduce(
         torch.stack([x.float() for x in sums]), "sum"
     ).tolist()
-    counts = [tokens] * len(shares) + [completions] * len(per_completion)
+    counts = [with_entropy] + [tokens] * (len(shares) - 1) + [completions] * len(per_completion)
     for name, total, count in zip([*shares, *per_completion], found, counts, strict=True):
         t._metrics[mode][name].append(total / max(count, 1))
     if t.loss_type in _CLIPS:
