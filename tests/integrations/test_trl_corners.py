@@ -186,3 +186,30 @@ def test_entropy_is_of_completions_that_are_not_left_out(
     else:
         # As near as other completions are, and not as if those that are left out were certain.
         assert part["entropy"] > 0.8 * whole["entropy"]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"loss_type": "vespo"}, {"importance_sampling_level": "sequence", "learning_rate": 1e-2}, {"delta": 1.05},
+        {"off_policy_mask_threshold": 1e-3},
+    ],
+    ids=["vespo", "sequence", "delta below the clip bound", "off-policy mask"],
+)  # fmt: skip
+@pytest.mark.parametrize("packing", ["off", "on"])
+def test_advantages_of_tokens(model_dirs: dict[str, str], tmp_path: Path, given: dict[str, Any], packing: str) -> None:
+    """(B, T), which TRL takes from subclasses."""
+
+    class OfTokens(trl.GRPOTrainer):  # type: ignore[misc]
+        def _generate_and_score_completions(self, inputs: Any) -> Any:
+            batch = super()._generate_and_score_completions(inputs)
+            slope = torch.linspace(0.5, -1.5, batch["completion_ids"].shape[1])
+            batch["advantages"] = batch["advantages"][:, None] * slope
+            return batch
+
+    def make() -> Any:
+        given_all = {"beta": 0.1, "num_iterations": 2, "max_steps": 2, **given}
+        return make_trainer(OfTokens, trl.GRPOConfig, model_dirs["llama"], tmp_path, **given_all)
+
+    theirs = logged(make())
+    assert_same_log(logged(ours.accelerate_trl(make(), packing=packing)), theirs, tolerance=1e-4)
