@@ -54,6 +54,8 @@ class FusedGRPOTrainer(GRPOTrainer):
     def use_kernels(self, options: KernelOptions) -> None:
         """To be called once, before training. Raises: ValueError as `accelerate_trl`."""
         self.kernel_options = options
+        if self.fuses_loss:
+            self.grpo_objective({})  # what it refuses, it refuses before anything is sampled
         policy = self.accelerator.unwrap_model(self.model)
         try:
             shape = self._head_shape(policy)
@@ -336,7 +338,7 @@ def accelerate_trl(
         fused.fuses_loss = False
     try:
         fused.use_kernels(KernelOptions(backend, workspace_bytes, fp32_logits, skip_idle, packing))
-    except ValueError:
+    except Exception:
         fused.__class__ = kind
         raise
     return fused  # type: ignore[no-any-return]
