@@ -213,3 +213,40 @@ def test_advantages_of_tokens(model_dirs: dict[str, str], tmp_path: Path, given:
 
     theirs = logged(make())
     assert_same_log(logged(ours.accelerate_trl(make(), packing=packing)), theirs, tolerance=1e-4)
+
+
+# ---- images ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grid", [False, True])
+def test_images_stay_with_their_completions_and_are_not_packed(
+    model_dirs: dict[str, str], tmp_path: Path, grid: bool
+) -> None:
+    """Of a number of images that differs from one completion to the next."""
+    trainer = method(model_dirs["llama"], tmp_path, packing="auto")
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 2
+    own = trainer._generate_and_score_completions
+
+    def with_images(rows: Any) -> Any:
+        batch = own(rows)
+        counts = [1 + i % 2 for i in range(len(rows))]
+        owner = torch.arange(len(rows)).repeat_interleave(torch.tensor(counts))
+        batch |= {"num_images": counts, "pixel_values": owner[:, None].float(), "row": torch.arange(len(rows))}
+        if grid:
+            batch["pixel_values"] = batch["pixel_values"].repeat_interleave(2, 0)
+            batch["image_grid_thw"] = torch.tensor([[1, 1, 2]] * len(owner))
+        return batch
+
+    trainer._generate_and_score_completions = with_images
+    rows = [{"prompt": p} for p in ("the wind", "one two three four") for _ in range(4)]
+    trainer._prepare_inputs(rows)
+    assert len(trainer._buffered_inputs) == 2
+    for part in trainer._buffered_inputs:
+        assert part["num_images"] == [1 + i % 2 for i in part["row"].tolist()]
+        pixels = part["num_images"] if not grid else [2 * n for n in part["num_images"]]
+        assert torch.equal(part["pixel_values"][:, 0].long(), part["row"].repeat_interleave(torch.tensor(pixels)))
+    trainer.kernel_options = trainer.kernel_options._replace(packing="on")
+    trainer._step = 0
+    with pytest.raises(ValueError, match="packing must be auto or off for prompts with images"):
+        trainer._prepare_inputs(rows)

@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from trl import GRPOConfig
-from trl.trainer.utils import split_tensor_dict
+from trl.trainer.utils import split_pixel_values_by_grid, split_tensor_dict, unsplit_pixel_values_by_grid
 
 from ...config import MDPGRPOConfig as Method
 from ...log import say_once
@@ -215,12 +215,13 @@ class MDPGRPOTrainer(FusedGRPOTrainer):
         parts = self.args.steps_per_generation
         if self._step % (parts * self.num_iterations) == 0 or self._buffered_inputs is None:
             batch = self._generate_and_score_completions(generation_batch)
-            if any(name in batch for name in IMAGES):
-                raise ValueError("packing must be off for prompts with images")
+            if self.kernel_options.packing == "on" and any(name in batch for name in IMAGES):
+                raise ValueError("packing must be auto or off for prompts with images")
             prompts = batch[FACTS][:, WHICH_PROMPT]
             order = torch.randperm(len(prompts))[prompts].argsort(stable=True)
-            rows = {k: v[order.to(v.device)] if isinstance(v, Tensor) and v.ndim else v for k, v in batch.items()}
-            self._buffered_inputs = split_tensor_dict(rows, parts)
+            rows = {name: _in_order(x, order) for name, x in split_pixel_values_by_grid(batch).items()}
+            split: list[Any] = split_tensor_dict(rows, parts)
+            self._buffered_inputs = [unsplit_pixel_values_by_grid(part) for part in split]
         return self._buffered_inputs[self._step % parts]
 
     # ---- temperatures and the loss ----------------------------------------------------------------------------------
@@ -273,3 +274,10 @@ class MDPGRPOTrainer(FusedGRPOTrainer):
                 "rate and the precision"
             )
         return loss
+
+
+def _in_order(x: Any, order: Tensor) -> Any:
+    """What a batch has of each completion, a tensor or a list, in another order; anything else as it is."""
+    if isinstance(x, list):
+        return [x[i] for i in order.tolist()]
+    return x[order.to(x.device)] if isinstance(x, Tensor) and x.ndim else x
