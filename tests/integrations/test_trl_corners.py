@@ -250,3 +250,21 @@ def test_images_stay_with_their_completions_and_are_not_packed(
     trainer._step = 0
     with pytest.raises(ValueError, match="packing must be auto or off for prompts with images"):
         trainer._prepare_inputs(rows)
+
+
+# ---- the end of a run, and data -------------------------------------------------------------------------------------
+
+
+def test_a_run_that_was_at_its_end_has_not_failed_to_learn(model_dirs: dict[str, str], tmp_path: Path) -> None:
+    given = {"save_strategy": "steps", "save_steps": 8, "max_steps": -1, "num_train_epochs": 1}
+    first = method(model_dirs["llama"], tmp_path, **given)
+    first.train()
+    (checkpoint,) = tmp_path.glob("checkpoint-*")
+    again = method(model_dirs["llama"], tmp_path, **given)
+    again.train(resume_from_checkpoint=str(checkpoint))
+    assert first.has_learned is True and again.has_learned is None
+
+
+def test_the_reward_names_the_columns_that_it_needs() -> None:
+    with pytest.raises(ValueError, match="train_dataset must have the columns instruction_id_list and kwargs"):
+        ours.constraint_reward(prompts=["a"], completions=["b"], completion_ids=[[1]])

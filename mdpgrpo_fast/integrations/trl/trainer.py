@@ -48,7 +48,8 @@ class MDPGRPOTrainer(FusedGRPOTrainer):
 
     method: Method | None = None
     _buffered_inputs: Any
-    has_learned = False  # whether a completion has had an advantage so far
+    # Whether a completion has had an advantage in this process; None where none was looked at: no step, a GRPOConfig.
+    has_learned: bool | None = None
     _rewards: Tensor | None = None  # (N, R) of all ranks, of the last generation
     _taus: Tensor | None = None  # (B,) sampling temperatures of the generation that is under way
     _old: Tensor | None = None  # its log-probs at the loss's temperature, where TRL is given others
@@ -143,7 +144,8 @@ class MDPGRPOTrainer(FusedGRPOTrainer):
             for _ in everyone:
                 logged.pop()
             logged.extend(everyone.tolist())
-        self.has_learned |= bool((self.accelerator.gather(batch["advantages"]) != 0).any())
+        some = bool((self.accelerator.gather(batch["advantages"]) != 0).any())
+        self.has_learned = some or bool(self.has_learned)
         if method.asymmetric_kl and self.beta != 0:
             batch[KL_BETA] = torch.where(batch["advantages"] < 0, method.kl_beta_neg, self.beta)
         if self._taus is not None:
