@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,22 +141,31 @@ def declared_head(config: Any) -> tuple[float | None, float]:
     return None if softcap is None else float(softcap), float(scale)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, no module of the model drops out; afterwards each is in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 @torch.no_grad()
 def _check(head: LinearHead, model: Any) -> None:
     """Through all of the model: what peft puts before the prompt would be lost on the way around it."""
     weight, bias = head.parameters()
     given: list[Tensor] = []
     hook = head.module.register_forward_pre_hook(lambda module, args: given.append(args[0]))
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        ids = torch.arange(3, device=weight.device)[None] % len(weight)
-        logits = model(input_ids=ids, use_cache=False).logits
-        states = head.body(input_ids=ids, use_cache=False).last_hidden_state
+        with evaluating(model):
+            ids = torch.arange(3, device=weight.device)[None] % len(weight)
+            logits = model(input_ids=ids, use_cache=False).logits
+            states = head.body(input_ids=ids, use_cache=False).last_hidden_state
     finally:
         hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
     if len(given) != 1 or given[0].shape != states.shape or not torch.equal(given[0], states):
         raise UnsupportedHead("its head does not see the last hidden states of its body")
     # A head in float32 takes the states of a body of 16 bits as float32.

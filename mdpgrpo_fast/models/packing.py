@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import shared_prompt
-from .heads import body_of, causal_lm
+from .heads import body_of, causal_lm, evaluating
 from .shared_prompt import PackedLayout, upload
 
 Mode = Literal["blocks", "masks", "flex"]
@@ -242,7 +242,7 @@ class Packing:
         packed = pack(prompt_ids, prompt_lengths, tokens, lengths, [[0, 1], [2, 3]])
         rows = [torch.cat([prompt_ids[i, 3 - prompt_lengths[i] :], tokens[i, :n]])[None] for i, n in enumerate(lengths)]
         try:
-            with torch.autocast(device.type, self.dtype, enabled=autocast):
+            with evaluating(self.body), torch.autocast(device.type, self.dtype, enabled=autocast):
                 states = self.body(**self.arguments(packed, mode)).last_hidden_state[0, packed.predictors]
                 parts = [self.body(input_ids=r, use_cache=False).last_hidden_state[0] for r in rows]
         except Exception as e:

@@ -217,11 +217,14 @@ def test_what_cannot_be_had_is_refused(model_dirs: dict[str, str], tmp_path: Pat
         ours.accelerate_trl(make_trainer(Own, trl.GRPOConfig, model_dirs["llama"], tmp_path))
     with pytest.raises(TypeError, match="trainer must be a GRPOTrainer of TRL; got dict"):
         ours.accelerate_trl({})
-    trainer = plain(model_dirs["llama"], tmp_path, loss_type="vespo", importance_sampling_level="sequence")
+    given = {"loss_type": "vespo", "importance_sampling_level": "sequence", "use_bias_correction_kl": True}
+    trainer = plain(model_dirs["llama"], tmp_path, **given)
     with pytest.raises(ValueError, match="importance_sampling_level must be token for loss_type = vespo"):
-        ours.accelerate_trl(trainer).train()
-    with pytest.raises(ValueError, match="has them already"):
         ours.accelerate_trl(trainer)
+    with pytest.raises(ValueError, match=r"loss_type must be one of grpo, .*; got 'reinforce'"):
+        ours.accelerate_trl(plain(model_dirs["llama"], tmp_path, loss_type="reinforce"))
+    with pytest.raises(ValueError, match="has them already"):
+        ours.accelerate_trl(ours.accelerate_trl(plain(model_dirs["llama"], tmp_path)))
     with pytest.raises(ValueError, match="skip_idle"):
         ours.accelerate_trl(plain(model_dirs["llama"], tmp_path), skip_idle="no")
 
@@ -231,6 +234,10 @@ def test_a_head_that_is_not_linear_is_refused_and_nothing_changes(model_dirs: di
     kind, forward = type(trainer), trainer.model.forward
     trainer.model.lm_head.register_forward_hook(lambda module, args, out: out.clamp(max=0.01))
     with pytest.raises(ValueError, match="model cannot be trained through the fused head: it does more"):
+        ours.accelerate_trl(trainer)
+    assert type(trainer) is kind and trainer.model.forward == forward
+    trainer.model.lm_head.register_forward_hook(lambda module, args, out: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
         ours.accelerate_trl(trainer)
     assert type(trainer) is kind and trainer.model.forward == forward
 

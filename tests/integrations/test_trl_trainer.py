@@ -365,6 +365,7 @@ def test_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         (["--no_such_flag", "1"], "no_such_flag"),
         (["--dataset_name", "missing.jsonl"], "missing.jsonl"),
         (["--config", "missing.yaml"], "missing.yaml"),
+        (["--eval_strategy", "steps"], "dataset_test_split must be one of train, or eval_strategy no; got 'test'"),
     ],
 )
 def test_wrong_arguments_of_the_script_are_one_line(

@@ -98,11 +98,18 @@ def run(argv: Sequence[str] | None = None) -> int:
     }
     rewards: list[Any] = [script.reward_model_name_or_path] if script.reward_model_name_or_path else []
     rewards += [reward_of(name) for name in script.reward_funcs or ([] if rewards else ["constraints"])]
+    if not model.model_name_or_path:
+        raise ConfigError("model_name_or_path must be set: a folder or hub id of a model")
     with in_one_line():
         data = data_of(script, mixture, model, args.trust_remote_code)
+    split = script.dataset_test_split
+    if args.eval_strategy != "no" and split not in data:
+        raise ConfigError(f"dataset_test_split must be one of {', '.join(data)}, or eval_strategy no; got {split!r}")
+    if script.dataset_train_split not in data:
+        raise ConfigError(f"dataset_train_split must be one of {', '.join(data)}; got {script.dataset_train_split!r}")
     trainer = MDPGRPOTrainer(
         model.model_name_or_path, rewards, args, data[script.dataset_train_split],
-        data[script.dataset_test_split] if args.eval_strategy != "no" else None,
+        data[split] if args.eval_strategy != "no" else None,
         quantization_config=get_quantization_config(model), peft_config=get_peft_config(model),
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
@@ -110,7 +117,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     trainer.accelerator.print(f"The model is in {args.output_dir}")
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
-    if not trainer.has_learned:
+    if trainer.has_learned is False:
         print("error: no completion ever had an advantage: nothing was learned; look at the rewards", file=sys.stderr)
         return 1
     return 0

@@ -88,6 +88,16 @@ class MDPGRPOConfig(GRPOConfig):
         super().__post_init__()
         check_values(self, MDPGRPOConfig.__annotations__)
         require(self.num_constraints >= 1, "num_constraints", self.num_constraints, "1 or above")
+        masks = self.off_policy_mask_threshold is not None and self.multi_temperature
+        if masks and self.use_vllm and not self.vllm_importance_sampling_correction:
+            # Else nobody knows what the policy gave at the temperatures that vLLM sampled at.
+            at_own = self.temperature_objective == "per_row"
+            require(
+                at_own,
+                "temperature_objective",
+                self.temperature_objective,
+                "per_row, or vllm_importance_sampling_correction on, for off_policy_mask_threshold with use_vllm",
+            )
         self.method()
 
     def method(self) -> Method:

@@ -40,13 +40,17 @@ def constraint_dataset(source: Any, config: PromptConfig | None = None, *, conve
 
 
 def constraint_reward(
-    prompts: list[Any], completions: list[Any], instruction_id_list: list[Any], kwargs: list[Any], **_: Any
-) -> list[float]:
+    prompts: list[Any], completions: list[Any], instruction_id_list: list[Any] | None = None,
+    kwargs: list[Any] | None = None, **_: Any,
+) -> list[float]:  # fmt: skip
     """For `reward_funcs` of TRL: the share of its prompt's constraints that each completion satisfies, in [0, 1].
 
     instruction_id_list, kwargs: columns of the data, in any form that our files have. A completion of messages counts
-    by the text of its last one. Raises: ValueError for a prompt without constraints, or an unknown instruction.
+    by the text of its last one. Raises: ValueError for data without these columns, a prompt without constraints, or an
+    unknown instruction.
     """
+    if instruction_id_list is None or kwargs is None:
+        raise ValueError("train_dataset must have the columns instruction_id_list and kwargs for constraint_reward")
     reward, found = ConstraintReward(), []
     for prompt, completion, ids, arguments in zip(prompts, completions, instruction_id_list, kwargs, strict=True):
         known = constraints_of({"instruction_id_list": ids, "kwargs": arguments})

@@ -55,6 +55,8 @@ class FusedGRPOTrainer(GRPOTrainer):
     def use_kernels(self, options: KernelOptions) -> None:
         """To be called once, before training. Raises: ValueError as `accelerate_trl`."""
         self.kernel_options = options
+        if self.fuses_loss:
+            self.grpo_objective({})  # what it refuses, it refuses before anything is sampled
         policy = self.accelerator.unwrap_model(self.model)
         try:
             shape = self._head_shape(policy)
@@ -76,8 +78,10 @@ class FusedGRPOTrainer(GRPOTrainer):
         half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else policy.dtype
         weight, reason = next(policy.parameters()), None
         try:
-            if self.aux_loss_enabled:
+            if self.aux_loss_enabled or getattr(policy.config.get_text_config(), "output_router_logits", False):
                 raise Unpackable("the load-balancing loss of its experts would count a shared prompt once")
+            if getattr(getattr(policy, "active_peft_config", None), "is_prompt_learning", False):
+                raise Unpackable("peft puts something of its own before every prompt")
             if hasattr(weight, "ds_id"):
                 raise Unpackable("its weights are parted by ZeRO-3, so that packed groups cannot be tried")
             packing = Packing(policy, self.accelerator.device, half, trial=not weight.is_meta)
@@ -91,6 +95,11 @@ class FusedGRPOTrainer(GRPOTrainer):
             raise ValueError(f"packing = on cannot be had for this model: {reason}")
         say_once(logging.WARNING, f"prompts are not shared inside a group: {reason}")
         return None
+
+    @property
+    def skips_idle(self) -> bool:
+        """Whether completions with A = 0 report no entropy. An adaptive bonus that rests has to see that of all."""
+        return self.kernel_options.skip_idle and self.beta == 0 and not self._entropy_bonus_enabled
 
     # ---- what MDPGRPOTrainer has of its own -------------------------------------------------------------------------
 
@@ -227,18 +236,24 @@ class FusedGRPOTrainer(GRPOTrainer):
         whole, scale = self._normaliser(inputs, mask, steps, mode)
         bonus = EntropyBonus(self, mask, steps)
         of_rows = self._of_rows(inputs, mask)
+        # vLLM gives NaN for some tokens, which then count as on-policy.
+        sampling = of_rows["sampling_logprobs"]
+        unscored = sampling is not None and bool(sampling.isnan().any())
         found: list[TokenLoss] = []
         losses: list[Tensor] = []
 
         def score(form: Form, rows: slice, hidden: Tensor, head: dict[str, Any]) -> FusedCausalLMOutput:
             states, given = form.states(hidden), {name: form.of(x) for name, x in of_rows.items()}
             common = {**form.arguments(), **head, **self._memory()}
-            if self.top_entropy_quantile < 1:
+            if self.top_entropy_quantile < 1 or unscored:
                 with torch.no_grad():
-                    tau = given["temperature"]
-                    entropy = form.padded(linear_token_logprobs(states, **common, temperature=tau)[1])
+                    logprobs, entropy = linear_token_logprobs(states, **common, temperature=given["temperature"])
+            if unscored:
+                sampled = given["sampling_logprobs"]
+                given["sampling_logprobs"] = torch.where(sampled.isnan(), logprobs, sampled)
+            if self.top_entropy_quantile < 1:
                 # TRL's own, over the tokens of all ranks.
-                bonus.kept = self.get_high_entropy_mask(entropy, mask, 1 - self.top_entropy_quantile)
+                bonus.kept = self.get_high_entropy_mask(form.padded(entropy), mask, 1 - self.top_entropy_quantile)
                 given["entropy_floor"] = form.of(torch.where(bonus.kept, 0.0, torch.inf))
             if bonus.coef:
                 given["entropy_coef"] = form.of(bonus.per_completion(config.aggregation, whole, scale))
@@ -246,7 +261,7 @@ class FusedGRPOTrainer(GRPOTrainer):
                 states,
                 config=config,
                 denominator=whole,
-                skip_idle=self.kernel_options.skip_idle,
+                skip_idle=self.skips_idle,
                 **common,
                 **given,
                 **knobs,
@@ -335,7 +350,7 @@ def accelerate_trl(
         fused.fuses_loss = False
     try:
         fused.use_kernels(KernelOptions(backend, workspace_bytes, fp32_logits, skip_idle, packing))
-    except ValueError:
+    except Exception:
         fused.__class__ = kind
         raise
     return fused  # type: ignore[no-any-return]

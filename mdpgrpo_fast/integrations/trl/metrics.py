@@ -16,13 +16,15 @@ _CLIPS = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 def log_loss(trainer: Any, mode: str, loss: Tensor, out: TokenLoss, mask: Tensor, inputs: dict[str, Any]) -> float:
     """Returns the sum of the ranks' losses. out: its rows as (B, L); mask: (B, L) of the rows that count."""
     t, keep = trainer, mask != 0
-    by_sequence = t.importance_sampling_level == "sequence"
     advantages = inputs["advantages"]
     advantages = advantages if advantages.ndim == 2 else advantages[:, None]
-    shares: dict[str, Tensor] = {"entropy": out.entropy}
+    by_sequence = t.importance_sampling_level == "sequence" and advantages.shape[1] == 1
+    known = keep & (advantages != 0) if t.skips_idle else keep  # whose entropy it is
+    shares: dict[str, Tensor] = {"entropy": out.entropy.masked_fill(~known, 0)}
     if t.beta != 0:
         shares["kl"] = out.kl
-    low, high = (out.ratio < 1 - t.epsilon_low) & (advantages < 0), (out.ratio > 1 + t.epsilon_high) & (advantages > 0)
+    ratio = out.ratio if t.args.delta is None else out.ratio.clamp(max=t.args.delta)
+    low, high = (ratio < 1 - t.epsilon_low) & (advantages < 0), (ratio > 1 + t.epsilon_high) & (advantages > 0)
     clips: dict[str, Tensor] = {}
     if t.loss_type in _CLIPS:
         clips = {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low | high}
@@ -40,14 +42,14 @@ def log_loss(trainer: Any, mode: str, loss: Tensor, out: TokenLoss, mask: Tensor
         a = t.args
         weights = (a.vespo_k_pos, a.vespo_lambda_pos, a.vespo_k_neg, a.vespo_lambda_neg)
         phi = t.get_gamma_weights(advantages, log_ratio, mask, inputs.get("importance_sampling_ratio"), *weights)
-        per_completion["vespo/phi_seq_mean"] = phi.flatten()
+        (shares if phi.shape[1] > 1 else per_completion)["vespo/phi_seq_mean"] = phi
     # Sums over tokens and over completions, and how many they are of.
     sums = [x.masked_fill(~keep, 0).sum() for x in shares.values()] + [x.sum() for x in per_completion.values()]
-    sums += [keep.sum(), torch.full((), len(mask), device=mask.device), loss.detach()]
-    *found, tokens, completions, total_loss = t.accelerator.reduce(
+    sums += [known.sum(), keep.sum(), torch.full((), len(mask), device=mask.device), loss.detach()]
+    *found, with_entropy, tokens, completions, total_loss = t.accelerator.reduce(
         torch.stack([x.float() for x in sums]), "sum"
     ).tolist()
-    counts = [tokens] * len(shares) + [completions] * len(per_completion)
+    counts = [with_entropy] + [tokens] * (len(shares) - 1) + [completions] * len(per_completion)
     for name, total, count in zip([*shares, *per_completion], found, counts, strict=True):
         t._metrics[mode][name].append(total / max(count, 1))
     if t.loss_type in _CLIPS:

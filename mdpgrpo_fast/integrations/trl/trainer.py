@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from trl import GRPOConfig
-from trl.trainer.utils import split_tensor_dict
+from trl.trainer.utils import split_pixel_values_by_grid, split_tensor_dict, unsplit_pixel_values_by_grid
 
 from ...config import MDPGRPOConfig as Method
 from ...log import say_once
@@ -47,7 +47,8 @@ class MDPGRPOTrainer(FusedGRPOTrainer):
 
     method: Method | None = None
     _buffered_inputs: Any
-    has_learned = False  # whether a completion has had an advantage so far
+    # Whether a completion has had an advantage in this process; None where none was looked at: no step, a GRPOConfig.
+    has_learned: bool | None = None
     _rewards: Tensor | None = None  # (N, R) of all ranks, of the last generation
     _taus: Tensor | None = None  # (B,) sampling temperatures of the generation that is under way
     _at_both: list[Tensor]  # its log-probs at the temperatures of sampling, and at that of the loss
@@ -144,7 +145,8 @@ class MDPGRPOTrainer(FusedGRPOTrainer):
             for _ in everyone:
                 logged.pop()
             logged.extend(everyone.tolist())
-        self.has_learned |= bool((self.accelerator.gather(batch["advantages"]) != 0).any())
+        some = bool((self.accelerator.gather(batch["advantages"]) != 0).any())
+        self.has_learned = some or bool(self.has_learned)
         if method.asymmetric_kl and self.beta != 0:
             batch[KL_BETA] = torch.where(batch["advantages"] < 0, method.kl_beta_neg, self.beta)
         if self._taus is not None:
@@ -155,13 +157,10 @@ class MDPGRPOTrainer(FusedGRPOTrainer):
 
     def _at_the_temperature_of_the_loss(self, batch: dict[str, Any]) -> None:
         """Takes log-probs at the temperatures of sampling, which TRL's importance weight is of, to that of the loss."""
-        sampled = "sampling_per_token_logps"
         if self._at_both:
             at_sampling, batch["old_per_token_logps"] = self._at_both
-            # What the sampler has drifted by stays, for the off-policy mask.
-            batch[sampled] = batch[sampled] + batch["old_per_token_logps"] - at_sampling
-        elif sampled in batch and self._loss_temperature(batch[TEMPERATURE]) is not batch[TEMPERATURE]:
-            del batch[sampled]  # the mask is then against the log-probs before the update
+            # For the off-policy mask: what the sampler is off by at its own temperature, and no more.
+            batch["sampling_per_token_logps"] += batch["old_per_token_logps"] - at_sampling
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         self._rewards = super()._calculate_rewards(*args, **kwargs)
@@ -214,12 +213,13 @@ class MDPGRPOTrainer(FusedGRPOTrainer):
         parts = self.args.steps_per_generation
         if self._step % (parts * self.num_iterations) == 0 or self._buffered_inputs is None:
             batch = self._generate_and_score_completions(generation_batch)
-            if any(name in batch for name in IMAGES):
-                raise ValueError("packing must be off for prompts with images")
+            if self.kernel_options.packing == "on" and any(name in batch for name in IMAGES):
+                raise ValueError("packing must be auto or off for prompts with images")
             prompts = batch[FACTS][:, WHICH_PROMPT]
             order = torch.randperm(len(prompts))[prompts].argsort(stable=True)
-            rows = {k: v[order.to(v.device)] if isinstance(v, Tensor) and v.ndim else v for k, v in batch.items()}
-            self._buffered_inputs = split_tensor_dict(rows, parts)
+            rows = {name: _in_order(x, order) for name, x in split_pixel_values_by_grid(batch).items()}
+            split: list[Any] = split_tensor_dict(rows, parts)
+            self._buffered_inputs = [unsplit_pixel_values_by_grid(part) for part in split]
         return self._buffered_inputs[self._step % parts]
 
     # ---- temperatures and the loss ----------------------------------------------------------------------------------
@@ -241,6 +241,8 @@ class MDPGRPOTrainer(FusedGRPOTrainer):
             return True
         policy = self.accelerator.unwrap_model(self.model)
         off = any(getattr(m, "disable_adapters", False) is True for m in policy.modules())
+        # Of prompt learning, which has no layers, peft itself knows.
+        off |= getattr(policy, "_adapters_disabled", False)
         return off or getattr(policy, "active_adapter", None) == "ref"
 
     def keep_logprobs(self, model: Any, logprobs: list[Tensor]) -> None:
@@ -270,3 +272,10 @@ class MDPGRPOTrainer(FusedGRPOTrainer):
                 "rate and the precision"
             )
         return loss
+
+
+def _in_order(x: Any, order: Tensor) -> Any:
+    """What a batch has of each completion, a tensor or a list, in another order; anything else as it is."""
+    if isinstance(x, list):
+        return [x[i] for i in order.tolist()]
+    return x[order.to(x.device)] if isinstance(x, Tensor) and x.ndim else x
