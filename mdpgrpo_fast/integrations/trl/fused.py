@@ -17,7 +17,8 @@ from ...config import Backend
 from ...log import say_once
 from ...models.heads import UnsupportedHead, causal_lm
 from ...models.packing import Packing, Unpackable
-from ...ops.checks import check_flags
+from ...ops.backends import choose
+from ...ops.checks import check_flags, refuse
 from ...ops.linear.losses import linear_token_logprobs, linear_token_loss
 from ...reference import TokenLoss
 from ..loss_types import LOSS_TYPES, LossType, denominator, objective_of
@@ -54,6 +55,10 @@ class FusedGRPOTrainer(GRPOTrainer):
     def use_kernels(self, options: KernelOptions) -> None:
         """To be called once, before training. Raises: ValueError as `accelerate_trl`."""
         self.kernel_options = options
+        if options.packing not in ("auto", "on", "off"):
+            refuse("packing", repr(options.packing), "auto, on or off")
+        if options.backend != "auto":
+            choose(options.backend, self.accelerator.device, torch.float32)
         if self.fuses_loss:
             self.grpo_objective({})  # what it refuses, it refuses before anything is sampled
         policy = self.accelerator.unwrap_model(self.model)
