@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import logging
 from collections.abc import Callable
 from typing import Any, Literal
@@ -32,10 +33,9 @@ from .rows import COUNTED, Form, Packer, PaddedRows, host_facts
 FACTS, KL_BETA = "host_facts", "kl_beta"
 # What some rows' hidden states and head give; rows: which of the batch they are.
 Score = Callable[[Form, slice, Tensor, dict[str, Any]], FusedCausalLMOutput]
-IMAGES = (
-    "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles",
-    "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
-)  # fmt: skip
+# What this TRL's log-probs take of images, after all that text has.
+_TAKEN = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
+IMAGES = tuple(_TAKEN[_TAKEN.index("compute_aux_loss") + 1 :])
 # Of GRPOConfig, whose names and meaning are ours.
 _OPTIONS = (
     "sapo_temperature_pos", "sapo_temperature_neg", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"
