@@ -252,6 +252,13 @@ def test_images_stay_with_their_completions_and_are_not_packed(
         trainer._prepare_inputs(rows)
 
 
+def test_every_image_argument_of_trl_is_handed_on() -> None:
+    from mdpgrpo_fast.integrations.trl.fused import IMAGES
+
+    assert {"pixel_values", "num_images", "image_position_ids"} <= {*IMAGES}
+    assert not {*IMAGES} & {"self", "model", "input_ids", "compute_entropy", "compute_aux_loss"}
+
+
 # ---- the end of a run, and data -------------------------------------------------------------------------------------
 
 

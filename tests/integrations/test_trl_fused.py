@@ -225,6 +225,12 @@ def test_what_cannot_be_had_is_refused(model_dirs: dict[str, str], tmp_path: Pat
         ours.accelerate_trl(plain(model_dirs["llama"], tmp_path, loss_type="reinforce"))
     with pytest.raises(ValueError, match="has them already"):
         ours.accelerate_trl(ours.accelerate_trl(plain(model_dirs["llama"], tmp_path)))
+    with pytest.raises(ValueError, match="packing must be auto, on or off; got 'often'"):
+        ours.accelerate_trl(plain(model_dirs["llama"], tmp_path), packing="often")
+    with pytest.raises(ValueError, match="backend"):
+        ours.accelerate_trl(plain(model_dirs["llama"], tmp_path), backend="gpu")
+    with pytest.raises(ValueError, match="backend 'cuda' cannot run"):
+        ours.accelerate_trl(plain(model_dirs["llama"], tmp_path), backend="cuda")
     with pytest.raises(ValueError, match="skip_idle"):
         ours.accelerate_trl(plain(model_dirs["llama"], tmp_path), skip_idle="no")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import logging
 from collections.abc import Callable
 from typing import Any, Literal
@@ -18,7 +19,8 @@ from ...config import Backend
 from ...log import say_once
 from ...models.heads import UnsupportedHead, causal_lm
 from ...models.packing import Packing, Unpackable
-from ...ops.checks import check_flags
+from ...ops.backends import choose
+from ...ops.checks import check_flags, refuse
 from ...ops.linear.losses import linear_token_logprobs, linear_token_loss
 from ...reference import TokenLoss
 from ..loss_types import LOSS_TYPES, LossType, denominator, objective_of
@@ -32,10 +34,9 @@ from .rows import COUNTED, Form, Packer, PaddedRows, host_facts
 FACTS, KL_BETA = "host_facts", "kl_beta"
 # What some rows' hidden states and head give; rows: which of the batch they are.
 Score = Callable[[Form, slice, Tensor, dict[str, Any]], FusedCausalLMOutput]
-IMAGES = (
-    "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles",
-    "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
-)  # fmt: skip
+# What this TRL's log-probs take of images, after all that text has.
+_TAKEN = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
+IMAGES = tuple(_TAKEN[_TAKEN.index("compute_aux_loss") + 1 :])
 # Of GRPOConfig, whose names and meaning are ours.
 _OPTIONS = (
     "sapo_temperature_pos", "sapo_temperature_neg", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"
@@ -55,6 +56,10 @@ class FusedGRPOTrainer(GRPOTrainer):
     def use_kernels(self, options: KernelOptions) -> None:
         """To be called once, before training. Raises: ValueError as `accelerate_trl`."""
         self.kernel_options = options
+        if options.packing not in ("auto", "on", "off"):
+            refuse("packing", repr(options.packing), "auto, on or off")
+        if options.backend != "auto":
+            choose(options.backend, self.accelerator.device, torch.float32)
         if self.fuses_loss:
             self.grpo_objective({})  # what it refuses, it refuses before anything is sampled
         policy = self.accelerator.unwrap_model(self.model)
