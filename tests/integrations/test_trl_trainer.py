@@ -365,6 +365,7 @@ def test_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         (["--no_such_flag", "1"], "no_such_flag"),
         (["--dataset_name", "missing.jsonl"], "missing.jsonl"),
         (["--config", "missing.yaml"], "missing.yaml"),
+        (["--model_name_or_path", ""], "model_name_or_path must be set"),
         (["--eval_strategy", "steps"], "dataset_test_split must be one of train, or eval_strategy no; got 'test'"),
     ],
 )
