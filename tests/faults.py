@@ -542,7 +542,7 @@ FAULTS = [
     in_trl("fused", '* inputs.get("tool_mask", 1)\n        config', "\n        config", "tool"),
     in_trl("fused", "first + own.start, first + own.stop", "0, 8", "chunks"),
     in_trl("rows", "(self.tokens.shape[1] + 1) : -1", "self.tokens.shape[1] :", "every_option and temperature"),
-    in_trl("rows", "x[self.packed.rows] if x.ndim == 1", "x if x.ndim == 1", "every_option and truncated"),
+    in_trl("rows", "x[self._completions] if x.ndim == 1", "x if x.ndim == 1", "every_option and truncated"),
     in_trl("rows", "[counted[i] for i in packed.rows]", "[lengths[i] for i in packed.rows]", "tool"),
     in_trl("head", 'scored.aux_loss = _load', 'scored.aux_loss = 0 * _load', "mixture"),
     in_trl("head", "if shape.in_float32:", "if False:", "float32"),

@@ -117,10 +117,14 @@ def run(argv: Sequence[str] | None = None) -> int:
     trainer.accelerator.print(f"The model is in {args.output_dir}")
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
-    if trainer.has_learned is False:
+    first = trainer.accelerator.is_main_process
+    if hasattr(trainer, "end"):  # of transformers 5.18: ends the trackers and the process group
+        trainer.end()
+    if trainer.has_learned is not False:
+        return 0
+    if first:
         print("error: no completion ever had an advantage: nothing was learned; look at the rewards", file=sys.stderr)
-        return 1
-    return 0
+    return 1
 
 
 def main() -> int:

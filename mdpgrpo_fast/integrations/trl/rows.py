@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...models.packing import PackedRow, Packing, pack
+from ...models.shared_prompt import upload
 
 COUNTED, WHICH_PROMPT = 2, 3  # columns of `host_facts`
 
@@ -56,7 +58,11 @@ class PackedRows:
     def of(self, x: Any) -> Any:
         if not isinstance(x, Tensor) or x.ndim == 0:
             return x
-        return x[self.packed.rows] if x.ndim == 1 else x.flatten()[self.packed.source]
+        return x[self._completions] if x.ndim == 1 else x.flatten()[self.packed.source]
+
+    @functools.cached_property
+    def _completions(self) -> Tensor:
+        return upload(torch.tensor(self.packed.rows), self.packed.tokens.device)
 
     def padded(self, x: Tensor) -> Tensor:
         flat = x.new_zeros(self.mask.numel()).index_copy(0, self.packed.source, x)

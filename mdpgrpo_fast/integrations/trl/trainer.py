@@ -257,7 +257,7 @@ class MDPGRPOTrainer(FusedGRPOTrainer):
         return self._loss_temperature(inputs[TEMPERATURE]) if TEMPERATURE in inputs else self.temperature
 
     def grpo_objective(self, inputs: dict[str, Any], **options: Any) -> LossType:
-        if self.method is not None:
+        if self.method is not None and self.model.training:
             options["kl_estimator"] = self.method.kl_estimator
             if TEMPERATURE in inputs:
                 options["temperature"] = self.method.kl_temperature
