@@ -102,6 +102,14 @@ def test_the_rest_of_sampling_comes_after_the_temperature(
         torch.testing.assert_close(ours[rows], drawn[0][rows], rtol=1e-5, atol=1e-8)
 
 
+def test_beams_of_a_row_have_its_temperature(make: Make) -> None:
+    scores = torch.ones(6, 2)
+    found = sampling.TemperaturePerRow(torch.tensor([0.5, 1.0, 2.0]))(torch.zeros(6, 1), scores)
+    assert found[:, 0].tolist() == [2.0, 2.0, 1.0, 1.0, 0.5, 0.5]
+    batch = make(generation_kwargs={"num_beams": 2, "length_penalty": -0.1})._generate_and_score_completions(ROWS)
+    assert len(batch["completion_ids"]) == len(ROWS)
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_what_was_changed_for_a_turn_is_as_before(make: Make, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
     trainer = make()

@@ -36,7 +36,8 @@ class TemperaturePerRow(LogitsProcessor):
         self.temperatures = temperatures
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
-        return scores / self.temperatures.to(scores)[:, None]
+        beams = len(scores) // len(self.temperatures)  # of each row, which follow on each other
+        return scores / self.temperatures.to(scores).repeat_interleave(beams)[:, None]
 
 
 @contextmanager
