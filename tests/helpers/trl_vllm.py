@@ -135,6 +135,10 @@ class FakeClient(vllm_client.VLLMClient):  # type: ignore[misc]
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, sample: Callable[[], Any]) -> None:
     """TRL's VLLMGeneration finds these in place of vLLM. sample: makes what samples."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        # TRL sets them, and they would reach the processes that later tests start.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     monkeypatch.setattr(vllm_generation, "is_vllm_available", lambda *_: True)
     monkeypatch.setattr(vllm_generation, "LLM", lambda **kw: FakeLLM(sample(), **kw), raising=False)
     monkeypatch.setattr(vllm_generation, "SamplingParams", types.SimpleNamespace, raising=False)
