@@ -19,7 +19,7 @@ def unavailable(reason: str) -> None:
     """Skips on a developer's machine, fails in CI, where everything has to be there."""
     if os.environ.get("CI") == "true":
         pytest.fail(reason)
-    pytest.skip(reason)
+    pytest.skip(reason, allow_module_level=True)
 
 
 def needed(name: str) -> Any:

@@ -6,6 +6,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+from helpers.inputs import needed
+
+trl = needed("trl")
+ours = needed("mdpgrpo_fast.integrations.trl")  # of which an older TRL is refused, as Python 3.10 has
+
 PROMPTS = ["write about the sea", "the wind", "a short list", "one two three four"]
 # Wall-clock times, and what no trainer of ours logs.
 TIMES = ("step_time", "train_runtime", "epoch")
@@ -33,6 +38,11 @@ def make_trainer(kind: Any, config: Any, path: str, tmp: Path, rows: Any = None,
     more = {} if lora is None else {"peft_config": lora}
     rows = [{"prompt": p} for p in PROMPTS] if rows is None else rows
     return kind(path, reward, config(**arguments(tmp, **given)), Dataset.from_list(rows), **more)
+
+
+def plain(path: str, tmp: Path, **given: Any) -> Any:
+    """A GRPOTrainer of TRL, with a KL term and two updates of each generation."""
+    return make_trainer(trl.GRPOTrainer, trl.GRPOConfig, path, tmp, **{"beta": 0.1, "num_iterations": 2, **given})
 
 
 def logged(trainer: Any) -> list[dict[str, Any]]:

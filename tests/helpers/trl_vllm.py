@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("trl", minversion="1.16")
-
+from helpers.trl import ours  # noqa: F401  all that imports this is skipped without TRL
 from trl.generation import vllm_client, vllm_generation
 
 # A prompt's ids, a temperature and the most tokens to (tokens, log-probs).

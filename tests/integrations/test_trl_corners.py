@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers.inputs import needed
-from helpers.trl import arguments, assert_same_log, logged, make_trainer
+from helpers.trl import arguments, assert_same_log, logged, make_trainer, ours, plain, trl
 
-trl = needed("trl")
-ours = pytest.importorskip("mdpgrpo_fast.integrations.trl", exc_type=ImportError)
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(autouse=True)
-def own_state() -> Iterator[None]:
-    yield
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def plain(path: str, tmp: Path, **given: Any) -> Any:
-    return make_trainer(trl.GRPOTrainer, trl.GRPOConfig, path, tmp, **{"beta": 0.1, "num_iterations": 2, **given})
 
 
 def method(path: str, tmp: Path, **given: Any) -> Any:

@@ -4,34 +4,19 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers.inputs import make_model, needed
-from helpers.trl import assert_same_log, logged, make_trainer, reward
+from helpers.trl import assert_same_log, logged, make_trainer, ours, plain, reward, trl
 
-trl = needed("trl")
-ours = pytest.importorskip("mdpgrpo_fast.integrations.trl", exc_type=ImportError)
-from mdpgrpo_fast.integrations.trl.head import declared_shape, shape_of  # noqa: E402
+from mdpgrpo_fast.integrations.trl.head import declared_shape, shape_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LEVELS = ("token", "sequence")
 TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
-
-
-@pytest.fixture(autouse=True)
-def own_state() -> Iterator[None]:
-    yield
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def plain(path: str, tmp: Path, **given: Any) -> Any:
-    return make_trainer(trl.GRPOTrainer, trl.GRPOConfig, path, tmp, **{"beta": 0.1, "num_iterations": 2, **given})
 
 
 def same(path: str, tmp: Path, kernels: dict[str, Any] | None = None, tolerance: float = 1e-5, **given: Any) -> Any:
@@ -92,7 +77,8 @@ def test_every_option(model_dirs: dict[str, str], tmp_path: Path, name: str, pac
 @pytest.mark.parametrize("family", ["gemma2", "gpt2", "qwen2"])
 def test_other_models(model_dirs: dict[str, str], tmp_path: Path, family: str) -> None:
     """A soft-cap, a head with a bias in its body's style, and attention with biases."""
-    same(model_dirs[family], tmp_path, max_steps=2)
+    _, log = same(model_dirs[family], tmp_path, max_steps=2)
+    assert log[1]["kl"] > 0 and all(row["grad_norm"] > 0 for row in log)
 
 
 def test_a_mixture_of_experts(tokenizer: Any, tmp_path: Path) -> None:
@@ -116,12 +102,14 @@ def test_a_mixture_of_experts(tokenizer: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("packing", ["off", "on"])
 def test_lora(model_dirs: dict[str, str], tmp_path: Path, packing: str) -> None:
     lora = needed("peft").LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    same(model_dirs["llama"], tmp_path, {"packing": packing}, lora=lora)
+    trainer, log = same(model_dirs["llama"], tmp_path, {"packing": packing}, lora=lora)
+    assert (trainer.packer is not None) == (packing == "on") and log[-1]["kl"] > 0
 
 
 def test_first_step_under_bfloat16_autocast(model_dirs: dict[str, str], tmp_path: Path) -> None:
     """TRL rounds logits to bfloat16, ours keeps a row's statistics in float32: near, and no further apart than that."""
-    same(model_dirs["llama"], tmp_path, tolerance=5e-2, bf16=True, max_steps=1, num_iterations=1)
+    _, log = same(model_dirs["llama"], tmp_path, tolerance=5e-2, bf16=True, max_steps=1, num_iterations=1)
+    assert log[0]["grad_norm"] > 0
 
 
 @pytest.mark.parametrize("packing", ["off", "on"])

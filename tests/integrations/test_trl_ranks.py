@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from helpers.inputs import unavailable
 from helpers.ranks import spawn_fleet
+from helpers.trl import ours  # noqa: F401  all is skipped without TRL
 
 import mdpgrpo_fast as mf
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,8 @@ def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
 
 
 @pytest.fixture
-def make(model_dirs: dict[str, str], tmp_path: Path) -> Iterator[Make]:
+def make(model_dirs: dict[str, str], tmp_path: Path) -> Make:
     """A trainer with these knobs, in training."""
-    from accelerate.state import AcceleratorState
     from datasets import Dataset
 
     def trainer(rows: Any = None, tools: Any = None, tokenizer: Any = None, **knobs: Any) -> Any:
@@ -51,9 +50,7 @@ def make(model_dirs: dict[str, str], tmp_path: Path) -> Iterator[Make]:
         made.model.train()
         return made
 
-    yield trainer
-    # Its precision and device are global state, which would hold for every later test.
-    AcceleratorState._reset_state(reset_partial_state=True)
+    return trainer
 
 
 # ---- transformers ---------------------------------------------------------------------------------------------------

@@ -5,35 +5,24 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers.inputs import needed
-from helpers.trl import PROMPTS, arguments, assert_same_log, logged, make_trainer, reward
+from helpers.trl import PROMPTS, arguments, assert_same_log, logged, make_trainer, ours, reward, trl
 from helpers.trl_vllm import Sampler, stand_in
 
 import mdpgrpo_fast
 from mdpgrpo_fast.config import ConfigError
 from mdpgrpo_fast.models.policy import completion_logits
 
-trl = needed("trl")
-ours = pytest.importorskip("mdpgrpo_fast.integrations.trl", exc_type=ImportError)
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 OFF = {"multi_temperature": False, "dual_anchor": False, "prospect": False, "asymmetric_kl": False}
 SEED_POLICY = str(Path(mdpgrpo_fast.__file__).parent / "demo" / "seed_policy")
 TRAIN = str(Path(mdpgrpo_fast.__file__).parent / "demo" / "train.jsonl")
-
-
-@pytest.fixture(autouse=True)
-def own_state() -> Iterator[None]:
-    yield
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def make(path: str, tmp: Path, **given: Any) -> Any:
