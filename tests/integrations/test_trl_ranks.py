@@ -14,9 +14,9 @@ import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from helpers import trl as _  # noqa: F401  all is skipped without TRL
 from helpers.inputs import unavailable
 from helpers.ranks import spawn_fleet
-from helpers.trl import ours  # noqa: F401  all is skipped without TRL
 
 import mdpgrpo_fast as mf
 
