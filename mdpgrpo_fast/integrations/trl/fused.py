@@ -172,26 +172,23 @@ class FusedGRPOTrainer(GRPOTrainer):
         """What the model's passes over a batch return, which `score` has made. mask: (B, L) of the rows that count;
         facts: of `host_facts`, if known."""
         input_ids, attention_mask, width, size = batch
+        size = size or len(input_ids)
         if self.packer is None or any(x is not None for x in images.values()):
             return self._padded_passes(model, score, batch, mask, facts, 0, aux_loss, images)
         prompt_ids, tokens = input_ids[:, :-width], input_ids[:, -width:]
         if facts is None:
             facts = host_facts(prompt_ids, attention_mask[:, :-width], attention_mask[:, -width:], mask)
         outs = []
-        for start in range(0, len(input_ids), size or len(input_ids)):
-            rows = slice(start, min(len(input_ids), start + (size or len(input_ids))))
+        for start in range(0, len(input_ids), size):
+            rows = slice(start, start + size)
             form = self.packer.rows(prompt_ids[rows], tokens[rows], mask[rows], facts[rows])
             if form is None:
                 part = (input_ids[rows], attention_mask[rows], width, None)
                 outs += self._padded_passes(model, score, part, mask[rows], facts[rows], start, False, {})
                 continue
+            packed = functools.partial(score, form, rows)
             with self.accelerator.autocast():
-                outs.append(
-                    model(
-                        **self.packer.packing.arguments(form.packed),
-                        fused_lm_head=functools.partial(score, form, rows),
-                    )
-                )
+                outs.append(model(**self.packer.packing.arguments(form.packed), fused_lm_head=packed))
         return outs
 
     def _padded_passes(
@@ -263,13 +260,7 @@ class FusedGRPOTrainer(GRPOTrainer):
             if bonus.coef:
                 given["entropy_coef"] = form.of(bonus.per_completion(config.aggregation, whole, scale))
             out = linear_token_loss(
-                states,
-                config=config,
-                denominator=whole,
-                skip_idle=self.skips_idle,
-                **common,
-                **given,
-                **knobs,
+                states, config=config, denominator=whole, skip_idle=self.skips_idle, **common, **given, **knobs
             )
             per_row = ("logprobs", "entropy", "kl", "ratio")
             found.append(dataclasses.replace(out, **{n: form.padded(getattr(out, n)) for n in per_row}))

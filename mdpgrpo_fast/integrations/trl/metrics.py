@@ -1,4 +1,4 @@
-"""What TRL logs of a loss, from ours: the same names and numbers, in two calls over the ranks."""
+"""What TRL logs of a loss, from ours: the same names and numbers, in one call over the ranks."""
 
 from __future__ import annotations
 
@@ -43,23 +43,21 @@ def log_loss(trainer: Any, mode: str, loss: Tensor, out: TokenLoss, mask: Tensor
         weights = (a.vespo_k_pos, a.vespo_lambda_pos, a.vespo_k_neg, a.vespo_lambda_neg)
         phi = t.get_gamma_weights(advantages, log_ratio, mask, inputs.get("importance_sampling_ratio"), *weights)
         (shares if phi.shape[1] > 1 else per_completion)["vespo/phi_seq_mean"] = phi
-    # Sums over tokens and over completions, and how many they are of.
-    sums = [x.masked_fill(~keep, 0).sum() for x in shares.values()] + [x.sum() for x in per_completion.values()]
-    sums += [known.sum(), keep.sum(), torch.full((), len(mask), device=mask.device), loss.detach()]
-    *found, with_entropy, tokens, completions, total_loss = t.accelerator.reduce(
-        torch.stack([x.float() for x in sums]), "sum"
-    ).tolist()
+    # Sums over tokens and over completions, how many they are of, and the extremes: of all ranks in one call.
+    values = [x.masked_fill(~keep, 0).sum() for x in shares.values()] + [x.sum() for x in per_completion.values()]
+    values += [known.sum(), keep.sum(), torch.full((), len(mask), device=mask.device), loss.detach()]
+    values += [_of_completions(low, keep, by_sequence, "min"), _of_completions(high, keep, by_sequence, "max")]
+    *totals, least, most = zip(
+        *t.accelerator.gather(torch.stack([x.float() for x in values])[None]).tolist(), strict=True
+    )
+    *found, with_entropy, tokens, completions, total_loss = map(sum, totals)
     counts = [with_entropy] + [tokens] * (len(shares) - 1) + [completions] * len(per_completion)
     for name, total, count in zip([*shares, *per_completion], found, counts, strict=True):
         t._metrics[mode][name].append(total / max(count, 1))
     if t.loss_type in _CLIPS:
-        extremes = torch.stack(
-            [_of_completions(low, keep, by_sequence, "min"), _of_completions(high, keep, by_sequence, "max")]
-        )
-        ranks = t.accelerator.gather(extremes[None]).T.tolist()
-        for name, values, best in zip(("clip_ratio/low_min", "clip_ratio/high_max"), ranks, (min, max), strict=True):
-            t._metrics[mode][name].append(best((v for v in values if not math.isnan(v)), default=math.nan))
-    return total_loss  # type: ignore[no-any-return]
+        for name, ends, best in (("clip_ratio/low_min", least, min), ("clip_ratio/high_max", most, max)):
+            t._metrics[mode][name].append(best((x for x in ends if not math.isnan(x)), default=math.nan))
+    return float(total_loss)
 
 
 def _of_completions(clipped: Tensor, keep: Tensor, by_sequence: bool, which: str) -> Tensor:
