@@ -22,6 +22,7 @@ OPTIONAL = {
     "emoji": "one type of --rules ifbench",
     "syllapy": "one type of --rules ifbench",
     "janome": "Japanese types of --rules m-ifeval",
+    "trl": "mdpgrpo_fast.integrations.trl",
     "triton": "fused kernels on a GPU",
 }
 REQUIRED = "torch transformers accelerate safetensors numpy langdetect nltk".split()
