@@ -83,6 +83,17 @@ def trainer_logprobs(
     return torch.cat(logprobs)
 
 
+@dataclass(frozen=True)
+class Request:
+    """What a vLLM is asked for, N rows, and what the Rollout needs to know of it beside the answers."""
+
+    prompts: list[list[int]]  # of each row
+    temperatures: list[float]
+    settings: list[dict[str, Any]]  # of each row
+    pads: tuple[int, int]  # of prompts and of completions
+    kept: tuple[float, float]  # log_kept and logit_floor of all tokens
+
+
 class RolloutEngine(ABC):
     """A vLLM that generates completions and takes the trainer's weights: `VLLMEngine` or `VLLMServer`."""
 
@@ -113,7 +124,15 @@ class RolloutEngine(ABC):
     def sleep(self) -> None:
         """Give the device's memory to the trainer until the next sync; nothing where they do not share it."""
 
-    def generate(
+    def generate(self, prompts: list[list[int]], **asked: Any) -> Rollout:
+        """Draw completions of the prompts now; arguments are those of `request`.
+
+        Raises: what `request` raises, and RolloutError where vLLM fails.
+        """
+        request = self.request(prompts, **asked)
+        return self.rollout(request, self.complete(request))
+
+    def request(
         self,
         prompts: list[list[int]],
         *,
@@ -127,17 +146,16 @@ class RolloutEngine(ABC):
         seed: int | None = None,
         generation_kwargs: dict[str, Any] | None = None,
         pad: int | None = None,
-    ) -> Rollout:
-        """Draw num_generations completions of each of P prompts, N = P * G rows with groups adjacent.
+    ) -> Request:
+        """num_generations completions of each of P prompts, N = P * G rows with groups adjacent.
 
         temperature: one of 0.01 or more for each of the N rows, or None for greedy. Truncation is in vLLM's order:
         min-p, then top-k, then top-p. seed: of these rows; None leaves them to the engine's own, which is faster.
         generation_kwargs: repetition_penalty alone. pad: of the prompts in the result; default: eos[0].
-        policy_logprobs of the result are NaN, until `with_policy_logprobs` fills them in; log_kept and logit_floor are
+        policy_logprobs of the Rollout are NaN, until `with_policy_logprobs` fills them in; log_kept and logit_floor are
         NaN where tokens are cut off, as vLLM does not tell what it kept.
 
-        Raises: ValueError for an empty prompt, or a temperature or generation_kwargs that cannot be used; RolloutError
-        where vLLM fails.
+        Raises: ValueError for an empty prompt, or a temperature or generation_kwargs that cannot be used.
         """
         check_prompts(prompts)
         rows = [p for p in prompts for _ in range(num_generations)]
@@ -170,14 +188,16 @@ class RolloutEngine(ABC):
         truncates = not greedy and (top_k > 0 or top_p < 1 or min_p > 0)
         kept = (math.nan, math.nan) if truncates else (0.0, -math.inf)
         pads = (eos[0] if pad is None else pad, eos[0])
-        return self._rollout(rows, temperatures, pads, self._complete(rows, settings), kept)
+        return Request(rows, temperatures, settings, pads, kept)
 
-    def _rollout(
-        self, rows: list[list[int]], temperatures: list[float], pads: tuple[int, int], completions: list[Completion],
-        kept: tuple[float, float],
-    ) -> Rollout:  # fmt: skip
-        """pads: of prompts and of completions; kept: log_kept and logit_floor of all tokens."""
-        ids, mask = left_pad(rows, pads[0], self.device)
+    def complete(self, request: Request) -> list[Completion]:
+        """A completion of each row. A server's client does nothing here but HTTP. Raises: RolloutError."""
+        return self._complete(request.prompts, request.settings)
+
+    def rollout(self, request: Request, completions: list[Completion]) -> Rollout:
+        """What was asked for and what came, on the device."""
+        pads, kept = request.pads, request.kept
+        ids, mask = left_pad(request.prompts, pads[0], self.device)
         width = max(len(c.tokens) for c in completions)
 
         def padded(values: list[list[Any]], fill: Any) -> Tensor:
@@ -190,7 +210,7 @@ class RolloutEngine(ABC):
             tokens=padded([c.tokens for c in completions], pads[1]),
             lengths=torch.tensor([len(c.tokens) for c in completions], device=self.device),
             finished=torch.tensor([c.finished for c in completions], device=self.device),
-            temperature=torch.tensor(temperatures, dtype=torch.float32, device=self.device),
+            temperature=torch.tensor(request.temperatures, dtype=torch.float32, device=self.device),
             sampling_logprobs=logprobs,
             policy_logprobs=torch.full_like(logprobs, torch.nan),
             log_kept=padded([[kept[0]] * len(c.tokens) for c in completions], 0.0),
