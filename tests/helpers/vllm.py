@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mdpgrpo_fast.rollout.vllm.server import VLLMServer
 from mdpgrpo_fast.rollout.vllm.worker import EXTENSION, WeightSync
 
+COMPLETIONS = "/v1/completions"  # where a completion is asked for
 PROMPTS = [[5, 6, 7], [8], [9, 10]]
 TAUS = [0.5, 1.0] * 3  # two completions of each
 EOS = [1, 2]
@@ -84,6 +85,11 @@ def answer(prompt: list[int], settings: dict[str, Any]) -> tuple[list[int], list
     if ends:
         tokens[-1] = settings["stop_token_ids"][-1]
     return tokens, [-settings["temperature"] - j / 8 for j in range(n)], "stop" if ends else "length"
+
+
+def prompt_of(body: dict[str, Any]) -> list[int]:
+    """The prompt of a request for a completion."""
+    return list(body["prompt"])
 
 
 class FakeLLM:
