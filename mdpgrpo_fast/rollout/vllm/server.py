@@ -2,8 +2,8 @@
 
 The server's environment has this package installed, for `worker`, and it is started as
 
-    VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs \\
-        --worker-extension-cls mdpgrpo_fast.rollout.vllm.worker.WeightSync
+    VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --host 127.0.0.1 --enable-scale-out \\
+        --logprobs-mode processed_logprobs --worker-extension-cls mdpgrpo_fast.rollout.vllm.worker.WeightSync
 
 which opens weight updates to whoever reaches the port: keep it inside a trusted network.
 """
@@ -31,6 +31,7 @@ from .sampler import LOGPROBS_MODE, Completion, RolloutEngine, RolloutError, com
 from .worker import EXTENSION
 
 T = TypeVar("T")
+GENERATE = "/inference/v1/generate"  # tokens in, tokens out
 MAX_PAUSE = 30.0  # seconds between two attempts
 KEEP_ALIVE = 2.0  # seconds that an idle connection is kept: vLLM closes it after 5
 RETRIED = (408, 429)  # of the client errors, the two that may pass
@@ -43,7 +44,7 @@ class VLLMServer(RolloutEngine):
     completion among them. retries: attempts after the first. backoff: seconds before the second attempt, doubled with
     each, less up to half at random. sync_dir: directory for the weights on their way, /dev/shm on one machine or a
     shared file system, both sides being the same user; None: the system's for temporary files. concurrency: most
-    requests at once.
+    requests at once. run_id: what the weights are labelled with on the server, the same on all ranks.
 
     Raises: ConfigError for a bad setting or a server started otherwise than above; RolloutError where none answers.
     """
@@ -58,8 +59,9 @@ class VLLMServer(RolloutEngine):
         backoff: float = 0.5,
         sync_dir: str | None = None,
         concurrency: int = 256,
+        run_id: str | None = None,
     ) -> None:
-        super().__init__(device)
+        super().__init__(device, run_id)
         require(url.startswith(("http://", "https://")), "vllm_url", url, "an http:// or https:// address")
         require(timeout > 0, "vllm_timeout", timeout, "above 0")
         require(retries >= 0, "vllm_retries", retries, "0 or above")
@@ -75,6 +77,11 @@ class VLLMServer(RolloutEngine):
         for flag, expected in (("--logprobs-mode", LOGPROBS_MODE), ("--worker-extension-cls", EXTENSION)):
             if settings[flag] != expected:
                 raise ConfigError(f"vLLM server {url}: {flag} must be {expected}; got {settings[flag]!r}")
+        try:
+            self._call(GENERATE, {}, lambda answer: None)
+        except RolloutError as e:  # which says that there is no prompt, or that there is no such service
+            if "HTTP 403" in str(e):
+                raise ConfigError(f"vLLM server {url}: --enable-scale-out must be given, for {GENERATE}") from None
 
     def _call(self, path: str, payload: Any, read: Callable[[Any], T], stop: threading.Event | None = None) -> T:
         """read() of the JSON that answers a GET, or a POST of the payload where there is one.
@@ -110,8 +117,8 @@ class VLLMServer(RolloutEngine):
 
     def _complete(self, prompts: list[list[int]], settings: list[dict[str, Any]]) -> list[Completion]:
         def request(prompt: list[int], row: dict[str, Any]) -> Completion:
-            payload = {"model": self._model, "prompt": prompt, "return_token_ids": True, **row}
-            return self._call("/v1/completions", payload, _read_completion, stop)
+            payload = {"model": self._model, "token_ids": prompt, "sampling_params": {**row, "detokenize": False}}
+            return self._call(GENERATE, payload, _read_completion, stop)
 
         stop, pool = threading.Event(), ThreadPoolExecutor(min(self.concurrency, len(prompts)))
         self._stop = stop
@@ -129,7 +136,6 @@ class VLLMServer(RolloutEngine):
                 raise failure
             kept = len(partial) - partial.count(None)
             raise RolloutError(f"{failure}; {kept} of {len(partial)} completions kept", partial)
-        self._check_version()
         return [f.result() for f in futures]
 
     def _watch(self, event: str, found: dict[str, Any]) -> None:
@@ -161,27 +167,17 @@ class VLLMServer(RolloutEngine):
             pass
         self.version = version
 
-    def _check_version(self) -> None:
-        """A server that was restarted, or that another trainer syncs too, answers from weights that are not ours."""
-        if self.version is None:
-            return
-        held = [v for (v,) in self._rpc("mdpgrpo_version")]
-        if held != [str(self.version)] * len(held):
-            raise RolloutError(
-                f"vLLM server {self.url} must hold version {self.version} of the weights; got {held}: was it restarted?"
-            )
-
     def sleep(self) -> None:
         """Nothing: the server's memory is its own."""
 
     def _rpc(self, method: str, *args: Any) -> list[Any]:
         return self._call("/collective_rpc", {"method": method, "args": list(args)}, lambda a: list(a["results"]))
 
-    def _send(self, weights: list[tuple[str, Tensor]]) -> None:
+    def _send(self, update: str, weights: list[tuple[str, Tensor]]) -> list[Any]:
         with tempfile.TemporaryDirectory(prefix="mdpgrpo-weights-", dir=self.sync_dir) as directory:
             path = os.path.join(directory, "weights.safetensors")
             save_file({name: tensor.cpu().contiguous() for name, tensor in weights}, path)
-            self._rpc("mdpgrpo_load", path)
+            return self._rpc("mdpgrpo_load", update, path)
 
     def _reset_cache(self) -> None:
         def read(answer: Any) -> None:
@@ -189,6 +185,9 @@ class VLLMServer(RolloutEngine):
                 raise ValueError("the prefix cache is still in use")
 
         self._call("/reset_prefix_cache", {}, read)
+
+    def _set_label(self, label: str) -> None:
+        self._call("/update_weight_version", {"new_version": label}, lambda answer: answer["success"])
 
 
 def _shut(connected: socket.socket) -> None:
@@ -207,7 +206,11 @@ def _read_settings(answer: Any) -> dict[str, str]:
 
 def _read_completion(answer: Any) -> Completion:
     (choice,) = answer["choices"]
-    return completion(choice["token_ids"], choice["logprobs"]["token_logprobs"], choice["finish_reason"])
+    tokens, drawn = choice["token_ids"], choice["logprobs"]["content"]
+    if tokens != [step["token_id"] for step in drawn]:
+        raise ValueError("the log-probs are of other tokens")
+    labels = [span["version"] for span in choice["weight_versions"]]
+    return completion(tokens, [step["logprob"] for step in drawn], choice["finish_reason"], labels)
 
 
 def _first_line(answer: httpx2.Response) -> str:

@@ -18,7 +18,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from helpers.ranks import spawn_fleet
 from helpers.runs import make_trainer, rows, run_small
-from helpers.vllm import ARGS, COMPLETIONS, PROMPTS, FakeServer, client, prompt_of
+from helpers.vllm import ARGS, GENERATE, PROMPTS, FakeServer, client
 
 import mdpgrpo_fast.train as train
 from mdpgrpo_fast.config import ConfigError, TrainConfig, preset, with_correction, without_effect
@@ -87,7 +87,7 @@ class Order:
 
     @property
     def prompts(self) -> list[list[int]]:
-        return [prompt_of(body) for _, path, body in self.server.log if path == COMPLETIONS]
+        return [body["token_ids"] for _, path, body in self.server.log if path == GENERATE and body]
 
     def marks(self, what: str) -> dict[int, str]:
         found = [body for _, path, body in self.server.log if path == MARK]
@@ -99,7 +99,7 @@ class Order:
         told = [
             f"{body['what']} {body['number']}" if path == MARK else "asked"
             for _, path, body in self.server.log
-            if path in (MARK, COMPLETIONS)
+            if path in (MARK, GENERATE) and body
         ]
         grouped = [(name, len(list(group))) for name, group in itertools.groupby(told)]
         return [f"{n} asked" if name == "asked" else name for name, n in grouped]
@@ -107,7 +107,7 @@ class Order:
 
 def knobs_of(server: FakeServer, **knobs: Any) -> dict[str, Any]:
     vllm = {"rollout": "vllm", "vllm_url": server.url, "vllm_retries": 0, "async_rollout": 1}
-    return {**vllm, "steps": 4, "eval_samples": 0, **knobs}
+    return {**vllm, "steps": 4, **knobs}
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_the_next_step_is_sampled_by_the_weights_of_before_while_one_trains(
 ) -> None:
     def hold(handler: Any, path: str, body: Any) -> bool:
         order.saw(handler, path, body)
-        if path == COMPLETIONS and len(order.prompts) > PER_STEP:  # of step 2 and later
+        if path == GENERATE and len(order.prompts) > PER_STEP:  # of step 2 and later
             step = (len(order.prompts) - 1) // PER_STEP + 1
             order.wait_for(f"update {step - 1}", lambda: step - 1 in order.marks("update"))
         return False
@@ -191,7 +191,7 @@ def test_a_run_that_ends_early_waits_for_no_request(
 
     def hold(handler: Any, path: str, body: Any) -> bool:
         order.saw(handler, path, body)
-        if path == COMPLETIONS and len(order.prompts) > PER_STEP:
+        if path == GENERATE and len(order.prompts) > PER_STEP:
             over.wait(PATIENCE)
         return False
 
@@ -221,10 +221,10 @@ def test_a_server_that_fails_in_the_background_ends_the_step_that_waits(
 ) -> None:
     def refuse(handler: Any, path: str, body: Any) -> bool:
         order.saw(handler, path, body)
-        if path != COMPLETIONS or len(order.prompts) <= PER_STEP:
+        if path != GENERATE or len(order.prompts) <= PER_STEP:
             return False
         order.wait_for("answers", lambda: 1 in order.marks("update"))  # it waits for none of them meanwhile
-        if body["temperature"] != 0.9:
+        if body["sampling_params"]["temperature"] != 0.9:
             return False
         handler.send({"error": {"message": "out of memory"}}, 400)
         return True
@@ -280,7 +280,7 @@ def test_closing_the_client_wakes_who_waits(server: FakeServer) -> None:
 
 def test_a_connection_made_while_the_client_closes_is_shut_too(server: FakeServer) -> None:
     engine, held = client(server, retries=0), threading.Event()
-    server.fault = lambda handler, path, body: path == COMPLETIONS and not held.wait(PATIENCE)
+    server.fault = lambda handler, path, body: path == GENERATE and not held.wait(PATIENCE)
     watched = engine._watch
 
     def closing(event: str, found: dict[str, Any]) -> None:
@@ -333,7 +333,7 @@ def test_ranks_sample_ahead_together_and_stop_together(server: FakeServer, tmp_p
     def fault(handler: Any, path: str, body: Any) -> bool:
         if path == MARK and body["what"] == "sync":
             disturbed.append(under_way[0])
-        if path != COMPLETIONS:
+        if path != GENERATE or not body:
             return False
         with lock:
             under_way[0] += 1
