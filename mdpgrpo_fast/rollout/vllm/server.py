@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import os
 import random
+import socket
 import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import httpx2
@@ -68,6 +70,8 @@ class VLLMServer(RolloutEngine):
         limits = httpx2.Limits(max_keepalive_connections=concurrency, keepalive_expiry=KEEP_ALIVE)
         self._http = httpx2.Client(timeout=timeout, limits=limits, follow_redirects=True)
         weakref.finalize(self, self._http.close)
+        self._lock, self._closed, self._stop = threading.Lock(), False, threading.Event()
+        self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         self._model = self._call("/v1/models", None, lambda answer: str(answer["data"][0]["id"]))
         settings = self._call("/server_info?config_format=json", None, _read_settings)
         for flag, expected in (("--logprobs-mode", LOGPROBS_MODE), ("--worker-extension-cls", EXTENSION)):
@@ -88,7 +92,9 @@ class VLLMServer(RolloutEngine):
         stop, method = stop or threading.Event(), "GET" if payload is None else "POST"
         for attempt in range(self.retries + 1):
             try:
-                answer = self._http.request(method, self.url + path, json=payload)
+                if self._closed:
+                    raise RolloutError(f"vLLM server {self.url} is asked for nothing more: the run has ended")
+                answer = self._http.request(method, self.url + path, json=payload, extensions={"trace": self._watch})
                 if answer.is_success:
                     return read(answer.json())
                 reason = f"HTTP {answer.status_code} {_first_line(answer)}"
@@ -103,7 +109,7 @@ class VLLMServer(RolloutEngine):
             except (ValueError, LookupError, TypeError) as e:
                 reason = f"an answer that cannot be used ({type(e).__name__}: {e})"
             pause = min(self.backoff * 2**attempt, MAX_PAUSE) * random.uniform(0.5, 1.0)
-            if attempt == self.retries or stop.wait(pause):
+            if attempt == self.retries or self._closed or stop.wait(pause):
                 break
         raise RolloutError(
             f"vLLM server {self.url} failed {attempt + 1} times at {path}, the last because {' '.join(reason.split())}"
@@ -115,6 +121,7 @@ class VLLMServer(RolloutEngine):
             return self._call(GENERATE, payload, _read_completion, stop)
 
         stop, pool = threading.Event(), ThreadPoolExecutor(min(self.concurrency, len(prompts)))
+        self._stop = stop
         try:
             futures = [pool.submit(request, p, s) for p, s in zip(prompts, settings, strict=True)]
             first, _ = wait(futures, return_when=FIRST_EXCEPTION)
@@ -130,6 +137,26 @@ class VLLMServer(RolloutEngine):
             kept = len(partial) - partial.count(None)
             raise RolloutError(f"{failure}; {kept} of {len(partial)} completions kept", partial)
         return [f.result() for f in futures]
+
+    def _watch(self, event: str, found: dict[str, Any]) -> None:
+        """httpcore's trace of a request: keeps the socket of each new connection, for `close`."""
+        if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
+            with self._lock:
+                connected = found["return_value"].get_extra_info("socket")
+                self._sockets.add(connected)
+                if self._closed:
+                    _shut(connected)
+
+    def close(self) -> None:
+        """End the run's requests: those that other threads wait for fail there at once, and none is made from now on.
+
+        The server drops what it was computing for them, as their connections are gone.
+        """
+        with self._lock:
+            self._closed = True
+            for connected in self._sockets:
+                _shut(connected)
+        self._stop.set()
 
     def follow_sync(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
         """On ranks that leave `sync` to another: go through what may be collective, and hold the server to the version.
@@ -161,6 +188,12 @@ class VLLMServer(RolloutEngine):
 
     def _set_label(self, label: str) -> None:
         self._call("/update_weight_version", {"new_version": label}, lambda answer: answer["success"])
+
+
+def _shut(connected: socket.socket) -> None:
+    """Ends a connection under a thread that waits for it. Of the class: that of TLS would take its state away first."""
+    with suppress(OSError):  # it is closed
+        socket.socket.shutdown(connected, socket.SHUT_RDWR)
 
 
 def _read_settings(answer: Any) -> dict[str, str]:
