@@ -66,7 +66,10 @@ class VLLMServer(RolloutEngine):
         self.sync_dir, self.concurrency = sync_dir, concurrency
         limits = httpx2.Limits(max_keepalive_connections=concurrency, keepalive_expiry=KEEP_ALIVE)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._http = httpx2.Client(timeout=timeout, limits=limits, headers=headers, follow_redirects=False)
+        local = {f"all://{f'[{host}]' if ':' in host else host}": None} if is_loopback(host) else {}  # through no proxy
+        self._http = httpx2.Client(
+            timeout=timeout, limits=limits, headers=headers, follow_redirects=False, mounts=local
+        )
         weakref.finalize(self, self._http.close)
         if key and not url.lower().startswith("https:") and not is_loopback(host):
             log.warning("vllm_url %s: without https, whoever is on the way can read the key in %s", url, KEY)

@@ -160,6 +160,18 @@ def test_a_key_that_goes_unencrypted_to_another_machine_is_said(
     assert warned() == []
 
 
+def test_requests_to_this_machine_go_through_no_proxy(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "NO_PROXY", "HTTP_PROXY", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    proxy = FakeServer()  # it is not served
+    monkeypatch.setenv("http_proxy", proxy.url)
+    client(server, retries=0, timeout=5.0)
+    proxy.server_close()
+    assert server.count("/v1/models") == 1
+    with pytest.raises(RolloutError, match="failed 1 times"):
+        VLLMServer("http://sampler.example:1", device="cpu", retries=0)  # through the proxy, which is gone
+
+
 def test_redirects_are_not_followed(server: FakeServer, key: str) -> None:
     def elsewhere(handler: Any, path: str, body: Any) -> bool:
         handler.send_response(307)
