@@ -62,7 +62,8 @@ class Collector:
         """Completions of the prompts, scored and weighed.
 
         following: prompts of the next step, none after the last. With async_rollout their sampling begins here, by the
-        weights as they are now, and the next call has to be of them.
+        weights as they are now, and the next call has to be of them. The batch's staleness counts the rollout steps, of
+        updates_per_rollout * mini_batches optimiser updates each, that the policy has gone since it sampled: 0 or 1.
         """
         self.number = number
         staleness = int(self.ahead is not None and self.ahead.pending)

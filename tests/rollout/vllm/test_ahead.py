@@ -87,7 +87,7 @@ class Order:
 
     @property
     def prompts(self) -> list[list[int]]:
-        return [body["token_ids"] for _, path, body in self.server.log if path == GENERATE and body]
+        return [body["token_ids"] for _, path, body in self.server.log if path == GENERATE]
 
     def marks(self, what: str) -> dict[int, str]:
         found = [body for _, path, body in self.server.log if path == MARK]
@@ -261,7 +261,14 @@ def test_a_resumed_run_samples_its_first_step_at_once(
         check_resume(replace(second.run, async_rollout=0), second.method)
 
 
-def test_closing_the_client_wakes_who_waits(server: FakeServer) -> None:
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_closing_the_client_wakes_who_waits(
+    server: FakeServer, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    if scheme == "https":
+        certificates = request.getfixturevalue("certificates")
+        server.encrypt(str(certificates / "server.pem"))
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificates / "ca.pem"))
     engine, other, held, arrived = client(server), client(server), threading.Event(), threading.Semaphore(0)
     server.fault = lambda handler, path, body: arrived.release() or not held.wait(PATIENCE)  # type: ignore[func-returns-value]
     ahead = Ahead(engine)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -184,23 +182,6 @@ def test_redirects_are_not_followed(server: FakeServer, key: str) -> None:
     with pytest.raises(RolloutError, match=r"HTTP 307 Temporary Redirect: redirects are not followed; this .*/other'$"):
         client(server)
     assert [path for _, path, _ in server.log] == ["/v1/models"]
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ca.pem, and server.pem with its key, for 127.0.0.1."""
-    if shutil.which("openssl") is None:
-        pytest.skip("there is no openssl to make certificates with")
-    made = tmp_path_factory.mktemp("certificates")
-    common = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2".split()
-    ca = "-subj /CN=authority -keyout ca.key -out ca.pem -addext keyUsage=critical,keyCertSign".split()
-    leaf = "-subj /CN=server -keyout server.key -out leaf.pem -CA ca.pem -CAkey ca.key".split()
-    extensions = ["subjectAltName=IP:127.0.0.1", "basicConstraints=critical,CA:FALSE"]
-    for words in (ca, [*leaf, *(w for e in extensions for w in ("-addext", e))]):
-        done = subprocess.run([*common, *words], cwd=made, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stderr
-    (made / "server.pem").write_text((made / "leaf.pem").read_text() + (made / "server.key").read_text())
-    return made
 
 
 def test_a_certificate_is_verified(
