@@ -25,6 +25,7 @@ from mdpgrpo_fast.rollout.vllm.worker import EXTENSION, WeightSync
 PROMPTS = [[5, 6, 7], [8], [9, 10]]
 TAUS = [0.5, 1.0] * 3  # two completions of each
 EOS = [1, 2]
+GENERATE = "/inference/v1/generate"
 ARGS: dict[str, Any] = {"num_generations": 2, "temperature": TAUS, "eos": EOS, "max_new_tokens": 4}
 
 
@@ -70,11 +71,20 @@ class FusedModel(nn.Module):
 
 
 class Worker(WeightSync):
+    """A worker without vLLM's own reload around the weights that it loads."""
+
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self.model, self.reloads = model, 0
 
     def get_model(self) -> nn.Module:
         return self.model
+
+    def _mdpgrpo_begin_reload(self) -> None:
+        self.reloads += 1
+
+    def _mdpgrpo_end_reload(self) -> None:
+        self.reloads -= 1
+        self._mdpgrpo_update = ""
 
 
 def answer(prompt: list[int], settings: dict[str, Any]) -> tuple[list[int], list[float], str]:
@@ -91,7 +101,7 @@ class FakeLLM:
     """The part of vllm.LLM that is called, with a record of the calls."""
 
     def __init__(self, log: list[tuple[str, tuple[Any, ...], dict[str, Any]]], *args: Any, **kwargs: Any) -> None:
-        self.log, self.workers, self.reset = log, [Worker(FusedModel())], True
+        self.log, self.workers, self.reset, self.label = log, [Worker(FusedModel())], True, "default"
         self.multiprocessing = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING")
         self.lose: Callable[[int], bool] = lambda _: False
         log.append(("__init__", args, kwargs))
@@ -102,7 +112,8 @@ class FakeLLM:
         for i, (prompt, params) in enumerate(zip(*args, strict=True)):
             tokens, logprobs, reason = answer(prompt["prompt_token_ids"], vars(params))
             steps = [{t: types.SimpleNamespace(logprob=v)} for t, v in zip(tokens, logprobs, strict=True)]
-            one = types.SimpleNamespace(token_ids=tokens, logprobs=steps, finish_reason=reason)
+            spans = [types.SimpleNamespace(version=self.label)]
+            one = types.SimpleNamespace(token_ids=tokens, logprobs=steps, finish_reason=reason, weight_versions=spans)
             if self.lose(i):
                 one.finish_reason = "abort"
             out.append(types.SimpleNamespace(outputs=[one]))
@@ -116,11 +127,22 @@ class FakeLLM:
         self.log.append(("reset_prefix_cache", args, kwargs))
         return self.reset
 
+    def update_weight_version(self, *args: Any, **kwargs: Any) -> None:
+        self.log.append(("update_weight_version", args, kwargs))
+        (self.label,) = args
+
     def sleep(self, *args: Any, **kwargs: Any) -> None:
         self.log.append(("sleep", args, kwargs))
 
     def wake_up(self, *args: Any, **kwargs: Any) -> None:
         self.log.append(("wake_up", args, kwargs))
+
+
+def choice(tokens: list[int], logprobs: list[float], reason: str, label: str = "default") -> dict[str, Any]:
+    """A completion as the server answers it."""
+    content = [{"token_id": t, "logprob": v} for t, v in zip(tokens, logprobs, strict=False)]
+    spans = [{"version": label, "start": 0, "end": len(tokens)}]
+    return {"token_ids": tokens, "logprobs": {"content": content}, "finish_reason": reason, "weight_versions": spans}
 
 
 class FakeServer(ThreadingHTTPServer):
@@ -131,13 +153,17 @@ class FakeServer(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         self.log: list[tuple[str, str, Any]] = []
-        self.workers = [Worker(FusedModel())]
+        self.restart()
         self.mode, self.extension, self.dev, self.reset = "processed_logprobs", EXTENSION, True, True
+        self.scale_out = True
         self.fault: Callable[[Any, str, Any], bool] = lambda handler, path, body: False
         self.connections = 0
         self.key = ""  # that every request has to bring
         self.scheme = "http"
         super().__init__(("127.0.0.1", 0), FakeHandler)
+
+    def restart(self) -> None:
+        self.workers, self.label = [Worker(FusedModel())], "default"
 
     @property
     def url(self) -> str:
@@ -153,7 +179,7 @@ class FakeServer(ThreadingHTTPServer):
     def handle_error(self, *_: Any) -> None: ...  # of a client that does not trust the certificate
 
     def count(self, path: str) -> int:
-        return sum(p == path for _, p, _ in self.log)
+        return sum(p == path and body != {} for _, p, body in self.log)
 
 
 class FakeHandler(BaseHTTPRequestHandler):
@@ -191,10 +217,13 @@ class FakeHandler(BaseHTTPRequestHandler):
                 return self.send({"detail": "Unauthorized"}, 401)
             if path == "/v1/models":
                 self.send({"data": [{"id": "served"}]})
-            elif path == "/v1/completions":
-                tokens, logprobs, reason = answer(body["prompt"], body)
-                choice = {"token_ids": tokens, "logprobs": {"token_logprobs": logprobs}, "finish_reason": reason}
-                self.send({"choices": [choice]})
+            elif path == GENERATE and not server.scale_out:
+                self.send({"detail": "disabled"}, 403)
+            elif path == GENERATE and not body:
+                self.send({"detail": "no token_ids"}, 422)
+            elif path == GENERATE:
+                tokens, logprobs, reason = answer(body["token_ids"], body["sampling_params"])
+                self.send({"choices": [choice(tokens, logprobs, reason, server.label)]})
             elif not server.dev:
                 self.send({"detail": "Not Found"}, 404)
             elif path == "/server_info":
@@ -202,6 +231,9 @@ class FakeHandler(BaseHTTPRequestHandler):
                 self.send({"vllm_config": {"model_config": {"logprobs_mode": server.mode}, "parallel_config": config}})
             elif path == "/collective_rpc":
                 self.send({"results": [getattr(w, body["method"])(*body["args"]) for w in server.workers]})
+            elif path == "/update_weight_version":
+                server.label = body["new_version"]
+                self.send({"success": True, "new_version": server.label})
             else:
                 self.send({"success": server.reset})
 
@@ -211,7 +243,9 @@ def client(server: FakeServer, **knobs: Any) -> VLLMServer:
 
 
 def vllm_sources() -> Path:
-    """The installed vLLM's directory. It is read and not imported, which would need its GPU build."""
+    """vLLM's directory, MDPGRPO_VLLM_SOURCES or the installed one. Read, not imported, as a build may need a GPU."""
+    if unpacked := os.environ.get("MDPGRPO_VLLM_SOURCES"):
+        return Path(unpacked)
     spec = importlib.machinery.PathFinder.find_spec("vllm")
     if spec is None or spec.origin is None:
         pytest.skip("vllm is not installed: there are no signatures to compare with")

@@ -111,7 +111,8 @@ class VLLMEngine(RolloutEngine):
             output = answer.outputs[0]
             try:
                 logprobs = [step[t].logprob for t, step in zip(output.token_ids, output.logprobs, strict=True)]
-                completions.append(completion(list(output.token_ids), logprobs, output.finish_reason))
+                labels = [span.version for span in output.weight_versions]
+                completions.append(completion(list(output.token_ids), logprobs, output.finish_reason, labels))
             except (ValueError, LookupError, TypeError) as e:
                 completions.append(None)
                 problem = problem or str(e)
@@ -123,9 +124,12 @@ class VLLMEngine(RolloutEngine):
     def _rpc(self, method: str, *args: Any) -> list[Any]:
         return self._llm.collective_rpc(method, args=args)
 
-    def _send(self, weights: list[tuple[str, Tensor]]) -> None:
-        self._rpc("mdpgrpo_load", weights)
+    def _send(self, update: str, weights: list[tuple[str, Tensor]]) -> list[Any]:
+        return self._rpc("mdpgrpo_load", update, weights)
 
     def _reset_cache(self) -> None:
         if not self._llm.reset_prefix_cache():
             raise RolloutError("vLLM did not drop its prefix cache, which is of the old weights")
+
+    def _set_label(self, label: str) -> None:
+        self._llm.update_weight_version(label)

@@ -4,16 +4,21 @@ Log-probs are recorded in vLLM's mode `processed_logprobs`: those of the distrib
 truncation. It cannot give the policy's own at temperature 1 next to them; `with_policy_logprobs` takes these from the
 trainer's model.
 
-After each sync every parameter that vLLM holds is read back and its `bit_sum` compared with that of what was sent, so
-each holds exactly the values sent, whatever vLLM fused or sharded. Not proven: the order of the values inside one
-parameter, and what vLLM derives from parameters when it loads them (quantised weights, MLA). Supported are dense models
-whose parameters vLLM names as transformers does, apart from fused modules; another is refused by its first name.
+Weights go through vLLM's own layerwise reload. After each sync the `bit_sum` of every parameter is compared with that
+of what was sent, so each holds exactly the values sent, whatever vLLM fused or sharded; of one that vLLM repacks or
+quantises it is that of the values as loaded. Not proven: the order of the values inside one parameter, and the
+repacking itself. Supported are dense models whose parameters vLLM names as transformers does, apart from fused modules;
+another is refused by its first name.
+
+Each sync gives the weights a label of this run's own, which vLLM notes with every completion: a completion of other
+weights, as of a server that was restarted, is told from the others.
 """
 
 from __future__ import annotations
 
 import math
 import random
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -32,11 +37,15 @@ SYNC_BYTES = 1 << 28  # of weights handed over at once
 
 @dataclass(frozen=True)
 class Completion:
-    """One completion: its L tokens, their log-probs under the distribution drawn from, whether an eos ended it."""
+    """One completion: its L tokens, their log-probs under the distribution drawn from, whether an eos ended it.
+
+    weights: the label of those that all its tokens were drawn with, None where they are of several.
+    """
 
     tokens: list[int]
     logprobs: list[float]
     finished: bool
+    weights: str | None = None
 
 
 class RolloutError(RuntimeError):
@@ -47,13 +56,23 @@ class RolloutError(RuntimeError):
         self.partial = list(partial)
 
 
-def completion(tokens: list[int], logprobs: list[float], finish_reason: str | None) -> Completion:
-    """A checked completion. Raises ValueError for one without tokens, without a log-prob for each, or cut off."""
+class RestartedError(RolloutError):
+    """The engine no longer holds the weights that it was given: `sync` gives them again. partial: as above."""
+
+
+def completion(
+    tokens: list[int], logprobs: list[float], finish_reason: str | None, labels: Iterable[str]
+) -> Completion:
+    """A checked completion. Raises ValueError for one without tokens, without a log-prob for each, or cut off.
+
+    labels: of the weights that its tokens were drawn with, one after the other.
+    """
     if finish_reason not in ("stop", "length"):
         raise ValueError(f"finish_reason must be stop or length; got {finish_reason!r}")
     if not tokens or len(tokens) != len(logprobs) or not all(map(math.isfinite, logprobs)):
         raise ValueError(f"a completion must have a finite log-prob per token; got {len(logprobs)} for {len(tokens)}")
-    return Completion(list(tokens), list(logprobs), finish_reason == "stop")
+    found = set(labels)
+    return Completion(list(tokens), list(logprobs), finish_reason == "stop", found.pop() if len(found) == 1 else None)
 
 
 def with_policy_logprobs(rollout: Rollout, policy: Any, *, micro_batch_size: int, backend: str) -> Rollout:
@@ -83,37 +102,71 @@ def trainer_logprobs(
     return torch.cat(logprobs)
 
 
+@dataclass(frozen=True)
+class Request:
+    """What a vLLM is asked for, N rows, and what the Rollout needs to know of it beside the answers."""
+
+    prompts: list[list[int]]  # of each row
+    temperatures: list[float]
+    settings: list[dict[str, Any]]  # of each row
+    pads: tuple[int, int]  # of prompts and of completions
+    cut: tuple[float, float]  # log_kept and logit_floor of all tokens
+
+
 class RolloutEngine(ABC):
     """A vLLM that generates completions and takes the trainer's weights: `VLLMEngine` or `VLLMServer`."""
 
     logprobs_mode = LOGPROBS_MODE
 
-    def __init__(self, device: torch.device | str) -> None:
+    def __init__(self, device: torch.device | str, run_id: str | None = None) -> None:
         self.device = torch.device(device)
         self.version: int | None = None  # of the last sync that held
-        self._layout: tuple[dict[str, str], dict[str, str]] | None = None
+        self.run_id = run_id or uuid.uuid4().hex[:12]
+        self._open = False  # a sync began and did not end: vLLM holds a mixture
 
     @abstractmethod
     def _rpc(self, method: str, *args: Any) -> list[Any]:
         """What each worker returns from a method of `WeightSync`."""
 
     @abstractmethod
-    def _send(self, weights: list[tuple[str, Tensor]]) -> None:
-        """Weights under their transformers names, to all workers."""
+    def _send(self, update: str, weights: list[tuple[str, Tensor]]) -> list[Any]:
+        """Weights under their transformers names, to all workers by `mdpgrpo_load`; what each returns."""
 
     @abstractmethod
     def _reset_cache(self) -> None:
         """Forget what was computed with earlier weights."""
 
     @abstractmethod
+    def _set_label(self, label: str) -> None:
+        """Call the weights by this label, which comes back with every completion."""
+
+    @abstractmethod
     def _complete(self, prompts: list[list[int]], settings: list[dict[str, Any]]) -> list[Completion]:
         """A completion of each prompt, by its own sampling settings."""
+
+    @property
+    def label(self) -> str | None:
+        """Of the weights of the last sync; None before the first."""
+        return None if self.version is None else f"{self.run_id}-{self.version}"
 
     @abstractmethod
     def sleep(self) -> None:
         """Give the device's memory to the trainer until the next sync; nothing where they do not share it."""
 
     def generate(
+        self, prompts: list[list[int]], *, kept: Sequence[Completion | None] | None = None, **asked: Any
+    ) -> Rollout:
+        """Draw completions of the prompts now, as `request` has it.
+
+        kept: `partial` of a RolloutError of the same call: what came is used, and the rest drawn.
+
+        Raises: what `request` raises; RolloutError where vLLM fails, RestartedError where it drew with other weights
+        than those of the last sync.
+        """
+        request = self.request(prompts, **asked)
+        return self.rollout(request, self.complete(request, kept))
+
+    def request(
         self,
         prompts: list[list[int]],
         *,
@@ -127,17 +180,16 @@ class RolloutEngine(ABC):
         seed: int | None = None,
         generation_kwargs: dict[str, Any] | None = None,
         pad: int | None = None,
-    ) -> Rollout:
-        """Draw num_generations completions of each of P prompts, N = P * G rows with groups adjacent.
+    ) -> Request:
+        """num_generations completions of each of P prompts, N = P * G rows with groups adjacent.
 
         temperature: one of 0.01 or more for each of the N rows, or None for greedy. Truncation is in vLLM's order:
         min-p, then top-k, then top-p. seed: of these rows; None leaves them to the engine's own, which is faster.
         generation_kwargs: repetition_penalty alone. pad: of the prompts in the result; default: eos[0].
-        policy_logprobs of the result are NaN, until `with_policy_logprobs` fills them in; log_kept and logit_floor are
+        policy_logprobs of the Rollout are NaN, until `with_policy_logprobs` fills them in; log_kept and logit_floor are
         NaN where tokens are cut off, as vLLM does not tell what it kept.
 
-        Raises: ValueError for an empty prompt, or a temperature or generation_kwargs that cannot be used; RolloutError
-        where vLLM fails.
+        Raises: ValueError for an empty prompt, or a temperature or generation_kwargs that cannot be used.
         """
         check_prompts(prompts)
         rows = [p for p in prompts for _ in range(num_generations)]
@@ -168,16 +220,47 @@ class RolloutEngine(ABC):
         seeds = [None if seed is None or greedy else rng.getrandbits(62) for _ in rows]
         settings = [{**common, "temperature": t, "seed": s} for t, s in zip(temperatures, seeds, strict=True)]
         truncates = not greedy and (top_k > 0 or top_p < 1 or min_p > 0)
-        kept = (math.nan, math.nan) if truncates else (0.0, -math.inf)
+        cut = (math.nan, math.nan) if truncates else (0.0, -math.inf)
         pads = (eos[0] if pad is None else pad, eos[0])
-        return self._rollout(rows, temperatures, pads, self._complete(rows, settings), kept)
+        return Request(rows, temperatures, settings, pads, cut)
 
-    def _rollout(
-        self, rows: list[list[int]], temperatures: list[float], pads: tuple[int, int], completions: list[Completion],
-        kept: tuple[float, float],
-    ) -> Rollout:  # fmt: skip
-        """pads: of prompts and of completions; kept: log_kept and logit_floor of all tokens."""
-        ids, mask = left_pad(rows, pads[0], self.device)
+    def complete(self, request: Request, kept: Sequence[Completion | None] | None = None) -> list[Completion]:
+        """A completion of each row, those of `kept` as they are, all of the weights of the last sync.
+
+        A server's client does nothing here but HTTP. Raises: as `generate`.
+        """
+        rows, settings = request.prompts, request.settings
+        if self._open:
+            raise RolloutError("vLLM holds a mixture of weights, as the last sync() failed: another must come first")
+        found: list[Completion | None] = list(kept) if kept is not None else [None] * len(rows)
+        missing = [i for i, c in enumerate(found) if c is None]
+        problem = None
+        try:
+            drawn: Sequence[Completion | None] = self._complete(
+                [rows[i] for i in missing], [settings[i] for i in missing]
+            )
+        except RolloutError as e:
+            drawn, problem = e.partial, e
+        others: list[str | None] = []
+        for i, c in zip(missing, drawn, strict=bool(drawn)):
+            if c is not None and self.label not in (None, c.weights):
+                others.append(c.weights)
+            else:
+                found[i] = c
+        if problem is not None:
+            raise type(problem)(str(problem), found) from problem
+        if others:
+            raise RestartedError(
+                f"{len(others)} of {len(missing)} completions were drawn with weights {others[0]!r}, not with "
+                f"{self.label!r}: was vLLM restarted, or synced by another run?",
+                found,
+            )
+        return [c for c in found if c is not None]
+
+    def rollout(self, request: Request, completions: list[Completion]) -> Rollout:
+        """What was asked for and what came, on the device."""
+        pads, cut = request.pads, request.cut
+        ids, mask = left_pad(request.prompts, pads[0], self.device)
         width = max(len(c.tokens) for c in completions)
 
         def padded(values: list[list[Any]], fill: Any) -> Tensor:
@@ -190,28 +273,36 @@ class RolloutEngine(ABC):
             tokens=padded([c.tokens for c in completions], pads[1]),
             lengths=torch.tensor([len(c.tokens) for c in completions], device=self.device),
             finished=torch.tensor([c.finished for c in completions], device=self.device),
-            temperature=torch.tensor(temperatures, dtype=torch.float32, device=self.device),
+            temperature=torch.tensor(request.temperatures, dtype=torch.float32, device=self.device),
             sampling_logprobs=logprobs,
             policy_logprobs=torch.full_like(logprobs, torch.nan),
-            log_kept=padded([[kept[0]] * len(c.tokens) for c in completions], 0.0),
-            logit_floor=padded([[kept[1]] * len(c.tokens) for c in completions], 0.0),
+            log_kept=padded([[cut[0]] * len(c.tokens) for c in completions], 0.0),
+            logit_floor=padded([[cut[1]] * len(c.tokens) for c in completions], 0.0),
         )
 
     def sync(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Send the weights under their transformers names, then compare what vLLM holds with what was sent.
 
-        Tensors are cast to the dtype that vLLM holds. LoRA: pass the merged weights. Where going through
-        named_parameters is collective, ranks that do not sync have to go through it too.
+        Tensors are cast to the dtype that vLLM loads. LoRA: pass the merged weights. A second name of tied weights is
+        passed over. Where going through named_parameters is collective, ranks that do not sync have to go through it
+        too.
 
-        Raises: RolloutError naming the tensor that vLLM does not know, was not sent, or holds otherwise.
+        Raises: RolloutError naming the tensor that vLLM does not know, was not sent, or holds otherwise; RestartedError
+        where vLLM was restarted meanwhile.
         """
-        self.version = None
-        self._rpc("mdpgrpo_version", "")  # until it is checked, it is of no version
-        dtypes, holders = self._layout = self._layout or self._read_layout()
+        self.version, self._open = None, True
+        self._set_label("none")  # until it is checked, it is of no version
+        update = uuid.uuid4().hex
+        dtypes, holders = _layout(self._rpc("mdpgrpo_start", update))
         expected: dict[str, int] = {}
         sent_sums: set[int] = set()
         batch: list[tuple[str, Tensor]] = []
         size = 0
+
+        def send() -> None:
+            if {name for (name,) in self._send(update, batch)} != {update}:
+                raise RestartedError("vLLM was restarted, or synced by another run, while it was given weights")
+
         for name, tensor in named_parameters:
             held = holders.get(name)
             if held is None:
@@ -226,40 +317,45 @@ class RolloutEngine(ABC):
             batch.append((name, sent))
             size += sent.nbytes
             if size >= SYNC_BYTES:
-                self._send(batch)
+                send()
                 batch, size = [], 0
         if batch:
-            self._send(batch)
-        self._check(expected, set(dtypes), version)
+            send()
+        workers = self._rpc("mdpgrpo_finish", update)
+        if None in workers:
+            raise RestartedError("vLLM was restarted, or synced by another run, while it was given weights")
+        _check(workers, expected, set(dtypes), version)
         self._reset_cache()
-        self._rpc("mdpgrpo_version", str(version))
-        self.version = version
+        self._set_label(f"{self.run_id}-{version}")
+        self.version, self._open = version, False
 
-    def _read_layout(self) -> tuple[dict[str, str], dict[str, str]]:
-        """dtype of each parameter held, and of each name that may be sent the one that holds it."""
-        dtypes: dict[str, str] = {}
-        holders: dict[str, str] = {}
-        for worker in self._rpc("mdpgrpo_layout"):
-            dtypes.update(worker["held"])
-            for held in worker["held"]:
-                parts = held.split(".")
-                options = [worker["packed"].get(p, [p]) for p in parts]
-                names = [parts]
-                for i, option in enumerate(options):
-                    names = [[*n[:i], o, *n[i + 1 :]] for n in names for o in option]
-                holders.update((".".join(n), held) for n in names)
-        return dtypes, holders
 
-    def _check(self, expected: dict[str, int], held: set[str], version: int) -> None:
-        if missing := sorted(held - expected.keys()):
-            raise RolloutError(f"vLLM holds {missing[0]!r}, and {len(missing)} in all, that no weights were sent for")
-        workers = self._rpc("mdpgrpo_sums")
-        for name, want in expected.items():
-            got = [sums[name] for sums in workers if name in sums]
-            # Each worker holds all of it, or its shard of it.
-            whole = got and not any((g - want) % 2**64 for g in got)
-            if not whole and (sum(got) - want) % 2**64:
-                raise RolloutError(
-                    f"vLLM does not hold the weights of version {version}: checksum of {name!r} must be "
-                    f"{want % 2**64:016x}; got {' '.join(f'{g % 2**64:016x}' for g in got)}"
-                )
+def _layout(workers: list[dict[str, Any]]) -> tuple[dict[str, str], dict[str, str]]:
+    """dtype of each parameter held, and of each name that may be sent the one that holds it."""
+    dtypes: dict[str, str] = {}
+    holders: dict[str, str] = {}
+    for worker in workers:
+        dtypes.update(worker["held"])
+        for held in worker["held"]:
+            parts = held.split(".")
+            options = [worker["packed"].get(p, [p]) for p in parts]
+            names = [parts]
+            for i, option in enumerate(options):
+                names = [[*n[:i], o, *n[i + 1 :]] for n in names for o in option]
+            holders.update((".".join(n), held) for n in names)
+    return dtypes, holders
+
+
+def _check(workers: list[dict[str, int]], expected: dict[str, int], held: set[str], version: int) -> None:
+    """Raises RolloutError where a parameter's checksums are not of what was sent. workers: each one's, by name."""
+    if missing := sorted(held - expected.keys()):
+        raise RolloutError(f"vLLM holds {missing[0]!r}, and {len(missing)} in all, that no weights were sent for")
+    for name, want in expected.items():
+        got = [sums[name] for sums in workers if name in sums]
+        # Each worker holds all of it, or its shard of it.
+        whole = got and not any((g - want) % 2**64 for g in got)
+        if not whole and (sum(got) - want) % 2**64:
+            raise RolloutError(
+                f"vLLM does not hold the weights of version {version}: checksum of {name!r} must be "
+                f"{want % 2**64:016x}; got {' '.join(f'{g % 2**64:016x}' for g in got)}"
+            )

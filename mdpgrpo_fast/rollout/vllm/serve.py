@@ -49,7 +49,10 @@ def command(argv: list[str]) -> list[str]:
         )
     fixed = [word for pair in FIXED.items() for word in pair]
     guard = ["--middleware", GUARD] if key else []
-    return [sys.executable, "-m", MODULE, "--model", *rest, *fixed, "--host", known.host, *guard]
+    # The token service tells which weights drew a completion.
+    return [
+        sys.executable, "-m", MODULE, "--model", *rest, "--enable-scale-out", *fixed, "--host", known.host, *guard
+    ]  # fmt: skip
 
 
 def main(argv: list[str]) -> int:

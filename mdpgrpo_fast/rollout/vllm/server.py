@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 import random
+import socket
 import threading
 import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import httpx2
@@ -25,6 +27,7 @@ from .sampler import LOGPROBS_MODE, Completion, RolloutEngine, RolloutError, com
 from .worker import EXTENSION
 
 T = TypeVar("T")
+GENERATE = "/inference/v1/generate"  # tokens in, tokens out
 MAX_PAUSE = 30.0  # seconds between two attempts
 KEEP_ALIVE = 2.0  # seconds that an idle connection is kept: vLLM closes it after 5
 RETRIED = (408, 429)  # of the client errors, the two that may pass
@@ -40,7 +43,7 @@ class VLLMServer(RolloutEngine):
     completion among them. retries: attempts after the first. backoff: seconds before the second attempt, doubled with
     each, less up to half at random. sync_dir: directory for the weights on their way, /dev/shm on one machine or a
     shared file system, both sides being the same user; None: the system's for temporary files. concurrency: most
-    requests at once.
+    requests at once. run_id: what the weights are labelled with on the server, the same on all ranks.
 
     Raises: ConfigError for a bad setting or a server that `mdpgrpo vllm-serve` did not start; RolloutError where none
     answers, or one refuses.
@@ -56,8 +59,9 @@ class VLLMServer(RolloutEngine):
         backoff: float = 0.5,
         sync_dir: str | None = None,
         concurrency: int = 256,
+        run_id: str | None = None,
     ) -> None:
-        super().__init__(device)
+        super().__init__(device, run_id)
         host, key = host_of(url), api_key()
         require(timeout > 0, "vllm_timeout", timeout, "above 0")
         require(retries >= 0, "vllm_retries", retries, "0 or above")
@@ -71,6 +75,8 @@ class VLLMServer(RolloutEngine):
             timeout=timeout, limits=limits, headers=headers, follow_redirects=False, mounts=local
         )
         weakref.finalize(self, self._http.close)
+        self._lock, self._closed, self._stop = threading.Lock(), False, threading.Event()
+        self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         if key and not url.lower().startswith("https:") and not is_loopback(host):
             log.warning("vllm_url %s: without https, whoever is on the way can read the key in %s", url, KEY)
         if left := remove_leftovers(sync_dir):
@@ -80,6 +86,13 @@ class VLLMServer(RolloutEngine):
         for flag, expected in (("--logprobs-mode", LOGPROBS_MODE), ("--worker-extension-cls", EXTENSION)):
             if settings[flag] != expected:
                 raise ConfigError(f"vLLM server {url}: {flag} must be {expected}; got {settings[flag]!r}")
+        try:
+            self._call(GENERATE, {}, lambda answer: None)
+        except RolloutError as e:  # which says that there is no prompt, or that there is no such service
+            if "HTTP 403" in str(e):
+                raise ConfigError(
+                    f"vLLM server {url}: --enable-scale-out must be given: `mdpgrpo vllm-serve` does"
+                ) from None
 
     def _call(self, path: str, payload: Any, read: Callable[[Any], T], stop: threading.Event | None = None) -> T:
         """read() of the JSON that answers a GET, or a POST of the payload where there is one.
@@ -90,7 +103,9 @@ class VLLMServer(RolloutEngine):
         stop, method = stop or threading.Event(), "GET" if payload is None else "POST"
         for attempt in range(self.retries + 1):
             try:
-                answer = self._http.request(method, self.url + path, json=payload)
+                if self._closed:
+                    raise RolloutError(f"vLLM server {self.url} is asked for nothing more: the run has ended")
+                answer = self._http.request(method, self.url + path, json=payload, extensions={"trace": self._watch})
                 if answer.is_success:
                     return read(answer.json())
                 reason = f"HTTP {answer.status_code} {_first_line(answer)}"
@@ -106,7 +121,7 @@ class VLLMServer(RolloutEngine):
             except (ValueError, LookupError, TypeError) as e:
                 reason = f"an answer that cannot be used ({type(e).__name__}: {e})"
             pause = min(self.backoff * 2**attempt, MAX_PAUSE) * random.uniform(0.5, 1.0)
-            if attempt == self.retries or stop.wait(pause):
+            if attempt == self.retries or self._closed or stop.wait(pause):
                 break
         raise RolloutError(
             f"vLLM server {self.url} failed {attempt + 1} times at {path}, the last because {' '.join(reason.split())}"
@@ -124,10 +139,11 @@ class VLLMServer(RolloutEngine):
 
     def _complete(self, prompts: list[list[int]], settings: list[dict[str, Any]]) -> list[Completion]:
         def request(prompt: list[int], row: dict[str, Any]) -> Completion:
-            payload = {"model": self._model, "prompt": prompt, "return_token_ids": True, **row}
-            return self._call("/v1/completions", payload, _read_completion, stop)
+            payload = {"model": self._model, "token_ids": prompt, "sampling_params": {**row, "detokenize": False}}
+            return self._call(GENERATE, payload, _read_completion, stop)
 
         stop, pool = threading.Event(), ThreadPoolExecutor(min(self.concurrency, len(prompts)))
+        self._stop = stop
         try:
             futures = [pool.submit(request, p, s) for p, s in zip(prompts, settings, strict=True)]
             first, _ = wait(futures, return_when=FIRST_EXCEPTION)
@@ -142,8 +158,27 @@ class VLLMServer(RolloutEngine):
                 raise failure
             kept = len(partial) - partial.count(None)
             raise RolloutError(f"{failure}; {kept} of {len(partial)} completions kept", partial)
-        self._check_version()
         return [f.result() for f in futures]
+
+    def _watch(self, event: str, found: dict[str, Any]) -> None:
+        """httpcore's trace of a request: keeps the socket of each new connection, for `close`."""
+        if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
+            with self._lock:
+                connected = found["return_value"].get_extra_info("socket")
+                self._sockets.add(connected)
+                if self._closed:
+                    _shut(connected)
+
+    def close(self) -> None:
+        """End the run's requests: those that other threads wait for fail there at once, and none is made from now on.
+
+        The server drops what it was computing for them, as their connections are gone.
+        """
+        with self._lock:
+            self._closed = True
+            for connected in self._sockets:
+                _shut(connected)
+        self._stop.set()
 
     def follow_sync(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
         """On ranks that leave `sync` to another: go through what may be collective, and hold the server to the version.
@@ -154,25 +189,15 @@ class VLLMServer(RolloutEngine):
             pass
         self.version = version
 
-    def _check_version(self) -> None:
-        """A server that was restarted, or that another trainer syncs too, answers from weights that are not ours."""
-        if self.version is None:
-            return
-        held = [v for (v,) in self._rpc("mdpgrpo_version")]
-        if held != [str(self.version)] * len(held):
-            raise RolloutError(
-                f"vLLM server {self.url} must hold version {self.version} of the weights; got {held}: was it restarted?"
-            )
-
     def sleep(self) -> None:
         """Nothing: the server's memory is its own."""
 
     def _rpc(self, method: str, *args: Any) -> list[Any]:
         return self._call("/collective_rpc", {"method": method, "args": list(args)}, lambda a: list(a["results"]))
 
-    def _send(self, weights: list[tuple[str, Tensor]]) -> None:
+    def _send(self, update: str, weights: list[tuple[str, Tensor]]) -> list[Any]:
         with weight_file(weights, self.sync_dir) as path:
-            self._rpc("mdpgrpo_load", path)
+            return self._rpc("mdpgrpo_load", update, path)
 
     def _reset_cache(self) -> None:
         def read(answer: Any) -> None:
@@ -180,6 +205,15 @@ class VLLMServer(RolloutEngine):
                 raise ValueError("the prefix cache is still in use")
 
         self._call("/reset_prefix_cache", {}, read)
+
+    def _set_label(self, label: str) -> None:
+        self._call("/update_weight_version", {"new_version": label}, lambda answer: answer["success"])
+
+
+def _shut(connected: socket.socket) -> None:
+    """Ends a connection under a thread that waits for it. Of the class: that of TLS would take its state away first."""
+    with suppress(OSError):  # it is closed
+        socket.socket.shutdown(connected, socket.SHUT_RDWR)
 
 
 def _read_settings(answer: Any) -> dict[str, str]:
@@ -192,7 +226,11 @@ def _read_settings(answer: Any) -> dict[str, str]:
 
 def _read_completion(answer: Any) -> Completion:
     (choice,) = answer["choices"]
-    return completion(choice["token_ids"], choice["logprobs"]["token_logprobs"], choice["finish_reason"])
+    tokens, drawn = choice["token_ids"], choice["logprobs"]["content"]
+    if tokens != [step["token_id"] for step in drawn]:
+        raise ValueError("the log-probs are of other tokens")
+    labels = [span["version"] for span in choice["weight_versions"]]
+    return completion(tokens, [step["logprob"] for step in drawn], choice["finish_reason"], labels)
 
 
 def _first_line(answer: httpx2.Response) -> str:

@@ -55,11 +55,12 @@ def test_sleep_sync_and_generate_follow_each_other(local: Any, log: list[Any]) -
     assert steps == [
         2,
         ["weights"],
-        ("mdpgrpo_version",),
+        "update_weight_version",
+        ("mdpgrpo_start",),
         ("mdpgrpo_load",),
-        ("mdpgrpo_sums",),
+        ("mdpgrpo_finish",),
         "reset_prefix_cache",
-        ("mdpgrpo_version",),
+        "update_weight_version",
         ["kv_cache"],
         "generate",
     ]
@@ -78,7 +79,7 @@ def test_completions_that_came_are_kept_when_vllm_aborts_some(local: Any) -> Non
     with pytest.raises(RolloutError, match="returned 4 of 6 completions: finish_reason must be stop or length") as e:
         local.generate(PROMPTS, **ARGS)
     assert [c is None for c in e.value.partial] == [False, True, False, False, True, False]
-    assert e.value.partial[2] == Completion([28, 29, 30, 31], [-0.5, -0.625, -0.75, -0.875], False)
+    assert e.value.partial[2] == Completion([28, 29, 30, 31], [-0.5, -0.625, -0.75, -0.875], False, "default")
 
 
 def test_without_vllm_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,14 +95,16 @@ def test_colocated_calls_fit_the_installed_vllm(local: Any, log: list[Any]) -> N
     local.sleep()
     local.sync(weights(1).items(), 1)
     llm = class_body(root / "entrypoints/llm.py", "LLM")
+    llm += class_body(root / "entrypoints/rl/offline.py", "RLOfflineMixin")
     for name, args, kwargs in log:
         method_signature(llm, name).bind(*args, **kwargs)
     assert {name for name, *_ in log} >= {"generate", "collective_rpc", "reset_prefix_cache", "sleep", "wake_up"}
     named = set(method_signature(llm, "__init__").parameters)
-    assert set(log[0][2]) <= named | class_fields(root / "local/arg_utils.py", "EngineArgs")
+    assert set(log[0][2]) <= named | class_fields(root / "engine/arg_utils.py", "EngineArgs")
     params = next(args[1][0] for name, args, _ in log if name == "generate")
     assert set(vars(params)) <= class_fields(root / "sampling_params.py", "SamplingParams")
     assert "prompt_token_ids" in class_fields(root / "inputs/llm.py", "TokensPrompt")
-    assert {"token_ids", "logprobs", "finish_reason"} <= class_fields(root / "outputs.py", "CompletionOutput")
+    output = {"token_ids", "logprobs", "finish_reason", "weight_versions"}
+    assert output <= class_fields(root / "outputs.py", "CompletionOutput")
     assert "logprob" in class_fields(root / "logprobs.py", "Logprob")
     assert "processed_logprobs" in (root / "config/model.py").read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.vllm import ARGS, EOS, PROMPTS, TAUS, FusedModel, Worker, weights
+from helpers.vllm import ARGS, EOS, GENERATE, PROMPTS, TAUS, FusedModel, Worker, weights
 from torch import Tensor, nn
 
 from mdpgrpo_fast.models.load import load
@@ -44,7 +44,7 @@ def sent_settings(engine: Any) -> list[dict[str, Any]]:
     """The settings of each row of the last generate()."""
     if isinstance(engine, VLLMEngine):
         return [vars(p) for p in next(args[1] for name, args, _ in reversed(engine.fake.log) if name == "generate")]
-    return [body for _, path, body in engine.fake.log if path == "/v1/completions"]
+    return [body["sampling_params"] for _, path, body in engine.fake.log if path == GENERATE and body]
 
 
 def test_sampling_settings_of_a_row(engine: Any) -> None:
@@ -97,7 +97,8 @@ def test_after_a_sync_the_sampler_holds_the_weights(engine: Any) -> None:
         qkv = torch.cat([named[f"model.layers.0.self_attn.{x}_proj.weight"] for x in "qkv"])
         assert torch.equal(held["model.layers.0.self_attn.qkv_proj.weight"], qkv.bfloat16())
         assert torch.equal(held["model.embed_tokens.weight"][:5], named["model.embed_tokens.weight"].bfloat16())
-        assert engine.version == version and engine.fake.workers[0].mdpgrpo_version() == [str(version)]
+        assert engine.version == version and engine.fake.label == engine.label == f"{engine.run_id}-{version}"
+        assert engine.fake.workers[0].reloads == 0, "each reload that is begun is ended"
     assert engine.generate(PROMPTS, **ARGS).tokens.shape == (6, 4)
 
 
@@ -110,7 +111,9 @@ def test_a_weight_that_did_not_arrive_is_named(engine: Any, part: str) -> None:
         engine.sync(weights(1).items(), 1)
     assert "\n" not in str(e.value)
     # The old version's name must not stand for a mixture.
-    assert engine.version is None and engine.fake.workers[0].mdpgrpo_version() == [""]
+    assert engine.version is None and engine.fake.label == "none"
+    with pytest.raises(RolloutError, match="a mixture of weights"):
+        engine.generate(PROMPTS, **ARGS)
 
 
 def test_weights_left_out_or_unknown_are_named(engine: Any) -> None:

@@ -17,6 +17,7 @@ from mdpgrpo_fast.rollout.vllm import serve
 from mdpgrpo_fast.rollout.vllm.door import GUARD
 
 FIXED = [
+    "--enable-scale-out",
     "--logprobs-mode", "processed_logprobs", "--worker-extension-cls", "mdpgrpo_fast.rollout.vllm.worker.WeightSync",
     "--generation-config", "vllm",
 ]  # fmt: skip

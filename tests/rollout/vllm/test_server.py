@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import gc
+import math
 import socket
 import threading
 import time
@@ -12,11 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.vllm import ARGS, EOS, PROMPTS, FakeServer, FusedModel, Worker, class_fields, client, vllm_sources, weights
+import torch
+from helpers.vllm import (
+    ARGS,
+    EOS,
+    GENERATE,
+    PROMPTS,
+    FakeServer,
+    choice,
+    class_fields,
+    client,
+    vllm_sources,
+    weights,
+)
 
 from mdpgrpo_fast.config import ConfigError
+from mdpgrpo_fast.rollout.vllm import sampler
 from mdpgrpo_fast.rollout.vllm import server as server_module
-from mdpgrpo_fast.rollout.vllm.sampler import Completion, RolloutError
+from mdpgrpo_fast.rollout.vllm.sampler import Completion, RestartedError, RolloutError
 from mdpgrpo_fast.rollout.vllm.server import VLLMServer
 
 
@@ -24,7 +38,7 @@ def test_the_files_of_a_sync_are_gone_after_it(server: FakeServer, tmp_path: Pat
     engine = client(server, sync_dir=str(tmp_path))
     engine.sync(weights().items(), 0)
     (path,) = [
-        body["args"][0] for _, p, body in server.log if p == "/collective_rpc" and body["method"] == "mdpgrpo_load"
+        body["args"][1] for _, p, body in server.log if p == "/collective_rpc" and body["method"] == "mdpgrpo_load"
     ]
     assert Path(path).is_relative_to(tmp_path) and not any(tmp_path.iterdir())
 
@@ -54,19 +68,19 @@ FAULTS: dict[str, tuple[Callable[[Any], None], str]] = {
     "no choice": (lambda h: h.send({"choices": []}), "cannot be used .ValueError"),
     "null": (lambda h: h.send(b"null"), "cannot be used .TypeError"),
     "no log-probs": (
-        lambda h: h.send({"choices": [{"token_ids": [3], "logprobs": None, "finish_reason": "stop"}]}),
+        lambda h: h.send({"choices": [{**choice([3], [-1.0], "stop"), "logprobs": None}]}),
         "cannot be used .TypeError",
     ),
     "a log-prob short": (
-        lambda h: h.send(
-            {"choices": [{"token_ids": [3, 4], "logprobs": {"token_logprobs": [-1.0]}, "finish_reason": "stop"}]}
-        ),
-        "a finite log-prob per token; got 1 for 2",
+        lambda h: h.send({"choices": [choice([3, 4], [-1.0], "stop")]}),
+        "the log-probs are of other tokens",
+    ),
+    "a log-prob that is no number": (
+        lambda h: h.send({"choices": [choice([3, 4], [-1.0, math.inf], "stop")]}),
+        "a finite log-prob per token; got 2 for 2",
     ),
     "cut off": (
-        lambda h: h.send(
-            {"choices": [{"token_ids": [3], "logprobs": {"token_logprobs": [-1.0]}, "finish_reason": "abort"}]}
-        ),
+        lambda h: h.send({"choices": [choice([3], [-1.0], "abort")]}),
         "finish_reason must be stop or length; got 'abort'",
     ),
 }
@@ -76,24 +90,24 @@ FAULTS: dict[str, tuple[Callable[[Any], None], str]] = {
 def test_a_passing_fault_is_tried_again_and_a_lasting_one_is_an_error(server: FakeServer, name: str) -> None:
     fault, reason = FAULTS[name]
     engine, row = client(server), {"temperature": None, "eos": EOS, "max_new_tokens": 4}
-    server.fault = failing(2, "/v1/completions", fault)
+    server.fault = failing(2, GENERATE, fault)
     assert engine.generate(PROMPTS[:1], **row).lengths.tolist() == [4]
-    assert server.count("/v1/completions") == 3
-    server.fault = failing(99, "/v1/completions", fault)
+    assert server.count(GENERATE) == 3
+    server.fault = failing(99, GENERATE, fault)
     with pytest.raises(RolloutError, match=reason.removesuffix("$")) as e:
         engine.generate(PROMPTS[:1], **row)
-    assert server.count("/v1/completions") == 6  # once and two retries
+    assert server.count(GENERATE) == 6  # once and two retries
     message = str(e.value)
-    assert message.startswith(f"vLLM server {server.url} failed 3 times at /v1/completions, the last because ")
+    assert message.startswith(f"vLLM server {server.url} failed 3 times at /inference/v1/generate, the last because ")
     assert message.endswith("; 0 of 1 completions kept") and "\n" not in message and e.value.partial == [None]
 
 
 def test_an_answer_that_does_not_come_in_time(server: FakeServer) -> None:
     engine = client(server, timeout=0.2, retries=1)
     held = threading.Event()
-    server.fault = failing(99, "/v1/completions", lambda h: held.wait(20) and None)
+    server.fault = failing(99, GENERATE, lambda h: held.wait(20) and None)
     with pytest.raises(
-        RolloutError, match=r"failed 2 times at /v1/completions, the last because no answer within 0.2 s"
+        RolloutError, match=r"failed 2 times at /inference/v1/generate, the last because no answer within 0.2 s"
     ):
         engine.generate(PROMPTS[:1], temperature=None, eos=EOS, max_new_tokens=4)
     held.set()
@@ -128,17 +142,17 @@ def test_the_back_off_doubles_up_to_a_bound(server: FakeServer) -> None:
 
 def test_a_refusal_is_not_tried_again_and_says_why(server: FakeServer) -> None:
     engine = client(server)
-    server.fault = failing(9, "/v1/completions", lambda h: h.send({"error": {"message": "too long a prompt"}}, 400))
-    with pytest.raises(RolloutError, match="refuses /v1/completions: HTTP 400 too long a prompt; 0 of 1"):
+    server.fault = failing(9, GENERATE, lambda h: h.send({"error": {"message": "too long a prompt"}}, 400))
+    with pytest.raises(RolloutError, match="refuses /inference/v1/generate: HTTP 400 too long a prompt; 0 of 1"):
         engine.generate(PROMPTS[:1], temperature=None, eos=EOS, max_new_tokens=4)
-    assert server.count("/v1/completions") == 1
+    assert server.count(GENERATE) == 1
 
 
 def test_completions_that_came_are_kept_when_the_server_goes(server: FakeServer) -> None:
     engine = client(server, concurrency=1)
 
     def gone_after_the_third(handler: Any, path: str, body: Any) -> bool:
-        if path != "/v1/completions" or body["prompt"] != PROMPTS[1] or body["temperature"] < 1:
+        if path != GENERATE or body["token_ids"] != PROMPTS[1] or body["sampling_params"]["temperature"] < 1:
             return False
         handler.send(b"", 500)
         return True
@@ -147,30 +161,30 @@ def test_completions_that_came_are_kept_when_the_server_goes(server: FakeServer)
     with pytest.raises(RolloutError, match=r"HTTP 500 Internal Server Error; [3-5] of 6 completions kept") as e:
         engine.generate(PROMPTS, **ARGS)
     assert [c is not None for c in e.value.partial[:4]] == [True, True, True, False]
-    assert e.value.partial[0] == Completion([38, 39, 40, 41], [-0.5, -0.625, -0.75, -0.875], False)
+    assert e.value.partial[0] == Completion([38, 39, 40, 41], [-0.5, -0.625, -0.75, -0.875], False, "default")
 
 
 def test_rows_that_would_be_tried_again_give_up_at_the_first_failure(server: FakeServer) -> None:
 
     def fault(handler: Any, path: str, body: Any) -> bool:
-        if path == "/v1/completions" and body["prompt"] == PROMPTS[1]:
+        if path == GENERATE and body["token_ids"] == PROMPTS[1]:
             handler.send({"error": {"message": "busy"}}, 503)
-        elif path == "/v1/completions" and body["prompt"] == PROMPTS[2]:
+        elif path == GENERATE and body["token_ids"] == PROMPTS[2]:
             time.sleep(0.5)  # the others have their answers
             handler.send({"error": {"message": "too long"}}, 400)
-        return handler.path == "/v1/completions" and body["prompt"] != PROMPTS[0]
+        return handler.path == GENERATE and body["token_ids"] != PROMPTS[0]
 
     engine, begin = client(server, backoff=100.0), time.monotonic()
     server.fault = fault
     with pytest.raises(RolloutError, match="HTTP 400 too long; 2 of 6 completions kept"):
         engine.generate(PROMPTS, **ARGS)
-    assert time.monotonic() - begin < 10 and server.count("/v1/completions") == 6
+    assert time.monotonic() - begin < 10 and server.count(GENERATE) == 6
 
 
 def test_all_rows_are_asked_at_once_up_to_the_limit(server: FakeServer) -> None:
     together = threading.Barrier(128)
     engine = client(server, retries=0)
-    server.fault = lambda handler, path, body: path == "/v1/completions" and together.wait(20) < 0
+    server.fault = lambda handler, path, body: path == GENERATE and body != {} and together.wait(20) < 0
     engine.generate([[5]] * 128, temperature=None, eos=EOS, max_new_tokens=1)
     engine = client(server, retries=0, concurrency=127, timeout=0.5)
     with pytest.raises(RolloutError, match=r"no answer within 0\.5 s"):
@@ -204,17 +218,71 @@ def test_a_restarted_server_does_not_pass_for_the_synced_one(server: FakeServer)
     engine = client(server)
     engine.sync(weights().items(), 3)
     engine.generate(PROMPTS, **ARGS)
-    server.workers = [Worker(FusedModel())]
-    with pytest.raises(RolloutError, match=r"must hold version 3 of the weights; got \[''\]: was it restarted"):
+    drawn = []
+
+    def restart_after_the_second(handler: Any, path: str, body: Any) -> bool:
+        drawn.append(path)
+        if drawn.count(GENERATE) == 3:
+            server.restart()
+        return False
+
+    server.fault, engine.concurrency = restart_after_the_second, 1
+    message = rf"4 of 6 completions were drawn with weights 'default', not with '{engine.run_id}-3': was vLLM restarted"
+    with pytest.raises(RestartedError, match=message) as e:
         engine.generate(PROMPTS, **ARGS)
+    assert [c is not None for c in e.value.partial] == [True] * 2 + [False] * 4
+    with pytest.raises(RestartedError, match="4 of 4 completions"):
+        engine.generate(PROMPTS, **ARGS, kept=e.value.partial)
+    engine.sync(weights().items(), 4)
+    before = server.count(GENERATE)
+    rows = engine.generate(PROMPTS, **ARGS)
+    assert server.count(GENERATE) == before + 6
+    assert torch.equal(engine.generate(PROMPTS, **ARGS, kept=e.value.partial).tokens, rows.tokens)
+    assert server.count(GENERATE) == before + 6 + 4
+
+
+def test_a_server_restarted_during_a_sync(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampler, "SYNC_BYTES", 40)
+    engine = client(server)
+    for method in ("mdpgrpo_load", "mdpgrpo_finish"):
+
+        def restart(handler: Any, path: str, body: Any, method: str = method) -> bool:
+            if path == "/collective_rpc" and body["method"] == method:
+                server.fault = lambda handler, path, body: False
+                server.restart()
+            return False
+
+        server.fault = restart
+        with pytest.raises(RestartedError, match="restarted, or synced by another run, while it was given weights"):
+            engine.sync(weights().items(), 0)
+        with pytest.raises(RolloutError, match="a mixture of weights"):
+            engine.generate(PROMPTS, **ARGS)
+    engine.sync(weights().items(), 0)
+    assert engine.generate(PROMPTS, **ARGS).tokens.shape == (6, 4)
+
+
+def test_a_load_that_is_asked_for_again_is_done_once(server: FakeServer) -> None:
+    engine = client(server)
+
+    def answer_is_lost(handler: Any, path: str, body: Any) -> bool:
+        if path != "/collective_rpc" or body["method"] != "mdpgrpo_load":
+            return False
+        server.fault = lambda handler, path, body: False
+        server.workers[0].mdpgrpo_load(*body["args"])
+        handler.connection.shutdown(socket.SHUT_RDWR)
+        return True
+
+    server.fault = answer_is_lost
+    engine.sync(weights().items(), 0)
+    assert server.workers[0].model.loads == 1 and engine.version == 0
 
 
 def test_a_rank_that_follows_holds_the_server_to_the_same_version(server: FakeServer) -> None:
-    engine, other = client(server), client(server)
+    engine, other = client(server, run_id="run"), client(server, run_id="run")
     gone_through = iter(weights().items())
     other.follow_sync(gone_through, 1)
     assert next(gone_through, None) is None
-    with pytest.raises(RolloutError, match="must hold version 1"):
+    with pytest.raises(RestartedError, match="not with 'run-1'"):
         other.generate(PROMPTS, **ARGS)
     engine.sync(weights().items(), 1)
     assert other.generate(PROMPTS, **ARGS).tokens.shape == (6, 4)
@@ -224,7 +292,10 @@ def test_a_server_started_without_what_is_needed(server: FakeServer) -> None:
     server.mode = "raw_logprobs"
     with pytest.raises(ConfigError, match="--logprobs-mode must be processed_logprobs; got 'raw_logprobs'"):
         client(server)
-    server.mode, server.extension = "processed_logprobs", ""
+    server.mode, server.scale_out = "processed_logprobs", False
+    with pytest.raises(ConfigError, match="--enable-scale-out must be given"):
+        client(server)
+    server.extension, server.scale_out = "", True
     with pytest.raises(
         ConfigError, match=r"--worker-extension-cls must be mdpgrpo_fast\.rollout\.vllm\.worker\.WeightSync"
     ):
@@ -248,11 +319,15 @@ def test_requests_fit_the_installed_vllm(server: FakeServer) -> None:
     engine = client(server)
     engine.sync(weights().items(), 0)
     engine.generate(PROMPTS, **ARGS, seed=1)
-    protocol = root / "entrypoints/openai/completion/protocol.py"
-    fields = class_fields(protocol, "CompletionRequest")
-    assert all(set(body) <= fields for _, path, body in server.log if path == "/v1/completions")
-    assert {"token_ids", "logprobs", "finish_reason"} <= class_fields(protocol, "CompletionResponseChoice")
-    assert "token_logprobs" in class_fields(protocol, "CompletionLogProbs")
+    protocol = root / "entrypoints/scale_out/token_in_token_out/protocol.py"
+    asked = [body for _, path, body in server.log if path == GENERATE and body]
+    params = class_fields(root / "sampling_params.py", "SamplingParams")
+    assert len(asked) == 6 and all(set(body) <= class_fields(protocol, "GenerateRequest") for body in asked)
+    assert all(set(body["sampling_params"]) <= params for body in asked)
+    base = class_fields(protocol, "GenerateChoiceBase")
+    assert set(choice([3], [-1.0], "stop")) <= base | class_fields(protocol, "GenerateTokensChoice")
+    assert {"token_id", "logprob"} <= class_fields(protocol, "GenerateLogProb")
+    assert {"version"} <= class_fields(root / "outputs.py", "WeightVersionSpan")
     routes = set()
     for path in (root / "entrypoints").rglob("api_router.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

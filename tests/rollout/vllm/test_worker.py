@@ -6,10 +6,11 @@ import ast
 
 import pytest
 import torch
-from helpers.vllm import FusedModel, class_body, vllm_sources
+from helpers.vllm import FusedModel, Worker, class_body, vllm_sources
+from torch import Tensor, nn
 
 from mdpgrpo_fast.rollout.vllm import worker
-from mdpgrpo_fast.rollout.vllm.worker import WeightSync, bit_sum
+from mdpgrpo_fast.rollout.vllm.worker import WeightSync, bit_sum, repack_tied_heads
 
 
 def bit_sum_by_hand(bits: list[int]) -> int:
@@ -60,7 +61,86 @@ def test_worker_methods_clash_with_none_of_the_installed_vllm() -> None:
     for path, name in (("v1/worker/worker_base.py", "WorkerBase"), ("v1/worker/gpu_worker.py", "Worker")):
         methods = {n.name for n in class_body(root / path, name) if isinstance(n, ast.FunctionDef)}
         assert "get_model" in methods and not methods & set(vars(WeightSync)) - {"__init__"}
+    reload = ast.parse((root / "model_executor/model_loader/reload/layerwise.py").read_text(encoding="utf-8"))
+    functions = {n.name: n for n in ast.walk(reload) if isinstance(n, ast.FunctionDef)}
+    assert [a.arg for a in functions["initialize_layerwise_reload"].args.args] == ["model"]
+    assert [a.arg for a in functions["finalize_layerwise_processing"].args.args] == ["model", "model_config"]
+    # What sums a layer before it is repacked stands in the place of this method.
+    assert "quant_method.process_weights_after_loading(layer)" in ast.unparse(functions["_layerwise_process"])
+    assert "reset_lora_state" in {
+        n.name
+        for n in class_body(root / "v1/worker/lora_model_runner_mixin.py", "LoRAModelRunnerMixin")
+        if isinstance(n, ast.FunctionDef)
+    }
     llama = class_body(root / "model_executor/models/llama.py", "LlamaForCausalLM")
     assigned = {ast.unparse(n.targets[0]): n.value for n in llama if isinstance(n, ast.Assign)}
     packed = ast.literal_eval(assigned["packed_modules_mapping"])
     assert packed["qkv_proj"] == FusedModel.packed_modules_mapping["qkv_proj"]
+
+
+class Packs:
+    """A quantisation method with a copy of its own of a weight, which it may take away, as vLLM's CPU kernels."""
+
+    def __init__(self, removes: bool = False) -> None:
+        self.removes = removes
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        layer.packed = layer.weight.detach().clone()
+        if self.removes:
+            layer.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+
+
+class Layerwise(nn.Module):
+    """An embedding with a tied head and a linear layer, each repacked once it is loaded, as vLLM's reload does it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head, self.linear = (
+            nn.Embedding(5, 4),
+            nn.Linear(4, 5, bias=False),
+            nn.Linear(4, 4, bias=False),
+        )
+        self.head.weight = self.embed.weight
+        for layer, method in ((self.embed, Packs()), (self.head, Packs()), (self.linear, Packs(removes=True))):
+            layer.quant_method = method
+
+    def load_weights(self, weights: list[tuple[str, Tensor]]) -> None:
+        for name, tensor in weights:
+            layer = self.get_submodule(name.removesuffix(".weight"))
+            layer.weight = nn.Parameter(tensor.clone(), requires_grad=False)
+            layer.quant_method.process_weights_after_loading(layer)
+        self.head.weight = self.embed.weight
+
+
+def test_sums_are_of_what_was_loaded_where_a_layer_is_repacked() -> None:
+    model = Layerwise()
+    one, named = Worker(model), {"embed.weight": torch.randn(5, 4), "linear.weight": torch.randn(4, 4)}
+    assert one.mdpgrpo_start("a")["held"] == {"embed.weight": "float32", "linear.weight": "float32"}
+    assert one.mdpgrpo_load("a", list(named.items())) == ["a"] and one.mdpgrpo_load("b", []) == ["a"]
+    assert one.mdpgrpo_finish("b") is None and one.mdpgrpo_finish("a") == {n: bit_sum(x) for n, x in named.items()}
+    assert model.linear.weight.numel() == 0 and torch.equal(model.linear.packed, named["linear.weight"])
+    assert not any("process_weights_after_loading" in vars(m.quant_method) for m in model.children())
+    assert one.mdpgrpo_finish("a") is None, "it is over"
+
+
+def test_a_weight_that_changes_after_it_is_loaded_is_seen() -> None:
+    one = Worker(Layerwise())
+    one.mdpgrpo_start("a")
+    one.mdpgrpo_load("a", [("embed.weight", torch.ones(5, 4))])
+    one.model.embed.weight.mul_(2)
+    assert one.mdpgrpo_finish("a")["embed.weight"] == bit_sum(torch.full((5, 4), 2.0))
+
+
+def test_an_update_left_open_is_dropped() -> None:
+    one = Worker(Layerwise())
+    one.mdpgrpo_start("a")
+    one.mdpgrpo_start("b")
+    assert one.reloads == 1 and one.mdpgrpo_load("a", [("no such", torch.ones(1))]) == ["b"]
+
+
+def test_a_tied_head_is_repacked_with_the_embeddings() -> None:
+    model = Layerwise()
+    model.load_weights([("embed.weight", torch.ones(5, 4))])
+    assert not hasattr(model.head, "packed"), "what vLLM leaves"
+    repack_tied_heads(model)
+    assert torch.equal(model.head.packed, torch.ones(5, 4)) and not hasattr(model.linear, "packed")
