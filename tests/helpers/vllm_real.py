@@ -33,6 +33,8 @@ class Server:
         self.url, self.log = f"http://127.0.0.1:{port}", log
         command = [sys.executable, "-m", "mdpgrpo_fast", "vllm-serve", str(SEED_POLICY), "--port", str(port)]
         command += ["--dtype", "float32", "--max-model-len", str(MAX_LENGTH), "--enforce-eager"]
+        # No prompt in two parts: vLLM's CPU worker dies of one that has a seed ("CPU Generator does not use offset").
+        command += ["--max-num-batched-tokens", "16384"]
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         with log.open("w") as out:
             # Its own group: it has a process for the engine and one for the worker.
