@@ -8,8 +8,8 @@ import httpx2
 import pytest
 from helpers.vllm_real import Server
 
+from mdpgrpo_fast.rollout.vllm.completion import RolloutError
 from mdpgrpo_fast.rollout.vllm.door import api_key
-from mdpgrpo_fast.rollout.vllm.sampler import RolloutError
 from mdpgrpo_fast.rollout.vllm.server import VLLMServer
 
 
