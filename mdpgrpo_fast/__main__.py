@@ -19,6 +19,7 @@ COMMANDS = {
     "report": ("report.page:main", "write the page of a run into its directory"),
     "compare": ("report.compare:main", "one page and one table of several runs"),
     "verifiers": ("verifiers.__main__:main", "list the instruction types, fetch their data"),
+    "vllm-serve": ("rollout.vllm.serve:main", "start vLLM as the server that --vllm-url needs"),
     "doctor": ("doctor:main", "what is installed here, what can run, and what is missing"),
 }
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import ConfigError, MDPGRPOConfig, TrainConfig, nearest_preset, preset
+from .config import ConfigError, MDPGRPOConfig, TrainConfig, nearest_preset, preset, with_correction
 
 if TYPE_CHECKING:
     from .data import Source
@@ -117,6 +117,7 @@ class Trainer:
         if reward_weights is not None:
             changed["reward_weights"] = reward_weights
         run = resolve_adapter(replace(run, preset=nearest_preset(config, run.preset), **changed))
+        config = with_correction(run, config)
         self.run, self.config, self._trained = run, config, False
         self.result: TrainResult | None = None  # of train(), also where the upload after it failed
         check(run, config, model=model is not None, prompts=prompts is not None)

@@ -9,7 +9,7 @@ from dataclasses import asdict, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .config import PRESETS, MDPGRPOConfig, TrainConfig, unknown_name, without_effect
+from .config import PRESETS, MDPGRPOConfig, TrainConfig, unknown_name, with_correction, without_effect
 
 if TYPE_CHECKING:
     from .api import Trainer, TrainResult
@@ -52,7 +52,8 @@ def read(argv: list[str]) -> tuple[TrainConfig, MDPGRPOConfig, set[str]]:
     (run, method), flags = read_layers(layers=layers)
     below = {k: v for _, layer in layers[:2] for k, v in layer.items()}
     changed = {k for k, v in from_file.items() if v != below.get(k, _DEFAULTS.get(k))}
-    return run, method, {*flags, *changed} - {"config"}
+    named = {*flags, *changed} - {"config"}
+    return run, with_correction(run, method, named), named
 
 
 _DEFAULTS = {**asdict(TrainConfig()), **asdict(MDPGRPOConfig())}

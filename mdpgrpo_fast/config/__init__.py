@@ -1,6 +1,6 @@
 """Every knob of the library: one default, one check, one sentence of help. Presets name the published settings."""
 
-from .effects import without_effect
+from .effects import with_correction, without_effect
 from .extras import EXTRA_OF, how_to_install, needs_package
 from .groups import ADVANCED, GROUPS
 from .knobs import Backend, ConfigError, check_values, knob, knob_of, nearest, require, unknown_name
@@ -30,5 +30,6 @@ __all__ = [
     "preset",
     "require",
     "unknown_name",
+    "with_correction",
     "without_effect",
 ]

@@ -1,10 +1,12 @@
-"""Settings that are given and have no effect, each with the reason in one line."""
+"""Settings that follow from others, and those that are given and have no effect, each with the reason in one line."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 
+from .knobs import ConfigError
 from .method import MDPGRPOConfig
 from .run import TrainConfig
 
@@ -215,6 +217,7 @@ _RULES: list[Rule] = [
         lambda run, m: run.rollout == "vllm" and run.vllm_url is None,
         "vLLM runs in this process (--vllm-url)",
     ),
+    ("async_rollout", lambda run, m: run.async_rollout > 0 and run.steps == 1, "there is no next step (--steps)"),
     ("hub_model_id hub_private_repo", lambda run, m: not run.push_to_hub, "nothing is uploaded (--push-to-hub)"),
     (
         "split",
@@ -222,6 +225,25 @@ _RULES: list[Rule] = [
         "--train-file is no data set",
     ),
 ]
+
+
+def with_correction(run: TrainConfig, method: MDPGRPOConfig, given: Collection[str] = ()) -> MDPGRPOConfig:
+    """The method, with sampler_correction on where async_rollout needs it: older weights sample than are trained.
+
+    given: knobs that were set. Raises: ConfigError where the objective has no importance weight, or it was set off.
+    """
+    if not run.async_rollout or method.weighs_sampling:
+        return method
+    if method.temperature_objective == "paper":
+        raise ConfigError(
+            "async_rollout needs temperature_objective = corrected or per_row, which weigh tokens by what the policy "
+            "says of them over what older weights said when they sampled; `paper` is uncorrected"
+        )
+    if "sampler_correction" in given:
+        raise ConfigError(
+            "sampler_correction must be on with async_rollout: older weights sample than are trained; got False"
+        )
+    return replace(method, sampler_correction=True)
 
 
 def without_effect(run: TrainConfig, method: MDPGRPOConfig, given: Collection[str]) -> list[str]:

@@ -210,6 +210,11 @@ class TrainConfig(PromptConfig):
     vllm_sync_dir: str | None = knob(
         None, "rollout vllm: directory for weights on their way to a server (/dev/shm, a shared disk)"
     )
+    async_rollout: int = knob(
+        0,
+        "1: a server (vllm_url) samples the next step's completions while a step trains, by weights that are one step "
+        "older; turns sampler_correction on. What is under way at a checkpoint is sampled anew on resume; 0: off",
+    )
     cpu_linear: Literal["auto", "torch"] = knob(
         "auto", "linear layers on the CPU: auto takes oneDNN's where they were measured to be faster (AMD with AVX-512)"
     )
@@ -286,6 +291,7 @@ class TrainConfig(PromptConfig):
         require(0 < self.reference_mix <= 1, "reference_mix", self.reference_mix, "in (0, 1]")
         require(0 < self.vllm_memory < 1, "vllm_memory", self.vllm_memory, "in (0, 1)")
         require(0 <= self.adam_beta2 < 1, "adam_beta2", self.adam_beta2, "in [0, 1)")
+        require(self.async_rollout in (0, 1), "async_rollout", self.async_rollout, "0 or 1")
         require(self.steps is None or self.steps >= 1, "steps", self.steps, "at least 1")
         require(0 <= self.max_dropped <= 1, "max_dropped", self.max_dropped, "in [0, 1]")
         check_rewards(self)

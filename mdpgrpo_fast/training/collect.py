@@ -1,8 +1,12 @@
-"""Collection of a step's completions: sampled, scored, given advantages; groups without a gradient are replaced."""
+"""Collection of a step's completions: sampled, scored, given advantages; groups without a gradient are replaced.
+
+With async_rollout those of the next step are sampled from here on, by a server, while this step trains.
+"""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,12 +19,14 @@ from ..data import Example
 from ..models.lora import merged
 from ..models.policy import Policy
 from ..reference import Advantages
-from ..rewards import Score, Scorer
-from ..rollout.engine import sync_weights
+from ..rewards import RewardError, Score, Scorer
+from ..rollout.engine import raise_on_all_ranks, sync_weights
 from ..rollout.generate import Rollout, generate, pad_id
 from ..rollout.processors import generation_kwargs
 from ..rollout.thinking import Thinking
-from ..rollout.vllm.sampler import RolloutEngine, trainer_logprobs, with_policy_logprobs
+from ..rollout.vllm.ahead import Ahead
+from ..rollout.vllm.sampler import RolloutEngine, RolloutError, trainer_logprobs, with_policy_logprobs
+from ..rollout.vllm.server import VLLMServer
 from .batch import Batch, replace_groups
 from .scale import RunningGoal, mapped
 from .task import Task
@@ -40,17 +46,62 @@ class Collector:
         self.policy, self.engine = policy, engine
         self.thinking = Thinking(task.tokenizer, run.strip_thinking)
         self.goal = RunningGoal()
+        self.ahead: Ahead | None = None
+        if run.async_rollout:
+            assert isinstance(engine, VLLMServer), "check_ahead has seen to it"
+            self.ahead = Ahead(engine)
 
     @property
     def lm(self) -> Any:
         return self.policy.model
 
-    def collect(self, rows: list[int], number: int, clock: StageClock) -> Batch:
+    def collect(self, rows: list[int], number: int, clock: StageClock, following: Sequence[int] = ()) -> Batch:
+        """Completions of the prompts, scored and weighed.
+
+        following: prompts of the next step, none after the last. With async_rollout their sampling begins here, by the
+        weights as they are now, and the next call has to be of them.
+        """
+        staleness = int(self.ahead is not None and self.ahead.pending)
+        if not staleness:
+            with clock.stage("generate"):
+                self.sync(number)
+        if self.ahead is None:
+            batch = self.scored(rows, number, clock)
+        else:
+            batch = self.scored_on_all_ranks(rows, number, clock)
+            batch.staleness = staleness
+            if following:
+                with clock.stage("generate"):
+                    if staleness:
+                        self.sync(number)
+                    self.ahead.begin(self.ahead.engine.request(**self.asked(following)))
+        if self.engine is not None:
+            self.engine.sleep()
+        with clock.stage("generate"):
+            self.weigh(batch)
+        return batch
+
+    def close(self) -> None:
+        """End what is sampled ahead."""
+        if self.ahead is not None:
+            self.ahead.close()
+
+    def scored_on_all_ranks(self, rows: list[int], number: int, clock: StageClock) -> Batch:
+        """`scored`, done on all ranks or failed on all: the server gets other weights next, for which no rank may still
+        be sampling, and which none may be missing at."""
+        problem = None
+        try:
+            batch = self.scored(rows, number, clock)
+        except (RewardError, RolloutError) as e:
+            problem = e
+        with clock.stage("generate"):
+            raise_on_all_ranks(self.accelerator, problem)
+        return batch
+
+    def scored(self, rows: list[int], number: int, clock: StageClock) -> Batch:
         """Completions of the prompts, scored; groups without a gradient are replaced, `refill` times at most."""
         g, rows = self.method.num_generations, list(rows)
         draw = random.Random(f"{self.run.seed} {number} {self.accelerator.process_index}")
-        with clock.stage("generate"):
-            self.sync(number)
         rollout, responses, scores = self.sample_and_score(rows, clock)
         for refills_left in range(self.run.refill, -1, -1):
             with clock.stage("score"):
@@ -67,10 +118,6 @@ class Collector:
                 rows[group] = row
                 responses[group * g : (group + 1) * g] = new_responses[j * g : (j + 1) * g]
                 scores[group * g : (group + 1) * g] = new_scores[j * g : (j + 1) * g]
-        if self.engine is not None:
-            self.engine.sleep()
-        with clock.stage("generate"):
-            self.weigh(batch)
         return batch
 
     def sync(self, number: int) -> None:
@@ -91,21 +138,27 @@ class Collector:
             return rollout, responses, self.scorer(examples, seen, answers=answers, completion_ids=rollout.rows)
 
     def sample(self, rows: list[int]) -> Rollout:
-        """G completions of each prompt, slot g at its own temperature."""
-        method = self.method
+        """G completions of each prompt, slot g at its own temperature; those that were begun before, if any were."""
+        if self.ahead is not None and self.ahead.pending:
+            return self.ahead.take()
         draw = self.engine.generate if self.engine else partial(generate, self.lm)
-        return draw(
-            [self.task.train_ids[i] for i in rows],
-            num_generations=method.num_generations,
-            temperature=method.slot_temperatures * len(rows),
-            eos=self.task.eos,
-            max_new_tokens=self.run.max_completion_length,
-            top_k=method.top_k,
-            top_p=method.top_p,
-            min_p=method.min_p,
-            generation_kwargs=generation_kwargs(self.run),
-            pad=pad_id(self.lm, self.task.tokenizer),
-        )
+        return draw(**self.asked(rows))
+
+    def asked(self, rows: Sequence[int]) -> dict[str, Any]:
+        """The arguments of whatever samples."""
+        method = self.method
+        return {
+            "prompts": [self.task.train_ids[i] for i in rows],
+            "num_generations": method.num_generations,
+            "temperature": method.slot_temperatures * len(rows),
+            "eos": self.task.eos,
+            "max_new_tokens": self.run.max_completion_length,
+            "top_k": method.top_k,
+            "top_p": method.top_p,
+            "min_p": method.min_p,
+            "generation_kwargs": generation_kwargs(self.run),
+            "pad": pad_id(self.lm, self.task.tokenizer),
+        }
 
     def assemble(self, rollout: Rollout, rows: list[int], responses: list[str], scores: list[Score]) -> Batch:
         """Advantages, and the tokens that count."""

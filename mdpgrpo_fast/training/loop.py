@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -221,9 +222,11 @@ class TrainingLoop:
         run = self.run
         main = self.accelerator.is_main_process
         progress = Progress(run, self.method, self.steps, self.done, main)
-        with progress, traced(self.out.path / "profile" if run.profile and main else None) as profiler:
-            for number, rows in enumerate(self.order, self.done + 1):
-                row = self.step(number, rows)
+        trace_to = self.out.path / "profile" if run.profile and main else None
+        with closing(self.collector), progress, traced(trace_to) as profiler:
+            steps = itertools.pairwise(itertools.chain(self.order, [[]]))
+            for number, (rows, following) in enumerate(steps, self.done + 1):
+                row = self.step(number, rows, following)
                 self.reference.follow(number)
                 trace = row.pop("trace")
                 self.log(row)
@@ -246,17 +249,16 @@ class TrainingLoop:
 
     # ---- one step ---------------------------------------------------------------------------------------------------
 
-    def step(self, number: int, rows: list[int]) -> dict[str, Any]:
-        """Sample, score, update; the step's metrics. rows: the prompts of all ranks, by their indices."""
+    def step(self, number: int, rows: list[int], following: Sequence[int] = ()) -> dict[str, Any]:
+        """Sample, score, update; the step's metrics. rows: the prompts of all ranks, by their indices; following: those
+        of the next step, none after the last."""
         acc, run = self.accelerator, self.run
         clock = StageClock(acc.device)
         self.scorer.state = self.state(number - 1)
-        rows = rows[acc.process_index * run.prompts_per_step :][: run.prompts_per_step]
-        # Prompts of like length next to each other: padded micro-batches are cut to their own longest.
-        rows = sorted(rows, key=lambda i: len(self.task.train_ids[i]))
+        mine, then = self.of_this_rank(rows), self.of_this_rank(following)
         problem = None
         try:
-            batch = distributed.call_whole(acc, self.model, lambda: self.collector.collect(rows, number, clock))
+            batch = distributed.call_whole(acc, self.model, lambda: self.collector.collect(mine, number, clock, then))
             failed = why_all_failed(batch.scores)
         except (RewardError, RolloutError, FloatingPointError) as e:
             problem = e
@@ -278,9 +280,18 @@ class TrainingLoop:
         row |= clock.read(
             self.lm, batch.lengths, passes.trained, run.updates_per_rollout, self.peak, without=passes.without
         )
+        if batch.staleness:  # its seconds are those of the wait, not of what was sampled
+            row["stage_tokens_per_second"].pop("generate", None)
         if acc.num_processes > 1:
             row = over_ranks(gather_object([row]))
         return {"step": number, **row}
+
+    def of_this_rank(self, rows: Sequence[int]) -> list[int]:
+        """The prompts of this rank, those of like length next to each other: padded micro-batches are cut to their own
+        longest."""
+        per_step = self.run.prompts_per_step
+        rows = rows[self.accelerator.process_index * per_step :][:per_step]
+        return sorted(rows, key=lambda i: len(self.task.train_ids[i]))
 
     def state(self, done: int) -> TrainerState:
         """What reward functions see of the run after `done` steps."""

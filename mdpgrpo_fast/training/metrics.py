@@ -18,7 +18,7 @@ from .update.weights import share_outside
 
 GOAL = 0.5  # the share of constraints under which a response counts as a failure, the paper's goal mean
 SUMS = ("dropped", "kl_clamped", "tokens_per_second")
-MAXIMA = ("ratio_max", "memory_mb", "reward_max")
+MAXIMA = ("ratio_max", "memory_mb", "reward_max", "staleness")
 MINIMA = ("reward_min",)
 
 
@@ -35,6 +35,7 @@ def step_metrics(batch: Batch, updated: dict[str, Any], method: MDPGRPOConfig, m
         "ssr": quality["ssr"],
         "completion_length": rollout.lengths.float().mean().item(),
         "truncated": 1 - rollout.finished.float().mean().item(),
+        "staleness": batch.staleness,
         "dropped": sum(s.total is None for s in batch.scores),
         "problem": next((s.problem for s in batch.scores if s.total is None), None),
         "trace": next((s.trace for s in batch.scores if s.trace), None),

@@ -8,6 +8,7 @@ import importlib.machinery
 import inspect
 import json
 import os
+import ssl
 import types
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -157,6 +158,8 @@ class FakeServer(ThreadingHTTPServer):
         self.scale_out = True
         self.fault: Callable[[Any, str, Any], bool] = lambda handler, path, body: False
         self.connections = 0
+        self.key = ""  # that every request has to bring
+        self.scheme = "http"
         super().__init__(("127.0.0.1", 0), FakeHandler)
 
     def restart(self) -> None:
@@ -164,7 +167,16 @@ class FakeServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
+        return f"{self.scheme}://127.0.0.1:{self.server_port}"
+
+    def encrypt(self, certificate: str) -> None:
+        """Speak TLS from here on. certificate: a file of the server's certificate and its key."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        self.socket = context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
+        self.scheme = "https"
+
+    def handle_error(self, *_: Any) -> None: ...  # of a client that does not trust the certificate
 
     def count(self, path: str) -> int:
         return sum(p == path and body != {} for _, p, body in self.log)
@@ -201,6 +213,8 @@ class FakeHandler(BaseHTTPRequestHandler):
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             if server.fault(self, path, body):
                 return
+            if server.key and self.headers["Authorization"] != f"Bearer {server.key}":
+                return self.send({"detail": "Unauthorized"}, 401)
             if path == "/v1/models":
                 self.send({"data": [{"id": "served"}]})
             elif path == GENERATE and not server.scale_out:

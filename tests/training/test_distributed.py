@@ -74,10 +74,10 @@ def train(
     texts: list[list[int]] = []
     step, sample, collect = TrainingLoop.step, Collector.sample, Collector.collect
 
-    def watched_step(self: TrainingLoop, number: int, rows: list[int]) -> dict[str, Any]:
+    def watched_step(self: TrainingLoop, number: int, rows: list[int], *more: Any) -> dict[str, Any]:
         if number == stop_at:
             raise KeyboardInterrupt
-        return step(self, number, rows)
+        return step(self, number, rows, *more)
 
     def watched_collect(self: Collector, *args: Any) -> Any:
         batch = collect(self, *args)

@@ -102,6 +102,17 @@ def trainer_logprobs(
     return torch.cat(logprobs)
 
 
+@dataclass(frozen=True)
+class Request:
+    """What a vLLM is asked for, N rows, and what the Rollout needs to know of it beside the answers."""
+
+    prompts: list[list[int]]  # of each row
+    temperatures: list[float]
+    settings: list[dict[str, Any]]  # of each row
+    pads: tuple[int, int]  # of prompts and of completions
+    cut: tuple[float, float]  # log_kept and logit_floor of all tokens
+
+
 class RolloutEngine(ABC):
     """A vLLM that generates completions and takes the trainer's weights: `VLLMEngine` or `VLLMServer`."""
 
@@ -143,6 +154,19 @@ class RolloutEngine(ABC):
         """Give the device's memory to the trainer until the next sync; nothing where they do not share it."""
 
     def generate(
+        self, prompts: list[list[int]], *, kept: Sequence[Completion | None] | None = None, **asked: Any
+    ) -> Rollout:
+        """Draw completions of the prompts now, as `request` has it.
+
+        kept: `partial` of a RolloutError of the same call: what came is used, and the rest drawn.
+
+        Raises: what `request` raises; RolloutError where vLLM fails, RestartedError where it drew with other weights
+        than those of the last sync.
+        """
+        request = self.request(prompts, **asked)
+        return self.rollout(request, self.complete(request, kept))
+
+    def request(
         self,
         prompts: list[list[int]],
         *,
@@ -156,19 +180,16 @@ class RolloutEngine(ABC):
         seed: int | None = None,
         generation_kwargs: dict[str, Any] | None = None,
         pad: int | None = None,
-        kept: Sequence[Completion | None] | None = None,
-    ) -> Rollout:
-        """Draw num_generations completions of each of P prompts, N = P * G rows with groups adjacent.
+    ) -> Request:
+        """num_generations completions of each of P prompts, N = P * G rows with groups adjacent.
 
         temperature: one of 0.01 or more for each of the N rows, or None for greedy. Truncation is in vLLM's order:
         min-p, then top-k, then top-p. seed: of these rows; None leaves them to the engine's own, which is faster.
-        generation_kwargs: repetition_penalty alone. pad: of the prompts in the result; default: eos[0]. kept: `partial`
-        of a RolloutError of the same call: what came is used, and the rest drawn.
-        policy_logprobs of the result are NaN, until `with_policy_logprobs` fills them in; log_kept and logit_floor are
+        generation_kwargs: repetition_penalty alone. pad: of the prompts in the result; default: eos[0].
+        policy_logprobs of the Rollout are NaN, until `with_policy_logprobs` fills them in; log_kept and logit_floor are
         NaN where tokens are cut off, as vLLM does not tell what it kept.
 
-        Raises: ValueError for an empty prompt, or a temperature or generation_kwargs that cannot be used; RolloutError
-        where vLLM fails, RestartedError where it drew with other weights than those of the last sync.
+        Raises: ValueError for an empty prompt, or a temperature or generation_kwargs that cannot be used.
         """
         check_prompts(prompts)
         rows = [p for p in prompts for _ in range(num_generations)]
@@ -201,12 +222,14 @@ class RolloutEngine(ABC):
         truncates = not greedy and (top_k > 0 or top_p < 1 or min_p > 0)
         cut = (math.nan, math.nan) if truncates else (0.0, -math.inf)
         pads = (eos[0] if pad is None else pad, eos[0])
-        return self._rollout(rows, temperatures, pads, self._completions(rows, settings, kept), cut)
+        return Request(rows, temperatures, settings, pads, cut)
 
-    def _completions(
-        self, rows: list[list[int]], settings: list[dict[str, Any]], kept: Sequence[Completion | None] | None
-    ) -> list[Completion]:
-        """A completion of each row, those of `kept` as they are, all of the weights of the last sync."""
+    def complete(self, request: Request, kept: Sequence[Completion | None] | None = None) -> list[Completion]:
+        """A completion of each row, those of `kept` as they are, all of the weights of the last sync.
+
+        A server's client does nothing here but HTTP. Raises: as `generate`.
+        """
+        rows, settings = request.prompts, request.settings
         if self._open:
             raise RolloutError("vLLM holds a mixture of weights, as the last sync() failed: another must come first")
         found: list[Completion | None] = list(kept) if kept is not None else [None] * len(rows)
@@ -234,12 +257,10 @@ class RolloutEngine(ABC):
             )
         return [c for c in found if c is not None]
 
-    def _rollout(
-        self, rows: list[list[int]], temperatures: list[float], pads: tuple[int, int], completions: list[Completion],
-        cut: tuple[float, float],
-    ) -> Rollout:  # fmt: skip
-        """pads: of prompts and of completions; cut: log_kept and logit_floor of all tokens."""
-        ids, mask = left_pad(rows, pads[0], self.device)
+    def rollout(self, request: Request, completions: list[Completion]) -> Rollout:
+        """What was asked for and what came, on the device."""
+        pads, cut = request.pads, request.cut
+        ids, mask = left_pad(request.prompts, pads[0], self.device)
         width = max(len(c.tokens) for c in completions)
 
         def padded(values: list[list[Any]], fill: Any) -> Tensor:
@@ -252,7 +273,7 @@ class RolloutEngine(ABC):
             tokens=padded([c.tokens for c in completions], pads[1]),
             lengths=torch.tensor([len(c.tokens) for c in completions], device=self.device),
             finished=torch.tensor([c.finished for c in completions], device=self.device),
-            temperature=torch.tensor(temperatures, dtype=torch.float32, device=self.device),
+            temperature=torch.tensor(request.temperatures, dtype=torch.float32, device=self.device),
             sampling_logprobs=logprobs,
             policy_logprobs=torch.full_like(logprobs, torch.nan),
             log_kept=padded([[cut[0]] * len(c.tokens) for c in completions], 0.0),

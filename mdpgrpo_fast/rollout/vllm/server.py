@@ -1,30 +1,28 @@
 """Client of a vLLM server as the rollout engine: every request is retried with back-off, up to a bound.
 
-The server's environment has this package installed, for `worker`, and it is started as
-
-    VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --host 127.0.0.1 --enable-scale-out \\
-        --logprobs-mode processed_logprobs --worker-extension-cls mdpgrpo_fast.rollout.vllm.worker.WeightSync
-
-which opens weight updates to whoever reaches the port: keep it inside a trusted network.
+The server's environment has this package installed, and `mdpgrpo vllm-serve MODEL` starts it there: docs/vllm.md.
 """
 
 from __future__ import annotations
 
 import os
 import random
-import tempfile
+import socket
 import threading
 import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import httpx2
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ...config import ConfigError, require
+from ...log import log
+from .door import KEY, api_key, host_of, is_loopback
+from .files import remove_leftovers, weight_file
 from .sampler import LOGPROBS_MODE, Completion, RolloutEngine, RolloutError, completion
 from .worker import EXTENSION
 
@@ -38,13 +36,17 @@ RETRIED = (408, 429)  # of the client errors, the two that may pass
 class VLLMServer(RolloutEngine):
     """The client of one server. Rows are sent one request each; weights through files that both sides see.
 
+    Where the environment has a VLLM_API_KEY, each request brings it. Certificates of https are verified, redirects not
+    followed.
+
     url: as http://host:8000. device: of the Rollout's tensors. timeout: seconds that an answer may take, a whole
     completion among them. retries: attempts after the first. backoff: seconds before the second attempt, doubled with
     each, less up to half at random. sync_dir: directory for the weights on their way, /dev/shm on one machine or a
     shared file system, both sides being the same user; None: the system's for temporary files. concurrency: most
     requests at once. run_id: what the weights are labelled with on the server, the same on all ranks.
 
-    Raises: ConfigError for a bad setting or a server started otherwise than above; RolloutError where none answers.
+    Raises: ConfigError for a bad setting or a server that `mdpgrpo vllm-serve` did not start; RolloutError where none
+    answers, or one refuses.
     """
 
     def __init__(
@@ -60,14 +62,25 @@ class VLLMServer(RolloutEngine):
         run_id: str | None = None,
     ) -> None:
         super().__init__(device, run_id)
-        require(url.startswith(("http://", "https://")), "vllm_url", url, "an http:// or https:// address")
+        host, key = host_of(url), api_key()
         require(timeout > 0, "vllm_timeout", timeout, "above 0")
         require(retries >= 0, "vllm_retries", retries, "0 or above")
+        require(sync_dir is None or os.path.isdir(sync_dir), "vllm_sync_dir", sync_dir, "a directory that is there")
         self.url, self.timeout, self.retries, self.backoff = url.rstrip("/"), timeout, retries, backoff
         self.sync_dir, self.concurrency = sync_dir, concurrency
         limits = httpx2.Limits(max_keepalive_connections=concurrency, keepalive_expiry=KEEP_ALIVE)
-        self._http = httpx2.Client(timeout=timeout, limits=limits, follow_redirects=True)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        local = {f"all://{f'[{host}]' if ':' in host else host}": None} if is_loopback(host) else {}  # through no proxy
+        self._http = httpx2.Client(
+            timeout=timeout, limits=limits, headers=headers, follow_redirects=False, mounts=local
+        )
         weakref.finalize(self, self._http.close)
+        self._lock, self._closed, self._stop = threading.Lock(), False, threading.Event()
+        self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+        if key and not url.lower().startswith("https:") and not is_loopback(host):
+            log.warning("vllm_url %s: without https, whoever is on the way can read the key in %s", url, KEY)
+        if left := remove_leftovers(sync_dir):
+            log.info("weights removed that killed trainers had left: %s", ", ".join(left))
         self._model = self._call("/v1/models", None, lambda answer: str(answer["data"][0]["id"]))
         settings = self._call("/server_info?config_format=json", None, _read_settings)
         for flag, expected in (("--logprobs-mode", LOGPROBS_MODE), ("--worker-extension-cls", EXTENSION)):
@@ -77,7 +90,9 @@ class VLLMServer(RolloutEngine):
             self._call(GENERATE, {}, lambda answer: None)
         except RolloutError as e:  # which says that there is no prompt, or that there is no such service
             if "HTTP 403" in str(e):
-                raise ConfigError(f"vLLM server {url}: --enable-scale-out must be given, for {GENERATE}") from None
+                raise ConfigError(
+                    f"vLLM server {url}: --enable-scale-out must be given: `mdpgrpo vllm-serve` does"
+                ) from None
 
     def _call(self, path: str, payload: Any, read: Callable[[Any], T], stop: threading.Event | None = None) -> T:
         """read() of the JSON that answers a GET, or a POST of the payload where there is one.
@@ -88,26 +103,39 @@ class VLLMServer(RolloutEngine):
         stop, method = stop or threading.Event(), "GET" if payload is None else "POST"
         for attempt in range(self.retries + 1):
             try:
-                answer = self._http.request(method, self.url + path, json=payload)
+                if self._closed:
+                    raise RolloutError(f"vLLM server {self.url} is asked for nothing more: the run has ended")
+                answer = self._http.request(method, self.url + path, json=payload, extensions={"trace": self._watch})
                 if answer.is_success:
                     return read(answer.json())
                 reason = f"HTTP {answer.status_code} {_first_line(answer)}"
                 if answer.status_code < 500 and answer.status_code not in RETRIED:
-                    hidden = answer.status_code == 404 and not path.startswith("/v1/")
-                    hint = ": was it started with VLLM_SERVER_DEV_MODE=1?" if hidden else ""
-                    raise RolloutError(f"vLLM server {self.url} refuses {path}: {reason}{hint}")
+                    raise RolloutError(f"vLLM server {self.url} refuses {path}: {reason}{self._hint(answer, path)}")
             except httpx2.TimeoutException:
                 reason = f"no answer within {self.timeout:g} s"
             except (httpx2.RequestError, httpx2.InvalidURL) as e:
                 reason = str(e) or type(e).__name__
+                if "CERTIFICATE_VERIFY_FAILED" in reason:
+                    trust = "SSL_CERT_FILE may name the file of an authority of your own"
+                    raise RolloutError(f"vLLM server {self.url} is not trusted: {reason}; {trust}") from None
             except (ValueError, LookupError, TypeError) as e:
                 reason = f"an answer that cannot be used ({type(e).__name__}: {e})"
             pause = min(self.backoff * 2**attempt, MAX_PAUSE) * random.uniform(0.5, 1.0)
-            if attempt == self.retries or stop.wait(pause):
+            if attempt == self.retries or self._closed or stop.wait(pause):
                 break
         raise RolloutError(
             f"vLLM server {self.url} failed {attempt + 1} times at {path}, the last because {' '.join(reason.split())}"
         )
+
+    def _hint(self, answer: httpx2.Response, path: str) -> str:
+        """What to do about a refusal, where that is known."""
+        if answer.status_code == 401:
+            return f": {KEY} is " + ("not the server's" if api_key() else "not set here")
+        if answer.has_redirect_location:
+            return f": redirects are not followed; this one goes to {answer.headers['Location'][:200]!r}"
+        if answer.status_code == 404 and not path.startswith("/v1/"):
+            return ": was it started with `mdpgrpo vllm-serve`?"
+        return ""
 
     def _complete(self, prompts: list[list[int]], settings: list[dict[str, Any]]) -> list[Completion]:
         def request(prompt: list[int], row: dict[str, Any]) -> Completion:
@@ -115,6 +143,7 @@ class VLLMServer(RolloutEngine):
             return self._call(GENERATE, payload, _read_completion, stop)
 
         stop, pool = threading.Event(), ThreadPoolExecutor(min(self.concurrency, len(prompts)))
+        self._stop = stop
         try:
             futures = [pool.submit(request, p, s) for p, s in zip(prompts, settings, strict=True)]
             first, _ = wait(futures, return_when=FIRST_EXCEPTION)
@@ -130,6 +159,26 @@ class VLLMServer(RolloutEngine):
             kept = len(partial) - partial.count(None)
             raise RolloutError(f"{failure}; {kept} of {len(partial)} completions kept", partial)
         return [f.result() for f in futures]
+
+    def _watch(self, event: str, found: dict[str, Any]) -> None:
+        """httpcore's trace of a request: keeps the socket of each new connection, for `close`."""
+        if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
+            with self._lock:
+                connected = found["return_value"].get_extra_info("socket")
+                self._sockets.add(connected)
+                if self._closed:
+                    _shut(connected)
+
+    def close(self) -> None:
+        """End the run's requests: those that other threads wait for fail there at once, and none is made from now on.
+
+        The server drops what it was computing for them, as their connections are gone.
+        """
+        with self._lock:
+            self._closed = True
+            for connected in self._sockets:
+                _shut(connected)
+        self._stop.set()
 
     def follow_sync(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
         """On ranks that leave `sync` to another: go through what may be collective, and hold the server to the version.
@@ -147,9 +196,7 @@ class VLLMServer(RolloutEngine):
         return self._call("/collective_rpc", {"method": method, "args": list(args)}, lambda a: list(a["results"]))
 
     def _send(self, update: str, weights: list[tuple[str, Tensor]]) -> list[Any]:
-        with tempfile.TemporaryDirectory(prefix="mdpgrpo-weights-", dir=self.sync_dir) as directory:
-            path = os.path.join(directory, "weights.safetensors")
-            save_file({name: tensor.cpu().contiguous() for name, tensor in weights}, path)
+        with weight_file(weights, self.sync_dir) as path:
             return self._rpc("mdpgrpo_load", update, path)
 
     def _reset_cache(self) -> None:
@@ -161,6 +208,12 @@ class VLLMServer(RolloutEngine):
 
     def _set_label(self, label: str) -> None:
         self._call("/update_weight_version", {"new_version": label}, lambda answer: answer["success"])
+
+
+def _shut(connected: socket.socket) -> None:
+    """Ends a connection under a thread that waits for it. Of the class: that of TLS would take its state away first."""
+    with suppress(OSError):  # it is closed
+        socket.socket.shutdown(connected, socket.SHUT_RDWR)
 
 
 def _read_settings(answer: Any) -> dict[str, str]:

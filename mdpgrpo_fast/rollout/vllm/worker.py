@@ -5,6 +5,7 @@ Imports torch alone at its top: vLLM is there where the methods run.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -132,11 +133,24 @@ class WeightSync:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         model, self._mdpgrpo_update = self.get_model(), ""
-        with set_current_vllm_config(self.vllm_config):
+        # It warns of each layer that got no weights: of a tied head, and of rotary embeddings, which have none.
+        with set_current_vllm_config(self.vllm_config), _only_errors(finalize_layerwise_reload.__module__):
             finalize_layerwise_reload(model, self.vllm_config.model_config)
             if self.vllm_config.device_config.device_type == "cpu":
                 repack_tied_heads(model)
         self.model_runner.reset_lora_state()
+
+
+@contextmanager
+def _only_errors(name: str) -> Iterator[None]:
+    """Inside, the logger of this name says nothing below an error."""
+    log = logging.getLogger(name)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def repack_tied_heads(model: nn.Module) -> None:

@@ -43,6 +43,7 @@ def check(run: TrainConfig, method: MDPGRPOConfig, *, model: bool = False, promp
     if run.lora:
         import_peft()
     check_attention(run, device)
+    check_ahead(run)
     check_vllm(run, method)
     check_truncated(run, method)
     if not model:
@@ -115,6 +116,16 @@ def check_truncated(run: TrainConfig, method: MDPGRPOConfig) -> None:
         raise ConfigError(
             "truncated_logprobs needs a sampler without repetition_penalty and generation_kwargs: which tokens they "
             "leave follows from logits that the loss has not"
+        )
+
+
+def check_ahead(run: TrainConfig) -> None:
+    """Raises ConfigError where async_rollout is asked for and nothing can sample beside the trainer."""
+    if run.async_rollout and (run.rollout != "vllm" or run.vllm_url is None):
+        what = "vLLM in this process" if run.rollout == "vllm" else "the model itself"
+        raise ConfigError(
+            f"async_rollout needs a server (--rollout vllm --vllm-url URL): {what} samples in the trainer's own thread "
+            f"and on its device; got rollout = {run.rollout}, vllm_url = {run.vllm_url}"
         )
 
 

@@ -66,6 +66,12 @@ class Facts:
                 "completions are sampled at several temperatures and trained on at temperature 1, uncorrected, as the "
                 "paper does; --temperature-objective per_row or corrected makes the log-probs agree"
             )
+        if run.async_rollout:
+            weighed = "sampler_correction" if method.sampler_correction else "temperature_objective = corrected"
+            notes.append(
+                "the server samples one step ahead, by weights that lack the last step's updates; importance weights "
+                f"make up for it ({weighed}), ess in metrics.jsonl says at what price"
+            )
         processed = run.repetition_penalty != 1 or run.generation_kwargs
         if processed and method.temperature_objective != "corrected":
             notes.append(

@@ -301,7 +301,7 @@ def test_a_server_started_without_what_is_needed(server: FakeServer) -> None:
     ):
         client(server)
     server.dev = False
-    with pytest.raises(RolloutError, match=r"HTTP 404 Not Found: was it started with VLLM_SERVER_DEV_MODE=1\?"):
+    with pytest.raises(RolloutError, match=r"HTTP 404 Not Found: was it started with `mdpgrpo vllm-serve`\?"):
         client(server)
 
 
