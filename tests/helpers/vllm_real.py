@@ -13,9 +13,9 @@ from typing import Any
 
 import httpx2
 import torch
+from helpers.inputs import ROOT
 from torch import Tensor
 
-from helpers.inputs import ROOT
 from mdpgrpo_fast.demo import SEED_POLICY
 from mdpgrpo_fast.rollout.generate import Rollout
 from mdpgrpo_fast.rollout.vllm.worker import EXTENSION
@@ -34,6 +34,8 @@ class Server:
         flags = {
             "model": SEED_POLICY, "host": "127.0.0.1", "port": port, "dtype": "float32", "max-model-len": MAX_LENGTH,
             "logprobs-mode": "processed_logprobs", "worker-extension-cls": EXTENSION, "generation-config": "vllm",
+            # No prompt in two parts: of one with a seed vLLM's CPU worker dies ("CPU Generator does not use offset").
+            "max-num-batched-tokens": 16384,
         }  # fmt: skip
         # vLLM's own command asks for the version of a package of its GPU build's name.
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager", "--enable-scale-out"]
@@ -70,7 +72,7 @@ class Server:
         if self.alive:
             self.process.terminate()
             try:
-                self.process.wait(60)
+                self.process.wait(15)
             except subprocess.TimeoutExpired:
                 self.kill()
 

@@ -109,7 +109,7 @@ def test_merged_lora_reaches_the_sampler(engine: Any, model: Any, task: Task) ->
 
 def test_weights_of_another_model_are_refused_by_name(engine: Any, model: Any, task: Task) -> None:
     named = dict(model.named_parameters())
-    with pytest.raises(RolloutError, match="model.norm.weight"):
+    with pytest.raises(RolloutError, match=r"model\.norm\.weight"):
         engine.sync(((k, v) for k, v in named.items() if k != "model.norm.weight"), 1)
     engine.sync(named.items(), 2)
     assert greedy(engine.generate, task, 4) == greedy(lambda *a, **k: generate(model, *a, **k), task, 4)
