@@ -74,7 +74,7 @@ mdpgrpo_fast/kernels/_cpu.abi3.so: $(CSRC) | $(VENV)/vllm/.done
 	MDPGRPO_BUILD=cpu $(VENV)/vllm/bin/python setup.py -q build_ext --inplace
 
 test-vllm: $(VENV)/vllm/.done mdpgrpo_fast/kernels/_cpu.abi3.so
-	$(VENV)/vllm/bin/python -m pytest tests/vllm_real --junitxml build/vllm_tests.xml $(ARGS)
+	$(VENV)/vllm/bin/python -m pytest tests/vllm_real -o log_level=WARNING --junitxml build/vllm_tests.xml $(ARGS)
 	$(VENV)/vllm/bin/python benchmarks/tables/vllm_tests.py build/vllm_tests.xml $(VENV)/vllm/.done $(or $(RECORD),build/vllm_tests.json)
 
 faults: $(VENV)/.setup-test
