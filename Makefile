@@ -59,7 +59,8 @@ test-fast: $(VENV)/.setup-test
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --ignore tests/ops/linear/test_sharded.py -m "not code and not gpu" \
 	    -k "not ($(SLOW))" $(FAST) $(ARGS)
 
-# The packages are unpacked and no more: what is imported is compiled then. The stamp holds the seconds and the bytes.
+# The packages are unpacked and no more: what is imported is compiled then, once, by test-vllm, whatever the environment
+# says of bytecode. The stamp holds the seconds and the bytes.
 $(VENV)/vllm/.done: $(VENV)/.python constraints-test-vllm.txt pyproject.toml setup.py
 	@$(BIN)/python -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 11) and "vLLM needs Python 3.11 or later; $(VENV) has %d.%d (set VENV=... and PYTHON=...)" % v)'
 	rm -rf $(VENV)/vllm
@@ -74,7 +75,7 @@ mdpgrpo_fast/kernels/_cpu.abi3.so: $(CSRC) | $(VENV)/vllm/.done
 	MDPGRPO_BUILD=cpu $(VENV)/vllm/bin/python setup.py -q build_ext --inplace
 
 test-vllm: $(VENV)/vllm/.done mdpgrpo_fast/kernels/_cpu.abi3.so
-	$(VENV)/vllm/bin/python -m pytest tests/vllm_real --junitxml build/vllm_tests.xml $(ARGS)
+	PYTHONDONTWRITEBYTECODE= $(VENV)/vllm/bin/python -m pytest tests/vllm_real -o log_level=WARNING --junitxml build/vllm_tests.xml $(ARGS)
 	$(VENV)/vllm/bin/python benchmarks/tables/vllm_tests.py build/vllm_tests.xml $(VENV)/vllm/.done $(or $(RECORD),build/vllm_tests.json)
 
 faults: $(VENV)/.setup-test

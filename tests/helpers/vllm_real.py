@@ -67,7 +67,7 @@ class Server:
         if self.alive:
             self.process.terminate()
             try:
-                self.process.wait(60)
+                self.process.wait(15)
             except subprocess.TimeoutExpired:
                 self.kill()
 

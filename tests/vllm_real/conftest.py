@@ -51,7 +51,13 @@ def local() -> VLLMEngine:
     """vLLM in this process, in float32."""
     assert vllm.__version__
     return VLLMEngine(
-        str(SEED_POLICY), device="cpu", dtype="float32", sleep_mode=False, max_model_len=MAX_LENGTH, enforce_eager=True
+        str(SEED_POLICY),
+        device="cpu",
+        dtype="float32",
+        sleep_mode=False,
+        max_model_len=MAX_LENGTH,
+        enforce_eager=True,
+        max_num_batched_tokens=16384,
     )
 
 
