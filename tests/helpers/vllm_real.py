@@ -18,27 +18,34 @@ from torch import Tensor
 
 from mdpgrpo_fast.demo import SEED_POLICY
 from mdpgrpo_fast.rollout.generate import Rollout
+from mdpgrpo_fast.training.task import Task
 
 MAX_LENGTH = 320  # of prompt and completion
+LORA_RANK = 8
 
 
 class Server:
     """`mdpgrpo vllm-serve` in float32 on a free port of this machine, which starts meanwhile; its key is that of the
-    environment. log: file of what it says."""
+    environment. log: file of what it says. port: None takes a free one."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, port: int | None = None) -> None:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
+            self.port = port = port or s.getsockname()[1]
         self.url, self.log = f"http://127.0.0.1:{port}", log
         command = [sys.executable, "-m", "mdpgrpo_fast", "vllm-serve", str(SEED_POLICY), "--port", str(port)]
         command += ["--dtype", "float32", "--max-model-len", str(MAX_LENGTH), "--enforce-eager"]
+        command += ["--enable-lora", "--max-lora-rank", str(LORA_RANK)]
         # No prompt in two parts: vLLM's CPU worker dies of one that has a seed ("CPU Generator does not use offset").
         command += ["--max-num-batched-tokens", "16384"]
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         with log.open("w") as out:
             # Its own group: it has a process for the engine and one for the worker.
             self.process = subprocess.Popen(command, env=env, stdout=out, stderr=out, cwd=ROOT, start_new_session=True)
+
+    def successor(self) -> Server:
+        """Another in the place of one that was killed."""
+        return Server(self.log.with_name(f"{int(self.log.stem) + 1}.log"), self.port)
 
     @property
     def alive(self) -> bool:
@@ -95,3 +102,15 @@ def reference_logprobs(
     logits[torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, above >= top_p)] = -torch.inf
     chosen = logits.log_softmax(-1).gather(-1, r.tokens[..., None])[..., 0]
     return chosen, logits.isfinite().sum(-1)
+
+
+def train_a_little(model: Any, task: Task, steps: int = 3) -> None:
+    """Steps of AdamW that make the model say its prompts backwards: another policy, as an update leaves it."""
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    for ids in task.train_ids[:steps]:
+        row = torch.tensor([ids[::-1]])
+        model(input_ids=row, labels=row).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()

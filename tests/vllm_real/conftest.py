@@ -17,7 +17,7 @@ os.environ["no_proxy"] = "127.0.0.1"
 os.environ["VLLM_API_KEY"] = "key-of-these-tests"  # every request here goes through the door
 
 import vllm
-from helpers.vllm_real import MAX_LENGTH, Server
+from helpers.vllm_real import LORA_RANK, MAX_LENGTH, Server
 
 from mdpgrpo_fast.config import TrainConfig
 from mdpgrpo_fast.demo import SEED_POLICY
@@ -41,7 +41,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
 def server(servers: list[Server]) -> Server:
     """A server that answers; where a test killed it, another."""
     if not servers[-1].alive:
-        servers.append(Server(servers[0].log.with_name(f"{len(servers)}.log")))
+        servers.append(servers[-1].successor())
     servers[-1].wait()
     return servers[-1]
 
@@ -58,6 +58,7 @@ def local() -> VLLMEngine:
         max_model_len=MAX_LENGTH,
         enforce_eager=True,
         max_num_batched_tokens=16384,
+        lora_rank=LORA_RANK,
     )
 
 

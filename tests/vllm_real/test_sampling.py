@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.vllm_real import answers, reference_logprobs
+from helpers.vllm_real import answers, reference_logprobs, train_a_little
 
 from mdpgrpo_fast.models.lora import add_adapters, merged
 from mdpgrpo_fast.models.policy import Policy
@@ -26,18 +26,6 @@ def draw(engine: Any, task: Task, prompts: int = 8, **knobs: Any) -> Any:
 
 def greedy(sampler: Any, task: Task, prompts: int = 24) -> list[list[int]]:
     return answers(sampler(task.train_ids[:prompts], temperature=None, eos=task.eos, max_new_tokens=48))
-
-
-def train_a_little(model: Any, task: Task, steps: int = 3) -> None:
-    """Steps of AdamW that make the model say its prompts backwards: another policy, as an update leaves it."""
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
-    for ids in task.train_ids[:steps]:
-        row = torch.tensor([ids[::-1]])
-        model(input_ids=row, labels=row).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.eval()
 
 
 def test_every_row_is_drawn_and_recorded_at_its_own_temperature(engine: Any, model: Any, task: Task) -> None:
