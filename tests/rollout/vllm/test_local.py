@@ -93,7 +93,10 @@ def test_colocated_calls_fit_the_installed_vllm(local: Any, log: list[Any]) -> N
     local.sync(weights(0).items(), 0)
     local.generate(PROMPTS, **ARGS, seed=1)
     local.sleep()
-    local.sync(weights(1).items(), 1)
+    local.sync_adapter(weights(1).items(), lambda directory: None, 1)
+    assert {"lora_name", "lora_int_id", "lora_path"} <= class_fields(root / "lora/request.py", "LoRARequest")
+    engine = method_signature(class_body(root / "v1/engine/llm_engine.py", "LLMEngine"), "add_lora")
+    assert list(engine.parameters) == ["lora_request"]
     llm = class_body(root / "entrypoints/llm.py", "LLM")
     llm += class_body(root / "entrypoints/rl/offline.py", "RLOfflineMixin")
     for name, args, kwargs in log:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import gc
+import itertools
 import math
 import socket
 import threading
@@ -320,6 +321,9 @@ def test_requests_fit_the_installed_vllm(server: FakeServer) -> None:
     engine = client(server)
     engine.sync(weights().items(), 0)
     engine.generate(PROMPTS, **ARGS, seed=1)
+    engine.sync_adapter(weights().items(), lambda directory: None, 1)
+    lora = next(body for _, path, body in server.log if path == "/v1/load_lora_adapter")
+    assert set(lora) <= class_fields(root / "entrypoints/serve/lora/protocol.py", "LoadLoRAAdapterRequest")
     protocol = root / "entrypoints/scale_out/token_in_token_out/protocol.py"
     asked = [body for _, path, body in server.log if path == GENERATE]
     params = class_fields(root / "sampling_params.py", "SamplingParams")
@@ -335,5 +339,6 @@ def test_requests_fit_the_installed_vllm(server: FakeServer) -> None:
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args:
                 route = node.args[0]
                 if isinstance(route, ast.Constant) and isinstance(route.value, str):
-                    routes.add((node.func.attr.upper(), route.value))
+                    methods = [ast.literal_eval(k.value) for k in node.keywords if k.arg == "methods"]  # add_api_route
+                    routes |= {(name, route.value) for name in [node.func.attr.upper(), *itertools.chain(*methods)]}
     assert {(method, path) for method, path, _ in server.log} <= routes
