@@ -25,7 +25,12 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...], dic
     fake.LLM = lambda *args, **kwargs: FakeLLM(calls, *args, **kwargs)
     fake.SamplingParams = lambda **kwargs: types.SimpleNamespace(**kwargs)
     fake.TokensPrompt = dict
+    request: Any = types.ModuleType("vllm.lora.request")
+    request.LoRARequest = lambda name, number, path: types.SimpleNamespace(
+        lora_name=name, lora_int_id=number, lora_path=path
+    )
     monkeypatch.setitem(sys.modules, "vllm", fake)
+    monkeypatch.setitem(sys.modules, "vllm.lora.request", request)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     return calls
 

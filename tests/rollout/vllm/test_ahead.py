@@ -23,7 +23,7 @@ from helpers.vllm import ARGS, GENERATE, PROMPTS, FakeServer, client
 import mdpgrpo_fast.train as train
 from mdpgrpo_fast.config import ConfigError, TrainConfig, preset, with_correction, without_effect
 from mdpgrpo_fast.rollout.vllm.ahead import Ahead
-from mdpgrpo_fast.rollout.vllm.sampler import RolloutError
+from mdpgrpo_fast.rollout.vllm.completion import RolloutError
 from mdpgrpo_fast.rollout.vllm.server import VLLMServer
 from mdpgrpo_fast.training.before.checks import check_ahead
 from mdpgrpo_fast.training.checkpoint import check_resume
@@ -278,7 +278,7 @@ def test_closing_the_client_wakes_who_waits(
         assert arrived.acquire(timeout=PATIENCE)
     engine.close()
     with pytest.raises(RolloutError, match="; 0 of 6 completions kept"):
-        ahead.take()
+        ahead.take()[1]()
     assert not held.is_set()
     held.set()
     ahead.close()

@@ -11,8 +11,8 @@ import pytest
 from helpers.vllm import ARGS, PROMPTS, FakeServer, client, weights
 
 from mdpgrpo_fast.config import ConfigError
+from mdpgrpo_fast.rollout.vllm.completion import RolloutError
 from mdpgrpo_fast.rollout.vllm.door import GUARD, KeyGuard, api_key, host_of, is_loopback
-from mdpgrpo_fast.rollout.vllm.sampler import RolloutError
 from mdpgrpo_fast.rollout.vllm.server import VLLMServer
 
 SECRET = "a-key_of/many+signs="

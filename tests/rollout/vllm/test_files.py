@@ -16,8 +16,8 @@ from helpers.inputs import ROOT
 from safetensors.torch import load_file
 
 from mdpgrpo_fast.rollout.vllm import files
+from mdpgrpo_fast.rollout.vllm.completion import RolloutError
 from mdpgrpo_fast.rollout.vllm.files import remove_leftovers, weight_file
-from mdpgrpo_fast.rollout.vllm.sampler import RolloutError
 
 WEIGHTS = [("a", torch.arange(3.0)), ("b", torch.ones(2, 4).T)]
 

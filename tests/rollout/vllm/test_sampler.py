@@ -16,8 +16,9 @@ from mdpgrpo_fast.models.load import load
 from mdpgrpo_fast.models.policy import Policy
 from mdpgrpo_fast.rollout.generate import generate
 from mdpgrpo_fast.rollout.vllm import sampler
+from mdpgrpo_fast.rollout.vllm.completion import RolloutError
 from mdpgrpo_fast.rollout.vllm.local import VLLMEngine
-from mdpgrpo_fast.rollout.vllm.sampler import RolloutError, with_policy_logprobs
+from mdpgrpo_fast.rollout.vllm.sampler import with_policy_logprobs
 
 
 def test_a_rollout_has_the_rows_in_order_with_what_was_drawn(engine: Any) -> None:
@@ -112,7 +113,7 @@ def test_a_weight_that_did_not_arrive_is_named(engine: Any, part: str) -> None:
     assert "\n" not in str(e.value)
     # The old version's name must not stand for a mixture.
     assert engine.version is None and engine.fake.label == "none"
-    with pytest.raises(RolloutError, match="a mixture of weights"):
+    with pytest.raises(RolloutError, match=r"does not hold the weights of the last sync\(\)"):
         engine.generate(PROMPTS, **ARGS)
 
 
