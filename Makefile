@@ -7,12 +7,13 @@ DEMO   := mdpgrpo_fast/demo
 ARGS   ?=
 JOBS   ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: help setup train test test-fast faults check install-check wheel install-sizes sanitize gpu-bundle seed-policy bench clean
+.PHONY: help setup train test test-fast test-vllm faults check install-check wheel install-sizes sanitize gpu-bundle seed-policy bench clean
 
 help:
 	@echo "make train        install, then train the embedded demonstration into $(OUTPUT) (ARGS=... adds flags)"
 	@echo "make test         install, then run the whole test suite (ARGS=... goes to pytest)"
 	@echo "make test-fast    the core in under 90 seconds: reference, ops on torch and cpu, config, data, cli, layers, verifiers"
+	@echo "make test-vllm    what runs against a real vLLM, in an environment of its own; RECORD=file keeps versions and seconds"
 	@echo "make faults       plant each fault of tests/faults.py in a copy; fails where the tests do not see it (ARGS=words)"
 	@echo "make check        formatter, linter and type checker"
 	@echo "make install-check  every way to build and install, each in a fresh environment"
@@ -57,6 +58,25 @@ SLOW := triton or compile or spills or 128_bit or memory_is or opcheck
 test-fast: $(VENV)/.setup-test
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --ignore tests/ops/linear/test_sharded.py -m "not code and not gpu" \
 	    -k "not ($(SLOW))" $(FAST) $(ARGS)
+
+# The packages are unpacked and no more: what is imported is compiled then, once, by test-vllm, whatever the environment
+# says of bytecode. The stamp holds the seconds and the bytes.
+$(VENV)/vllm/.done: $(VENV)/.python constraints-test-vllm.txt pyproject.toml setup.py
+	@$(BIN)/python -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 11) and "vLLM needs Python 3.11 or later; $(VENV) has %d.%d (set VENV=... and PYTHON=...)" % v)'
+	rm -rf $(VENV)/vllm
+	begin=$$(date +%s) && $(BIN)/python -m venv $(VENV)/vllm && pip="$(VENV)/vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps" && \
+	    $$pip --no-compile -r constraints-test-vllm.txt && MDPGRPO_BUILD=none $$pip --no-build-isolation -e . && \
+	    echo $$(($$(date +%s) - begin)) $$(du -sb $(VENV)/vllm | cut -f 1) >$@.partial
+	@$(VENV)/vllm/bin/python -c 'import sys; from importlib.metadata import version; sys.exit("+cpu" not in version("torch") and "torch must be its build for CPUs, as README says; got " + version("torch"))'
+	mv $@.partial $@
+
+# Of the source tree, which all environments share.
+mdpgrpo_fast/kernels/_cpu.abi3.so: $(CSRC) | $(VENV)/vllm/.done
+	MDPGRPO_BUILD=cpu $(VENV)/vllm/bin/python setup.py -q build_ext --inplace
+
+test-vllm: $(VENV)/vllm/.done mdpgrpo_fast/kernels/_cpu.abi3.so
+	PYTHONDONTWRITEBYTECODE= $(VENV)/vllm/bin/python -m pytest tests/vllm_real -o log_level=WARNING --junitxml build/vllm_tests.xml $(ARGS)
+	$(VENV)/vllm/bin/python benchmarks/tables/vllm_tests.py build/vllm_tests.xml $(VENV)/vllm/.done $(or $(RECORD),build/vllm_tests.json)
 
 faults: $(VENV)/.setup-test
 	$(BIN)/python tests/faults.py --jobs $(JOBS) $(ARGS)

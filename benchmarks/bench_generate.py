@@ -3,8 +3,9 @@
 `separate`: one model.generate call per slot of the group, each over all prompts, as the method's released code does it;
 `one_call`: one model.generate call over all rows, each at its own temperature; `static`: the same with transformers'
 static cache (and its compiled decode on a GPU); `ours`: mdpgrpo_fast.rollout.generate, which records both log-probs
-besides, with the linear layers that the trainer takes here; `ours_plain`: with PyTorch's. All draw completions
-of the same length; times are of P * G of them.
+besides, with the linear layers that the trainer takes here; `ours_plain`: with PyTorch's; `vllm`, where it is installed
+($(VENV)/vllm of `make test-vllm`): vLLM in this process, compiled and in the dtype of the others, which records
+log-probs too. All draw completions of the same length; times are of P * G of them.
 
 On a GPU a Llama of 1.2 billion parameters by `one_call` and `ours` (captured decode steps; `first_ms`: the call that
 captures them), half a minute in all. `floor_ms`: what reading the weights once for each token takes at the speed of a
@@ -15,8 +16,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
+import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -32,6 +36,8 @@ from mdpgrpo_fast.config import MDPGRPOConfig
 from mdpgrpo_fast.kernels import onednn
 from mdpgrpo_fast.rollout.captured import graphs
 from mdpgrpo_fast.rollout.generate import generate
+from mdpgrpo_fast.rollout.vllm.local import VLLMEngine
+from mdpgrpo_fast.rollout.vllm.sampler import Completion
 
 GROUP = 8
 CASES = {
@@ -42,9 +48,10 @@ LLAMA_1B = {"prompt": 256, "completion": 256, "hidden": 2048, "layers": 16, "voc
 GPU_CASES = {"rows8": {"prompts": 1, **LLAMA_1B}, "rows64": {"prompts": 8, **LLAMA_1B}}
 GPU_WAYS = ("one_call", "ours")
 PEER = "one_call" if CUDA else "separate"
-SHORT = 16  # tokens of the calls on a GPU that only verify
+SHORT = 16  # tokens of the calls that only verify
 if CUDA:
     CASES = GPU_CASES
+VLLM = importlib.util.find_spec("vllm") is not None and not CUDA
 NO_TOKEN = -1  # as the end, so that every completion has the full length
 
 
@@ -104,8 +111,44 @@ def candidates(model: Any, ids: Tensor, taus: list[float], length: int) -> dict[
         ).tokens
 
     own = {"ours": partial(ours, loaded), "ours_plain": partial(ours, model)}
+    if VLLM:
+        engine = vllm_engine(model, ids.shape[1] + length)
+
+        def sampled(count: int, temperature: list[float] | None, length: int) -> Tensor:
+            drawn = engine.generate(
+                ids.tolist(), temperature=temperature, eos=[NO_TOKEN], max_new_tokens=length, num_generations=count
+            )
+            return drawn.tokens
+
+        greedy = generate(model, ids.tolist(), temperature=None, eos=[NO_TOKEN], max_new_tokens=SHORT).tokens
+        if not torch.equal(sampled(1, None, SHORT), greedy):
+            raise Wrong("the greedy tokens of vLLM differ from ours")
+        own["vllm"] = partial(sampled, g, taus * p, length)
     ways = {"separate": separate, "one_call": one_call, "static": partial(one_call, "static"), **own}
     return {name: way for name, way in ways.items() if not CUDA or name in GPU_WAYS}
+
+
+class Endless(VLLMEngine):
+    """No token ends a completion: vLLM takes none that is not of the vocabulary."""
+
+    def _complete(self, prompts: list[list[int]], settings: list[dict[str, Any]]) -> list[Completion]:
+        return super()._complete(prompts, [{**row, "stop_token_ids": []} for row in settings])
+
+
+def vllm_engine(model: Any, length: int) -> VLLMEngine:
+    """vLLM with the model's weights, on as many threads as the others have."""
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        dtype = str(model.dtype).removeprefix("torch.")
+        engine = Endless(
+            folder, device=DEVICE, dtype=dtype, sleep_mode=False, max_model_len=length, skip_tokenizer_init=True
+        )
+    if torch.get_num_threads() != int(os.environ["OMP_NUM_THREADS"]):
+        raise Wrong(f"vLLM left this process {torch.get_num_threads()} threads")
+    return engine
 
 
 def verify(model: Any, ids: Tensor, ways: dict[str, Callable[[], Tensor]], shape: tuple[int, int]) -> None:

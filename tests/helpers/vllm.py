@@ -191,7 +191,7 @@ class FakeServer(ThreadingHTTPServer):
     def handle_error(self, *_: Any) -> None: ...  # of a client that does not trust the certificate
 
     def count(self, path: str) -> int:
-        return sum(p == path and body != {} for _, p, body in self.log)
+        return sum(p == path for _, p, _ in self.log)
 
 
 class FakeHandler(BaseHTTPRequestHandler):
@@ -230,15 +230,18 @@ class FakeHandler(BaseHTTPRequestHandler):
                 return self.send({"detail": "Unauthorized"}, 401)
             if path == "/v1/models":
                 self.send({"data": [{"id": "served"}]})
-            elif path == GENERATE and not server.scale_out:
+            elif path.startswith("/inference/") and not server.scale_out:
                 self.send({"detail": "disabled"}, 403)
             elif path == "/v1/load_lora_adapter":
-                server.adapters[body["lora_name"]] = adapter_files(body["lora_path"])
-                self.send(b"Success", content_type="text/plain")
-            elif path == GENERATE and body and body["model"] not in ("served", *server.adapters):
+                if body["lora_name"] in server.adapters:
+                    self.send({"error": {"message": "The lora adapter has already been loaded."}}, 400)
+                else:
+                    server.adapters[body["lora_name"]] = adapter_files(body["lora_path"])
+                    self.send(b"Success", content_type="text/plain")
+            elif path == GENERATE and body["model"] not in ("served", *server.adapters):
                 self.send({"error": {"message": f"no model {body['model']}"}}, 404)
-            elif path == GENERATE and not body:
-                self.send({"detail": "no token_ids"}, 422)
+            elif path == "/inference/v1/abort_requests":
+                self.send(b"", content_type="text/plain")
             elif path == GENERATE:
                 tokens, logprobs, reason = answer(body["token_ids"], body["sampling_params"])
                 self.send({"choices": [choice(tokens, logprobs, reason, server.label)]})

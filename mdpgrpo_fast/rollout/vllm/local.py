@@ -6,9 +6,8 @@ vLLM is optional and imported only where an engine is made.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from ...config import ConfigError, needs_package, require
 from ...log import reason_of
 from .completion import Completion, RolloutError, completion
+from .files import private_directory
 from .sampler import LOGPROBS_MODE, RolloutEngine
 from .worker import EXTENSION
 
@@ -159,15 +159,17 @@ class VLLMEngine(RolloutEngine):
         from vllm.lora.request import LoRARequest
 
         self._adapters += 1  # vLLM's number of it
-        with tempfile.TemporaryDirectory(prefix="mdpgrpo-adapter-") as directory:
+        with ExitStack() as files:
+            directory = files.enter_context(private_directory(None))
             write(directory)
             self._lora = LoRARequest(name, self._adapters, directory)
             try:
                 added = self._llm.llm_engine.add_lora(self._lora)
             except (ValueError, RuntimeError) as e:
                 raise RolloutError(f"vLLM does not take the adapter: {reason_of(e)}") from e
-        if not added:
-            raise RolloutError(f"vLLM does not take the adapter {name}")
+            if not added:
+                raise RolloutError(f"vLLM does not take the adapter {name}")
+            self._keep(files.pop_all())
 
     def _reset_cache(self) -> None:
         if not self._llm.reset_prefix_cache():

@@ -21,8 +21,10 @@ from __future__ import annotations
 import math
 import random
 import uuid
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -87,6 +89,9 @@ class RolloutEngine(ABC):
         self.run_id = run_id or uuid.uuid4().hex[:12]
         self.label: str | None = None  # of the model's weights as vLLM holds them; None before the first sync
         self.adapter: str | None = None  # name of the LoRA adapter that completions are drawn with
+        self._holds_base = False  # the model's own weights, for adapters, and not merged ones
+        self._adapter_files = ExitStack()
+        weakref.finalize(self, self._adapter_files.close)
         self._lost = False  # vLLM holds a mixture of weights, or another's
 
     @abstractmethod
@@ -303,9 +308,9 @@ class RolloutEngine(ABC):
 
         Raises: as `sync`, and RolloutError for an adapter that vLLM does not take.
         """
-        if self.label is None or self._lost:
+        if not self._holds_base or self._lost:
             self.sync(base, version)
-        self.version = None
+        self.version, self._holds_base = None, True
         self._load_adapter(self._adapter_name(version), write)
         self.follow_adapter((), version)
 
@@ -317,12 +322,19 @@ class RolloutEngine(ABC):
         for _ in named_parameters:
             pass
         self.version, self.label, self.adapter, self._lost = version, f"{self.run_id}-{version}", None, False
+        self._holds_base = False
 
     def follow_adapter(self, base: Iterable[tuple[str, Tensor]], version: int) -> None:
         """As `follow_sync`, of `sync_adapter`."""
-        if self.label is None or self._lost:
+        if not self._holds_base or self._lost:
             self.follow_sync(base, version)
+        self._holds_base = True
         self.version, self.adapter = version, self._adapter_name(version)
+
+    def _keep(self, files: ExitStack) -> None:
+        """Hold the files of an adapter until the next one's are there: vLLM dies where it looks for them again."""
+        self._adapter_files.close()
+        self._adapter_files.push(files)
 
     def _adapter_name(self, version: int) -> str:
         return f"{self.run_id}-adapter-{version}"

@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any, TypeVar
 
 import httpx2
@@ -95,12 +95,13 @@ class VLLMServer(RolloutEngine):
                 f"vllm_lora = adapter; got {settings['--max-lora-rank'] or 'no --enable-lora'}"
             )
         try:
-            self._call(GENERATE, {}, lambda answer: None)
-        except RolloutError as e:  # which says that there is no prompt, or that there is no such service
-            if "HTTP 403" in str(e):
-                raise ConfigError(
-                    f"vLLM server {url}: --enable-scale-out must be given: `mdpgrpo vllm-serve` does"
-                ) from None
+            self._call("/inference/v1/abort_requests", {"request_ids": []}, lambda answer: None)  # of the same service
+        except RolloutError as e:
+            if "HTTP 403" not in str(e):
+                raise
+            raise ConfigError(
+                f"vLLM server {url}: --enable-scale-out must be given: `mdpgrpo vllm-serve` does"
+            ) from None
 
     def _call(self, path: str, payload: Any, read: Callable[[Any], T], stop: threading.Event | None = None) -> T:
         """read() of the JSON that answers a GET, or a POST of the payload where there is one.
@@ -211,10 +212,15 @@ class VLLMServer(RolloutEngine):
             return self._rpc("mdpgrpo_load", update, path)
 
     def _load_adapter(self, name: str, write: Callable[[str], None]) -> None:
-        with private_directory(self.sync_dir) as directory:
+        with ExitStack() as files:
+            directory = files.enter_context(private_directory(self.sync_dir))
             write(directory)
-            payload = {"lora_name": name, "lora_path": directory, "load_inplace": True}  # as it may come again
-            self._call("/v1/load_lora_adapter", payload, lambda answer: None)
+            try:
+                self._call("/v1/load_lora_adapter", {"lora_name": name, "lora_path": directory}, lambda answer: None)
+            except RolloutError as e:
+                if "already been loaded" not in str(e):  # by a request whose answer was lost
+                    raise
+            self._keep(files.pop_all())
 
     def _reset_cache(self) -> None:
         def read(answer: Any) -> None:

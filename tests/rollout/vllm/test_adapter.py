@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,8 @@ def test_the_base_goes_once_and_the_adapter_each_time(engine: Any) -> None:
     assert names == [f"{engine.run_id}-adapter-3", f"{engine.run_id}-adapter-4"]
     engine.sync(weights(1).items(), 5)
     assert engine.adapter is None and engine.label == f"{engine.run_id}-5"
+    engine.sync_adapter(weights().items(), write, 6)
+    assert engine.fake.workers[0].model.loads == 3, "what vLLM held may have been merged"
 
 
 def test_rows_are_asked_of_the_newest_adapter_locally(local: Any, log: list[Any]) -> None:
@@ -39,7 +43,9 @@ def test_rows_are_asked_of_the_newest_adapter_locally(local: Any, log: list[Any]
     assert [(r.lora_name, r.lora_int_id) for r in asked] == [
         (f"{local.run_id}-adapter-1", 1), (f"{local.run_id}-adapter-2", 2)
     ]  # fmt: skip
-    assert not any(Path(r.lora_path).exists() for r in asked), "vLLM has read them"
+    assert [Path(r.lora_path).exists() for r in asked] == [False, True], "the newest's are kept: vLLM may look again"
+    local._adapter_files.close()
+    assert not Path(asked[1].lora_path).exists()
     assert [files for *_, files in local._llm.adapters] == [{"adapter_config.json": 0o644}] * 2
 
 
@@ -56,9 +62,24 @@ def test_rows_are_asked_of_the_newest_adapter_of_a_server(server: FakeServer, tm
     for version in (1, 2):
         engine.sync_adapter(weights().items(), write, version)
         engine.generate(PROMPTS, **ARGS)
-    asked = [body["model"] for _, path, body in server.log if path == GENERATE and body]
+    asked = [body["model"] for _, path, body in server.log if path == GENERATE]
     assert asked == [f"{engine.run_id}-adapter-1"] * 6 + [f"{engine.run_id}-adapter-2"] * 6
-    assert seen == [0o700] * 2 and not any(tmp_path.iterdir())
+    assert seen == [0o700] * 2 and len(list(tmp_path.iterdir())) == 1, "the newest's are kept: vLLM may look again"
+    before = server.count("/v1/load_lora_adapter")
+
+    def answer_is_lost(handler: Any, path: str, body: Any) -> bool:
+        if path != "/v1/load_lora_adapter" or body["lora_name"] in server.adapters:
+            return False
+        server.adapters[body["lora_name"]] = {}
+        handler.connection.shutdown(socket.SHUT_RDWR)
+        return True
+
+    server.fault = answer_is_lost
+    engine.sync_adapter(weights().items(), write, 3)
+    assert server.count("/v1/load_lora_adapter") == before + 2
+    del engine
+    gc.collect()
+    assert not any(tmp_path.iterdir())
 
 
 def test_sleep_keeps_the_model_s_own_weights(log: list[Any]) -> None:

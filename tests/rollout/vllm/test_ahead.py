@@ -87,7 +87,7 @@ class Order:
 
     @property
     def prompts(self) -> list[list[int]]:
-        return [body["token_ids"] for _, path, body in self.server.log if path == GENERATE and body]
+        return [body["token_ids"] for _, path, body in self.server.log if path == GENERATE]
 
     def marks(self, what: str) -> dict[int, str]:
         found = [body for _, path, body in self.server.log if path == MARK]

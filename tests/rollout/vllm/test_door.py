@@ -77,6 +77,7 @@ def test_every_path_needs_the_key(key: str, path: str) -> None:
         (b"Bearer " + SECRET.upper().encode(),),
         (b"Bearer \xff\xfe",),
         (b"Bearer wrong", b"Bearer " + SECRET.encode()),
+        (b"Bearer " + SECRET.encode(), b"Bearer wrong"),
     ],
 )
 def test_nothing_but_the_key_opens(key: str, authorization: tuple[bytes, ...]) -> None:

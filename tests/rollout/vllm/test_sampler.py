@@ -45,7 +45,7 @@ def sent_settings(engine: Any) -> list[dict[str, Any]]:
     """The settings of each row of the last generate()."""
     if isinstance(engine, VLLMEngine):
         return [vars(p) for p in next(args[1] for name, args, _ in reversed(engine.fake.log) if name == "generate")]
-    return [body["sampling_params"] for _, path, body in engine.fake.log if path == GENERATE and body]
+    return [body["sampling_params"] for _, path, body in engine.fake.log if path == GENERATE]
 
 
 def test_sampling_settings_of_a_row(engine: Any) -> None:
