@@ -37,11 +37,8 @@ from mdpgrpo_fast.demo import DEMO_DIR
 
 TRAINER, SERVER = 0, 1  # cores
 FLAGS = ["--cpu", "--temperature-objective", "corrected", "--no-save-model", "--rollout", "vllm"]
-SERVED = [
-    "--dtype", "float32", "--max-model-len", "320", "--host", "127.0.0.1", "--enforce-eager", "--enable-scale-out",
-    "--logprobs-mode", "processed_logprobs", "--worker-extension-cls", "mdpgrpo_fast.rollout.vllm.worker.WeightSync",
-]  # fmt: skip
-SERVER_ENV = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
+SERVED = ["--dtype", "float32", "--max-model-len", "320", "--enforce-eager"]
+SERVER_ENV = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
 READY = 600  # seconds until the server must answer
 
 
@@ -59,7 +56,7 @@ def server(python: str, log: Path) -> Iterator[str]:
         port = s.getsockname()[1]
     url, there = f"http://127.0.0.1:{port}", on_core(SERVER)
     there["env"] |= SERVER_ENV
-    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(DEMO_DIR / "seed_policy"), *SERVED]
+    command = [python, "-m", "mdpgrpo_fast", "vllm-serve", str(DEMO_DIR / "seed_policy"), *SERVED]
     with log.open("w") as out:
         process = subprocess.Popen([*command, "--port", str(port)], stdout=out, stderr=out, **there)
     try:
@@ -117,6 +114,10 @@ def one_run(url: str, ahead: int, seed: int, flags: list[str], folder: Path) -> 
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps, seconds = [r for r in rows if "eval" not in r], json.loads(measured.read_text())
     summary = json.loads((out / "summary.json").read_text())
+    if summary["dropped_samples"]:
+        raise RuntimeError(
+            f"{summary['dropped_samples']} samples lost their reward: is the machine busy?\n{done.stderr[-3000:]}"
+        )
     result = {
         "async_rollout": ahead,
         "seed": seed,
@@ -176,9 +177,9 @@ def main() -> int:
             for ahead in (0, 1) if i % 2 == 0 else (1, 0):
                 runs.append(one_run(url, ahead, seed, args.flags, Path(name)))
     summary = summarized(runs)
-    flags = ["--flags", *args.flags] if args.flags else []
+    words = ["python benchmarks/studies/async_rollout.py --vllm-python PYTHON --seeds", *map(str, args.seeds)]
     document = {
-        **provenance(" ".join(["python benchmarks/studies/async_rollout.py", *flags])),
+        **provenance(" ".join([*words, *(["--flags", *args.flags] if args.flags else [])])),
         "server": {"vllm": vllm_version(args.vllm_python), "flags": SERVED, "core": SERVER},
         "trainer": {"flags": [*FLAGS, *args.flags], "core": TRAINER},
         "summary": summary,

@@ -195,10 +195,10 @@ def test_interrupt_in_the_last_evaluation_keeps_the_model(tmp_path: Path, monkey
 def test_interrupt_keeps_what_was_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step = TrainingLoop.step
 
-    def interrupted(self: TrainingLoop, number: int, indices: list[int]) -> dict[str, Any]:
+    def interrupted(self: TrainingLoop, number: int, *indices: list[int]) -> dict[str, Any]:
         if number == 2:
             raise KeyboardInterrupt
-        return step(self, number, indices)
+        return step(self, number, *indices)
 
     monkeypatch.setattr(TrainingLoop, "step", interrupted)
     trainer = run_small(tmp_path, steps=5, save_model=True)

@@ -224,10 +224,10 @@ def test_an_interrupted_run_says_how_to_go_on(
 ) -> None:
     step = TrainingLoop.step
 
-    def interrupted(self: TrainingLoop, number: int, indices: list[int]) -> dict[str, Any]:
+    def interrupted(self: TrainingLoop, number: int, *indices: list[int]) -> dict[str, Any]:
         if number == 2:
             raise KeyboardInterrupt
-        return step(self, number, indices)
+        return step(self, number, *indices)
 
     out = tmp_path / "run"
     argv = ["--steps", "3", "--prompts-per-step", "1", "--eval-samples", "2", "--save-every", "1", "--save-model"]
