@@ -88,7 +88,7 @@ class Trainer:
     ) -> None:
         from .models.adapters import resolve_adapter
         from .rewards import Scorer, named_spec
-        from .rollout.vllm.sampler import RolloutError
+        from .rollout.vllm.completion import RolloutError
         from .training.before.checks import check
         from .training.loop import TrainingLoop
         from .training.run_dir import RunDir

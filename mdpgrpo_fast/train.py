@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
 def _stopping() -> tuple[type[Exception], ...]:
     """What ends a run with status 1 and a sentence."""
     from .rewards import RewardError
-    from .rollout.vllm.sampler import RolloutError
+    from .rollout.vllm.completion import RolloutError
     from .training.hub.repository import HubError
 
     return RewardError, RolloutError, FloatingPointError, HubError

@@ -478,7 +478,7 @@ FAULTS = [
     rollout("if len(given) != 1:", "if not given:", "nothing_but_the_key"),
     rollout('scheme.lower() == b"bearer" and ', "", "nothing_but_the_key"),
     rollout("key is None and not is_loopback(known.host)", "key is None and known.host == '0.0.0.0'", "refusals"),
-    rollout("*rest, *fixed,", "*fixed, *rest,", "its_own_machine_alone"),
+    rollout('*rest, "--enable-scale-out", *fixed,', '*fixed, "--enable-scale-out", *rest,', "its_own_machine_alone"),
     rollout("headers=headers, follow_redirects=False", "headers=headers, follow_redirects=True", "redirects"),
     rollout('if "CERTIFICATE_VERIFY_FAILED" in reason:', "if False:", "certificate_is_verified"),
     rollout("if is_loopback(host) else {}", "if False else {}", "through_no_proxy"),

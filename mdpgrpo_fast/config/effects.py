@@ -203,7 +203,7 @@ _RULES: list[Rule] = [
     ),
     ("tokens_per_micro_batch", lambda run, m: run.packing == "off", "--packing is off"),
     (
-        "vllm_url vllm_memory vllm_sleep vllm_timeout vllm_retries vllm_sync_dir",
+        "vllm_url vllm_memory vllm_sleep vllm_timeout vllm_retries vllm_sync_dir vllm_lora",
         lambda run, m: run.rollout != "vllm",
         "the model samples by itself (--rollout vllm)",
     ),
@@ -217,6 +217,7 @@ _RULES: list[Rule] = [
         lambda run, m: run.rollout == "vllm" and run.vllm_url is None,
         "vLLM runs in this process (--vllm-url)",
     ),
+    ("vllm_lora", lambda run, m: run.rollout == "vllm" and not run.lora, "all weights are trained (--lora)"),
     ("async_rollout", lambda run, m: run.async_rollout > 0 and run.steps == 1, "there is no next step (--steps)"),
     ("hub_model_id hub_private_repo", lambda run, m: not run.push_to_hub, "nothing is uploaded (--push-to-hub)"),
     (

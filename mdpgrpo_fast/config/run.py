@@ -210,6 +210,11 @@ class TrainConfig(PromptConfig):
     vllm_sync_dir: str | None = knob(
         None, "rollout vllm: directory for weights on their way to a server (/dev/shm, a shared disk)"
     )
+    vllm_lora: Literal["merged", "adapter"] = knob(
+        "merged",
+        "rollout vllm with lora: merged weights go to vLLM, or the adapter alone, which vLLM adds as it samples: some "
+        "megabytes a step, at a slower forward pass",
+    )
     async_rollout: int = knob(
         0,
         "1: a server (vllm_url) samples the next step's completions while a step trains, by weights that are one step "

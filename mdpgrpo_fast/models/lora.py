@@ -189,6 +189,13 @@ def merged(model: Any, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tenso
             yield f"{layer}.{rest}" if layer else rest, x
 
 
+def base_weights(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Weights under the names from before `add_adapters`, without what the adapters add. state: as of `merged`."""
+    for key, x in state.items():
+        if ".lora_" not in key:
+            yield key.removeprefix(PREFIX).replace(".base_layer.", "."), x
+
+
 def plain_lora(model: Any) -> tuple[str, dict[str, Any]]:
     """Name of the one adapter, and the layers that have it by their names. Raises ConfigError."""
     names = list(model.active_adapters)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+import uuid
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from ..config import MDPGRPOConfig, TrainConfig, require
 from ..models.load import base_model
+from .vllm.completion import RolloutError
 from .vllm.local import VLLMEngine
-from .vllm.sampler import MIN_TEMPERATURE, RolloutEngine, RolloutError
+from .vllm.sampler import MIN_TEMPERATURE, RolloutEngine
 from .vllm.server import VLLMServer
 
 
@@ -28,6 +30,7 @@ def make_engine(
         return None
     lowest = min(method.slot_temperatures)
     require(lowest >= MIN_TEMPERATURE, "temperatures", lowest, f"at least {MIN_TEMPERATURE} (vLLM's floor)")
+    lora_rank = run.lora_r if run.lora and run.vllm_lora == "adapter" else None
     if run.vllm_url is not None:
         return VLLMServer(
             run.vllm_url,
@@ -35,6 +38,8 @@ def make_engine(
             timeout=run.vllm_timeout,
             retries=run.vllm_retries,
             sync_dir=run.vllm_sync_dir,
+            run_id=broadcast_object_list([uuid.uuid4().hex[:12]])[0],
+            lora_rank=lora_rank,
         )
     more: dict[str, Any] = {"trust_remote_code": True} if run.trust_remote_code else {}
     if run.tokenizer is not None:
@@ -47,23 +52,30 @@ def make_engine(
         # Not the model's whole context, for which the memory may not do.
         max_model_len=min(run.max_prompt_length + run.max_completion_length, context or sys.maxsize),
         seed=run.seed + accelerator.process_index,
+        lora_rank=lora_rank,
         **more,
     )
 
 
 def sync_weights(
-    engine: RolloutEngine, accelerator: Accelerator, named: Iterable[tuple[str, Tensor]], version: int
-) -> None:
+    engine: RolloutEngine, accelerator: Accelerator, named: Iterable[tuple[str, Tensor]], version: int,
+    write_adapter: Callable[[str], None] | None = None,
+) -> None:  # fmt: skip
     """The engine's weights become these, checked; with a server all ranks have one, and the first sends.
+
+    write_adapter: as of `RolloutEngine.sync_adapter`, named being the weights without it; None: there is none.
 
     Raises: RolloutError, on all ranks where it is raised on one.
     """
     problem = None
+    follows = isinstance(engine, VLLMServer) and not accelerator.is_main_process
     try:
-        if isinstance(engine, VLLMServer) and not accelerator.is_main_process:
-            engine.follow_sync(named, version)
+        if write_adapter is None:
+            (engine.follow_sync if follows else engine.sync)(named, version)
+        elif follows:
+            engine.follow_adapter(named, version)
         else:
-            engine.sync(named, version)
+            engine.sync_adapter(named, write_adapter, version)
     except RolloutError as e:
         problem = e
     raise_on_all_ranks(accelerator, problem)

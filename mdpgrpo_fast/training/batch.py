@@ -44,7 +44,7 @@ class Batch:
     logit_floor: Tensor | None = None  # (B, L) what tells the tokens that log-probs are over, truncated_logprobs only
     sampling: Tensor | None = None  # (B, L) the sampler's log-probs, where the loss measures its drift by them
     kl: Tensor | None = None  # (B, L) KL estimates whose sums the rewards of the advantages lack, kl_in = reward only
-    staleness: int = 0  # rollout steps that the policy had been trained on since it sampled these
+    staleness: int = 0  # steps whose updates the weights that sampled lack
 
 
 @dataclass

@@ -6,7 +6,7 @@ With async_rollout those of the next step are sampled from here on, by a server,
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..config import MDPGRPOConfig, TrainConfig
 from ..data import Example
-from ..models.lora import merged
+from ..models.lora import base_weights, merged, save_adapters
 from ..models.policy import Policy
 from ..reference import Advantages
 from ..rewards import RewardError, Score, Scorer
@@ -25,10 +25,12 @@ from ..rollout.generate import Rollout, generate, pad_id
 from ..rollout.processors import generation_kwargs
 from ..rollout.thinking import Thinking
 from ..rollout.vllm.ahead import Ahead
-from ..rollout.vllm.sampler import RolloutEngine, RolloutError, trainer_logprobs, with_policy_logprobs
+from ..rollout.vllm.completion import Completion, RestartedError, RolloutError
+from ..rollout.vllm.sampler import Request, RolloutEngine, trainer_logprobs, with_policy_logprobs
 from ..rollout.vllm.server import VLLMServer
 from .batch import Batch, replace_groups
 from .scale import RunningGoal, mapped
+from .show.progress import say
 from .task import Task
 from .timing import StageClock
 from .update.advantages import of_the_batch, step_advantages
@@ -46,6 +48,7 @@ class Collector:
         self.policy, self.engine = policy, engine
         self.thinking = Thinking(task.tokenizer, run.strip_thinking)
         self.goal = RunningGoal()
+        self.number = 0  # of the step
         self.ahead: Ahead | None = None
         if run.async_rollout:
             assert isinstance(engine, VLLMServer), "check_ahead has seen to it"
@@ -59,8 +62,10 @@ class Collector:
         """Completions of the prompts, scored and weighed.
 
         following: prompts of the next step, none after the last. With async_rollout their sampling begins here, by the
-        weights as they are now, and the next call has to be of them.
+        weights as they are now, and the next call has to be of them. The batch's staleness counts the rollout steps, of
+        updates_per_rollout * mini_batches optimiser updates each, that the policy has gone since it sampled: 0 or 1.
         """
+        self.number = number
         staleness = int(self.ahead is not None and self.ahead.pending)
         if not staleness:
             with clock.stage("generate"):
@@ -125,8 +130,12 @@ class Collector:
         if self.engine is not None:
             # A tied head under both of its names: it may have an adapter of its own.
             named = dict(self.lm.named_parameters(remove_duplicate=False))
-            weights = merged(self.lm, named) if self.run.lora else named.items()
-            sync_weights(self.engine, self.accelerator, weights, number)
+            if self.run.lora and self.run.vllm_lora == "adapter":
+                write = partial(save_adapters, self.lm, state_dict=named)
+                sync_weights(self.engine, self.accelerator, base_weights(named), number, write)
+            else:
+                weights = merged(self.lm, named) if self.run.lora else named.items()
+                sync_weights(self.engine, self.accelerator, weights, number)
 
     def sample_and_score(self, rows: list[int], clock: StageClock) -> tuple[Rollout, list[str], list[Score]]:
         """Completions of the prompts with their texts and scores, B = len(rows) * G of each."""
@@ -139,10 +148,28 @@ class Collector:
 
     def sample(self, rows: list[int]) -> Rollout:
         """G completions of each prompt, slot g at its own temperature; those that were begun before, if any were."""
+        if self.engine is None:
+            return generate(self.lm, **self.asked(rows))
         if self.ahead is not None and self.ahead.pending:
-            return self.ahead.take()
-        draw = self.engine.generate if self.engine else partial(generate, self.lm)
-        return draw(**self.asked(rows))
+            return self.drawn(*self.ahead.take())
+        request = self.engine.request(**self.asked(rows))
+        return self.drawn(request, partial(self.engine.complete, request))
+
+    def drawn(self, request: Request, draw: Callable[[], list[Completion]]) -> Rollout:
+        """What draw() gets of vLLM. One that was restarted meanwhile is given the weights again, as often as requests
+        are tried again, and asked for what it drew with others; where ranks share it, the run ends."""
+        assert self.engine is not None
+        for left in range(self.run.vllm_retries, -1, -1):
+            try:
+                completions = draw()
+                break
+            except RestartedError as e:
+                if not left or self.accelerator.num_processes > 1:
+                    raise
+                say(f"step {self.number}: {e} It is given them again.")
+                self.sync(self.number)
+                draw = partial(self.engine.complete, request, e.partial)
+        return self.engine.rollout(request, completions)
 
     def asked(self, rows: Sequence[int]) -> dict[str, Any]:
         """The arguments of whatever samples."""

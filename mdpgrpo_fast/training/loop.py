@@ -22,7 +22,7 @@ from ..models.policy import Policy
 from ..rewards import RewardError, Scorer, TrainerState
 from ..rewards.lost import LostSamples, raise_where_all_failed, why_all_failed
 from ..rollout.engine import make_engine, raise_on_all_ranks
-from ..rollout.vllm.sampler import RolloutError
+from ..rollout.vllm.completion import RolloutError
 from . import checkpoint, distributed
 from .batch import micro_batch_budget
 from .collect import Collector

@@ -21,7 +21,7 @@ from ..config import ConfigError, MDPGRPOConfig, TrainConfig
 from ..data import Example
 from ..models.lora import save_adapters, save_merged
 from ..rewards import Score
-from ..rollout.vllm.sampler import RolloutError
+from ..rollout.vllm.completion import RolloutError
 from .batch import Batch
 
 

@@ -97,6 +97,11 @@ def answer(prompt: list[int], settings: dict[str, Any]) -> tuple[list[int], list
     return tokens, [-settings["temperature"] - j / 8 for j in range(n)], "stop" if ends else "length"
 
 
+def adapter_files(directory: str) -> dict[str, int]:
+    """What lies in the directory of an adapter, with the modes of files, as vLLM finds it."""
+    return {path.name: path.stat().st_mode & 0o777 for path in Path(directory).iterdir()}
+
+
 class FakeLLM:
     """The part of vllm.LLM that is called, with a record of the calls."""
 
@@ -104,7 +109,13 @@ class FakeLLM:
         self.log, self.workers, self.reset, self.label = log, [Worker(FusedModel())], True, "default"
         self.multiprocessing = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING")
         self.lose: Callable[[int], bool] = lambda _: False
+        self.adapters: list[tuple[str, int, dict[str, int]]] = []
+        self.llm_engine = types.SimpleNamespace(add_lora=self.add_lora)
         log.append(("__init__", args, kwargs))
+
+    def add_lora(self, request: Any) -> bool:
+        self.adapters.append((request.lora_name, request.lora_int_id, adapter_files(request.lora_path)))
+        return True
 
     def generate(self, *args: Any, **kwargs: Any) -> list[Any]:
         self.log.append(("generate", args, kwargs))
@@ -155,7 +166,7 @@ class FakeServer(ThreadingHTTPServer):
         self.log: list[tuple[str, str, Any]] = []
         self.restart()
         self.mode, self.extension, self.dev, self.reset = "processed_logprobs", EXTENSION, True, True
-        self.scale_out = True
+        self.scale_out, self.lora = True, None
         self.fault: Callable[[Any, str, Any], bool] = lambda handler, path, body: False
         self.connections = 0
         self.key = ""  # that every request has to bring
@@ -164,6 +175,7 @@ class FakeServer(ThreadingHTTPServer):
 
     def restart(self) -> None:
         self.workers, self.label = [Worker(FusedModel())], "default"
+        self.adapters: dict[str, dict[str, int]] = {}
 
     @property
     def url(self) -> str:
@@ -179,7 +191,7 @@ class FakeServer(ThreadingHTTPServer):
     def handle_error(self, *_: Any) -> None: ...  # of a client that does not trust the certificate
 
     def count(self, path: str) -> int:
-        return sum(p == path and body != {} for _, p, body in self.log)
+        return sum(p == path for _, p, _ in self.log)
 
 
 class FakeHandler(BaseHTTPRequestHandler):
@@ -193,9 +205,10 @@ class FakeHandler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None: ...
 
-    def send(self, value: Any, status: int = 200, length: int = 0) -> None:
+    def send(self, value: Any, status: int = 200, length: int = 0, content_type: str = "application/json") -> None:
         data = value if isinstance(value, bytes) else json.dumps(value).encode()
         self.send_response(status)
+        self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(data) + length))
         self.end_headers()
         self.wfile.write(data)
@@ -217,18 +230,27 @@ class FakeHandler(BaseHTTPRequestHandler):
                 return self.send({"detail": "Unauthorized"}, 401)
             if path == "/v1/models":
                 self.send({"data": [{"id": "served"}]})
-            elif path == GENERATE and not server.scale_out:
+            elif path.startswith("/inference/") and not server.scale_out:
                 self.send({"detail": "disabled"}, 403)
-            elif path == GENERATE and not body:
-                self.send({"detail": "no token_ids"}, 422)
+            elif path == "/v1/load_lora_adapter":
+                if body["lora_name"] in server.adapters:
+                    self.send({"error": {"message": "The lora adapter has already been loaded."}}, 400)
+                else:
+                    server.adapters[body["lora_name"]] = adapter_files(body["lora_path"])
+                    self.send(b"Success", content_type="text/plain")
+            elif path == GENERATE and body["model"] not in ("served", *server.adapters):
+                self.send({"error": {"message": f"no model {body['model']}"}}, 404)
+            elif path == "/inference/v1/abort_requests":
+                self.send(b"", content_type="text/plain")
             elif path == GENERATE:
                 tokens, logprobs, reason = answer(body["token_ids"], body["sampling_params"])
                 self.send({"choices": [choice(tokens, logprobs, reason, server.label)]})
             elif not server.dev:
                 self.send({"detail": "Not Found"}, 404)
             elif path == "/server_info":
-                config = {"worker_extension_cls": server.extension}
-                self.send({"vllm_config": {"model_config": {"logprobs_mode": server.mode}, "parallel_config": config}})
+                parallel = {"worker_extension_cls": server.extension}
+                config = {"model_config": {"logprobs_mode": server.mode}, "parallel_config": parallel}
+                self.send({"vllm_config": {**config, "lora_config": server.lora}})
             elif path == "/collective_rpc":
                 self.send({"results": [getattr(w, body["method"])(*body["args"]) for w in server.workers]})
             elif path == "/update_weight_version":

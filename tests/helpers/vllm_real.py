@@ -18,29 +18,24 @@ from torch import Tensor
 
 from mdpgrpo_fast.demo import SEED_POLICY
 from mdpgrpo_fast.rollout.generate import Rollout
-from mdpgrpo_fast.rollout.vllm.worker import EXTENSION
 
 MAX_LENGTH = 320  # of prompt and completion
 
 
 class Server:
-    """vLLM's server in float32 on a free port of this machine, which starts meanwhile. log: file of what it says."""
+    """`mdpgrpo vllm-serve` in float32 on a free port of this machine, which starts meanwhile; its key is that of the
+    environment. log: file of what it says."""
 
     def __init__(self, log: Path) -> None:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
         self.url, self.log = f"http://127.0.0.1:{port}", log
-        flags = {
-            "model": SEED_POLICY, "host": "127.0.0.1", "port": port, "dtype": "float32", "max-model-len": MAX_LENGTH,
-            "logprobs-mode": "processed_logprobs", "worker-extension-cls": EXTENSION, "generation-config": "vllm",
-            # No prompt in two parts: of one with a seed vLLM's CPU worker dies ("CPU Generator does not use offset").
-            "max-num-batched-tokens": 16384,
-        }  # fmt: skip
-        # vLLM's own command asks for the version of a package of its GPU build's name.
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager", "--enable-scale-out"]
-        command += [x for name, value in flags.items() for x in (f"--{name}", str(value))]
-        env = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "mdpgrpo_fast", "vllm-serve", str(SEED_POLICY), "--port", str(port)]
+        command += ["--dtype", "float32", "--max-model-len", str(MAX_LENGTH), "--enforce-eager"]
+        # No prompt in two parts: vLLM's CPU worker dies of one that has a seed ("CPU Generator does not use offset").
+        command += ["--max-num-batched-tokens", "16384"]
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
         with log.open("w") as out:
             # Its own group: it has a process for the engine and one for the worker.
             self.process = subprocess.Popen(command, env=env, stdout=out, stderr=out, cwd=ROOT, start_new_session=True)

@@ -11,7 +11,7 @@ from mdpgrpo_fast.config import ConfigError, TrainConfig, preset
 from mdpgrpo_fast.rewards import RewardError
 from mdpgrpo_fast.rollout import engine
 from mdpgrpo_fast.rollout.engine import raise_on_all_ranks
-from mdpgrpo_fast.rollout.vllm.sampler import RolloutError
+from mdpgrpo_fast.rollout.vllm.completion import RolloutError
 
 
 def test_make_engine_by_the_knobs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -211,7 +211,7 @@ def engine_settings() -> Any:
         pass
 
     class Engine(RolloutEngine):
-        _rpc = _send = _reset_cache = sleep = lambda self, *args: None
+        _rpc = _send = _reset_cache = _set_label = _load_adapter = sleep = lambda self, *args: None
 
         def _complete(self, prompts: Any, settings: list[dict[str, Any]]) -> Any:
             raise Asked(settings[0])
@@ -224,16 +224,12 @@ def engine_settings() -> Any:
     return asked
 
 
-@pytest.mark.parametrize("vllm", [False, True])
-def test_a_run_samples_with_them(llama: Any, vllm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, Any] = {}
-    monkeypatch.setattr("mdpgrpo_fast.training.collect.generate", lambda model, prompts, **knobs: seen.update(knobs))
+def test_a_run_samples_with_them(llama: Any) -> None:
     collector: Any = SimpleNamespace(
         method=MDPGRPOConfig(),
         run=TrainConfig(repetition_penalty=1.2),
-        engine=SimpleNamespace(generate=lambda prompts, **knobs: seen.update(knobs)) if vllm else None,
         lm=llama,
         task=SimpleNamespace(train_ids=[[5, 6]], eos=[1], tokenizer=SimpleNamespace(pad_token_id=7)),
     )
-    Collector.sample(collector, [0])
+    seen = Collector.asked(collector, [0])
     assert seen["generation_kwargs"] == {"repetition_penalty": 1.2} and seen["pad"] == 7

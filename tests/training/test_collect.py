@@ -15,7 +15,7 @@ import mdpgrpo_fast.train as train
 from mdpgrpo_fast.config import TrainConfig, preset
 from mdpgrpo_fast.rewards import Score
 from mdpgrpo_fast.rollout.generate import Rollout, generate
-from mdpgrpo_fast.rollout.vllm.sampler import Completion, RolloutError
+from mdpgrpo_fast.rollout.vllm.completion import Completion, RolloutError
 from mdpgrpo_fast.training.collect import Collector
 from mdpgrpo_fast.training.task import prepare
 from mdpgrpo_fast.training.timing import StageClock

@@ -14,6 +14,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
 os.environ["no_proxy"] = "127.0.0.1"
+os.environ["VLLM_API_KEY"] = "key-of-these-tests"  # every request here goes through the door
 
 import vllm
 from helpers.vllm_real import MAX_LENGTH, Server

@@ -11,7 +11,8 @@ from helpers.vllm_real import answers, reference_logprobs
 from mdpgrpo_fast.models.lora import add_adapters, merged
 from mdpgrpo_fast.models.policy import Policy
 from mdpgrpo_fast.rollout.generate import generate
-from mdpgrpo_fast.rollout.vllm.sampler import RolloutError, trainer_logprobs, with_policy_logprobs
+from mdpgrpo_fast.rollout.vllm.completion import RolloutError
+from mdpgrpo_fast.rollout.vllm.sampler import trainer_logprobs, with_policy_logprobs
 from mdpgrpo_fast.training.task import Task
 
 TAUS = [0.1, 0.4, 0.7, 1.0, 1.3, 0.05, 1.0, 2.0]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from ..generate import Rollout
-from .sampler import Completion, Request
+from .completion import Completion
+from .sampler import Request
 from .server import VLLMServer
 
 
@@ -28,13 +29,11 @@ class Ahead:
         assert self._pending is None, "one at a time"
         self._pending = request, self._thread.submit(self.engine.complete, request)
 
-    def take(self) -> Rollout:
-        """Waits for what was begun. Raises: RolloutError where the server failed."""
+    def take(self) -> tuple[Request, Callable[[], list[Completion]]]:
+        """What was begun, and the call that waits for it; it raises RolloutError where the server failed."""
         assert self._pending is not None, "nothing was begun"
-        request, found = self._pending
-        completions = found.result()
-        self._pending = None
-        return self.engine.rollout(request, completions)
+        (request, found), self._pending = self._pending, None
+        return request, found.result
 
     def close(self) -> None:
         """Ends what is under way without waiting for it; neither the thread nor the engine can be used afterwards."""

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...log import reason_of
-from .sampler import RolloutError
+from .completion import RolloutError
 
 PREFIX = "mdpgrpo-weights-"
 
@@ -29,11 +29,7 @@ def weight_file(weights: list[tuple[str, Tensor]], directory: str | None) -> Ite
 
     Raises: RolloutError where it cannot be written.
     """
-    try:
-        made = tempfile.mkdtemp(prefix=f"{PREFIX}{_host()}-{os.getpid()}-", dir=directory)
-    except OSError as e:
-        raise RolloutError(f"weights for the vLLM server cannot be written: {reason_of(e)}") from None
-    try:
+    with private_directory(directory) as made:
         path = os.path.join(made, "weights.safetensors")
         try:
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))  # what is written keeps its mode
@@ -41,6 +37,20 @@ def weight_file(weights: list[tuple[str, Tensor]], directory: str | None) -> Ite
         except (OSError, SafetensorError) as e:
             raise RolloutError(f"weights for the vLLM server cannot be written to {made}: {reason_of(e)}") from None
         yield path
+
+
+@contextmanager
+def private_directory(directory: str | None) -> Iterator[str]:
+    """Path of a directory of mode 0700, made in this one, which is gone after the block, however that ends.
+
+    Raises: RolloutError where it cannot be made.
+    """
+    try:
+        made = tempfile.mkdtemp(prefix=f"{PREFIX}{_host()}-{os.getpid()}-", dir=directory)
+    except OSError as e:
+        raise RolloutError(f"weights for the vLLM server cannot be written: {reason_of(e)}") from None
+    try:
+        yield made
     finally:
         shutil.rmtree(made, ignore_errors=True)
 

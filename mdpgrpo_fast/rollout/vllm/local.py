@@ -6,17 +6,27 @@ vLLM is optional and imported only where an engine is made.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...config import ConfigError, needs_package
+from ...config import ConfigError, needs_package, require
 from ...log import reason_of
-from .sampler import LOGPROBS_MODE, Completion, RolloutEngine, RolloutError, completion
+from .completion import Completion, RolloutError, completion
+from .files import private_directory
+from .sampler import LOGPROBS_MODE, RolloutEngine
 from .worker import EXTENSION
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM's buffers
+
+
+def max_lora_rank(rank: int) -> int:
+    """vLLM's setting for adapters of this rank. Raises: ConfigError for one above all."""
+    require(rank <= LORA_RANKS[-1], "lora_r", rank, f"at most {LORA_RANKS[-1]} with vllm_lora = adapter")
+    return next(r for r in LORA_RANKS if r >= rank)
 
 
 @contextmanager
@@ -37,7 +47,8 @@ class VLLMEngine(RolloutEngine):
 
     model: directory or hub id. device: of the Rollout's tensors. sleep_mode: `sleep()` frees the engine's memory;
     the next `sync` wakes it. gpu_memory_utilization: share of the device's memory that vLLM may take while awake.
-    engine_args: further ones of vLLM's `LLM`.
+    lora_rank: of the adapters that `sync_adapter` brings; None: it is not called. engine_args: further ones of vLLM's
+    `LLM`.
 
     Raises: ConfigError where vLLM is not installed or does not start.
     """
@@ -52,6 +63,7 @@ class VLLMEngine(RolloutEngine):
         gpu_memory_utilization: float = 0.3,
         max_model_len: int | None = None,
         seed: int = 0,
+        lora_rank: int | None = None,
         **engine_args: Any,
     ) -> None:
         super().__init__(device)
@@ -61,8 +73,12 @@ class VLLMEngine(RolloutEngine):
             raise ConfigError(f"rollout = vllm {needs_package('vllm', reason_of(e))}") from None
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             engine_args.setdefault("distributed_executor_backend", "external_launcher")
+        if lora_rank is not None:
+            engine_args |= {"enable_lora": True, "max_lora_rank": max_lora_rank(lora_rank), "max_loras": 1}
         self._vllm, self._sleep_mode = vllm, sleep_mode
-        self._asleep = False
+        # The model's own weights come back from the host where adapters alone are sent.
+        self._sleep_level = 2 if lora_rank is None else 1
+        self._asleep, self._adapters, self._lora = False, 0, None
         # In this process, so that weights are handed over as they are.
         try:
             with _environment("VLLM_ENABLE_V1_MULTIPROCESSING", "0"):
@@ -85,17 +101,28 @@ class VLLMEngine(RolloutEngine):
     def sleep(self) -> None:
         """Free weights and cache, after the completions are drawn; the next `sync` brings them back."""
         if self._sleep_mode and not self._asleep:
-            self._llm.sleep(level=2)
+            self._llm.sleep(level=self._sleep_level)
             self._asleep, self.version = True, None
 
     def sync(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
         # The cache wakes after the weights are in, or it would take the room of what is on its way.
-        if self._asleep:
+        with self._woken():
+            super().sync(named_parameters, version)
+
+    def sync_adapter(self, base: Iterable[tuple[str, Tensor]], write: Callable[[str], None], version: int) -> None:
+        with self._woken():
+            super().sync_adapter(base, write, version)
+
+    @contextmanager
+    def _woken(self) -> Iterator[None]:
+        slept, self._asleep = self._asleep, False
+        if slept:
             self._llm.wake_up(tags=["weights"])
-        super().sync(named_parameters, version)
-        if self._asleep:
-            self._llm.wake_up(tags=["kv_cache"])
-            self._asleep = False
+        try:
+            yield
+        finally:
+            if slept:
+                self._llm.wake_up(tags=["kv_cache"])
 
     def _complete(self, prompts: list[list[int]], settings: list[dict[str, Any]]) -> list[Completion]:
         if self._asleep:
@@ -104,6 +131,7 @@ class VLLMEngine(RolloutEngine):
             [self._vllm.TokensPrompt(prompt_token_ids=p) for p in prompts],
             [self._vllm.SamplingParams(**s, detokenize=False) for s in settings],
             use_tqdm=False,
+            lora_request=self._lora if self.adapter else None,
         )
         completions: list[Completion | None] = []
         problem = ""
@@ -126,6 +154,22 @@ class VLLMEngine(RolloutEngine):
 
     def _send(self, update: str, weights: list[tuple[str, Tensor]]) -> list[Any]:
         return self._rpc("mdpgrpo_load", update, weights)
+
+    def _load_adapter(self, name: str, write: Callable[[str], None]) -> None:
+        from vllm.lora.request import LoRARequest
+
+        self._adapters += 1  # vLLM's number of it
+        with ExitStack() as files:
+            directory = files.enter_context(private_directory(None))
+            write(directory)
+            self._lora = LoRARequest(name, self._adapters, directory)
+            try:
+                added = self._llm.llm_engine.add_lora(self._lora)
+            except (ValueError, RuntimeError) as e:
+                raise RolloutError(f"vLLM does not take the adapter: {reason_of(e)}") from e
+            if not added:
+                raise RolloutError(f"vLLM does not take the adapter {name}")
+            self._keep(files.pop_all())
 
     def _reset_cache(self) -> None:
         if not self._llm.reset_prefix_cache():

@@ -10,6 +10,8 @@ quantises it is that of the values as loaded. Not proven: the order of the value
 repacking itself. Supported are dense models whose parameters vLLM names as transformers does, apart from fused modules;
 another is refused by its first name.
 
+Or a LoRA adapter alone goes, by `sync_adapter`, to a vLLM that holds the model's own weights.
+
 Each sync gives the weights a label of this run's own, which vLLM notes with every completion: a completion of other
 weights, as of a server that was restarted, is told from the others.
 """
@@ -19,8 +21,10 @@ from __future__ import annotations
 import math
 import random
 import uuid
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,51 +32,12 @@ import torch
 from torch import Tensor
 
 from ..generate import Rollout, check_prompts, left_pad
-from .worker import bit_sum
+from .checksums import bit_sum, check, layout
+from .completion import Completion, RestartedError, RolloutError
 
 LOGPROBS_MODE = "processed_logprobs"
 MIN_TEMPERATURE = 0.01  # vLLM draws at this where less is asked, and only logs it
 SYNC_BYTES = 1 << 28  # of weights handed over at once
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One completion: its L tokens, their log-probs under the distribution drawn from, whether an eos ended it.
-
-    weights: the label of those that all its tokens were drawn with, None where they are of several.
-    """
-
-    tokens: list[int]
-    logprobs: list[float]
-    finished: bool
-    weights: str | None = None
-
-
-class RolloutError(RuntimeError):
-    """The engine failed; one line. partial: one entry per row, the completions that came and None for the others."""
-
-    def __init__(self, message: str, partial: Sequence[Completion | None] = ()) -> None:
-        super().__init__(message)
-        self.partial = list(partial)
-
-
-class RestartedError(RolloutError):
-    """The engine no longer holds the weights that it was given: `sync` gives them again. partial: as above."""
-
-
-def completion(
-    tokens: list[int], logprobs: list[float], finish_reason: str | None, labels: Iterable[str]
-) -> Completion:
-    """A checked completion. Raises ValueError for one without tokens, without a log-prob for each, or cut off.
-
-    labels: of the weights that its tokens were drawn with, one after the other.
-    """
-    if finish_reason not in ("stop", "length"):
-        raise ValueError(f"finish_reason must be stop or length; got {finish_reason!r}")
-    if not tokens or len(tokens) != len(logprobs) or not all(map(math.isfinite, logprobs)):
-        raise ValueError(f"a completion must have a finite log-prob per token; got {len(logprobs)} for {len(tokens)}")
-    found = set(labels)
-    return Completion(list(tokens), list(logprobs), finish_reason == "stop", found.pop() if len(found) == 1 else None)
 
 
 def with_policy_logprobs(rollout: Rollout, policy: Any, *, micro_batch_size: int, backend: str) -> Rollout:
@@ -122,7 +87,12 @@ class RolloutEngine(ABC):
         self.device = torch.device(device)
         self.version: int | None = None  # of the last sync that held
         self.run_id = run_id or uuid.uuid4().hex[:12]
-        self._open = False  # a sync began and did not end: vLLM holds a mixture
+        self.label: str | None = None  # of the model's weights as vLLM holds them; None before the first sync
+        self.adapter: str | None = None  # name of the LoRA adapter that completions are drawn with
+        self._holds_base = False  # the model's own weights, for adapters, and not merged ones
+        self._adapter_files = ExitStack()
+        weakref.finalize(self, self._adapter_files.close)
+        self._lost = False  # vLLM holds a mixture of weights, or another's
 
     @abstractmethod
     def _rpc(self, method: str, *args: Any) -> list[Any]:
@@ -144,10 +114,9 @@ class RolloutEngine(ABC):
     def _complete(self, prompts: list[list[int]], settings: list[dict[str, Any]]) -> list[Completion]:
         """A completion of each prompt, by its own sampling settings."""
 
-    @property
-    def label(self) -> str | None:
-        """Of the weights of the last sync; None before the first."""
-        return None if self.version is None else f"{self.run_id}-{self.version}"
+    @abstractmethod
+    def _load_adapter(self, name: str, write: Callable[[str], None]) -> None:
+        """Add the LoRA adapter that write() puts into a directory, for the rows to come."""
 
     @abstractmethod
     def sleep(self) -> None:
@@ -230,8 +199,8 @@ class RolloutEngine(ABC):
         A server's client does nothing here but HTTP. Raises: as `generate`.
         """
         rows, settings = request.prompts, request.settings
-        if self._open:
-            raise RolloutError("vLLM holds a mixture of weights, as the last sync() failed: another must come first")
+        if self._lost:
+            raise RolloutError("vLLM does not hold the weights of the last sync(): another must come first")
         found: list[Completion | None] = list(kept) if kept is not None else [None] * len(rows)
         missing = [i for i, c in enumerate(found) if c is None]
         problem = None
@@ -247,6 +216,7 @@ class RolloutEngine(ABC):
                 others.append(c.weights)
             else:
                 found[i] = c
+        self._lost = bool(others) or isinstance(problem, RestartedError)
         if problem is not None:
             raise type(problem)(str(problem), found) from problem
         if others:
@@ -290,10 +260,10 @@ class RolloutEngine(ABC):
         Raises: RolloutError naming the tensor that vLLM does not know, was not sent, or holds otherwise; RestartedError
         where vLLM was restarted meanwhile.
         """
-        self.version, self._open = None, True
+        self.version, self.adapter, self._lost = None, None, True
         self._set_label("none")  # until it is checked, it is of no version
         update = uuid.uuid4().hex
-        dtypes, holders = _layout(self._rpc("mdpgrpo_start", update))
+        dtypes, holders = layout(self._rpc("mdpgrpo_start", update))
         expected: dict[str, int] = {}
         sent_sums: set[int] = set()
         batch: list[tuple[str, Tensor]] = []
@@ -324,38 +294,47 @@ class RolloutEngine(ABC):
         workers = self._rpc("mdpgrpo_finish", update)
         if None in workers:
             raise RestartedError("vLLM was restarted, or synced by another run, while it was given weights")
-        _check(workers, expected, set(dtypes), version)
+        check(workers, expected, set(dtypes), version)
         self._reset_cache()
-        self._set_label(f"{self.run_id}-{version}")
-        self.version, self._open = version, False
+        self.follow_sync((), version)
+        self._set_label(str(self.label))
 
+    def sync_adapter(self, base: Iterable[tuple[str, Tensor]], write: Callable[[str], None], version: int) -> None:
+        """Give vLLM a LoRA adapter alone, which it adds to the weights that it holds.
 
-def _layout(workers: list[dict[str, Any]]) -> tuple[dict[str, str], dict[str, str]]:
-    """dtype of each parameter held, and of each name that may be sent the one that holds it."""
-    dtypes: dict[str, str] = {}
-    holders: dict[str, str] = {}
-    for worker in workers:
-        dtypes.update(worker["held"])
-        for held in worker["held"]:
-            parts = held.split(".")
-            options = [worker["packed"].get(p, [p]) for p in parts]
-            names = [parts]
-            for i, option in enumerate(options):
-                names = [[*n[:i], o, *n[i + 1 :]] for n in names for o in option]
-            holders.update((".".join(n), held) for n in names)
-    return dtypes, holders
+        base: the model's weights without the adapter, sent as by `sync` where vLLM does not hold them. write: puts the
+        adapter in peft's form into a directory. The adapter's values are not read back: its name, which each request
+        has, tells it from an earlier one.
 
+        Raises: as `sync`, and RolloutError for an adapter that vLLM does not take.
+        """
+        if not self._holds_base or self._lost:
+            self.sync(base, version)
+        self.version, self._holds_base = None, True
+        self._load_adapter(self._adapter_name(version), write)
+        self.follow_adapter((), version)
 
-def _check(workers: list[dict[str, int]], expected: dict[str, int], held: set[str], version: int) -> None:
-    """Raises RolloutError where a parameter's checksums are not of what was sent. workers: each one's, by name."""
-    if missing := sorted(held - expected.keys()):
-        raise RolloutError(f"vLLM holds {missing[0]!r}, and {len(missing)} in all, that no weights were sent for")
-    for name, want in expected.items():
-        got = [sums[name] for sums in workers if name in sums]
-        # Each worker holds all of it, or its shard of it.
-        whole = got and not any((g - want) % 2**64 for g in got)
-        if not whole and (sum(got) - want) % 2**64:
-            raise RolloutError(
-                f"vLLM does not hold the weights of version {version}: checksum of {name!r} must be "
-                f"{want % 2**64:016x}; got {' '.join(f'{g % 2**64:016x}' for g in got)}"
-            )
+    def follow_sync(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """On ranks that leave `sync` to another: go through what may be collective, and hold vLLM to the version.
+
+        A barrier has to come between that sync and the next `generate`.
+        """
+        for _ in named_parameters:
+            pass
+        self.version, self.label, self.adapter, self._lost = version, f"{self.run_id}-{version}", None, False
+        self._holds_base = False
+
+    def follow_adapter(self, base: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """As `follow_sync`, of `sync_adapter`."""
+        if not self._holds_base or self._lost:
+            self.follow_sync(base, version)
+        self._holds_base = True
+        self.version, self.adapter = version, self._adapter_name(version)
+
+    def _keep(self, files: ExitStack) -> None:
+        """Hold the files of an adapter until the next one's are there: vLLM dies where it looks for them again."""
+        self._adapter_files.close()
+        self._adapter_files.push(files)
+
+    def _adapter_name(self, version: int) -> str:
+        return f"{self.run_id}-adapter-{version}"

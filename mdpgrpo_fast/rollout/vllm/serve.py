@@ -65,4 +65,5 @@ def main(argv: list[str]) -> int:
         if importlib.util.find_spec("vllm") is None:
             raise ConfigError(f"vllm-serve {needs_package('vllm')}")
     print(shlex.join(words), file=sys.stderr, flush=True)
-    os.execve(sys.executable, words, {**os.environ, "VLLM_SERVER_DEV_MODE": "1"})
+    adapters = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if "--enable-lora" in words else {}
+    os.execve(sys.executable, words, {**os.environ, "VLLM_SERVER_DEV_MODE": "1", **adapters})

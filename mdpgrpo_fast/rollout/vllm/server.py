@@ -10,9 +10,9 @@ import random
 import socket
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any, TypeVar
 
 import httpx2
@@ -21,9 +21,10 @@ from torch import Tensor
 
 from ...config import ConfigError, require
 from ...log import log
+from .completion import Completion, RestartedError, RolloutError, completion
 from .door import KEY, api_key, host_of, is_loopback
-from .files import remove_leftovers, weight_file
-from .sampler import LOGPROBS_MODE, Completion, RolloutEngine, RolloutError, completion
+from .files import private_directory, remove_leftovers, weight_file
+from .sampler import LOGPROBS_MODE, RolloutEngine
 from .worker import EXTENSION
 
 T = TypeVar("T")
@@ -43,7 +44,8 @@ class VLLMServer(RolloutEngine):
     completion among them. retries: attempts after the first. backoff: seconds before the second attempt, doubled with
     each, less up to half at random. sync_dir: directory for the weights on their way, /dev/shm on one machine or a
     shared file system, both sides being the same user; None: the system's for temporary files. concurrency: most
-    requests at once. run_id: what the weights are labelled with on the server, the same on all ranks.
+    requests at once. run_id: what the weights are labelled with on the server, the same on all ranks. lora_rank: of the
+    adapters that `sync_adapter` brings; None: it is not called.
 
     Raises: ConfigError for a bad setting or a server that `mdpgrpo vllm-serve` did not start; RolloutError where none
     answers, or one refuses.
@@ -60,6 +62,7 @@ class VLLMServer(RolloutEngine):
         sync_dir: str | None = None,
         concurrency: int = 256,
         run_id: str | None = None,
+        lora_rank: int | None = None,
     ) -> None:
         super().__init__(device, run_id)
         host, key = host_of(url), api_key()
@@ -86,13 +89,19 @@ class VLLMServer(RolloutEngine):
         for flag, expected in (("--logprobs-mode", LOGPROBS_MODE), ("--worker-extension-cls", EXTENSION)):
             if settings[flag] != expected:
                 raise ConfigError(f"vLLM server {url}: {flag} must be {expected}; got {settings[flag]!r}")
+        if lora_rank is not None and (settings["--max-lora-rank"] or 0) < lora_rank:
+            raise ConfigError(
+                f"vLLM server {url}: --enable-lora and --max-lora-rank {lora_rank} or more must be given with "
+                f"vllm_lora = adapter; got {settings['--max-lora-rank'] or 'no --enable-lora'}"
+            )
         try:
-            self._call(GENERATE, {}, lambda answer: None)
-        except RolloutError as e:  # which says that there is no prompt, or that there is no such service
-            if "HTTP 403" in str(e):
-                raise ConfigError(
-                    f"vLLM server {url}: --enable-scale-out must be given: `mdpgrpo vllm-serve` does"
-                ) from None
+            self._call("/inference/v1/abort_requests", {"request_ids": []}, lambda answer: None)  # of the same service
+        except RolloutError as e:
+            if "HTTP 403" not in str(e):
+                raise
+            raise ConfigError(
+                f"vLLM server {url}: --enable-scale-out must be given: `mdpgrpo vllm-serve` does"
+            ) from None
 
     def _call(self, path: str, payload: Any, read: Callable[[Any], T], stop: threading.Event | None = None) -> T:
         """read() of the JSON that answers a GET, or a POST of the payload where there is one.
@@ -107,7 +116,8 @@ class VLLMServer(RolloutEngine):
                     raise RolloutError(f"vLLM server {self.url} is asked for nothing more: the run has ended")
                 answer = self._http.request(method, self.url + path, json=payload, extensions={"trace": self._watch})
                 if answer.is_success:
-                    return read(answer.json())
+                    as_json = answer.headers.get("Content-Type", "").startswith("application/json")
+                    return read(answer.json() if as_json else answer.text)
                 reason = f"HTTP {answer.status_code} {_first_line(answer)}"
                 if answer.status_code < 500 and answer.status_code not in RETRIED:
                     raise RolloutError(f"vLLM server {self.url} refuses {path}: {reason}{self._hint(answer, path)}")
@@ -139,8 +149,19 @@ class VLLMServer(RolloutEngine):
 
     def _complete(self, prompts: list[list[int]], settings: list[dict[str, Any]]) -> list[Completion]:
         def request(prompt: list[int], row: dict[str, Any]) -> Completion:
-            payload = {"model": self._model, "token_ids": prompt, "sampling_params": {**row, "detokenize": False}}
-            return self._call(GENERATE, payload, _read_completion, stop)
+            payload = {
+                "model": self.adapter or self._model,
+                "token_ids": prompt,
+                "sampling_params": {**row, "detokenize": False},
+            }
+            try:
+                return self._call(GENERATE, payload, _read_completion, stop)
+            except RolloutError as e:
+                if self.adapter and "HTTP 404" in str(e):
+                    raise RestartedError(
+                        f"vLLM server {self.url} does not know {self.adapter}: was it restarted?"
+                    ) from None
+                raise
 
         stop, pool = threading.Event(), ThreadPoolExecutor(min(self.concurrency, len(prompts)))
         self._stop = stop
@@ -157,7 +178,7 @@ class VLLMServer(RolloutEngine):
             if not isinstance(failure, RolloutError):
                 raise failure
             kept = len(partial) - partial.count(None)
-            raise RolloutError(f"{failure}; {kept} of {len(partial)} completions kept", partial)
+            raise type(failure)(f"{failure}; {kept} of {len(partial)} completions kept", partial)
         return [f.result() for f in futures]
 
     def _watch(self, event: str, found: dict[str, Any]) -> None:
@@ -180,15 +201,6 @@ class VLLMServer(RolloutEngine):
                 _shut(connected)
         self._stop.set()
 
-    def follow_sync(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """On ranks that leave `sync` to another: go through what may be collective, and hold the server to the version.
-
-        A barrier has to come between that sync and the next `generate`.
-        """
-        for _ in named_parameters:
-            pass
-        self.version = version
-
     def sleep(self) -> None:
         """Nothing: the server's memory is its own."""
 
@@ -198,6 +210,17 @@ class VLLMServer(RolloutEngine):
     def _send(self, update: str, weights: list[tuple[str, Tensor]]) -> list[Any]:
         with weight_file(weights, self.sync_dir) as path:
             return self._rpc("mdpgrpo_load", update, path)
+
+    def _load_adapter(self, name: str, write: Callable[[str], None]) -> None:
+        with ExitStack() as files:
+            directory = files.enter_context(private_directory(self.sync_dir))
+            write(directory)
+            try:
+                self._call("/v1/load_lora_adapter", {"lora_name": name, "lora_path": directory}, lambda answer: None)
+            except RolloutError as e:
+                if "already been loaded" not in str(e):  # by a request whose answer was lost
+                    raise
+            self._keep(files.pop_all())
 
     def _reset_cache(self) -> None:
         def read(answer: Any) -> None:
@@ -216,9 +239,10 @@ def _shut(connected: socket.socket) -> None:
         socket.socket.shutdown(connected, socket.SHUT_RDWR)
 
 
-def _read_settings(answer: Any) -> dict[str, str]:
+def _read_settings(answer: Any) -> dict[str, Any]:
     config = answer["vllm_config"]
     return {
+        "--max-lora-rank": (config["lora_config"] or {}).get("max_lora_rank"),
         "--logprobs-mode": config["model_config"]["logprobs_mode"],
         "--worker-extension-cls": config["parallel_config"]["worker_extension_cls"],
     }

@@ -13,26 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_STEP = 1 << 22  # elements mixed at once: 32 MiB of int64
-
-
-def bit_sum(tensor: Tensor) -> int:
-    """Checksum of a tensor of any shape and dtype: its elements' raw bits, each mixed to 64 bits, summed modulo 2**64.
-
-    The sum knows no order and zero bits add nothing, so it survives what an engine does to a weight: of a concatenation
-    (q, k and v in one), of shards and of zero padding it is the sum of the parts. Returns a signed 64-bit integer.
-    """
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    bits = tensor.detach().reshape(-1).view(_BITS[tensor.element_size()])
-    for piece in bits.split(_STEP):
-        x = piece.long()
-        # Multiply and shift, twice: without the mixing, changes of one bit up here and one down there would cancel.
-        for odd, shift in ((-0x61C8864680B583EB, 32), (-0x3B314601E57A13AD, 29)):
-            x = x * odd
-            x ^= (x >> shift) & ((1 << (64 - shift)) - 1)
-        total += x.sum()
-    return int(total)
+from .checksums import bit_sum
 
 
 class WeightSync:

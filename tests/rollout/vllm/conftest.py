@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import sys
 import threading
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +25,12 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...], dic
     fake.LLM = lambda *args, **kwargs: FakeLLM(calls, *args, **kwargs)
     fake.SamplingParams = lambda **kwargs: types.SimpleNamespace(**kwargs)
     fake.TokensPrompt = dict
+    request: Any = types.ModuleType("vllm.lora.request")
+    request.LoRARequest = lambda name, number, path: types.SimpleNamespace(
+        lora_name=name, lora_int_id=number, lora_path=path
+    )
     monkeypatch.setitem(sys.modules, "vllm", fake)
+    monkeypatch.setitem(sys.modules, "vllm.lora.request", request)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     return calls
 
@@ -53,4 +61,21 @@ def engine(request: pytest.FixtureRequest) -> Any:
         fake = request.getfixturevalue("server")
         made = client(fake)
         made.fake = fake
+    return made
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ca.pem, and server.pem with its key, for 127.0.0.1."""
+    if shutil.which("openssl") is None:
+        pytest.skip("there is no openssl to make certificates with")
+    made = tmp_path_factory.mktemp("certificates")
+    common = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2".split()
+    ca = "-subj /CN=authority -keyout ca.key -out ca.pem -addext keyUsage=critical,keyCertSign".split()
+    leaf = "-subj /CN=server -keyout server.key -out leaf.pem -CA ca.pem -CAkey ca.key".split()
+    extensions = ["subjectAltName=IP:127.0.0.1", "basicConstraints=critical,CA:FALSE"]
+    for words in (ca, [*leaf, *(w for e in extensions for w in ("-addext", e))]):
+        done = subprocess.run([*common, *words], cwd=made, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+    (made / "server.pem").write_text((made / "leaf.pem").read_text() + (made / "server.key").read_text())
     return made

@@ -23,7 +23,7 @@ from helpers.vllm import ARGS, GENERATE, PROMPTS, FakeServer, client
 import mdpgrpo_fast.train as train
 from mdpgrpo_fast.config import ConfigError, TrainConfig, preset, with_correction, without_effect
 from mdpgrpo_fast.rollout.vllm.ahead import Ahead
-from mdpgrpo_fast.rollout.vllm.sampler import RolloutError
+from mdpgrpo_fast.rollout.vllm.completion import RolloutError
 from mdpgrpo_fast.rollout.vllm.server import VLLMServer
 from mdpgrpo_fast.training.before.checks import check_ahead
 from mdpgrpo_fast.training.checkpoint import check_resume
@@ -87,7 +87,7 @@ class Order:
 
     @property
     def prompts(self) -> list[list[int]]:
-        return [body["token_ids"] for _, path, body in self.server.log if path == GENERATE and body]
+        return [body["token_ids"] for _, path, body in self.server.log if path == GENERATE]
 
     def marks(self, what: str) -> dict[int, str]:
         found = [body for _, path, body in self.server.log if path == MARK]
@@ -261,7 +261,14 @@ def test_a_resumed_run_samples_its_first_step_at_once(
         check_resume(replace(second.run, async_rollout=0), second.method)
 
 
-def test_closing_the_client_wakes_who_waits(server: FakeServer) -> None:
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_closing_the_client_wakes_who_waits(
+    server: FakeServer, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    if scheme == "https":
+        certificates = request.getfixturevalue("certificates")
+        server.encrypt(str(certificates / "server.pem"))
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificates / "ca.pem"))
     engine, other, held, arrived = client(server), client(server), threading.Event(), threading.Semaphore(0)
     server.fault = lambda handler, path, body: arrived.release() or not held.wait(PATIENCE)  # type: ignore[func-returns-value]
     ahead = Ahead(engine)
@@ -271,7 +278,7 @@ def test_closing_the_client_wakes_who_waits(server: FakeServer) -> None:
         assert arrived.acquire(timeout=PATIENCE)
     engine.close()
     with pytest.raises(RolloutError, match="; 0 of 6 completions kept"):
-        ahead.take()
+        ahead.take()[1]()
     assert not held.is_set()
     held.set()
     ahead.close()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,8 @@ import pytest
 from helpers.vllm import ARGS, PROMPTS, FakeServer, client, weights
 
 from mdpgrpo_fast.config import ConfigError
+from mdpgrpo_fast.rollout.vllm.completion import RolloutError
 from mdpgrpo_fast.rollout.vllm.door import GUARD, KeyGuard, api_key, host_of, is_loopback
-from mdpgrpo_fast.rollout.vllm.sampler import RolloutError
 from mdpgrpo_fast.rollout.vllm.server import VLLMServer
 
 SECRET = "a-key_of/many+signs="
@@ -79,6 +77,7 @@ def test_every_path_needs_the_key(key: str, path: str) -> None:
         (b"Bearer " + SECRET.upper().encode(),),
         (b"Bearer \xff\xfe",),
         (b"Bearer wrong", b"Bearer " + SECRET.encode()),
+        (b"Bearer " + SECRET.encode(), b"Bearer wrong"),
     ],
 )
 def test_nothing_but_the_key_opens(key: str, authorization: tuple[bytes, ...]) -> None:
@@ -184,23 +183,6 @@ def test_redirects_are_not_followed(server: FakeServer, key: str) -> None:
     with pytest.raises(RolloutError, match=r"HTTP 307 Temporary Redirect: redirects are not followed; this .*/other'$"):
         client(server)
     assert [path for _, path, _ in server.log] == ["/v1/models"]
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ca.pem, and server.pem with its key, for 127.0.0.1."""
-    if shutil.which("openssl") is None:
-        pytest.skip("there is no openssl to make certificates with")
-    made = tmp_path_factory.mktemp("certificates")
-    common = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2".split()
-    ca = "-subj /CN=authority -keyout ca.key -out ca.pem -addext keyUsage=critical,keyCertSign".split()
-    leaf = "-subj /CN=server -keyout server.key -out leaf.pem -CA ca.pem -CAkey ca.key".split()
-    extensions = ["subjectAltName=IP:127.0.0.1", "basicConstraints=critical,CA:FALSE"]
-    for words in (ca, [*leaf, *(w for e in extensions for w in ("-addext", e))]):
-        done = subprocess.run([*common, *words], cwd=made, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stderr
-    (made / "server.pem").write_text((made / "leaf.pem").read_text() + (made / "server.key").read_text())
-    return made
 
 
 def test_a_certificate_is_verified(

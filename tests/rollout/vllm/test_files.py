@@ -16,8 +16,8 @@ from helpers.inputs import ROOT
 from safetensors.torch import load_file
 
 from mdpgrpo_fast.rollout.vllm import files
+from mdpgrpo_fast.rollout.vllm.completion import RolloutError
 from mdpgrpo_fast.rollout.vllm.files import remove_leftovers, weight_file
-from mdpgrpo_fast.rollout.vllm.sampler import RolloutError
 
 WEIGHTS = [("a", torch.arange(3.0)), ("b", torch.ones(2, 4).T)]
 
@@ -95,12 +95,14 @@ def test_leftovers_of_a_killed_trainer_go_and_those_of_a_running_one_stay(tmp_pa
     with subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=ROOT
     ) as trainer:
-        assert trainer.stdout is not None
-        left = Path(trainer.stdout.readline().strip())
-        with weight_file(WEIGHTS, str(tmp_path)) as own:
-            assert remove_leftovers(str(tmp_path)) == []
-            assert left.exists() and Path(own).exists()
-        trainer.kill()
+        try:
+            assert trainer.stdout is not None
+            left = Path(trainer.stdout.readline().strip())
+            with weight_file(WEIGHTS, str(tmp_path)) as own:
+                assert remove_leftovers(str(tmp_path)) == []
+                assert left.exists() and Path(own).exists()
+        finally:
+            trainer.kill()
     assert left.exists()
     assert remove_leftovers(str(tmp_path)) == [left.parent.name]
     assert not any(tmp_path.iterdir())

@@ -10,8 +10,8 @@ import pytest
 from helpers.vllm import ARGS, PROMPTS, TAUS, class_body, class_fields, method_signature, vllm_sources, weights
 
 from mdpgrpo_fast.config import ConfigError
+from mdpgrpo_fast.rollout.vllm.completion import Completion, RolloutError
 from mdpgrpo_fast.rollout.vllm.local import VLLMEngine
-from mdpgrpo_fast.rollout.vllm.sampler import Completion, RolloutError
 from mdpgrpo_fast.rollout.vllm.worker import WeightSync
 
 
@@ -20,7 +20,7 @@ def test_one_generate_call_with_a_list_of_sampling_parameters(local: Any, log: l
     ((_, (prompts, params), kwargs),) = [call for call in log if call[0] == "generate"]
     assert [p["prompt_token_ids"] for p in prompts] == [p for p in PROMPTS for _ in range(2)]
     assert [p.temperature for p in params] == TAUS
-    assert not any(p.detokenize for p in params) and kwargs == {"use_tqdm": False}
+    assert not any(p.detokenize for p in params) and kwargs == {"use_tqdm": False, "lora_request": None}
 
 
 def test_the_engine_runs_in_this_process_and_leaves_the_environment(

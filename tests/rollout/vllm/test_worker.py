@@ -9,8 +9,9 @@ import torch
 from helpers.vllm import FusedModel, Worker, class_body, vllm_sources
 from torch import Tensor, nn
 
-from mdpgrpo_fast.rollout.vllm import worker
-from mdpgrpo_fast.rollout.vllm.worker import WeightSync, bit_sum, repack_tied_heads
+from mdpgrpo_fast.rollout.vllm import checksums
+from mdpgrpo_fast.rollout.vllm.checksums import bit_sum
+from mdpgrpo_fast.rollout.vllm.worker import WeightSync, repack_tied_heads
 
 
 def bit_sum_by_hand(bits: list[int]) -> int:
@@ -25,7 +26,7 @@ def bit_sum_by_hand(bits: list[int]) -> int:
 
 
 def test_bit_sum_is_the_sum_of_the_mixed_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "_STEP", 7)
+    monkeypatch.setattr(checksums, "_STEP", 7)
     g = torch.Generator().manual_seed(0)
     for dtype, bits in ((torch.float32, torch.int32), (torch.bfloat16, torch.int16), (torch.float64, torch.int64)):
         x = torch.randn(5, 9, generator=g).to(dtype)
