@@ -80,13 +80,13 @@ def answers(url: str) -> bool:
 
 
 def timed_run(argv: list[str], seconds_to: str) -> int:
-    """A run of the command line whose syncs, completions of a step and waits for those ahead are timed."""
+    """A run of the command line whose syncs, completions of a step and waits for these are timed."""
     import mdpgrpo_fast.train as train
-    from mdpgrpo_fast.rollout.vllm.ahead import Ahead
     from mdpgrpo_fast.rollout.vllm.server import VLLMServer
+    from mdpgrpo_fast.training.collect import Collector
 
     seconds: dict[str, list[float]] = {}
-    for owner, name in ((VLLMServer, "sync"), (VLLMServer, "complete"), (Ahead, "take")):
+    for owner, name in ((VLLMServer, "sync"), (VLLMServer, "complete"), (Collector, "drawn")):
         setattr(owner, name, timed(getattr(owner, name), seconds.setdefault(name, [])))
     status = train.main(argv)
     Path(seconds_to).write_text(json.dumps(seconds))
@@ -144,8 +144,7 @@ def step_seconds(steps: list[dict[str, Any]], seconds: dict[str, list[float]]) -
     """Medians over steps: the whole, the server's sampling, what the trainer waits for that, sync, scoring, and work:
     whatever is neither sync nor wait, scoring among it."""
     whole = [sum(r["seconds"].values()) for r in steps]
-    # Sampling at once is waited for as long as it takes; ahead, from the second step on, `take` waits.
-    wait = [seconds["complete"][0], *seconds["take"]] if seconds["take"] else seconds["complete"]
+    wait = seconds["drawn"]  # at once, as long as sampling takes; ahead, for what of it is left
     work = [a - b - c for a, b, c in zip(whole, wait, seconds["sync"], strict=False)]  # the last one ahead has no sync
     found = {
         "step": whole, "sampling": seconds["complete"], "wait": wait, "sync": seconds["sync"],
