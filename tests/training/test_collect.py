@@ -96,11 +96,16 @@ class FakeEngine:
         for name, x in given.items():
             own[name].copy_(x.detach())
 
-    def generate(self, prompts: Any, **knobs: Any) -> Rollout:
+    def request(self, **asked: Any) -> dict[str, Any]:
+        return asked
+
+    def complete(self, request: dict[str, Any], kept: Any = None) -> Rollout:
         self.calls.append("generate")
-        r = generate(self.model, prompts, **knobs)
-        r.policy_logprobs.fill_(torch.nan)
-        return r
+        return generate(self.model, **request)
+
+    def rollout(self, request: dict[str, Any], completions: Rollout) -> Rollout:
+        completions.policy_logprobs.fill_(torch.nan)
+        return completions
 
     def sleep(self) -> None:
         self.calls.append("sleep")
@@ -131,11 +136,11 @@ def test_an_engine_that_fails_leaves_what_it_had(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Failing(FakeEngine):
-        def generate(self, prompts: Any, **knobs: Any) -> Rollout:
+        def complete(self, request: dict[str, Any], kept: Any = None) -> Rollout:
             if len(self.calls) > 3:
-                kept = [Completion([5, 6], [0.0, 0.0], False), None]
-                raise RolloutError("vLLM server http://x: gave up; 1 of 2 completions kept", kept)
-            return super().generate(prompts, **knobs)
+                came = [Completion([5, 6], [0.0, 0.0], False), None]
+                raise RolloutError("vLLM server http://x: gave up; 1 of 2 completions kept", came)
+            return super().complete(request)
 
     monkeypatch.setattr(
         "mdpgrpo_fast.training.loop.make_engine",
