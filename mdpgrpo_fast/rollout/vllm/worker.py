@@ -87,7 +87,7 @@ class WeightSync:
 
         def summed(process: Any) -> Any:
             def after_loading(layer: nn.Module) -> None:
-                for name, p in layer.named_parameters(recurse=False):
+                for name, p in layer.named_parameters(recurse=False) if layer in names else ():
                     full = f"{names[layer]}.{name}" if names[layer] else name
                     self._mdpgrpo_sums[full] = (p.dtype, p.numel(), bit_sum(p))
                 process(layer)
