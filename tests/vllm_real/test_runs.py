@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.inputs import ROOT
 from helpers.runs import rows, run_small
 from helpers.vllm_real import Server
 
-import mdpgrpo_fast.train as train
 from mdpgrpo_fast.config import preset
 from mdpgrpo_fast.rollout.vllm.local import VLLMEngine
 
@@ -94,9 +96,12 @@ def test_ten_steps_of_the_demonstration_learn_as_with_our_own_sampler(
 
 
 def test_the_command_runs_as_a_user_starts_it(tmp_path: Path) -> None:
-    """An engine of the run's own, with vLLM's defaults: compiled, in the dtype that it takes by itself."""
+    """An engine of the run's own, with vLLM's defaults: compiled, in the dtype that it takes by itself. In a process of
+    its own: what an engine ends with is shared by all engines of a process."""
     out = tmp_path / "run"
-    argv = ["--cpu", "--rollout", "vllm", "--no-vllm-sleep", "--steps", "2", "--eval-samples", "20"]
-    assert train.main([*argv, "--output-dir", str(out)]) == 0
+    command = [sys.executable, "-m", "mdpgrpo_fast.train", "--cpu", "--rollout", "vllm", "--no-vllm-sleep"]
+    command += ["--steps", "2", "--eval-samples", "20", "--output-dir", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads((out / "summary.json").read_text())
     assert summary["steps"] == 2 and summary["hsr_after"] is not None
