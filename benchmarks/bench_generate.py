@@ -36,8 +36,8 @@ from mdpgrpo_fast.config import MDPGRPOConfig
 from mdpgrpo_fast.kernels import onednn
 from mdpgrpo_fast.rollout.captured import graphs
 from mdpgrpo_fast.rollout.generate import generate
+from mdpgrpo_fast.rollout.vllm.completion import Completion
 from mdpgrpo_fast.rollout.vllm.local import VLLMEngine
-from mdpgrpo_fast.rollout.vllm.sampler import Completion
 
 GROUP = 8
 CASES = {

@@ -86,7 +86,8 @@ def raise_on_all_ranks(accelerator: Accelerator, problem: Exception | None) -> N
     that the others do not make."""
     said = None if problem is None else (type(problem), str(problem), getattr(problem, "trace", None))
     for kind, message, trace in filter(None, gather_object([said])):
-        if problem is not None and type(problem) is kind:
+        alike = isinstance(problem, RolloutError) and issubclass(kind, RolloutError)  # its own has its completions
+        if problem is not None and (type(problem) is kind or alike):
             raise problem
         another: Exception = kind(message) if trace is None else kind(message, trace)
         raise another

@@ -49,6 +49,7 @@ class Collector:
         self.thinking = Thinking(task.tokenizer, run.strip_thinking)
         self.goal = RunningGoal()
         self.number = 0  # of the step
+        self.synced = 0  # step at which vLLM was given weights last
         self.ahead: Ahead | None = None
         if run.async_rollout:
             assert isinstance(engine, VLLMServer), "check_ahead has seen to it"
@@ -77,7 +78,7 @@ class Collector:
             batch.staleness = staleness
             if following:
                 with clock.stage("generate"):
-                    if staleness:
+                    if self.synced != number:  # it has these at the first step, and after a restart
                         self.sync(number)
                     self.ahead.begin(self.ahead.engine.request(**self.asked(following)))
         if self.engine is not None:
@@ -130,12 +131,25 @@ class Collector:
         if self.engine is not None:
             # A tied head under both of its names: it may have an adapter of its own.
             named = dict(self.lm.named_parameters(remove_duplicate=False))
-            if self.run.lora and self.run.vllm_lora == "adapter":
-                write = partial(save_adapters, self.lm, state_dict=named)
-                sync_weights(self.engine, self.accelerator, base_weights(named), number, write)
-            else:
-                weights = merged(self.lm, named) if self.run.lora else named.items()
-                sync_weights(self.engine, self.accelerator, weights, number)
+            for left in range(self.run.vllm_retries, -1, -1):
+                try:
+                    self.give(named, number)
+                    self.synced = number
+                    break
+                except RestartedError as e:  # raised on all ranks
+                    if not left:
+                        raise
+                    say(f"step {self.number}: {e}; it is given them again", self.accelerator.is_main_process)
+
+    def give(self, named: dict[str, Tensor], number: int) -> None:
+        """vLLM gets the parameters of these names, or of LoRA the adapter alone."""
+        assert self.engine is not None
+        if self.run.lora and self.run.vllm_lora == "adapter":
+            write = partial(save_adapters, self.lm, state_dict=named)
+            sync_weights(self.engine, self.accelerator, base_weights(named), number, write)
+        else:
+            weights = merged(self.lm, named) if self.run.lora else named.items()
+            sync_weights(self.engine, self.accelerator, weights, number)
 
     def sample_and_score(self, rows: list[int], clock: StageClock) -> tuple[Rollout, list[str], list[Score]]:
         """Completions of the prompts with their texts and scores, B = len(rows) * G of each."""
@@ -166,7 +180,7 @@ class Collector:
             except RestartedError as e:
                 if not left or self.accelerator.num_processes > 1:
                     raise
-                say(f"step {self.number}: {e} It is given them again.")
+                say(f"step {self.number}: {e}; it is given the weights again")
                 self.sync(self.number)
                 draw = partial(self.engine.complete, request, e.partial)
         return self.engine.rollout(request, completions)

@@ -79,6 +79,9 @@ class Worker(WeightSync):
     def get_model(self) -> nn.Module:
         return self.model
 
+    def _mdpgrpo_context(self) -> Any:
+        return contextlib.nullcontext()
+
     def _mdpgrpo_begin_reload(self) -> None:
         self.reloads += 1
 
@@ -166,7 +169,7 @@ class FakeServer(ThreadingHTTPServer):
         self.log: list[tuple[str, str, Any]] = []
         self.restart()
         self.mode, self.extension, self.dev, self.reset = "processed_logprobs", EXTENSION, True, True
-        self.scale_out, self.lora = True, None
+        self.scale_out, self.lora, self.engines = True, None, 1
         self.fault: Callable[[Any, str, Any], bool] = lambda handler, path, body: False
         self.connections = 0
         self.key = ""  # that every request has to bring
@@ -232,6 +235,9 @@ class FakeHandler(BaseHTTPRequestHandler):
                 self.send({"data": [{"id": "served"}]})
             elif path.startswith("/inference/") and not server.scale_out:
                 self.send({"detail": "disabled"}, 403)
+            elif path == "/v1/unload_lora_adapter":
+                known = server.adapters.pop(body["lora_name"], None) is not None
+                self.send(b"Success" if known else b"not found", 200 if known else 404, content_type="text/plain")
             elif path == "/v1/load_lora_adapter":
                 if body["lora_name"] in server.adapters:
                     self.send({"error": {"message": "The lora adapter has already been loaded."}}, 400)
@@ -248,7 +254,7 @@ class FakeHandler(BaseHTTPRequestHandler):
             elif not server.dev:
                 self.send({"detail": "Not Found"}, 404)
             elif path == "/server_info":
-                parallel = {"worker_extension_cls": server.extension}
+                parallel = {"worker_extension_cls": server.extension, "data_parallel_size": server.engines}
                 config = {"model_config": {"logprobs_mode": server.mode}, "parallel_config": parallel}
                 self.send({"vllm_config": {**config, "lora_config": server.lora}})
             elif path == "/collective_rpc":

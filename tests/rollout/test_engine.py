@@ -11,7 +11,7 @@ from mdpgrpo_fast.config import ConfigError, TrainConfig, preset
 from mdpgrpo_fast.rewards import RewardError
 from mdpgrpo_fast.rollout import engine
 from mdpgrpo_fast.rollout.engine import raise_on_all_ranks
-from mdpgrpo_fast.rollout.vllm.completion import RolloutError
+from mdpgrpo_fast.rollout.vllm.completion import Completion, RestartedError, RolloutError
 
 
 def test_make_engine_by_the_knobs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,3 +50,12 @@ def test_ranks_raise_a_problem_of_one_class(own: Exception | None, monkeypatch: 
     assert caught.value.trace == "its traceback"
     monkeypatch.setattr("mdpgrpo_fast.rollout.engine.gather_object", lambda said: [None, None])
     raise_on_all_ranks(None, None)  # type: ignore[arg-type]
+
+
+def test_a_rank_keeps_its_own_completions_where_another_failed_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = [(RestartedError, "a", None), (RolloutError, "b", None)]
+    monkeypatch.setattr("mdpgrpo_fast.rollout.engine.gather_object", lambda said: theirs)
+    own = RolloutError("b", [Completion([1], [-1.0], True)])
+    with pytest.raises(RolloutError, match=r"^b$") as caught:
+        raise_on_all_ranks(None, own)  # type: ignore[arg-type]
+    assert caught.value.partial == own.partial

@@ -41,11 +41,12 @@ def test_an_adapter_reaches_the_sampler(engine: Any, model: Any, task: Task) -> 
     ), "no adapter is left beside merged weights"
 
 
-def test_a_run_samples_with_its_adapter(tmp_path: Path, server: Server) -> None:
+def test_a_run_samples_with_its_adapter(tmp_path: Path, engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the per-row correction, whose weight is 1 only where the sampler has the trainer's policy."""
     method = preset("exact", num_generations=4, temperature_objective="per_row", sampler_correction=True)
     more = {"steps": 3, "lora": True, "lora_r": LORA_RANK, "learning_rate": 3e-3, "max_completion_length": 32}
-    knobs = {"rollout": "vllm", "vllm_url": server.url, "vllm_lora": "adapter"}
+    knobs = {"rollout": "vllm", "vllm_lora": "adapter", "vllm_sleep": False}
+    monkeypatch.setattr("mdpgrpo_fast.training.loop.make_engine", lambda *_: engine)
     logged = rows(run_small(tmp_path, method, **more, **knobs))
     assert len(logged) == 3 and all(row["grad_norm"] > 0 for row in logged)
     assert all(slot["ess"] == pytest.approx(1, abs=1e-4) for row in logged for slot in row["slots"])

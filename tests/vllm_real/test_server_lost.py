@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,10 +43,9 @@ def test_a_server_that_is_killed_and_does_not_come_back_ends_the_run(
     """In the second step, after some of its completions: these are kept, the server is asked so many times, and the run
     ends with status 1, one line, and the model of the first step."""
     at_completion(COUNT + 10, server.kill)
-    out, begin = tmp_path / "run", time.monotonic()
+    out = tmp_path / "run"
     argv = ["--cpu", "--rollout", "vllm", "--vllm-url", server.url, "--vllm-retries", "2", "--steps", "4"]
     assert train.main([*argv, "--eval-samples", "2", "--output-dir", str(out)]) == 1
-    assert time.monotonic() - begin < 300, "retries are bounded"
     *before, said = capsys.readouterr().err.strip().splitlines()
     kept = [json.loads(line) for line in (out / "partial_rollout.jsonl").read_text().splitlines()]
     assert 10 <= len(kept) < COUNT and {row["step"] for row in kept} == {2}
@@ -72,10 +70,18 @@ def test_a_server_that_is_restarted_gets_the_weights_again(
     at_completion(COUNT + 10, restart)
     out = tmp_path / "run"
     argv = ["--cpu", "--rollout", "vllm", "--vllm-url", server.url, "--vllm-retries", "20", "--steps", "4"]
-    argv += ["--temperature-objective", "per_row", "--sampler-correction", "--async-rollout", str(ahead)]
+    argv += [
+        "--preset",
+        "exact",
+        "--temperature-objective",
+        "per_row",
+        "--sampler-correction",
+        "--async-rollout",
+        str(ahead),
+    ]
     assert train.main([*argv, "--eval-samples", "2", "--output-dir", str(out)]) == 0
     said = capsys.readouterr().err
-    assert "were drawn with weights 'default'" in said and "It is given them again" in said
+    assert "were drawn with weights 'default'" in said and "; it is given the weights again" in said
     logged = [row for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "reward" in row]
     assert [row["step"] for row in logged] == [1, 2, 3, 4] and not (out / "partial_rollout.jsonl").exists()
     if not ahead:

@@ -6,7 +6,7 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -37,6 +37,22 @@ def weight_file(weights: list[tuple[str, Tensor]], directory: str | None) -> Ite
         except (OSError, SafetensorError) as e:
             raise RolloutError(f"weights for the vLLM server cannot be written to {made}: {reason_of(e)}") from None
         yield path
+
+
+@contextmanager
+def adapter_files(write: Callable[[str], None], directory: str | None) -> Iterator[str]:
+    """Path of a directory with what write(path) puts there, files of mode 0600; it is gone after the block.
+
+    Raises: RolloutError where it cannot be written.
+    """
+    with private_directory(directory) as made:
+        try:
+            write(made)
+            for path in Path(made).rglob("*"):
+                path.chmod(0o700 if path.is_dir() else 0o600)
+        except (OSError, SafetensorError) as e:
+            raise RolloutError(f"the adapter for vLLM cannot be written to {made}: {reason_of(e)}") from None
+        yield made
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...config import ConfigError, needs_package, require
 from ...log import reason_of
 from .completion import Completion, RolloutError, completion
-from .files import private_directory
+from .files import adapter_files, remove_leftovers
 from .sampler import LOGPROBS_MODE, RolloutEngine
 from .worker import EXTENSION
 
@@ -74,11 +74,12 @@ class VLLMEngine(RolloutEngine):
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             engine_args.setdefault("distributed_executor_backend", "external_launcher")
         if lora_rank is not None:
+            remove_leftovers(None)
             engine_args |= {"enable_lora": True, "max_lora_rank": max_lora_rank(lora_rank), "max_loras": 1}
         self._vllm, self._sleep_mode = vllm, sleep_mode
         # The model's own weights come back from the host where adapters alone are sent.
         self._sleep_level = 2 if lora_rank is None else 1
-        self._asleep, self._adapters, self._lora = False, 0, None
+        self._asleep, self._lora = False, None
         # In this process, so that weights are handed over as they are.
         try:
             with _environment("VLLM_ENABLE_V1_MULTIPROCESSING", "0"):
@@ -158,11 +159,9 @@ class VLLMEngine(RolloutEngine):
     def _load_adapter(self, name: str, write: Callable[[str], None]) -> None:
         from vllm.lora.request import LoRARequest
 
-        self._adapters += 1  # vLLM's number of it
         with ExitStack() as files:
-            directory = files.enter_context(private_directory(None))
-            write(directory)
-            self._lora = LoRARequest(name, self._adapters, directory)
+            directory = files.enter_context(adapter_files(write, None))
+            self._lora = LoRARequest(name, self._adapters + 1, directory)  # numbers begin with 1
             try:
                 added = self._llm.llm_engine.add_lora(self._lora)
             except (ValueError, RuntimeError) as e:

@@ -90,6 +90,7 @@ class RolloutEngine(ABC):
         self.label: str | None = None  # of the model's weights as vLLM holds them; None before the first sync
         self.adapter: str | None = None  # name of the LoRA adapter that completions are drawn with
         self._holds_base = False  # the model's own weights, for adapters, and not merged ones
+        self._adapters = 0  # that were loaded
         self._adapter_files = ExitStack()
         weakref.finalize(self, self._adapter_files.close)
         self._lost = False  # vLLM holds a mixture of weights, or another's
@@ -270,8 +271,13 @@ class RolloutEngine(ABC):
         size = 0
 
         def send() -> None:
-            if {name for (name,) in self._send(update, batch)} != {update}:
-                raise RestartedError("vLLM was restarted, or synced by another run, while it was given weights")
+            for name, *problem in self._send(update, batch):
+                if problem:
+                    raise RolloutError(f"vLLM cannot load the weights: {' '.join(problem[0].split())}")
+                if name != update:
+                    raise restarted
+
+        restarted = RestartedError("vLLM was restarted, or synced by another run, while it was given weights")
 
         for name, tensor in named_parameters:
             held = holders.get(name)
@@ -293,11 +299,13 @@ class RolloutEngine(ABC):
             send()
         workers = self._rpc("mdpgrpo_finish", update)
         if None in workers:
-            raise RestartedError("vLLM was restarted, or synced by another run, while it was given weights")
+            raise restarted
         check(workers, expected, set(dtypes), version)
         self._reset_cache()
+        self._set_label(f"{self.run_id}-{version}")
+        if self._rpc("mdpgrpo_finish", update) != workers:
+            raise restarted  # and the label is that of weights which are not ours
         self.follow_sync((), version)
-        self._set_label(str(self.label))
 
     def sync_adapter(self, base: Iterable[tuple[str, Tensor]], write: Callable[[str], None], version: int) -> None:
         """Give vLLM a LoRA adapter alone, which it adds to the weights that it holds.
@@ -310,9 +318,9 @@ class RolloutEngine(ABC):
         """
         if not self._holds_base or self._lost:
             self.sync(base, version)
-        self.version, self._holds_base = None, True
-        self._load_adapter(self._adapter_name(version), write)
-        self.follow_adapter((), version)
+        self.version, self._holds_base, self._lost = None, True, True
+        self._load_adapter(self._next_adapter(version), write)
+        self._hold_adapter(version)
 
     def follow_sync(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
         """On ranks that leave `sync` to another: go through what may be collective, and hold vLLM to the version.
@@ -328,13 +336,17 @@ class RolloutEngine(ABC):
         """As `follow_sync`, of `sync_adapter`."""
         if not self._holds_base or self._lost:
             self.follow_sync(base, version)
-        self._holds_base = True
-        self.version, self.adapter = version, self._adapter_name(version)
+        self._hold_adapter(version)
+
+    def _hold_adapter(self, version: int) -> None:
+        self.version, self.adapter = version, self._next_adapter(version)
+        self._adapters, self._holds_base, self._lost = self._adapters + 1, True, False
 
     def _keep(self, files: ExitStack) -> None:
         """Hold the files of an adapter until the next one's are there: vLLM dies where it looks for them again."""
         self._adapter_files.close()
         self._adapter_files.push(files)
 
-    def _adapter_name(self, version: int) -> str:
-        return f"{self.run_id}-adapter-{version}"
+    def _next_adapter(self, version: int) -> str:
+        """Its name, of no other: the same version may go again, to a server that was restarted."""
+        return f"{self.run_id}-adapter-{version}.{self._adapters}"

@@ -37,7 +37,7 @@ def command(argv: list[str]) -> list[str]:
     if not rest or rest[0].startswith("-"):
         raise ConfigError("vllm-serve needs a MODEL, a directory or hub id, before vLLM's flags")
     for word in rest:
-        flag = word.partition("=")[0].replace("_", "-")
+        flag = _flag(word)
         if flag in FIXED:
             raise ConfigError(f"{flag} must be left out: vllm-serve sets it to {FIXED[flag]}")
         if flag.startswith("--api-k"):  # vLLM takes the beginning of a flag for the flag
@@ -55,6 +55,10 @@ def command(argv: list[str]) -> list[str]:
     ]  # fmt: skip
 
 
+def _flag(word: str) -> str:
+    return word.partition("=")[0].replace("_", "-")
+
+
 def main(argv: list[str]) -> int:
     """Becomes vLLM's process. Status 2 where it would not start, or not safely."""
     if not argv or argv[0] in ("-h", "--help"):
@@ -65,5 +69,5 @@ def main(argv: list[str]) -> int:
         if importlib.util.find_spec("vllm") is None:
             raise ConfigError(f"vllm-serve {needs_package('vllm')}")
     print(shlex.join(words), file=sys.stderr, flush=True)
-    adapters = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if "--enable-lora" in words else {}
+    adapters = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if "--enable-lora" in map(_flag, words) else {}
     os.execve(sys.executable, words, {**os.environ, "VLLM_SERVER_DEV_MODE": "1", **adapters})

@@ -23,13 +23,14 @@ from ...config import ConfigError, require
 from ...log import log
 from .completion import Completion, RestartedError, RolloutError, completion
 from .door import KEY, api_key, host_of, is_loopback
-from .files import private_directory, remove_leftovers, weight_file
+from .files import adapter_files, remove_leftovers, weight_file
 from .sampler import LOGPROBS_MODE, RolloutEngine
 from .worker import EXTENSION
 
 T = TypeVar("T")
 GENERATE = "/inference/v1/generate"  # tokens in, tokens out
 MAX_PAUSE = 30.0  # seconds between two attempts
+CONNECT = 10.0  # seconds until a connection must stand
 KEEP_ALIVE = 2.0  # seconds that an idle connection is kept: vLLM closes it after 5
 RETRIED = (408, 429)  # of the client errors, the two that may pass
 
@@ -74,8 +75,9 @@ class VLLMServer(RolloutEngine):
         limits = httpx2.Limits(max_keepalive_connections=concurrency, keepalive_expiry=KEEP_ALIVE)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         local = {f"all://{f'[{host}]' if ':' in host else host}": None} if is_loopback(host) else {}  # through no proxy
+        connect = httpx2.Timeout(timeout, connect=min(timeout, CONNECT))  # which `close` cannot end
         self._http = httpx2.Client(
-            timeout=timeout, limits=limits, headers=headers, follow_redirects=False, mounts=local
+            timeout=connect, limits=limits, headers=headers, follow_redirects=False, mounts=local
         )
         weakref.finalize(self, self._http.close)
         self._lock, self._closed, self._stop = threading.Lock(), False, threading.Event()
@@ -89,6 +91,11 @@ class VLLMServer(RolloutEngine):
         for flag, expected in (("--logprobs-mode", LOGPROBS_MODE), ("--worker-extension-cls", EXTENSION)):
             if settings[flag] != expected:
                 raise ConfigError(f"vLLM server {url}: {flag} must be {expected}; got {settings[flag]!r}")
+        if settings["--data-parallel-size"] > 1:
+            raise ConfigError(
+                f"vLLM server {url}: --data-parallel-size must be 1: of several engines only the first tells what it "
+                "holds"
+            )
         if lora_rank is not None and (settings["--max-lora-rank"] or 0) < lora_rank:
             raise ConfigError(
                 f"vLLM server {url}: --enable-lora and --max-lora-rank {lora_rank} or more must be given with "
@@ -213,14 +220,16 @@ class VLLMServer(RolloutEngine):
 
     def _load_adapter(self, name: str, write: Callable[[str], None]) -> None:
         with ExitStack() as files:
-            directory = files.enter_context(private_directory(self.sync_dir))
-            write(directory)
+            directory = files.enter_context(adapter_files(write, self.sync_dir))
             try:
                 self._call("/v1/load_lora_adapter", {"lora_name": name, "lora_path": directory}, lambda answer: None)
             except RolloutError as e:
                 if "already been loaded" not in str(e):  # by a request whose answer was lost
                     raise
             self._keep(files.pop_all())
+        if self.adapter is not None:
+            with suppress(RolloutError):  # of a server that was restarted
+                self._call("/v1/unload_lora_adapter", {"lora_name": self.adapter}, lambda answer: None)
 
     def _reset_cache(self) -> None:
         def read(answer: Any) -> None:
@@ -242,6 +251,7 @@ def _shut(connected: socket.socket) -> None:
 def _read_settings(answer: Any) -> dict[str, Any]:
     config = answer["vllm_config"]
     return {
+        "--data-parallel-size": config["parallel_config"]["data_parallel_size"],
         "--max-lora-rank": (config["lora_config"] or {}).get("max_lora_rank"),
         "--logprobs-mode": config["model_config"]["logprobs_mode"],
         "--worker-extension-cls": config["parallel_config"]["worker_extension_cls"],

@@ -28,7 +28,7 @@ def test_the_base_goes_once_and_the_adapter_each_time(engine: Any) -> None:
     assert engine.fake.workers[0].model.loads == 1, "the model's own weights, checked"
     fake = engine.fake._llm if hasattr(engine.fake, "_llm") else engine.fake
     names = [a if isinstance(a, str) else a[0] for a in fake.adapters]
-    assert names == [f"{engine.run_id}-adapter-3", f"{engine.run_id}-adapter-4"]
+    assert names[-1] == f"{engine.run_id}-adapter-4.1"
     engine.sync(weights(1).items(), 5)
     assert engine.adapter is None and engine.label == f"{engine.run_id}-5"
     engine.sync_adapter(weights().items(), write, 6)
@@ -41,12 +41,12 @@ def test_rows_are_asked_of_the_newest_adapter_locally(local: Any, log: list[Any]
         local.generate(PROMPTS, **ARGS)
     asked = [kwargs["lora_request"] for name, _, kwargs in log if name == "generate"]
     assert [(r.lora_name, r.lora_int_id) for r in asked] == [
-        (f"{local.run_id}-adapter-1", 1), (f"{local.run_id}-adapter-2", 2)
+        (f"{local.run_id}-adapter-1.0", 1), (f"{local.run_id}-adapter-2.1", 2)
     ]  # fmt: skip
     assert [Path(r.lora_path).exists() for r in asked] == [False, True], "the newest's are kept: vLLM may look again"
     local._adapter_files.close()
     assert not Path(asked[1].lora_path).exists()
-    assert [files for *_, files in local._llm.adapters] == [{"adapter_config.json": 0o644}] * 2
+    assert [files for *_, files in local._llm.adapters] == [{"adapter_config.json": 0o600}] * 2
 
 
 def test_rows_are_asked_of_the_newest_adapter_of_a_server(server: FakeServer, tmp_path: Path) -> None:
@@ -63,7 +63,8 @@ def test_rows_are_asked_of_the_newest_adapter_of_a_server(server: FakeServer, tm
         engine.sync_adapter(weights().items(), write, version)
         engine.generate(PROMPTS, **ARGS)
     asked = [body["model"] for _, path, body in server.log if path == GENERATE]
-    assert asked == [f"{engine.run_id}-adapter-1"] * 6 + [f"{engine.run_id}-adapter-2"] * 6
+    assert asked == [f"{engine.run_id}-adapter-1.0"] * 6 + [f"{engine.run_id}-adapter-2.1"] * 6
+    assert server.adapters == {f"{engine.run_id}-adapter-2.1": {"adapter_config.json": 0o600}}, "the former is unloaded"
     assert seen == [0o700] * 2 and len(list(tmp_path.iterdir())) == 1, "the newest's are kept: vLLM may look again"
     before = server.count("/v1/load_lora_adapter")
 
@@ -116,7 +117,7 @@ def test_a_server_that_forgot_gets_base_and_adapter_again(server: FakeServer) ->
     engine = client(server)
     engine.sync_adapter(weights().items(), write, 1)
     server.restart()
-    with pytest.raises(RestartedError, match=f"does not know {engine.run_id}-adapter-1: was it restarted") as e:
+    with pytest.raises(RestartedError, match=f"does not know {engine.run_id}-adapter-1.0: was it restarted") as e:
         engine.generate(PROMPTS, **ARGS)
     assert e.value.partial == [None] * 6
     engine.sync_adapter(weights().items(), write, 1)
@@ -127,6 +128,18 @@ def test_a_server_that_forgot_gets_base_and_adapter_again(server: FakeServer) ->
         engine.generate(PROMPTS, **ARGS)
     engine.sync_adapter(weights().items(), write, 2)
     assert server.workers[0].model.loads == 1 and engine.generate(PROMPTS, **ARGS).tokens.shape == (6, 4)
+
+
+def test_an_adapter_that_cannot_be_written_is_an_error_of_one_line(engine: Any) -> None:
+    def full(directory: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    engine.sync_adapter(weights().items(), write, 1)
+    with pytest.raises(RolloutError, match=r"the adapter for vLLM cannot be written to .*No space left") as e:
+        engine.sync_adapter(weights().items(), full, 2)
+    assert "\n" not in str(e.value)
+    with pytest.raises(RolloutError, match=r"does not hold the weights of the last sync\(\)"):
+        engine.generate(PROMPTS, **ARGS)  # with the adapter of before
 
 
 def test_a_knob_without_effect() -> None:

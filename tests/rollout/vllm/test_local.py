@@ -61,6 +61,7 @@ def test_sleep_sync_and_generate_follow_each_other(local: Any, log: list[Any]) -
         ("mdpgrpo_finish",),
         "reset_prefix_cache",
         "update_weight_version",
+        ("mdpgrpo_finish",),
         ["kv_cache"],
         "generate",
     ]

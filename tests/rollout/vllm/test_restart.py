@@ -60,9 +60,12 @@ def test_the_run_goes_on(server: FakeServer, synced: list[int], tmp_path: Path, 
     assert [r["step"] for r in rows(trainer)] == [1, 2, 3]
     lost = seen.labels.count("default")
     assert 1 <= lost <= PER_STEP and len(seen.labels) == 3 * PER_STEP + lost
-    assert synced == ([1, 2, 2, 3] if not ahead else [1, 2, 2])
+    assert synced == ([1, 2, 2, 3] if not ahead else [1, 2])
     said = capsys.readouterr().err
-    assert f"step 2: {lost} of 8 completions were drawn with weights 'default'" in said and "given them again" in said
+    assert (
+        f"step 2: {lost} of 8 completions were drawn with weights 'default'" in said
+        and "; it is given the weights again" in said
+    )
 
 
 def test_it_ends_where_that_does_not_help(server: FakeServer, synced: list[int], tmp_path: Path) -> None:
@@ -74,3 +77,23 @@ def test_it_ends_where_that_does_not_help(server: FakeServer, synced: list[int],
     kept = (trainer.out.path / "partial_rollout.jsonl").read_text().splitlines()
     assert all(json.loads(line)["step"] == 2 for line in kept) and len(kept) >= 1
     assert seen.labels.count("default") >= 1 and (trainer.out.path / "model").is_dir()
+
+
+def test_a_restart_during_a_sync_is_one_more_sync(server: FakeServer, monkeypatch: Any, tmp_path: Path) -> None:
+    versions, fail = [], [2, 2]
+
+    def sync(self: VLLMServer, named: Any, version: int) -> None:
+        versions.append(version)
+        if version in fail:
+            fail.remove(version)
+            raise RestartedError("vLLM was restarted")
+        self.follow_sync(named, version)
+        self._set_label(str(self.label))
+
+    monkeypatch.setattr(VLLMServer, "sync", sync)
+    trainer = run_small(tmp_path, METHOD, **knobs_of(server))
+    assert versions == [1, 2, 2, 2, 3] and len(rows(trainer)) == 3
+    fail[:] = [1] * 9
+    with pytest.raises(RestartedError):
+        run_small(tmp_path, METHOD, "lost", **knobs_of(server))
+    assert versions[5:] == [1] * 3, "as often as a request is tried"

@@ -121,7 +121,36 @@ def test_sums_are_of_what_was_loaded_where_a_layer_is_repacked() -> None:
     assert one.mdpgrpo_finish("b") is None and one.mdpgrpo_finish("a") == {n: bit_sum(x) for n, x in named.items()}
     assert model.linear.weight.numel() == 0 and torch.equal(model.linear.packed, named["linear.weight"])
     assert not any("process_weights_after_loading" in vars(m.quant_method) for m in model.children())
+    assert one.mdpgrpo_finish("a") == {n: bit_sum(x) for n, x in named.items()}, "asked again"
+    one.mdpgrpo_start("b")
     assert one.mdpgrpo_finish("a") is None, "it is over"
+
+
+def test_what_is_quantised_after_loading_is_summed_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Quantises(Packs):
+        """Another dtype, and a scale that was no parameter before, as vLLM's online fp8."""
+
+        def process_weights_after_loading(self, layer: nn.Module) -> None:
+            layer.weight = nn.Parameter(layer.weight.half(), requires_grad=False)
+            layer.scale = nn.Parameter(torch.ones(1), requires_grad=False)
+
+    class Model(Layerwise):
+        def restore(self) -> None:
+            """As vLLM's reload: parameters as they are loaded."""
+            self.linear.weight = nn.Parameter(torch.empty(4, 4), requires_grad=False)
+            if hasattr(self.linear, "scale"):
+                del self.linear.scale
+
+    model = Model()
+    model.linear.quant_method = Quantises()
+    one, named = Worker(model), {"embed.weight": torch.randn(5, 4), "linear.weight": torch.randn(4, 4)}
+    monkeypatch.setattr(one, "_mdpgrpo_begin_reload", model.restore)
+    for update in ("a", "b"):
+        assert one.mdpgrpo_start(update)["held"] == {"embed.weight": "float32", "linear.weight": "float32"}
+        one.mdpgrpo_load(update, list(named.items()))
+        sums = one.mdpgrpo_finish(update)
+        assert {n: sums[n] for n in named} == {n: bit_sum(x) for n, x in named.items()}
+        assert model.linear.weight.dtype == torch.float16
 
 
 def test_a_weight_that_changes_after_it_is_loaded_is_seen() -> None:
@@ -137,6 +166,8 @@ def test_an_update_left_open_is_dropped() -> None:
     one.mdpgrpo_start("a")
     one.mdpgrpo_start("b")
     assert one.reloads == 1 and one.mdpgrpo_load("a", [("no such", torch.ones(1))]) == ["b"]
+    name, problem = one.mdpgrpo_load("b", [("no such", torch.ones(1))])
+    assert name == "b" and problem.startswith("AttributeError")
 
 
 def test_a_tied_head_is_repacked_with_the_embeddings() -> None:
