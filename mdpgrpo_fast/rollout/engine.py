@@ -18,6 +18,8 @@ from .vllm.local import VLLMEngine
 from .vllm.sampler import MIN_TEMPERATURE, RolloutEngine
 from .vllm.server import VLLMServer
 
+PASSES = {"bf16": "bfloat16", "fp16": "float16"}  # the dtype of a pass by mixed_precision, where it is not the weights'
+
 
 def make_engine(
     run: TrainConfig, method: MDPGRPOConfig, context: int | None, accelerator: Accelerator
@@ -47,6 +49,7 @@ def make_engine(
     return VLLMEngine(
         base_model(run.model),  # an adapter is in the weights that it is given
         device=accelerator.device,
+        dtype=PASSES.get(run.mixed_precision, run.dtype),  # vLLM's own choice rounds float32 weights
         sleep_mode=run.vllm_sleep,
         gpu_memory_utilization=run.vllm_memory,
         # Not the model's whole context, for which the memory may not do.

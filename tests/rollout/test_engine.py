@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,7 +31,9 @@ def test_make_engine_by_the_knobs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert engine.make_engine(run, method, 512, acc) == engine.make_engine(run, method, None, acc) == "engine"
     assert made["model"] == "m" and made["seed"] == 45 and made["sleep_mode"] is True and made["max_model_len"] == 150
     assert engine.make_engine(run, method, 120, acc) == "engine" and made["max_model_len"] == 120
-    assert not {"trust_remote_code", "tokenizer"} & made.keys()
+    assert not {"trust_remote_code", "tokenizer"} & made.keys() and made["dtype"] == "float32"
+    engine.make_engine(replace(run, mixed_precision="bf16"), method, 120, acc)
+    assert made["dtype"] == "bfloat16", "that of a pass"
     run = TrainConfig(rollout="vllm", model="m", trust_remote_code=True, tokenizer="t")
     assert engine.make_engine(run, method, 512, acc) == "engine"
     assert made["trust_remote_code"] is True and made["tokenizer"] == "t"
