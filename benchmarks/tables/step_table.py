@@ -14,6 +14,7 @@ WAYS = {
     "static": "the same, static cache",
     "ours_plain": "ours, PyTorch's linear layers",
     "ours": "ours",
+    "vllm": "vLLM for CPUs, in this process",
 }
 STEP_WAYS = {
     "trl": "TRL {trl}",
@@ -72,7 +73,8 @@ def _generation() -> list[str]:
     lines = ["| generation | tokens/s | × separate calls |", "|---|---|---|"]
     for row in document["results"]:
         for way, label in WAYS.items():
-            entry = row["candidates"][way]
+            if (entry := row["candidates"].get(way)) is None:
+                continue
             where = f"{label}, {row['parameters'] / 1e6:.0f}M, {row['prompt']} + {row['completion']} tokens"
             lines.append(f"| {where} | {entry['tokens_per_second']:.0f} | {entry['x_separate']:.1f} |")
     return [
