@@ -23,6 +23,7 @@ import start_table
 import step_table
 import trl_suite_table
 import verifiers_table
+import vllm_table
 
 from mdpgrpo_fast.config import MDPGRPOConfig, TrainConfig
 
@@ -163,6 +164,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/losses.md": {"losses": losses_table.section},
     "docs/trl.md": {"step": step_table.ways, "trl_suite": trl_suite_table.section},
     "docs/verifiers.md": {"verifiers": verifiers_table.section},
+    "docs/vllm.md": {"vllm": vllm_table.tests, "async": vllm_table.ahead},
 }
 
 
