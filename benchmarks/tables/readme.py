@@ -164,7 +164,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/losses.md": {"losses": losses_table.section},
     "docs/trl.md": {"step": step_table.ways, "trl_suite": trl_suite_table.section},
     "docs/verifiers.md": {"verifiers": verifiers_table.section},
-    "docs/vllm.md": {"vllm": vllm_table.tests, "async": vllm_table.ahead},
+    "docs/vllm.md": {"vllm": vllm_table.tests, "async": vllm_table.ahead, "generation": vllm_table.generation},
 }
 
 

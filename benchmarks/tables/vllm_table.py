@@ -54,5 +54,17 @@ def ahead() -> str:
     return "\n".join(lines)
 
 
+def generation() -> str:
+    document = json.loads((RESULTS / "generate_vllm.json").read_text(encoding="utf-8"))
+    lines = ["| generation | tokens/s | × separate calls |", "|---|---|---|"]
+    for row in document["results"]:
+        for way, entry in row["candidates"].items():
+            where = (
+                f"{step_table.WAYS[way]}, {row['parameters'] / 1e6:.0f}M, {row['prompt']} + {row['completion']} tokens"
+            )
+            lines.append(f"| {where} | {entry['tokens_per_second']:.0f} | {entry['x_separate']:.1f} |")
+    return "\n".join([*lines, "", f"In turn, in one process. {step_table.source(document)}; {document['machine']}."])
+
+
 def middle(values: list[Any]) -> float:
     return float(sorted(values)[len(values) // 2])
