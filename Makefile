@@ -7,13 +7,14 @@ DEMO   := mdpgrpo_fast/demo
 ARGS   ?=
 JOBS   ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: help setup train test test-fast test-vllm faults check install-check wheel install-sizes sanitize gpu-bundle seed-policy bench clean
+.PHONY: help setup train test test-fast test-vllm vllm-sources faults check install-check wheel install-sizes sanitize gpu-bundle seed-policy bench clean
 
 help:
 	@echo "make train        install, then train the embedded demonstration into $(OUTPUT) (ARGS=... adds flags)"
 	@echo "make test         install, then run the whole test suite (ARGS=... goes to pytest)"
 	@echo "make test-fast    the core in under 90 seconds: reference, ops on torch and cpu, config, data, cli, layers, verifiers"
 	@echo "make test-vllm    what runs against a real vLLM, in an environment of its own; RECORD=file keeps versions and seconds"
+	@echo "make vllm-sources  what the tests compare our calls of vLLM with, for MDPGRPO_VLLM_SOURCES; CI does"
 	@echo "make faults       plant each fault of tests/faults.py in a copy; fails where the tests do not see it (ARGS=words)"
 	@echo "make check        formatter, linter and type checker"
 	@echo "make install-check  every way to build and install, each in a fresh environment"
@@ -82,6 +83,9 @@ $(VENV)/vllm-$(VLLM_GPU)/.done: $(VENV)/.python
 	$(BIN)/python -c 'import sys, zipfile; z = zipfile.ZipFile(sys.argv[1]); z.extractall(sys.argv[2], [n for n in z.namelist() if n.endswith(".py")])' $(@D)/*.whl $(@D)
 	rm $(@D)/*.whl
 	touch $@
+
+vllm-sources: $(VENV)/vllm-$(VLLM_GPU)/.done
+	@echo "MDPGRPO_VLLM_SOURCES=$(abspath $(VENV)/vllm-$(VLLM_GPU)/vllm)"
 
 SIGNATURES = $(VENV)/vllm/bin/python -m pytest tests/rollout/vllm -k installed_vllm --junitxml build/vllm_$(1).xml
 test-vllm: $(VENV)/vllm/.done $(VENV)/vllm-$(VLLM_GPU)/.done mdpgrpo_fast/kernels/_cpu.abi3.so

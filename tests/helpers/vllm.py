@@ -15,8 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
+from helpers.inputs import unavailable
 from torch import Tensor, nn
 
 from mdpgrpo_fast.rollout.vllm.server import VLLMServer
@@ -276,7 +276,8 @@ def vllm_sources() -> Path:
         return Path(unpacked)
     spec = importlib.machinery.PathFinder.find_spec("vllm")
     if spec is None or spec.origin is None:
-        pytest.skip("vllm is not installed: there are no signatures to compare with")
+        unavailable("vLLM's sources are not here: `make vllm-sources` brings them, and says where")
+    assert spec is not None and spec.origin is not None
     return Path(spec.origin).parent
 
 

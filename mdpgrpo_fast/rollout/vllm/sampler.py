@@ -270,14 +270,14 @@ class RolloutEngine(ABC):
         batch: list[tuple[str, Tensor]] = []
         size = 0
 
+        restarted = RestartedError("vLLM was restarted, or synced by another run, while it was given weights")
+
         def send() -> None:
             for name, *problem in self._send(update, batch):
                 if problem:
                     raise RolloutError(f"vLLM cannot load the weights: {' '.join(problem[0].split())}")
                 if name != update:
                     raise restarted
-
-        restarted = RestartedError("vLLM was restarted, or synced by another run, while it was given weights")
 
         for name, tensor in named_parameters:
             held = holders.get(name)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.inputs import unavailable
 from helpers.vllm import FakeLLM, FakeServer, client
 
 from mdpgrpo_fast.rollout.vllm.local import VLLMEngine
@@ -68,7 +69,7 @@ def engine(request: pytest.FixtureRequest) -> Any:
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """ca.pem, and server.pem with its key, for 127.0.0.1."""
     if shutil.which("openssl") is None:
-        pytest.skip("there is no openssl to make certificates with")
+        unavailable("there is no openssl to make certificates with")
     made = tmp_path_factory.mktemp("certificates")
     common = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2".split()
     ca = "-subj /CN=authority -keyout ca.key -out ca.pem -addext keyUsage=critical,keyCertSign".split()
