@@ -1,0 +1,95 @@
+"""The method's knobs inside verl: which are ours there, and which verl has itself."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ...config import ConfigError, MDPGRPOConfig, preset
+from ...config.knobs import unknown_name
+from ...config.presets import PRESETS
+
+NAME = "mdp_grpo"  # of the advantage estimator, the policy loss and the agent loop
+OURS = {
+    "multi_temperature", "temperatures", "group_std", "scale_rewards", "baseline", "advantage_clip", "dual_anchor",
+    "dual_anchor_alpha", "goal_mean", "goal_std", "prospect", "prospect_beta", "prospect_gain", "prospect_loss",
+    "prospect_on_goal", "asymmetric_kl", "kl_beta_pos", "kl_beta_neg", "kl_estimator", "kl_gradient", "loss",
+    "sapo_temperature_pos", "sapo_temperature_neg", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg",
+    "vespo_lambda_neg", "importance_level", "delta", "off_policy_threshold",
+}  # fmt: skip
+VENDOR = "mdpgrpo_fast"  # of VERL_ENGINE_VENDOR, and of model.fused_kernel_options.impl_backend
+# What verl decides, by its own names.
+VERLS = {
+    "num_generations": "actor_rollout_ref.rollout.n",
+    "temperature": "actor_rollout_ref.rollout.temperature",
+    "top_p": "actor_rollout_ref.rollout.top_p",
+    "top_k": "actor_rollout_ref.rollout.top_k",
+    "epsilon_low": "actor_rollout_ref.actor.clip_ratio_low",
+    "epsilon_high": "actor_rollout_ref.actor.clip_ratio_high",
+    "aggregation": "actor_rollout_ref.actor.loss_agg_mode",
+    "horizon": "actor_rollout_ref.actor.loss_scale_factor",
+    "entropy_coef": "actor_rollout_ref.actor.entropy_coeff",
+    "kl_in": "algorithm.use_kl_in_reward",
+    "temperature_objective": "algorithm.rollout_correction",
+    "sampler_correction": "algorithm.rollout_correction",
+    "importance_weight_cap": "algorithm.rollout_correction",
+    "importance_weight_level": "algorithm.rollout_correction",
+    "importance_weight_kind": "algorithm.rollout_correction",
+}
+OTHERS = ("preset", "num_generations", "num_constraints")  # of `algorithm.mdp_grpo`, beside OURS
+_SAMPLING = {"top_p", "top_k"}  # of a preset: verl's settings are what counts
+
+
+def method_of(options: Mapping[str, Any] | None) -> MDPGRPOConfig:
+    """The method of verl's `algorithm.mdp_grpo`: a preset and knobs of MDPGRPOConfig over it.
+
+    options: preset (default paper), num_generations, which must be verl's rollout.n, num_constraints (see
+    `advantages`), and any of OURS. Its epsilon_low, aggregation and the like are not verl's and not to be used.
+
+    Raises: ConfigError for a knob that verl has itself, naming verl's; a preset whose meaning is in such knobs; one
+    that is not known; a value out of range.
+    """
+    given = dict(options or {})
+    return _method(json.dumps(given, sort_keys=True, default=list))
+
+
+@functools.lru_cache  # an agent loop asks once for each completion
+def _method(text: str) -> MDPGRPOConfig:
+    given: dict[str, Any] = json.loads(text)
+    name = given.pop("preset", "paper")
+    given.pop("num_constraints", None)
+    if "num_generations" not in given:
+        raise ConfigError("algorithm.mdp_grpo.num_generations must be set: ${actor_rollout_ref.rollout.n}")
+    for knob in sorted(set(given) - OURS - set(OTHERS)):
+        _refuse(knob)
+    config = preset(name, **given)
+    foreign = sorted(set(PRESETS[name]) - OURS - _SAMPLING)
+    if foreign:
+        raise ConfigError(
+            f"algorithm.mdp_grpo.preset must be one that leaves to verl what is verl's; {name} sets "
+            + ", ".join(f"{knob} ({VERLS.get(knob, 'not available in verl')})" for knob in foreign)
+        )
+    if config.running_goal:
+        raise ConfigError("algorithm.mdp_grpo: goal_mean and goal_std must not be running: verl keeps no such state")
+    return config
+
+
+def _refuse(knob: str) -> None:
+    place = f"algorithm.mdp_grpo.{knob}"
+    if knob in VERLS:
+        raise ConfigError(f"{place} is verl's own setting: {VERLS[knob]}")
+    if knob in MDPGRPOConfig.__dataclass_fields__:
+        raise ConfigError(f"{place} has no place in verl's loop; the knobs there are {', '.join(sorted(OURS))}")
+    raise unknown_name("algorithm.mdp_grpo knob", knob, sorted(OURS | set(OTHERS)))
+
+
+def options_in(config: Any) -> dict[str, Any]:
+    """`mdp_grpo` of verl's `algorithm` or actor config, as plain values. Raises: ConfigError where it is missing."""
+    from omegaconf import OmegaConf
+
+    found = config.get("mdp_grpo") if config is not None else None
+    if found is None:
+        raise ConfigError("algorithm.mdp_grpo is missing: use our configs (python -m mdpgrpo_fast.integrations.verl)")
+    return OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else dict(found)  # type: ignore[return-value]
