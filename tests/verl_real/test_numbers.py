@@ -93,7 +93,11 @@ def test_a_group_that_lost_completions_and_rows_that_fill_a_batch() -> None:
 @pytest.mark.parametrize(
     ("options", "uids", "said"),
     [
-        ({"num_generations": 2, "multi_temperature": False}, ["a"] * 3, "the prompt a has 3 rows for num_generations = 2"),
+        (
+            {"num_generations": 2, "multi_temperature": False},
+            ["a"] * 3,
+            "the prompt a has 3 rows for num_generations = 2",
+        ),
         ({}, ["a"] * 3, "num_generations must be set"),
         ({"num_generations": 4, "epsilon_high": 0.3}, ["a"], r"verl's own setting: .*clip_ratio_high"),
         ({"num_generations": 4, "preset": "dapo"}, ["a"], r"dapo sets aggregation \(.*loss_agg_mode\), epsilon_high"),

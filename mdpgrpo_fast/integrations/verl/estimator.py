@@ -88,7 +88,7 @@ def constraint_counts(uids: Sequence[str], options: Mapping[str, Any]) -> list[i
         told = tq.kv_batch_get(
             keys=[first[uid] for uid in uids], partition_id="train", select_fields=["extra_fields"]
         )["extra_fields"]  # fmt: skip
-    except (ImportError, KeyError, RuntimeError, AssertionError) as e:
+    except (ImportError, KeyError, ValueError, RuntimeError, AssertionError) as e:
         raise ConfigError(
             "mdp_grpo cannot find the constraints of the prompts in verl's TransferQueue; set trainer.use_v1=True, or "
             f"algorithm.mdp_grpo.num_constraints where all prompts have as many ({type(e).__name__}: {e})"
