@@ -239,8 +239,8 @@ def test_labels_of_padded_rows_are_the_next_tokens() -> None:
 def queue() -> Iterator[Any]:
     import transfer_queue as tq
 
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
-    tq.init()
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    tq.init(OmegaConf.create({"backend": {"SimpleStorage": {"num_data_storage_units": 1}}}))
     yield tq
     tq.close()
     ray.shutdown()

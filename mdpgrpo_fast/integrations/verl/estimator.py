@@ -85,9 +85,8 @@ def constraint_counts(uids: Sequence[str], options: Mapping[str, Any]) -> list[i
         for key in sorted(kept):
             if key.count("_") >= 2:
                 first.setdefault(key.rsplit("_", 2)[0], key)
-        told = tq.kv_batch_get(
-            keys=[first[uid] for uid in uids], partition_id="train", select_fields=["extra_fields"]
-        )["extra_fields"]  # fmt: skip
+        keys = [first[uid] for uid in uids]
+        told = tq.kv_batch_get(keys=keys, partition_id="train", select_fields=["extra_fields"]).pop("extra_fields")
     except (ImportError, KeyError, ValueError, RuntimeError, AssertionError) as e:
         raise ConfigError(
             "mdp_grpo cannot find the constraints of the prompts in verl's TransferQueue; set trainer.use_v1=True, or "
