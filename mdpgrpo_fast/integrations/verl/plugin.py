@@ -51,7 +51,7 @@ def _engine() -> None:
     from .engine import MDPGRPOEngine
 
     # Of a vendor of its own: no other run of this verl sees it.
-    EngineRegistry.register("language_model", ["fsdp", "fsdp2"], ["cuda", "npu", "cpu"], VENDOR)(MDPGRPOEngine)
+    EngineRegistry.register("language_model", ["fsdp", "fsdp2"], ["cuda", "npu"], VENDOR)(MDPGRPOEngine)
 
 
 PARTS: dict[str, tuple[str, Callable[[], None]]] = {
