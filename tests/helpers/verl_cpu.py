@@ -173,19 +173,14 @@ class Engine(FSDPEngineWithLMHead):
 def processed(logits: Tensor, sampling: list[dict[str, Any]]) -> Tensor:
     """Log-probs of logits (B, V) by each row's temperature, top_k and top_p, as vLLM's `processed_logprobs`; a
     temperature of 0 leaves the most likely token."""
-    logits = logits.float().clone()
-    for row, params in zip(logits, sampling, strict=True):
-        temperature, top_k, top_p = params["temperature"], params.get("top_k", -1), params.get("top_p", 1.0)
-        if temperature == 0:
-            temperature, top_k = 1.0, 1
-        row /= temperature
-        ordered, order = row.sort(descending=True)
-        probs = ordered.softmax(-1)
-        cut = probs.cumsum(-1) - probs >= top_p
-        if top_k > 0:
-            cut[top_k:] = True
-        row[order[cut]] = -torch.inf
-    return logits.log_softmax(-1)
+    temperature = torch.tensor([[params["temperature"]] for params in sampling])
+    top_p = torch.tensor([[params.get("top_p", 1.0)] for params in sampling])
+    top_k = torch.tensor([[params.get("top_k", -1)] for params in sampling]).masked_fill(temperature == 0, 1)
+    ordered, order = (logits.float() / temperature.masked_fill(temperature == 0, 1)).sort(-1, descending=True)
+    probs = ordered.softmax(-1)
+    cut = (top_p < 1) & (probs.cumsum(-1) - probs >= top_p)
+    cut |= (top_k > 0) & (torch.arange(logits.shape[-1]) >= top_k)
+    return torch.empty_like(ordered).scatter(-1, order, ordered.masked_fill(cut, -torch.inf)).log_softmax(-1)
 
 
 @torch.no_grad()
@@ -245,11 +240,11 @@ class Server:
             await asyncio.sleep(0.25)
             waiting, self.waiting = self.waiting, []
             prompts, sampling, futures = zip(*waiting, strict=True)
+            temperatures = sorted({params["temperature"] for params in sampling})
+            record("server", prompts=len(prompts), steps=self.steps, temperatures=temperatures)
             most = self.config.response_length
             try:
-                answers = await asyncio.to_thread(
-                    sample, self.model, prompts, sampling, self.generator, most
-                )
+                answers = await asyncio.to_thread(sample, self.model, prompts, sampling, self.generator, most)
             except Exception as e:
                 for future in futures:
                     future.set_exception(e)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +21,7 @@ RANKS = 2
 
 def write_prompts(path: Path, source: Path, count: int) -> None:
     """The first prompts of a JSON-lines file as the parquet file that verl reads."""
-    rows = [json.loads(line) for line in source.read_text().splitlines()[:count]]
+    rows = json_lines(source)[:count]
     columns = {
         "data_source": ["embedded"] * len(rows),
         "prompt": [[{"role": "user", "content": row["prompt"]}] for row in rows],
@@ -35,11 +34,11 @@ def write_prompts(path: Path, source: Path, count: int) -> None:
     pa.parquet.write_table(pa.table(columns), path)
 
 
-def overrides(folder: Path, *, steps: int, prompts: int = 16, per_prompt: int = 4) -> dict[str, Any]:
-    """Settings of verl for a run of the embedded policy on the embedded prompts. Keys that begin with + are not in
-    verl's own configuration."""
+def overrides(folder: Path, *, steps: int, prompts: int = 16, per_prompt: int = 4, held_out: int = 64) -> dict[str, Any]:
+    """Settings of verl for a run of the embedded policy on the embedded prompts, each of which it sees once; the held
+    out ones are answered greedily before and after. Keys that begin with + are not in verl's own configuration."""
     write_prompts(folder / "train.parquet", DEMO_DIR / "train.jsonl", steps * prompts)
-    write_prompts(folder / "heldout.parquet", DEMO_DIR / "heldout.jsonl", 4)
+    write_prompts(folder / "heldout.parquet", DEMO_DIR / "heldout.jsonl", held_out)
     precision = "{param_dtype:fp32,reduce_dtype:fp32,buffer_dtype:fp32}"
     actor, ref, rollout = (f"actor_rollout_ref.{part}" for part in ("actor", "ref", "rollout"))
     return {
@@ -80,19 +79,23 @@ def overrides(folder: Path, *, steps: int, prompts: int = 16, per_prompt: int = 
         "trainer.device": "cpu",
         "trainer.n_gpus_per_node": RANKS,
         "trainer.total_training_steps": steps,
-        "trainer.val_before_train": False,
+        "trainer.test_freq": steps,
         "trainer.resume_mode": "disable",
-        "trainer.logger": "[console]",
+        "trainer.logger": "[console,file]",
         "trainer.default_local_dir": folder / "checkpoints",
         "ray_kwargs.ray_init.num_cpus": 16,  # to count with: verl wants some for each worker, and they are not used
         "+ray_kwargs.ray_init.num_gpus": RANKS,  # helpers.verl_cpu.Platform
         "+ray_kwargs.ray_init.include_dashboard": False,
+        "+ray_kwargs.ray_init.object_store_memory": 200_000_000,
         "hydra.run.dir": folder,
     }
 
 
-def run(folder: Path, settings: dict[str, Any], timeout: int = 500) -> list[dict[str, float]]:
-    """Runs verl's trainer. Returns its console metrics, by step; folder/log holds all that it said."""
+def run(folder: Path, settings: dict[str, Any], timeout: int = 500) -> list[dict[str, Any]]:
+    """Runs verl's trainer. Returns the metrics that it logs, a dict a step; that of step 0 is the evaluation before the
+    first. folder/log has all that it said, folder/record what `helpers.verl_cpu` recorded.
+
+    Raises: RuntimeError with the end of the log where verl stops, or lost an answer or its reward."""
     (folder / "record").mkdir()
     env = {
         **os.environ,
@@ -100,19 +103,23 @@ def run(folder: Path, settings: dict[str, Any], timeout: int = 500) -> list[dict
         "VERL_PLATFORM": "cpu",
         "VERL_USE_EXTERNAL_MODULES": "helpers.verl_cpu",
         "VERL_CPU_RECORD": str(folder / "record"),
-        "TRANSFORMERS_OFFLINE": "1",
+        "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl"),
         "RAY_DEDUP_LOGS": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "TQ_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
     }
-    env.pop("PYTHONDONTWRITEBYTECODE", None)  # importing verl compiles a great deal
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # each of ten processes imports verl, seconds that are mostly compiling
     command = [sys.executable, "-m", "verl.trainer.main_ppo", *(f"{k}={v}" for k, v in settings.items())]
     with (folder / "log").open("w") as log:
-        subprocess.run(command, env=env, stdout=log, stderr=log, cwd=folder, timeout=timeout, check=True)
-    return metrics((folder / "log").read_text())
+        done = subprocess.run(command, env=env, stdout=log, stderr=log, cwd=folder, timeout=timeout)
+    said = (folder / "log").read_text()
+    # verl goes on where an answer or its reward fails, with fewer answers and with empty ones in their place.
+    if done.returncode or "Error in _run_prompt" in said:
+        raise RuntimeError(f"verl's trainer failed: {said[-4000:]}")
+    return [{"step": row["step"], **row["data"]} for row in json_lines(folder / "metrics.jsonl")]
 
 
-def metrics(log: str) -> list[dict[str, float]]:
-    """What verl's console logger wrote: a line of `name:value` a step."""
-    lines = [line for line in log.splitlines() if re.search(r"step:\d+ - ", line)]
-    return [
-        {name: float(value) for name, value in re.findall(r"([\w/@.-]+):(-?[\d.e+-]+|nan)", line)} for line in lines
-    ]
+def json_lines(path: Path) -> list[Any]:
+    """The values of a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
