@@ -1,6 +1,7 @@
 """What verl 0.9.1 lacks to train without a GPU, each piece through a hook that verl has.
 
-Loaded in every process of verl by VERL_USE_EXTERNAL_MODULES=helpers.verl_cpu, with tests/ on PYTHONPATH, and VERL_PLATFORM=cpu:
+With tests/ on PYTHONPATH, VERL_USE_EXTERNAL_MODULES=helpers.verl_cpu loads it in every process of verl, and
+VERL_PLATFORM=cpu chooses its platform (`helpers.verl_runs`):
 - a platform (PlatformRegistry): device "cpu", gloo, no memory to measure;
 - an engine (EngineRegistry): verl's own FSDP2 engine, which it registers for CUDA and NPU alone;
 - a rollout named "cpu" (RolloutReplicaRegistry and verl's table of adapters): a transformers model in a Ray actor.
@@ -19,6 +20,7 @@ from typing import Any
 import ray
 import torch
 import torch.distributed as dist
+from helpers.verl_sampler import sample
 from torch import Tensor
 from verl.plugin.platform import PlatformBase, PlatformRegistry
 
@@ -26,8 +28,8 @@ RECORD = "VERL_CPU_RECORD"  # a folder: what each rank did, a line of JSON a ste
 
 # ---- the platform ---------------------------------------------------------------------------------------------------
 
-# verl asks torch for the backend "cpu:gloo,<device>:<its backend>". With the CPU as the device that names a device twice,
-# which torch refuses; a backend of that very name it takes.
+# verl asks torch for the backend "cpu:gloo,<device>:<its backend>". With the CPU as the device that names a device
+# twice, which torch refuses; a backend of that very name it takes.
 dist.Backend.register_backend(
     "cpu:gloo,cpu:gloo",
     lambda store, rank, size, timeout: dist.ProcessGroupGloo(store, rank, size, timeout=timeout),
@@ -75,22 +77,15 @@ class Platform(PlatformBase):
     def device_count(self) -> int:
         return 1
 
-    def set_device(self, device_index: int) -> None:
+    def nothing(self, *_: Any) -> None:
         pass
 
-    def synchronize(self, device_index: int | None = None) -> None:
-        pass
+    set_device = synchronize = set_allocator_settings = empty_cache = profiler_start = profiler_stop = cudart = nothing
 
     def manual_seed(self, seed: int) -> None:
         torch.manual_seed(seed)
 
     manual_seed_all = manual_seed
-
-    def set_allocator_settings(self, settings: str) -> None:
-        pass
-
-    def empty_cache(self) -> None:
-        pass
 
     def get_device_capability(self, device_index: int = 0) -> tuple[None, None]:
         return None, None
@@ -110,17 +105,9 @@ class Platform(PlatformBase):
     def is_ipc_supported(self) -> bool:
         return False
 
-    def cudart(self) -> None:
-        return None
-
     @contextmanager
     def nvtx_range(self, msg: str) -> Iterator[None]:
         yield
-
-    def profiler_start(self) -> None:
-        pass
-
-    profiler_stop = profiler_start
 
 
 # verl asks for the platform while it is imported: what needs more of verl comes after.
@@ -168,45 +155,6 @@ class Engine(FSDPEngineWithLMHead):
 
 
 # ---- the rollout ----------------------------------------------------------------------------------------------------
-
-
-def processed(logits: Tensor, sampling: list[dict[str, Any]]) -> Tensor:
-    """Log-probs of logits (B, V) by each row's temperature, top_k and top_p, as vLLM's `processed_logprobs`; a
-    temperature of 0 leaves the most likely token."""
-    temperature = torch.tensor([[params["temperature"]] for params in sampling])
-    top_p = torch.tensor([[params.get("top_p", 1.0)] for params in sampling])
-    top_k = torch.tensor([[params.get("top_k", -1)] for params in sampling]).masked_fill(temperature == 0, 1)
-    ordered, order = (logits.float() / temperature.masked_fill(temperature == 0, 1)).sort(-1, descending=True)
-    probs = ordered.softmax(-1)
-    cut = (top_p < 1) & (probs.cumsum(-1) - probs >= top_p)
-    cut |= (top_k > 0) & (torch.arange(logits.shape[-1]) >= top_k)
-    return torch.empty_like(ordered).scatter(-1, order, ordered.masked_fill(cut, -torch.inf)).log_softmax(-1)
-
-
-@torch.no_grad()
-def sample(
-    model: Any, prompts: list[list[int]], sampling: list[dict[str, Any]], generator: torch.Generator, most: int
-) -> list[tuple[list[int], list[float]]]:
-    """A completion of each prompt, at most `most` tokens with its end, and the log-probs of its tokens."""
-    eos, width = model.config.eos_token_id, max(map(len, prompts))
-    ids = torch.tensor([[eos] * (width - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    cache, done = None, torch.zeros(len(prompts), dtype=torch.bool)
-    answers: list[tuple[list[int], list[float]]] = [([], []) for _ in prompts]
-    for _ in range(most):
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
-        cache, logps = out.past_key_values, processed(out.logits[:, -1], sampling)
-        ids = torch.multinomial(logps.exp(), 1, generator=generator)
-        for (tokens, scores), token, score, over in zip(answers, ids, logps.gather(1, ids), done, strict=True):
-            if not over:
-                tokens.append(int(token))
-                scores.append(float(score))
-        done |= ids[:, 0] == eos
-        if done.all():
-            break
-        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-    return answers
 
 
 class Server:
@@ -278,15 +226,14 @@ class Adapter(BaseRollout):
 
     def __init__(self, config: Any, model_config: Any, device_mesh: Any) -> None:
         super().__init__(config, model_config, device_mesh)
-        _, _, per_node = device_mesh.shape
-        per_replica = device_mesh.shape[1] * per_node
-        self.replica_rank, self.rank = divmod(dist.get_rank(), per_replica)
+        _, tensor, pipeline = device_mesh.shape
+        self.replica_rank, self.rank = divmod(dist.get_rank(), tensor * pipeline)
 
     async def resume(self, tags: list[str]) -> None:
-        pass
+        raise NotImplementedError("free_cache_engine must be False: there is no memory to give back")
 
     async def release(self) -> None:
-        pass
+        raise NotImplementedError("free_cache_engine must be False: there is no memory to give back")
 
     async def update_weights(self, weights: Any, global_steps: int | None = None, **_: Any) -> None:
         whole = {name: tensor.detach().cpu() for name, tensor in weights}

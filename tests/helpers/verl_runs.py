@@ -34,7 +34,9 @@ def write_prompts(path: Path, source: Path, count: int) -> None:
     pa.parquet.write_table(pa.table(columns), path)
 
 
-def overrides(folder: Path, *, steps: int, prompts: int = 16, per_prompt: int = 4, held_out: int = 64) -> dict[str, Any]:
+def overrides(
+    folder: Path, *, steps: int, prompts: int = 16, per_prompt: int = 4, held_out: int = 64
+) -> dict[str, Any]:
     """Settings of verl for a run of the embedded policy on the embedded prompts, each of which it sees once; the held
     out ones are answered greedily before and after. Keys that begin with + are not in verl's own configuration."""
     write_prompts(folder / "train.parquet", DEMO_DIR / "train.jsonl", steps * prompts)
