@@ -1,0 +1,127 @@
+"""Short runs of verl's own trainer, with two ranks and no GPU (`helpers.verl_cpu`)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+from helpers.inputs import ROOT
+
+from mdpgrpo_fast.demo import DEMO_DIR, SEED_POLICY
+
+HELPERS = Path(__file__).parent
+RANKS = 2
+
+
+def write_prompts(path: Path, source: Path, count: int) -> None:
+    """The first prompts of a JSON-lines file as the parquet file that verl reads."""
+    rows = json_lines(source)[:count]
+    columns = {
+        "data_source": ["embedded"] * len(rows),
+        "prompt": [[{"role": "user", "content": row["prompt"]}] for row in rows],
+        "reward_model": [
+            {"style": "rule", "ground_truth": json.dumps({k: row[k] for k in ("instruction_id_list", "kwargs")})}
+            for row in rows
+        ],
+        "extra_info": [{"index": i} for i in range(len(rows))],
+    }
+    pa.parquet.write_table(pa.table(columns), path)
+
+
+def overrides(
+    folder: Path, *, steps: int, prompts: int = 16, per_prompt: int = 4, held_out: int = 64
+) -> dict[str, Any]:
+    """Settings of verl for a run of the embedded policy on the embedded prompts, each of which it sees once; the held
+    out ones are answered greedily before and after. Keys that begin with + are not in verl's own configuration."""
+    write_prompts(folder / "train.parquet", DEMO_DIR / "train.jsonl", steps * prompts)
+    write_prompts(folder / "heldout.parquet", DEMO_DIR / "heldout.jsonl", held_out)
+    precision = "{param_dtype:fp32,reduce_dtype:fp32,buffer_dtype:fp32}"
+    actor, ref, rollout = (f"actor_rollout_ref.{part}" for part in ("actor", "ref", "rollout"))
+    return {
+        "data.train_files": folder / "train.parquet",
+        "data.val_files": folder / "heldout.parquet",
+        "data.train_batch_size": prompts,
+        "data.max_prompt_length": 128,
+        "data.max_response_length": 64,
+        "data.dataloader_num_workers": 0,
+        "data.shuffle": False,
+        "algorithm.adv_estimator": "grpo",
+        "actor_rollout_ref.model.path": SEED_POLICY,
+        "+actor_rollout_ref.model.override_config.attn_implementation": "sdpa",
+        "actor_rollout_ref.model.use_remove_padding": False,
+        "actor_rollout_ref.model.enable_gradient_checkpointing": False,
+        f"{actor}.strategy": "fsdp2",
+        f"{actor}.fsdp_config.strategy": "fsdp2",
+        f"+{actor}.fsdp_config.mixed_precision": precision,
+        f"{actor}.fsdp_config.use_torch_compile": False,
+        f"{actor}.optim.lr": 5e-4,
+        f"{actor}.ppo_mini_batch_size": prompts,
+        f"{actor}.ppo_micro_batch_size_per_gpu": prompts * per_prompt // RANKS,
+        f"{actor}.use_kl_loss": True,
+        f"{ref}.strategy": "fsdp2",
+        f"{ref}.fsdp_config.strategy": "fsdp2",
+        f"+{ref}.fsdp_config.mixed_precision": precision,
+        f"{ref}.fsdp_config.use_torch_compile": False,
+        f"{ref}.log_prob_micro_batch_size_per_gpu": prompts * per_prompt // RANKS,
+        f"{rollout}.name": "cpu",
+        f"{rollout}.n": per_prompt,
+        f"{rollout}.tensor_model_parallel_size": RANKS,  # one server for all ranks
+        f"{rollout}.free_cache_engine": False,
+        f"{rollout}.log_prob_micro_batch_size_per_gpu": prompts * per_prompt // RANKS,
+        f"{rollout}.agent.num_workers": 1,
+        "reward.num_workers": 1,
+        "reward.custom_reward_function.path": HELPERS / "verl_reward.py",
+        "transfer_queue.backend.SimpleStorage.num_data_storage_units": 1,
+        "trainer.device": "cpu",
+        "trainer.n_gpus_per_node": RANKS,
+        "trainer.total_training_steps": steps,
+        "trainer.test_freq": steps,
+        "trainer.resume_mode": "disable",
+        "trainer.logger": "[console,file]",
+        "trainer.default_local_dir": folder / "checkpoints",
+        "ray_kwargs.ray_init.num_cpus": 16,  # to count with: verl wants some for each worker, and they are not used
+        "+ray_kwargs.ray_init.num_gpus": RANKS,  # helpers.verl_cpu.Platform
+        "+ray_kwargs.ray_init.include_dashboard": False,
+        "+ray_kwargs.ray_init.object_store_memory": 200_000_000,
+        "hydra.run.dir": folder,
+    }
+
+
+def run(folder: Path, settings: dict[str, Any], timeout: int = 500) -> list[dict[str, Any]]:
+    """Runs verl's trainer. Returns the metrics that it logs, a dict a step; that of step 0 is the evaluation before the
+    first. folder/log has all that it said, folder/record what `helpers.verl_cpu` recorded.
+
+    Raises: RuntimeError with the end of the log where verl stops, or lost an answer or its reward."""
+    (folder / "record").mkdir()
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
+        "VERL_PLATFORM": "cpu",
+        "VERL_USE_EXTERNAL_MODULES": "helpers.verl_cpu",
+        "VERL_CPU_RECORD": str(folder / "record"),
+        "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl"),
+        "RAY_DEDUP_LOGS": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "TQ_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # each of ten processes imports verl, seconds that are mostly compiling
+    command = [sys.executable, "-m", "verl.trainer.main_ppo", *(f"{k}={v}" for k, v in settings.items())]
+    with (folder / "log").open("w") as log:
+        done = subprocess.run(command, env=env, stdout=log, stderr=log, cwd=folder, timeout=timeout)
+    said = (folder / "log").read_text()
+    # verl goes on where an answer or its reward fails, with fewer answers and with empty ones in their place.
+    if done.returncode or "Error in _run_prompt" in said:
+        raise RuntimeError(f"verl's trainer failed: {said[-4000:]}")
+    return [{"step": row["step"], **row["data"]} for row in json_lines(folder / "metrics.jsonl")]
+
+
+def json_lines(path: Path) -> list[Any]:
+    """The values of a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
