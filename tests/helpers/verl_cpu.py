@@ -3,7 +3,7 @@
 With tests/ on PYTHONPATH, VERL_USE_EXTERNAL_MODULES=helpers.verl_cpu loads it in every process of verl, and
 VERL_PLATFORM=cpu chooses its platform (`helpers.verl_runs`):
 - a platform (PlatformRegistry): device "cpu", gloo, no memory to measure;
-- an engine (EngineRegistry): verl's own FSDP2 engine, which it registers for CUDA and NPU alone;
+- an engine (EngineRegistry): ours over verl's FSDP2 engine, both registered for CUDA and NPU alone;
 - a rollout named "cpu" (RolloutReplicaRegistry and verl's table of adapters): a transformers model in a Ray actor.
 """
 
@@ -112,9 +112,11 @@ class Platform(PlatformBase):
 
 # verl asks for the platform while it is imported: what needs more of verl comes after.
 from verl.workers.engine import EngineRegistry  # noqa: E402
-from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead  # noqa: E402
 from verl.workers.rollout.base import _ROLLOUT_REGISTRY, BaseRollout  # noqa: E402
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry, TokenOutput  # noqa: E402
+
+from mdpgrpo_fast.integrations.verl.engine import MDPGRPOEngine  # noqa: E402
+from mdpgrpo_fast.integrations.verl.method import VENDOR  # noqa: E402
 
 # ---- the engine -----------------------------------------------------------------------------------------------------
 
@@ -126,9 +128,9 @@ def record(name: str, **values: Any) -> None:
             f.write(json.dumps(values) + "\n")
 
 
-@EngineRegistry.register(model_type="language_model", backend="fsdp2", device="cpu")
-class Engine(FSDPEngineWithLMHead):
-    """verl's FSDP2 engine. It records each rank's steps."""
+@EngineRegistry.register(model_type="language_model", backend="fsdp2", device="cpu", vendor=VENDOR)
+class Engine(MDPGRPOEngine):
+    """Our engine. It records each rank's steps."""
 
     def _build_fsdp_module(self, module: torch.nn.Module) -> torch.nn.Module:
         """Without the offloading to pinned memory that verl forces on a reference policy: pinning needs a GPU."""
@@ -147,6 +149,7 @@ class Engine(FSDPEngineWithLMHead):
             f"rank{self.rank}",
             world=dist.get_world_size(),
             backend=dist.get_backend(),
+            fuses_head=self.fuses_head,
             grad_norm=norm,
             numbers=sum(shard.numel() for shard in shards),  # of this rank's shards
             whole=sum(p.numel() for p in self.module.parameters()),
@@ -188,8 +191,7 @@ class Server:
             await asyncio.sleep(0.25)
             waiting, self.waiting = self.waiting, []
             prompts, sampling, futures = zip(*waiting, strict=True)
-            temperatures = sorted({params["temperature"] for params in sampling})
-            record("server", prompts=len(prompts), steps=self.steps, temperatures=temperatures)
+            record("server", steps=self.steps, temperatures=[params["temperature"] for params in sampling])
             most = self.config.response_length
             try:
                 answers = await asyncio.to_thread(sample, self.model, prompts, sampling, self.generator, most)

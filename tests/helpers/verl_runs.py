@@ -9,29 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet
 from helpers.inputs import ROOT
 
 from mdpgrpo_fast.demo import DEMO_DIR, SEED_POLICY
+from mdpgrpo_fast.integrations.verl.__main__ import CONFIGS
+from mdpgrpo_fast.integrations.verl.data import write_parquet
 
-HELPERS = Path(__file__).parent
 RANKS = 2
-
-
-def write_prompts(path: Path, source: Path, count: int) -> None:
-    """The first prompts of a JSON-lines file as the parquet file that verl reads."""
-    rows = json_lines(source)[:count]
-    columns = {
-        "data_source": ["embedded"] * len(rows),
-        "prompt": [[{"role": "user", "content": row["prompt"]}] for row in rows],
-        "reward_model": [
-            {"style": "rule", "ground_truth": json.dumps({k: row[k] for k in ("instruction_id_list", "kwargs")})}
-            for row in rows
-        ],
-        "extra_info": [{"index": i} for i in range(len(rows))],
-    }
-    pa.parquet.write_table(pa.table(columns), path)
 
 
 def overrides(
@@ -39,8 +23,8 @@ def overrides(
 ) -> dict[str, Any]:
     """Settings of verl for a run of the embedded policy on the embedded prompts, each of which it sees once; the held
     out ones are answered greedily before and after. Keys that begin with + are not in verl's own configuration."""
-    write_prompts(folder / "train.parquet", DEMO_DIR / "train.jsonl", steps * prompts)
-    write_prompts(folder / "heldout.parquet", DEMO_DIR / "heldout.jsonl", held_out)
+    write_parquet(json_lines(DEMO_DIR / "train.jsonl")[: steps * prompts], folder / "train.parquet", split="train")
+    write_parquet(json_lines(DEMO_DIR / "heldout.jsonl")[:held_out], folder / "heldout.parquet", split="val")
     precision = "{param_dtype:fp32,reduce_dtype:fp32,buffer_dtype:fp32}"
     actor, ref, rollout = (f"actor_rollout_ref.{part}" for part in ("actor", "ref", "rollout"))
     return {
@@ -51,7 +35,6 @@ def overrides(
         "data.max_response_length": 64,
         "data.dataloader_num_workers": 0,
         "data.shuffle": False,
-        "algorithm.adv_estimator": "grpo",
         "actor_rollout_ref.model.path": SEED_POLICY,
         "+actor_rollout_ref.model.override_config.attn_implementation": "sdpa",
         "actor_rollout_ref.model.use_remove_padding": False,
@@ -61,9 +44,7 @@ def overrides(
         f"+{actor}.fsdp_config.mixed_precision": precision,
         f"{actor}.fsdp_config.use_torch_compile": False,
         f"{actor}.optim.lr": 5e-4,
-        f"{actor}.ppo_mini_batch_size": prompts,
         f"{actor}.ppo_micro_batch_size_per_gpu": prompts * per_prompt // RANKS,
-        f"{actor}.use_kl_loss": True,
         f"{ref}.strategy": "fsdp2",
         f"{ref}.fsdp_config.strategy": "fsdp2",
         f"+{ref}.fsdp_config.mixed_precision": precision,
@@ -76,7 +57,6 @@ def overrides(
         f"{rollout}.log_prob_micro_batch_size_per_gpu": prompts * per_prompt // RANKS,
         f"{rollout}.agent.num_workers": 1,
         "reward.num_workers": 1,
-        "reward.custom_reward_function.path": HELPERS / "verl_reward.py",
         "transfer_queue.backend.SimpleStorage.num_data_storage_units": 1,
         "trainer.device": "cpu",
         "trainer.n_gpus_per_node": RANKS,
@@ -112,7 +92,8 @@ def run(folder: Path, settings: dict[str, Any], timeout: int = 500) -> list[dict
         "HF_HUB_OFFLINE": "1",
     }
     env.pop("PYTHONDONTWRITEBYTECODE", None)  # each of ten processes imports verl, seconds that are mostly compiling
-    command = [sys.executable, "-m", "verl.trainer.main_ppo", *(f"{k}={v}" for k, v in settings.items())]
+    command = [sys.executable, "-m", "verl.trainer.main_ppo", "--config-dir", CONFIGS, "--config-name", "one_node"]
+    command += [*(f"{k}={v}" for k, v in settings.items())]
     with (folder / "log").open("w") as log:
         done = subprocess.run(command, env=env, stdout=log, stderr=log, cwd=folder, timeout=timeout)
     said = (folder / "log").read_text()

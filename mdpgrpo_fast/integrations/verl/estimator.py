@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from ...config import ConfigError, MDPGRPOConfig
 from ...ops.advantages import advantages
 from .method import method_of, options_in
 
+logger = logging.getLogger("mdpgrpo_fast")
 COUNT = "constraints"  # K, in what the reward function returns beside the score
 
 
@@ -47,6 +49,12 @@ def mdp_grpo_advantage(
         counts = None
         if method.alpha > 0:
             counts = constraint_counts([str(uids[g]) for g in real], options)
+        lost = len(real) * method.num_generations - sum(len(rows[g]) for g in real)
+        if lost > 0:
+            logger.warning(
+                "%d of the %d completions of %d prompts are missing: verl leaves out those whose sampling or reward "
+                "raised, and says why as \"Error in _run_prompt\"", lost, len(real) * method.num_generations, len(real)
+            )  # fmt: skip
         _fill(found, scores, [rows[g] for g in real], [str(uids[g]) for g in real], counts, method)
     out = found[:, None] * mask
     return out, out

@@ -39,7 +39,8 @@ VERLS = {
     "importance_weight_kind": "algorithm.rollout_correction",
 }
 OTHERS = ("preset", "num_generations", "num_constraints")  # of `algorithm.mdp_grpo`, beside OURS
-_SAMPLING = {"top_p", "top_k"}  # of a preset: verl's settings are what counts
+SAMPLING = ("temperature", "top_p", "top_k")  # of verl's rollout and val_kwargs
+_OF_PRESETS = {"top_p", "top_k"}  # which verl's settings decide, as our configs have them
 
 
 def method_of(options: Mapping[str, Any] | None) -> MDPGRPOConfig:
@@ -65,7 +66,7 @@ def _method(text: str) -> MDPGRPOConfig:
     for knob in sorted(set(given) - OURS - set(OTHERS)):
         _refuse(knob)
     config = preset(name, **given)
-    foreign = sorted(set(PRESETS[name]) - OURS - _SAMPLING)
+    foreign = sorted(set(PRESETS[name]) - OURS - _OF_PRESETS)
     if foreign:
         raise ConfigError(
             f"algorithm.mdp_grpo.preset must be one that leaves to verl what is verl's; {name} sets "
@@ -83,6 +84,22 @@ def _refuse(knob: str) -> None:
     if knob in MDPGRPOConfig.__dataclass_fields__:
         raise ConfigError(f"{place} has no place in verl's loop; the knobs there are {', '.join(sorted(OURS))}")
     raise unknown_name("algorithm.mdp_grpo knob", knob, sorted(OURS | set(OTHERS)))
+
+
+def check_sampling(method: MDPGRPOConfig, rollout: Mapping[str, Any], validation: Mapping[str, Any]) -> None:
+    """What verl's rollout settings must be for each completion to have its own temperature. Raises: ConfigError."""
+    if not method.multi_temperature:
+        return
+    if rollout["temperature"] != 1:
+        raise ConfigError(
+            "actor_rollout_ref.rollout.temperature must be 1 with multi_temperature: the loss's log-probs are at it, "
+            f"and completions are drawn at algorithm.mdp_grpo.temperatures; got {rollout['temperature']}"
+        )
+    if all(rollout[name] == validation[name] for name in SAMPLING):
+        raise ConfigError(
+            "actor_rollout_ref.rollout.val_kwargs must differ from rollout in temperature, top_p or top_k: verl tells "
+            "an agent loop of a validation by nothing else"
+        )
 
 
 def options_in(config: Any) -> dict[str, Any]:
