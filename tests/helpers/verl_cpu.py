@@ -153,6 +153,8 @@ class Engine(MDPGRPOEngine):
             grad_norm=norm,
             numbers=sum(shard.numel() for shard in shards),  # of this rank's shards
             whole=sum(p.numel() for p in self.module.parameters()),
+            trained=sum(p.numel() for p in self.module.parameters() if p.requires_grad)
+            / sum(p.numel() for p in self.module.parameters()),
         )
         return norm
 

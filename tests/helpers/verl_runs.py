@@ -73,8 +73,8 @@ def overrides(
     }
 
 
-def run(folder: Path, settings: dict[str, Any], timeout: int = 500) -> list[dict[str, Any]]:
-    """Runs verl's trainer. Returns the metrics that it logs, a dict a step; that of step 0 is the evaluation before the
+def run(folder: Path, settings: dict[str, Any], config: str = "one_node", timeout: int = 500) -> list[dict[str, Any]]:
+    """Runs verl's trainer by one of our configs. Returns the metrics that it logs, a dict a step; that of step 0 is the evaluation before the
     first. folder/log has all that it said, folder/record what `helpers.verl_cpu` recorded.
 
     Raises: RuntimeError with the end of the log where verl stops, or lost an answer or its reward."""
@@ -92,7 +92,7 @@ def run(folder: Path, settings: dict[str, Any], timeout: int = 500) -> list[dict
         "HF_HUB_OFFLINE": "1",
     }
     env.pop("PYTHONDONTWRITEBYTECODE", None)  # each of ten processes imports verl, seconds that are mostly compiling
-    command = [sys.executable, "-m", "verl.trainer.main_ppo", "--config-dir", CONFIGS, "--config-name", "one_node"]
+    command = [sys.executable, "-m", "verl.trainer.main_ppo", "--config-dir", CONFIGS, "--config-name", config]
     command += [*(f"{k}={v}" for k, v in settings.items())]
     with (folder / "log").open("w") as log:
         done = subprocess.run(command, env=env, stdout=log, stderr=log, cwd=folder, timeout=timeout)
