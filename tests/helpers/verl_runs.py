@@ -74,8 +74,8 @@ def overrides(
 
 
 def run(folder: Path, settings: dict[str, Any], config: str = "one_node", timeout: int = 500) -> list[dict[str, Any]]:
-    """Runs verl's trainer by one of our configs. Returns the metrics that it logs, a dict a step; that of step 0 is the evaluation before the
-    first. folder/log has all that it said, folder/record what `helpers.verl_cpu` recorded.
+    """Runs verl's trainer by one of our configs. Returns the metrics that it logs, a dict a step; that of step 0 is the
+    evaluation before the first. folder/log has all that it said, folder/record what `helpers.verl_cpu` recorded.
 
     Raises: RuntimeError with the end of the log where verl stops, or lost an answer or its reward."""
     (folder / "record").mkdir()
