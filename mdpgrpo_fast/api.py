@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import ConfigError, MDPGRPOConfig, TrainConfig, nearest_preset, preset, with_correction
+from .training.before.ranks import agree, told_to_the_others
 
 if TYPE_CHECKING:
     from .data import Source
@@ -73,6 +74,7 @@ class Trainer:
     in one line that names the argument; RewardError where a reward fails on two sample rows.
     """
 
+    @told_to_the_others()
     def __init__(
         self,
         model: Any = None,
@@ -128,6 +130,7 @@ class Trainer:
             task = prepare(
                 run, self.scorer, model=model, tokenizer=tokenizer, prompts=prompts, eval_prompts=eval_prompts
             )
+            agree(run, config, task.fingerprint)
             self.loop = TrainingLoop(task, run, config, self.out, self.scorer, on_step)
         except BaseException as e:  # else its processes go on to train()
             self.scorer.stop()
@@ -147,8 +150,8 @@ class Trainer:
     def train(self) -> TrainResult:
         """All steps, with everything in run.output_dir; Ctrl-C ends it early and keeps what was learned.
 
-        Raises: what ends a run, after its directory is complete: RewardError, RolloutError, FloatingPointError;
-            HubError where only its upload failed; RuntimeError where it has been called before.
+        Raises: what ends a run, after its directory is complete: RewardError, RolloutError, FloatingPointError,
+            RankLostError; HubError where only its upload failed; RuntimeError where it has been called before.
         """
         from .training.hub.repository import upload
 
@@ -168,7 +171,8 @@ class Trainer:
         finally:
             if loop.accelerator.is_main_process:
                 self._report()
-            loop.accelerator.wait_for_everyone()  # a rank that ends first would take the one that writes with it
+            if loop.ended:
+                loop.accelerator.wait_for_everyone()  # a rank that ends first would take the one that writes with it
         self.result = TrainResult(out.path, summary, loop.history)
         repo_id = loop.task.repo_id
         if repo_id is not None and not self.result.interrupted:

@@ -69,10 +69,11 @@ def _description(model: str | None, preset: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Status: 0 done, 1 a run or its upload that failed, 2 settings that cannot be used, 130 interrupted."""
     from .cli import report_errors
+    from .training.before.ranks import told_to_the_others
 
     trainer = None
     try:
-        with report_errors():
+        with report_errors(), told_to_the_others():
             run, method, given = read(sys.argv[1:] if argv is None else argv)
             if os.environ.get("RANK", "0") == "0":
                 print(*(f"{line}\n" for line in without_effect(run, method, given)), sep="", end="", file=sys.stderr)
@@ -91,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as e:
         if not isinstance(e, _stopping()):
             raise
-        if trainer is None or trainer.loop.accelerator.is_main_process:
+        if trainer is None or _speaks(trainer, e):
             _say_failure(trainer, e)
         return 1
     if trainer.loop.accelerator.is_main_process:
@@ -103,9 +104,19 @@ def _stopping() -> tuple[type[Exception], ...]:
     """What ends a run with status 1 and a sentence."""
     from .rewards import RewardError
     from .rollout.vllm.completion import RolloutError
+    from .training.distributed import RankLostError
     from .training.hub.repository import HubError
 
-    return RewardError, RolloutError, FloatingPointError, HubError
+    return RewardError, RolloutError, FloatingPointError, HubError, RankLostError
+
+
+def _speaks(trainer: Trainer, failure: Exception) -> bool:
+    """Whether this process tells how the run failed: the first, and one of each host where it may be the first that is
+    lost."""
+    from .training.distributed import RankLostError
+
+    acc = trainer.loop.accelerator
+    return acc.is_local_main_process if isinstance(failure, RankLostError) else acc.is_main_process
 
 
 def _say_end(trainer: Trainer, result: TrainResult) -> None:

@@ -48,8 +48,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 # Files that take minutes, begun first: a long one that begins last keeps the other workers waiting.
 LONG = (
-    "test_distributed.py", "test_trl_ranks.py", "test_loop.py", "test_api.py", "test_train.py", "test_processes.py",
-    "test_readme.py",
+    "test_distributed.py", "test_two_hosts.py", "test_trl_ranks.py", "test_loop.py", "test_api.py", "test_train.py",
+    "test_processes.py", "test_readme.py",
 )  # fmt: skip
 
 

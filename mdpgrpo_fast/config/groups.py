@@ -25,7 +25,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
             lora_target_modules""",
         "memory and speed": """dtype mixed_precision gradient_checkpointing packing tokens_per_micro_batch
             micro_batch_size eval_batch_size lm_head workspace_mb fp32_logits skip_idle attention compile""",
-        "devices": "cpu backend cpu_linear",
+        "devices": "cpu backend cpu_linear rank_timeout",
         "vLLM": """rollout vllm_url vllm_memory vllm_sleep vllm_timeout vllm_retries vllm_sync_dir vllm_lora
             async_rollout""",
         "logging": "output_dir eval_every eval_samples report_to log_completions profile",
@@ -48,6 +48,6 @@ ADVANCED = frozenset(
     entropy_coef_delta entropy_coef_min entropy_coef_max top_entropy_quantile sampler_correction
     importance_weight_floor importance_weight_level importance_weight_kind off_policy_threshold sync_reference
     truncated_logprobs reference_mix repetition_penalty generation_kwargs mini_batches scale_rewards entropy_coef
-    chat_template hub_model_id hub_private_repo async_rollout vllm_lora
+    chat_template hub_model_id hub_private_repo async_rollout vllm_lora rank_timeout
     """.split()
 )

@@ -223,6 +223,9 @@ class TrainConfig(PromptConfig):
     cpu_linear: Literal["auto", "torch"] = knob(
         "auto", "linear layers on the CPU: auto takes oneDNN's where they were measured to be faster (AMD with AVX-512)"
     )
+    rank_timeout: float = knob(
+        1800.0, "several processes: seconds that one waits for another, beside what the rewards of a step may take"
+    )
     seed: int = knob(42, "seed of data order and sampling")
 
     eval_samples: int = knob(0, "held-out prompts to use; 0: all")
@@ -290,7 +293,7 @@ class TrainConfig(PromptConfig):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or above")
         for item in self.generation_kwargs:
             require("=" in item.strip("="), "generation_kwargs", item, "name=value")
-        for name in ("learning_rate", "epochs", "lora_alpha", "vllm_timeout", "repetition_penalty"):
+        for name in ("learning_rate", "epochs", "lora_alpha", "vllm_timeout", "repetition_penalty", "rank_timeout"):
             require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         require(len(self.lora_target_modules) >= 1, "lora_target_modules", self.lora_target_modules, "at least one")
         require(0 < self.reference_mix <= 1, "reference_mix", self.reference_mix, "in (0, 1]")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -9,7 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
+import torch.distributed as dist
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 
@@ -20,6 +23,19 @@ from ..rewards.scorer import CALL_TIMEOUT, COMPLETION_TIMEOUT
 from . import checkpoint
 
 T = TypeVar("T")
+
+
+class RankLostError(RuntimeError):
+    """Another rank has ended, or does not answer any more."""
+
+
+def lost_rank(error: Exception) -> RankLostError | None:
+    """What the failure of a collective call says of the rank that it waited for; None for any other error."""
+    # gloo has no class of its own for it.
+    if not isinstance(error, dist.DistError) and not (type(error) is RuntimeError and "/gloo/" in str(error)):
+        return None
+    said = re.sub(r"^\[\S+:\d+\] |\. This is typically caused by.*", "", str(error), flags=re.DOTALL)
+    return RankLostError(f"another rank is lost, its own host says why ({reason_of(RuntimeError(said))})")
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
@@ -34,14 +50,22 @@ def accelerator(run: TrainConfig, path: Path, completions: int) -> Accelerator:
 
     completions: most that a rank scores at once.
     """
+    # Ranks wait for the one whose rewards take longest, and then for each other's answer to that.
+    timeout = timedelta(seconds=waiting_time(run, completions))
+    if run.cpu and os.environ.get("ACCELERATE_USE_FSDP") == "true" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # accelerate shards on accelerators alone: on a CPU it would train whole models, and not say so. Nothing else of
+        # it asks for one.
+        PartialState(cpu=True, timeout=timeout)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+    if run.cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise ConfigError("cpu: accelerate has DeepSpeed for accelerators alone; on a CPU take ddp.yaml or fsdp2.yaml")
     try:
         made = Accelerator(
             mixed_precision=run.mixed_precision,
             cpu=run.cpu,
             log_with=run.report_to or None,
             project_config=checkpoint.configuration(path),
-            # Ranks wait for the one whose rewards take longest, and then for each other's answer to that.
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=waiting_time(run, completions)))],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
         )
     except (ValueError, ImportError) as e:
         raise ConfigError(f"accelerate refuses its configuration: {reason_of(e)}") from None
@@ -50,10 +74,10 @@ def accelerator(run: TrainConfig, path: Path, completions: int) -> Accelerator:
 
 
 def waiting_time(run: TrainConfig, completions: int) -> float:
-    """Seconds that a rank may wait for another: half an hour, and what the rewards of a step may take at most."""
+    """Seconds that a rank may wait for another: rank_timeout, and what the rewards of a step may take at most."""
     calls = (run.reward_timeout or CALL_TIMEOUT) * len(run.reward)
     workers = longest_wait(completions, run.reward_workers, run.reward_timeout or COMPLETION_TIMEOUT)
-    return 1800 + (calls + workers) * (1 + run.refill)
+    return run.rank_timeout + (calls + workers) * (1 + run.refill)
 
 
 def check(accelerator: Accelerator, run: TrainConfig) -> None:

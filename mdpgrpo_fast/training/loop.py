@@ -111,7 +111,7 @@ class TrainingLoop:
         self.lost = LostSamples(run.max_dropped)
         for row in self.history:
             self.lost.record(row["dropped"], per_step * method.num_generations)
-        self.saved = False
+        self.saved, self.ended = False, False  # ended: all ranks have come to the end, and may wait for each other
         self.best = checkpoint.Best(self.accelerator, out.path, run.resume)
         self.last_rows: list[dict[str, Any]] = []
         self.order = itertools.islice(batches(len(task.train), per_step, self.steps, run.seed), self.done, None)
@@ -174,15 +174,18 @@ class TrainingLoop:
             else:
                 before = self.evaluate(0, "before")
             train_started = time.perf_counter()
-            finite = True
+            usable = True
             try:
                 self.loop()
             except FloatingPointError:  # of the logits, for which weights that are no numbers are the usual reason
-                finite = False
+                usable = False
+                raise
+            except RuntimeError as e:  # shards cannot be gathered without one of the ranks
+                usable = distributed.lost_rank(e) is None or not distributed.is_sharded(acc)
                 raise
             finally:
                 train_seconds = time.perf_counter() - train_started
-                if finite:
+                if usable:
                     self.save()
             after = self.evaluate(self.done, "after")
             self.lost.check_end()
@@ -196,9 +199,10 @@ class TrainingLoop:
             if isinstance(e, RolloutError):
                 self.say(keep_partial(self.out, acc, e, self.done + 1, self.task.tokenizer))
         except Exception as e:  # of on_step, for one; on other ranks there is none, and they are ended with this one
-            if acc.num_processes > 1:
+            lost = distributed.lost_rank(e)
+            if acc.num_processes > 1 and lost is None:
                 raise
-            interrupted, failure = True, e
+            interrupted, failure = True, lost or e
         summary = summarize(
             run, self.facts, acc.device, before, after, steps=self.done, resumed_after=resumed_after,
             started=started_at, train_seconds=round(train_seconds, 2),
@@ -212,7 +216,9 @@ class TrainingLoop:
                 write_cards(self.out.path, run, self.method, summary, self.lm, self.task.repo_id)
         if run.report_to:
             acc.end_training()
-        acc.wait_for_everyone()  # a rank that ends first would take the one that writes with it
+        if not isinstance(failure, distributed.RankLostError):
+            acc.wait_for_everyone()  # a rank that ends first would take the one that writes with it
+            self.ended = True
         if failure is not None:
             raise failure
         return summary

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-PATIENCE = 180  # seconds: far more than any test here takes, so that ranks that wait for each other fail by name
+PATIENCE = 300  # seconds: far more than any test here takes, so that ranks that wait for each other fail by name
 
 
 def start(rank: int, function: Callable[..., None], ranks: int, port: int, folder: str, args: tuple[Any, ...]) -> None:

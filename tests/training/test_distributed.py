@@ -17,7 +17,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from helpers.inputs import ROOT, unavailable
-from helpers.ranks import spawn
+from helpers.ranks import spawn, spawn_fleet
 
 from mdpgrpo_fast.config import ConfigError, TrainConfig
 from mdpgrpo_fast.training.distributed import check
@@ -48,13 +48,12 @@ def train(
     """
     AcceleratorState._reset_state(True)  # a process may have had a run before
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-    if kind == "ddp":
-        os.environ["ACCELERATE_USE_CPU"] = "true"
-    else:
-        # accelerate has these for accelerators alone; on a CPU nothing else of it asks for one.
+    for name in FSDP:
+        os.environ.pop(name, None)
+    if kind.startswith("zero"):
+        # accelerate has it for accelerators alone; on a CPU nothing else of it asks for one.
         PartialState(cpu=True)
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
-    if kind.startswith("zero"):
         os.environ["DS_ACCELERATOR"] = "cpu"
         import deepspeed
         from deepspeed.ops.op_builder import ShareMemCommBuilder  # compiled at first use, and waits by spinning
@@ -105,7 +104,8 @@ def train(
     patch.setattr(Collector, "collect", watched_collect)
     if fixed:
         patch.setattr(Collector, "sample", fixed_sample)
-    run = TrainConfig(prompts_per_step=PROMPTS // ranks, output_dir=folder, **{**KNOBS, **knobs})
+    cpu = not kind.startswith("zero")
+    run = TrainConfig(prompts_per_step=PROMPTS // ranks, output_dir=folder, cpu=cpu, **{**KNOBS, **knobs})
     method = preset("exact", num_generations=4)
     with Scorer(run.reward, workers=1) as scorer:
         out = RunDir(folder, create=rank == 0 and not run.resume)
@@ -181,9 +181,14 @@ def test_ranks_stop_together_and_after_all_is_written(tmp_path: Path, reward: st
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
 
-def losses(folder: Path) -> list[float]:
+def values(folder: Path, name: str) -> list[float]:
+    """Of each step, from metrics.jsonl."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [r["loss"] for r in map(json.loads, lines) if "loss" in r]
+    return [r[name] for r in map(json.loads, lines) if name in r]
+
+
+def losses(folder: Path) -> list[float]:
+    return values(folder, "loss")
 
 
 def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], atol: float) -> None:
@@ -202,12 +207,12 @@ def need_deepspeed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def whole_and_interrupted(
-    rank: int, ranks: int, kind: str, whole: str, parts: str, knobs: dict[str, Any]
+    rank: int, ranks: int, kind: str, whole: str, parts: str, knobs: dict[str, Any], stop_at: int = 4
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Two runs, the second of which is interrupted at its fourth step."""
+    """Two runs, the second of which is interrupted at its step stop_at."""
     return (
         train(rank, ranks, kind, whole, knobs, False),
-        train(rank, ranks, kind, parts, knobs, False, stop_at=4),
+        train(rank, ranks, kind, parts, knobs, False, stop_at=stop_at),
     )
 
 
@@ -291,6 +296,92 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(kind: str, tmp_path:
     kept = sorted(p.name for p in (parts / "checkpoints").iterdir())
     assert kept == ["checkpoint_2", "checkpoint_4"]
     assert expected[0]["tokens"] != expected[1]["tokens"]
+
+
+LORA: dict[str, Any] = {"steps": 2, "lora": True, "lora_r": 4, "learning_rate": 1e-2}
+BF16: dict[str, Any] = {"steps": 2, "mixed_precision": "bf16"}
+RESUMED: dict[str, Any] = {**LORA, **BF16, "steps": 3, "save_every": 2, "save_model": False}
+
+
+@pytest.fixture(scope="module")
+def fleets(tmp_path_factory: pytest.TempPathFactory, peer: Any) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
+    """Runs with LoRA and in bfloat16: alone, with DDP and in shards, on a process group for all that have as many."""
+    peer("peft")
+    folder = tmp_path_factory.mktemp("fleets")
+
+    def task(kind: str, name: str, knobs: dict[str, Any], fixed: bool = True, **more: Any) -> tuple[Any, ...]:
+        return train, kind, str(folder / name), {**knobs, **more}, fixed
+
+    parts = (whole_and_interrupted, "fsdp2", str(folder / "whole"), str(folder / "parts"), RESUMED, 3)
+    found = spawn_fleet({n: task("ddp", n, k) for n, k in (("lora", LORA), ("bf16", BF16))}, 1, folder)
+    found |= spawn_fleet(
+        {
+            "ddp bf16": task("ddp", "ddp bf16", BF16),
+            "fsdp2 bf16": task("fsdp2", "fsdp2 bf16", BF16),
+            "fsdp2 lora": task("fsdp2", "fsdp2 lora", LORA),
+            "parts": parts,
+            "resumed": task("fsdp2", "parts", RESUMED, False, resume=True),
+        },
+        2,
+        folder,
+    )
+    return folder, found
+
+
+def test_adapters_on_shards_are_those_of_one_process(fleets: Any) -> None:
+    folder, found = fleets
+    assert {f["kind"] for f in found["fsdp2 lora"]} == {"FSDP"}
+    assert losses(folder / "fsdp2 lora") == pytest.approx(losses(folder / "lora"), abs=1e-5)
+    several, alone = found["fsdp2 lora"][0]["parameters"], found["lora"][0]["parameters"]
+    assert several.keys() == alone.keys()
+    assert all(torch.equal(several[n], x) for n, x in alone.items() if ".lora_" not in n), "which are not trained"
+    for part in ("lora_A", "lora_B"):  # where a gradient is next to 0, AdamW makes more of its last bits
+        one, two = (torch.cat([p[n].flatten() for n in alone if part in n]) for p in (alone, several))
+        assert (two - one).norm() < 1e-3 * one.norm()
+    assert all(x.abs().max() > 1e-2 for n, x in alone.items() if "lora_B" in n), "they start at 0"
+
+
+def test_the_adapters_of_shards_are_saved_whole(fleets: Any) -> None:
+    """peft finds all of them, and they add up to the merged model."""
+    from peft import PeftModel
+    from safetensors.torch import load_file
+
+    from mdpgrpo_fast.models.load import load
+
+    folder, _ = fleets
+    saved = [load_file(folder / name / "adapters" / "adapter_model.safetensors") for name in ("lora", "fsdp2 lora")]
+    assert saved[0].keys() == saved[1].keys() and all(x.shape == saved[0][n].shape for n, x in saved[1].items())
+    base, _ = load(None, "float32")
+    adapted = PeftModel.from_pretrained(base, str(folder / "fsdp2 lora" / "adapters"))
+    ours = {n.replace(".default.weight", ".weight"): p for n, p in adapted.named_parameters() if ".lora_" in n}
+    assert ours.keys() == saved[1].keys() and all(torch.equal(p, saved[1][n]) for n, p in ours.items())
+    merged, _ = load(str(folder / "fsdp2 lora" / "model"), "float32")
+    assert_equal(dict(adapted.merge_and_unload().state_dict()), dict(merged.state_dict()), 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_bfloat16_on_two_ranks_is_that_of_one(kind: str, fleets: Any) -> None:
+    """To bfloat16's rounding, of the residual stream too under FSDP2: the same gradients, and moves of the weights."""
+    from mdpgrpo_fast.models.load import load
+
+    folder, found = fleets
+    several, alone = found[f"{kind} bf16"], found["bf16"][0]["parameters"]
+    assert {f["kind"] for f in several} == {TYPES[kind]}
+    assert losses(folder / f"{kind} bf16") == pytest.approx(losses(folder / "bf16"), abs=0.01)
+    start = load(None, "float32")[0].state_dict()
+    one, two = (torch.cat([(p[n] - start[n]).flatten() for n in alone]) for p in (alone, several[0]["parameters"]))
+    norms, expected = (values(folder / name, "grad_norm") for name in (f"{kind} bf16", "bf16"))
+    assert norms == pytest.approx(expected, rel=0.02)
+    assert one.norm() > 0.1 and torch.cosine_similarity(one, two, dim=0) > {"ddp": 0.99, "fsdp2": 0.8}[kind]
+
+
+def test_a_resumed_run_with_adapters_on_shards_in_bfloat16_ends_as_one(fleets: Any) -> None:
+    folder, found = fleets
+    for resumed, (whole, stopped) in zip(found["resumed"], found["parts"], strict=True):
+        assert resumed["kind"] == "FSDP" and len(stopped["tokens"]) == 2
+        assert resumed["tokens"] == whole["tokens"][2:]
+        assert all(torch.equal(resumed["parameters"][n], x) for n, x in whole["parameters"].items())
+    assert losses(folder / "parts") == losses(folder / "whole") and len(losses(folder / "whole")) == 3
 
 
 @pytest.mark.parametrize("kind", ["ddp", "zero3"])

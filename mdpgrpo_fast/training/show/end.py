@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import subprocess
@@ -211,5 +212,9 @@ def how_to_resume(run: TrainConfig, processes: int = 1) -> str:
     launch = [*_program(), "train"]
     if processes > 1:
         launch = ["torchrun", "--nproc-per-node", str(processes), "-m", "mdpgrpo_fast.train"]
+    split = any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
+    if split or int(os.environ.get("LOCAL_WORLD_SIZE", processes)) < processes:
+        launch = ["-m", "mdpgrpo_fast.train"]
     command = shlex.join([*launch, "--config", str(out / "config.yaml"), "--resume"])
+    command = f"{'the same launcher, on every node: ' * (launch[0] == '-m')}{command}"
     return f"{command} (from step {found.name.rpartition('_')[2]})"
