@@ -23,7 +23,7 @@ def check(**environment: str) -> tuple[int, list[str]]:
     """Exit status of `--check`, and its lines on what is registered."""
     done = python("-m", "mdpgrpo_fast.integrations.verl", "--check", **environment)
     assert "Traceback" not in done.stderr, done.stderr
-    return done.returncode, [line for line in done.stdout.splitlines() if line.startswith(("yes", "no "))]
+    return done.returncode, [line for line in done.stdout.splitlines() if line.startswith(("yes  ", "no   "))]
 
 
 def test_verl_loads_the_plug_in_by_its_entry_point(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_a_part_that_cannot_be_registered_is_told(tmp_path: Path) -> None:
         "import sys; sys.modules['verl.experimental.agent_loop.single_turn_agent_loop'] = None\n"
     )
     status, lines = check(PYTHONPATH=str(tmp_path))
-    (said,) = [line for line in lines if line.startswith("no ")]
+    (said,) = [line for line in lines if line.startswith("no   ")]
     assert status == 1 and "agent loop: mdp_grpo" in said and "single_turn_agent_loop" in said
 
 
