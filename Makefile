@@ -7,13 +7,14 @@ DEMO   := mdpgrpo_fast/demo
 ARGS   ?=
 JOBS   ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: help setup train test test-fast test-vllm vllm-sources faults check install-check wheel install-sizes sanitize gpu-bundle seed-policy bench clean
+.PHONY: help setup train test test-fast test-vllm test-verl vllm-sources faults check install-check wheel install-sizes sanitize gpu-bundle seed-policy bench clean
 
 help:
 	@echo "make train        install, then train the embedded demonstration into $(OUTPUT) (ARGS=... adds flags)"
 	@echo "make test         install, then run the whole test suite (ARGS=... goes to pytest)"
 	@echo "make test-fast    the core in under 90 seconds: reference, ops on torch and cpu, config, data, cli, layers, verifiers"
 	@echo "make test-vllm    what runs against a real vLLM, in an environment of its own; RECORD=file keeps versions and seconds"
+	@echo "make test-verl    the same of a real verl on Ray"
 	@echo "make vllm-sources  what the tests compare our calls of vLLM with, for MDPGRPO_VLLM_SOURCES; CI does"
 	@echo "make faults       plant each fault of tests/faults.py in a copy; fails where the tests do not see it (ARGS=words)"
 	@echo "make check        formatter, linter and type checker"
@@ -60,20 +61,29 @@ test-fast: $(VENV)/.setup-test
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --ignore tests/ops/linear/test_sharded.py -m "not code and not gpu" \
 	    -k "not ($(SLOW))" $(FAST) $(ARGS)
 
-# The packages are unpacked and no more: what is imported is compiled then, once, by test-vllm, whatever the environment
-# says of bytecode. The stamp holds the seconds and the bytes.
+# An environment of a stack's own, beside its stamp. The packages are unpacked and no more: what is imported is compiled
+# then, once, by its tests, whatever the environment says of bytecode. The stamp holds the seconds and the bytes.
+define OWN
+	rm -rf $(@D)
+	begin=$$(date +%s) && $(BIN)/python -m venv $(@D) && pip="$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps" && \
+	    $$pip --no-compile -r constraints-test-$(notdir $(@D)).txt && MDPGRPO_BUILD=none $$pip --no-build-isolation -e . && \
+	    echo $$(($$(date +%s) - begin)) $$(du -sb $(@D) | cut -f 1) >$@.partial
+	@$(@D)/bin/python -c 'import sys; from importlib.metadata import version; sys.exit("+cpu" not in version("torch") and "torch must be its build for CPUs, as README says; got " + version("torch"))'
+	mv $@.partial $@
+endef
+
 $(VENV)/vllm/.done: $(VENV)/.python constraints-test-vllm.txt pyproject.toml setup.py
 	@$(BIN)/python -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 11) and "vLLM needs Python 3.11 or later; $(VENV) has %d.%d (set VENV=... and PYTHON=...)" % v)'
-	rm -rf $(VENV)/vllm
-	begin=$$(date +%s) && $(BIN)/python -m venv $(VENV)/vllm && pip="$(VENV)/vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps" && \
-	    $$pip --no-compile -r constraints-test-vllm.txt && MDPGRPO_BUILD=none $$pip --no-build-isolation -e . && \
-	    echo $$(($$(date +%s) - begin)) $$(du -sb $(VENV)/vllm | cut -f 1) >$@.partial
-	@$(VENV)/vllm/bin/python -c 'import sys; from importlib.metadata import version; sys.exit("+cpu" not in version("torch") and "torch must be its build for CPUs, as README says; got " + version("torch"))'
-	mv $@.partial $@
+	$(OWN)
 
-# Of the source tree, which all environments share.
-mdpgrpo_fast/kernels/_cpu.abi3.so: $(CSRC) | $(VENV)/vllm/.done
-	MDPGRPO_BUILD=cpu $(VENV)/vllm/bin/python setup.py -q build_ext --inplace
+$(VENV)/verl/.done: $(VENV)/.python constraints-test-verl.txt pyproject.toml setup.py
+	@$(BIN)/python -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 11) <= v <= (3, 12) and "verl and the packages of constraints-test-verl.txt need Python 3.11 or 3.12; $(VENV) has %d.%d (set VENV=... and PYTHON=...)" % v)'
+	$(OWN)
+
+# Of the source tree, which all environments share: BUILDER is the Python of one that has torch.
+mdpgrpo_fast/kernels/_cpu.abi3.so: $(CSRC)
+	MDPGRPO_BUILD=cpu $(BUILDER) setup.py -q build_ext --inplace
+KERNELS = $(MAKE) --no-print-directory mdpgrpo_fast/kernels/_cpu.abi3.so BUILDER=$(VENV)/$(1)/bin/python
 
 # The sources of vLLM's build for GPUs, which cannot run here: calls are checked against their signatures.
 VLLM_GPU := 0.33.0
@@ -88,12 +98,19 @@ vllm-sources: $(VENV)/vllm-$(VLLM_GPU)/.done
 	@echo "MDPGRPO_VLLM_SOURCES=$(abspath $(VENV)/vllm-$(VLLM_GPU)/vllm)"
 
 SIGNATURES = $(VENV)/vllm/bin/python -m pytest tests/rollout/vllm -k installed_vllm --junitxml build/vllm_$(1).xml
-test-vllm: $(VENV)/vllm/.done $(VENV)/vllm-$(VLLM_GPU)/.done mdpgrpo_fast/kernels/_cpu.abi3.so
+REAL = PYTHONDONTWRITEBYTECODE= $(VENV)/$(1)/bin/python -m pytest tests/$(1)_real -o log_level=WARNING --junitxml build/$(1)_tests.xml
+WRITTEN = $(VENV)/$(1)/bin/python benchmarks/tables/environment_tests.py $(1) build/$(1)_tests.xml $(VENV)/$(1)/.done $(or $(RECORD),build/$(1)_tests.json)
+test-vllm: $(VENV)/vllm/.done $(VENV)/vllm-$(VLLM_GPU)/.done
+	$(call KERNELS,vllm)
 	$(call SIGNATURES,installed)
 	MDPGRPO_VLLM_SOURCES=$(abspath $(VENV)/vllm-$(VLLM_GPU)/vllm) $(call SIGNATURES,$(VLLM_GPU))
-	PYTHONDONTWRITEBYTECODE= $(VENV)/vllm/bin/python -m pytest tests/vllm_real -o log_level=WARNING --junitxml build/vllm_tests.xml $(ARGS)
-	$(VENV)/vllm/bin/python benchmarks/tables/vllm_tests.py build/vllm_tests.xml $(VENV)/vllm/.done $(or $(RECORD),build/vllm_tests.json) \
-	    build/vllm_installed.xml build/vllm_$(VLLM_GPU).xml
+	$(call REAL,vllm) $(ARGS)
+	$(call WRITTEN,vllm) build/vllm_installed.xml build/vllm_$(VLLM_GPU).xml
+
+test-verl: $(VENV)/verl/.done
+	$(call KERNELS,verl)
+	$(call REAL,verl) $(ARGS)
+	$(call WRITTEN,verl)
 
 faults: $(VENV)/.setup-test
 	$(BIN)/python tests/faults.py --jobs $(JOBS) $(ARGS)

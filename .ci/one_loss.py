@@ -1,5 +1,6 @@
 """One loss through the installed package, and the data that it ships: prints what `auto` takes, then all backends."""
 
+from importlib.metadata import entry_points
 from importlib.resources import files
 
 import torch
@@ -20,7 +21,10 @@ for name in (
     "kernels/crossovers.json",
     "demo/train.jsonl",
     "launch/ddp.yaml",
+    "integrations/verl/configs/one_node.yaml",
 ):
     assert files("mdpgrpo_fast").joinpath(name).is_file(), f"{name} is not installed"
+(plugin,) = entry_points(group="verl.plugins", name="mdpgrpo_fast")  # what verl looks for
+assert files(plugin.module.rpartition(".")[0]).joinpath("plugin.py").is_file(), plugin
 print(choose("auto", logits.device, logits.dtype))
 backend_report()

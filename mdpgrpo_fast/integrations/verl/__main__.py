@@ -32,7 +32,7 @@ def _versions() -> list[tuple[str, str | None]]:
 def check() -> int:
     """Prints what is registered and what not; 1 where a part is not, 0 otherwise."""
     if find_spec("verl") is None:
-        raise ConfigError(needs_package("verl"))
+        raise ConfigError(f"--check {needs_package('verl')}")
     from .plugin import PARTS, register
 
     told = {name: found or "not installed" for name, found in _versions()}

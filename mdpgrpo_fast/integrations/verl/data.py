@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...config import ConfigError, PromptConfig
+from ...config.extras import needs_package
 from ...data import read_prompts
 from .method import NAME
 
@@ -21,12 +22,14 @@ def write_parquet(source: Any, path: str | Path, *, split: str, config: PromptCo
     split is train, else verl's single turn. path must not be there.
 
     Raises: ConfigError as `read_prompts`, for a prompt without constraints or one that begins the answer, which verl
-    would end, for a file that is there.
+    would end, for a file that is there, without pyarrow.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     path = Path(path)
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise ConfigError(f"{path} {needs_package('pyarrow')}") from None
     if path.exists():
         raise ConfigError(f"{path} is there already; give another folder, or move it")
     rows = []

