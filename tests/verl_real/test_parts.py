@@ -146,7 +146,9 @@ def test_the_share_of_the_constraints_and_their_counts(name: str, truth: Any) ->
     text = "An apple is red. It tastes good and it is round."
     assert score(text, truth, name) == {"score": 2 / 3, "constraints": 3, "satisfied": 2, "all_satisfied": 0.0}
     assert score(text.lower(), truth, name)["all_satisfied"] == 1.0
-    assert score(text, truth, name, kind="all")["score"] == 0.0
+    assert score(text, truth, name, constraint_reward="all")["score"] == 0.0
+    with pytest.raises(ConfigError, match="constraint_reward must be one of share, all, loose; got 'any'"):
+        score(text, truth, name, constraint_reward="any")
 
 
 @pytest.mark.parametrize(
