@@ -14,6 +14,7 @@ EXTRA_OF = {
     "janome": "m-ifeval",
     "trl": "trl",
     "verl": "verl",
+    "TransferQueue": "verl",
 }
 
 

@@ -50,7 +50,7 @@ def check() -> int:
     vendor = os.environ.get("VERL_ENGINE_VENDOR")
     print(f"VERL_ENGINE_VENDOR is {vendor or 'unset'} here; our configs set it to mdpgrpo_fast for the workers")
     if told["TransferQueue"] == "not installed":
-        print("TransferQueue is missing, which verl's trainer (v1) needs: pip install TransferQueue")
+        print(f"verl's trainer (v1) {needs_package('TransferQueue')}")
     if told["vllm"] == told["sglang"] == "not installed":
         print("no engine to sample with: install vllm or sglang in the version that verl names")
     return 1 if any(problem for *_, problem in rows) else 0
