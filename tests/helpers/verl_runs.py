@@ -23,8 +23,12 @@ def overrides(
 ) -> dict[str, Any]:
     """Settings of verl for a run of the embedded policy on the embedded prompts, each of which it sees once; the held
     out ones are answered greedily before and after. Keys that begin with + are not in verl's own configuration."""
-    write_parquet(json_lines(DEMO_DIR / "train.jsonl")[: steps * prompts], folder / "train.parquet", split="train")
-    write_parquet(json_lines(DEMO_DIR / "heldout.jsonl")[:held_out], folder / "heldout.parquet", split="val")
+    write_parquet(
+        {
+            folder / "train.parquet": ("train", json_lines(DEMO_DIR / "train.jsonl")[: steps * prompts]),
+            folder / "heldout.parquet": ("val", json_lines(DEMO_DIR / "heldout.jsonl")[:held_out]),
+        }
+    )
     precision = "{param_dtype:fp32,reduce_dtype:fp32,buffer_dtype:fp32}"
     actor, ref, rollout = (f"actor_rollout_ref.{part}" for part in ("actor", "ref", "rollout"))
     return {
@@ -39,14 +43,10 @@ def overrides(
         "+actor_rollout_ref.model.override_config.attn_implementation": "sdpa",
         "actor_rollout_ref.model.use_remove_padding": False,
         "actor_rollout_ref.model.enable_gradient_checkpointing": False,
-        f"{actor}.strategy": "fsdp2",
-        f"{actor}.fsdp_config.strategy": "fsdp2",
         f"+{actor}.fsdp_config.mixed_precision": precision,
         f"{actor}.fsdp_config.use_torch_compile": False,
         f"{actor}.optim.lr": 5e-4,
         f"{actor}.ppo_micro_batch_size_per_gpu": prompts * per_prompt // RANKS,
-        f"{ref}.strategy": "fsdp2",
-        f"{ref}.fsdp_config.strategy": "fsdp2",
         f"+{ref}.fsdp_config.mixed_precision": precision,
         f"{ref}.fsdp_config.use_torch_compile": False,
         f"{ref}.log_prob_micro_batch_size_per_gpu": prompts * per_prompt // RANKS,

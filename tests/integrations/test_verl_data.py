@@ -87,8 +87,19 @@ def test_a_prompt_that_verl_would_score_wrongly_is_refused(tmp_path: Path, row: 
     source = tmp_path / "prompts.jsonl"
     source.write_text(json.dumps(ROW) + "\n" + json.dumps(row) + "\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=message):
-        write_parquet(str(source), tmp_path / "train.parquet", split="train")
-    assert not (tmp_path / "train.parquet").exists()
+        write_parquet({tmp_path / "good.parquet": ("train", [ROW]), tmp_path / "bad.parquet": ("val", str(source))})
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]  # neither
+
+
+def test_other_rules_are_to_be_told_to_the_reward(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    needed("pyarrow")
+    source = tmp_path / "prompts.jsonl"
+    source.write_text(json.dumps(ROW) + "\n", encoding="utf-8")
+    files = ["--train-file", str(source), "--val-file", str(source)]
+    assert command.run(["--data", str(tmp_path / "a"), *files, "--rules", "mdpgrpo"]) == 0
+    assert "reward_kwargs.rules=mdpgrpo" in capsys.readouterr().out
+    assert command.run(["--data", str(tmp_path / "b"), *files]) == 0
+    assert "reward_kwargs" not in capsys.readouterr().out
 
 
 def test_a_file_that_is_there_stays_as_it_is(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ from verl.workers.utils.losses import ppo_loss
 from mdpgrpo_fast import MDPGRPOConfig, advantages, preset
 from mdpgrpo_fast.config import ConfigError
 from mdpgrpo_fast.integrations.verl import plugin
-from mdpgrpo_fast.integrations.verl.actor import MDPGRPOActorConfig
+from mdpgrpo_fast.integrations.verl.actor import MDPGRPOActorConfig, check_beside
+from mdpgrpo_fast.integrations.verl.method import method_of
 from mdpgrpo_fast.integrations.verl.policy_loss import reference_logprobs
 from mdpgrpo_fast.reference import token_loss
 
@@ -105,6 +106,8 @@ def test_a_group_that_lost_completions_and_rows_that_fill_a_batch() -> None:
         ({"num_generations": 4, "kl_beta_ngt": 1.0}, ["a"], "did you mean 'kl_beta_neg'"),
         ({"num_generations": 4, "min_p": 0.1}, ["a"], "min_p has no place in verl's loop"),
         ({"num_generations": 4, "goal_mean": "running"}, ["a"], "must not be running"),
+        ({"num_generations": 4, "num_constraints": 0}, ["a"], "num_constraints must be a whole number of at least 1"),
+        ({"num_generations": 4, "num_constraints": "three"}, ["a"], "at least 1; got 'three'"),
     ],
 )
 def test_what_cannot_be_used_is_named(options: dict[str, Any], uids: list[str], said: str) -> None:
@@ -291,6 +294,59 @@ def test_an_actor_config_that_contradicts_itself(change: dict[str, Any], said: s
     MDPGRPOActorConfig(**settings)
     with pytest.raises(ConfigError, match=said):
         MDPGRPOActorConfig(**{**settings, **change})
+
+
+BESIDE = {
+    "temperature": 1.0, "top_p": 0.9, "top_k": 50, "val_kwargs": {"temperature": 0, "top_p": 1.0, "top_k": -1},
+    "use_v1": True, "default_agent_loop": "mdp_grpo", "use_kl_in_reward": False, "bypass_mode": False,
+    "engine_vendor": "mdpgrpo_fast",
+}  # fmt: skip
+ONE = {"multi_temperature": False}
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "said"),
+    [
+        ({"temperature": 0.7}, {}, "rollout.temperature must be 1 with multi_temperature"),
+        ({"val_kwargs": BESIDE}, {}, "val_kwargs must differ from rollout"),
+        ({"use_v1": False}, {}, "trainer.use_v1 must be True"),
+        ({"use_v1": False}, {"num_constraints": 3}, "trainer.use_v1 must be True"),
+        ({"use_v1": False}, ONE, "trainer.use_v1 must be True"),
+        ({"default_agent_loop": "single_turn_agent"}, {}, "default_agent_loop must be mdp_grpo"),
+        ({"use_kl_in_reward": True}, {}, "use_kl_in_reward must be False"),
+        ({"bypass_mode": True}, {}, "bypass_mode must be False"),
+        ({"bypass_mode": True}, ONE, "bypass_mode must be False"),
+        ({"engine_vendor": None}, {}, "VERL_ENGINE_VENDOR must be mdpgrpo_fast"),
+    ],
+)
+def test_settings_of_verl_that_would_be_wrong_in_silence(
+    change: dict[str, Any], options: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VERL_ENGINE_VENDOR", raising=False)
+
+    def check(options: dict[str, Any], **change: Any) -> None:
+        check_beside(method_of({"num_generations": G, **options}), {**BESIDE, **change}, options.get("num_constraints"))
+
+    check(options)
+    with pytest.raises(ConfigError, match=said):
+        check(options, **change)
+    whole = {"bypass_mode": True, "top_p": 1.0, "top_k": -1, "temperature": 0.7, "default_agent_loop": "other"}
+    check({**ONE, "kl_beta_pos": 0.0, "kl_beta_neg": 0.0}, **whole, use_kl_in_reward=True, engine_vendor=None)
+    check({**ONE, "num_constraints": 3}, use_v1=False)
+    check({**ONE, "dual_anchor": False}, use_v1=False)
+
+
+def test_an_entropy_bonus_is_refused_with_our_head_alone() -> None:
+    config = actor()
+    with_bonus = MDPGRPOActorConfig(
+        ppo_micro_batch_size_per_gpu=4, rollout_n=G, use_kl_loss=True, kl_loss_coef=0.0, entropy_coeff=0.01,
+        policy_loss=PolicyLossConfig(loss_mode="mdp_grpo"), mdp_grpo=dict(config.mdp_grpo),
+    )  # fmt: skip
+    ours = {"use_fused_kernels": True, "fused_kernel_options": {"impl_backend": "mdpgrpo_fast"}}
+    config.validate(1, 256, ours)
+    with_bonus.validate(1, 256, {**ours, "use_fused_kernels": False})
+    with pytest.raises(ConfigError, match="entropy_coeff must be 0 with impl_backend = mdpgrpo_fast"):
+        with_bonus.validate(1, 256, ours)
 
 
 def test_a_loss_without_kl_needs_no_reference() -> None:

@@ -225,6 +225,36 @@ def test_log_probs_and_entropy_are_those_of_the_models_logits(kind: str) -> None
     assert torch.allclose(theirs.log_probs, expected, atol=1e-4) == (kind == "llama")
 
 
+def test_a_model_for_flash_attention_is_looked_at_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """verl's default, which cannot run where verl builds a model: on a CPU."""
+    model = model_of("llama")
+    # What a model gets by attn_implementation="flash_attention_2" where the package is there.
+    object.__setattr__(model.config, "_attn_implementation_internal", "flash_attention_2")
+    with pytest.raises(ImportError):
+        model(input_ids=torch.zeros(1, 3, dtype=torch.long))
+    install(model)
+    assert model.config._attn_implementation == "flash_attention_2"
+
+
+def test_packed_rows_under_autocast() -> None:
+    """As verl's engine calls on a GPU: completions one after the other in one row, in bfloat16, labels rolled over."""
+    model, g = model_of("gemma2"), torch.Generator().manual_seed(0)
+    model.config._attn_implementation = "sdpa"
+    install(model)
+    rows = [torch.randint(131, (1, n), generator=g) for n in (9, 5)]
+    packed, positions = torch.cat(rows, 1), torch.cat([torch.arange(9), torch.arange(5)])[None]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(
+            input_ids=packed, attention_mask=None, position_ids=positions, temperature=0.7,
+            shift_labels=torch.roll(packed, -1, dims=-1), return_dict=True, use_cache=False,
+        )  # fmt: skip
+        for ids, found in zip(rows, out.log_probs.split([9, 5], dim=1), strict=True):
+            logp = (model(input_ids=ids).logits.float() / 0.7).log_softmax(-1)[:, :-1]
+            expected = logp.gather(-1, ids[:, 1:, None])[..., 0]
+            assert out.log_probs.dtype == torch.float32
+            assert torch.allclose(found[:, :-1], expected, atol=0.05)
+
+
 def test_labels_of_padded_rows_are_the_next_tokens() -> None:
     model = model_of("llama")
     install(model)
@@ -241,6 +271,7 @@ def test_labels_of_padded_rows_are_the_next_tokens() -> None:
 def queue() -> Iterator[Any]:
     import transfer_queue as tq
 
+    ray.shutdown()  # a look into the queue starts it
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     tq.init(OmegaConf.create({"backend": {"SimpleStorage": {"num_data_storage_units": 1}}}))
     yield tq
@@ -260,11 +291,14 @@ def put(queue: Any, uid: str, session: int, extra: dict[str, Any]) -> None:
 def test_the_counts_come_from_what_the_reward_function_returned(queue: Any) -> None:
     for uid, count in (("b-1", 3), ("a-2", 5)):
         for session in (1, 2):  # the first of the group failed
-            put(queue, uid, session, {"reward_extra_info": {"score": 0.5, "constraints": count}, "turn_scores": []})
-    assert constraint_counts(["a-2", "b-1"], {}) == [5, 3]
+            extra = {"reward_extra_info": {"score": 0.5, "constraints": count}, "sampling_temperature": 0.1}
+            put(queue, uid, session, extra)
+    assert constraint_counts(["a-2", "b-1"], {}, multi_temperature=True) == [5, 3]
     assert constraint_counts(["a-2", "b-1"], {"num_constraints": 7}) == [7, 7]
     put(queue, "c-3", 0, {"reward_extra_info": {"acc": 0.5}})
     with pytest.raises(ConfigError, match="it told no constraints of the prompt c-3"):
         constraint_counts(["c-3"], {})
+    with pytest.raises(ConfigError, match="another agent loop drew the completions"):
+        constraint_counts(["c-3"], {}, multi_temperature=True)
     with pytest.raises(ConfigError, match="cannot find the constraints"):
         constraint_counts(["d-4"], {})

@@ -50,7 +50,7 @@ def test_the_check_says_yes_to_every_part() -> None:
 def test_the_check_says_how_a_plug_in_that_is_turned_off_can_be_loaded() -> None:
     status, lines = check(VERL_USE_EXTERNAL_PLUGINS="none")
     remedy = "VERL_USE_EXTERNAL_MODULES=mdpgrpo_fast.integrations.verl.plugin"
-    assert status == 1 and lines[0].startswith("no   loaded by verl") and remedy in lines[0]
+    assert status == 1 and lines[0].startswith("no   found by verl") and remedy in lines[0]
     name, _, value = remedy.partition("=")
     assert check(VERL_USE_EXTERNAL_PLUGINS="none", **{name: value})[0] == 0
 

@@ -43,7 +43,7 @@ def check() -> int:
     as_module = PLUGIN in os.environ.get("VERL_USE_EXTERNAL_MODULES", "").split(",")
     loaded = (bool(found_by_verl) and allowed) or as_module
     how = "entry point " + (", ".join(found_by_verl) or "missing: install the package") + f", plug-ins {policy}"
-    rows = [("loaded by verl", how, None if loaded else f"set VERL_USE_EXTERNAL_MODULES={PLUGIN}")]
+    rows = [("found by verl", how, None if loaded else f"set VERL_USE_EXTERNAL_MODULES={PLUGIN}")]
     rows += [(part.what, part.name, part.problem) for part in map(register, PARTS)]
     for what, name, problem in rows:
         print(f"{'no ' if problem else 'yes'}  {what}: {name}" + (f" ({problem})" if problem else ""))
@@ -57,10 +57,13 @@ def check() -> int:
 
 
 def make_data(train: str, validation: str, output: Path, config: PromptConfig) -> None:
-    """train.parquet and val.parquet in a folder. Raises: ConfigError as `write_parquet`."""
-    for split, source in (("train", train), ("val", validation)):
-        count = write_parquet(source, output / f"{split}.parquet", split=split, config=config)
-        print(f"{output / f'{split}.parquet'}: {count} prompts of {source}")
+    """train.parquet and val.parquet in a folder, both or none. Raises: ConfigError as `write_parquet`."""
+    sources = {"train": train, "val": validation}
+    files = {output / f"{split}.parquet": (split, source) for split, source in sources.items()}
+    for path, count in write_parquet(files, config).items():
+        print(f"{path}: {count} prompts of {files[path][1]}")
+    if config.rules != PromptConfig.rules:
+        print(f"Train with +reward.custom_reward_function.reward_kwargs.rules={config.rules}")
 
 
 def run(argv: Sequence[str] | None = None) -> int:

@@ -7,10 +7,9 @@ from typing import Any
 from tensordict import TensorDict
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from ...config import ConfigError
 from .head import install
-from .method import VENDOR
-from .policy_loss import reference_logprobs
+from .method import fuses_head
+from .policy_loss import reference_logprobs, refuse_entropy_bonus
 
 
 class MDPGRPOEngine(FSDPEngineWithLMHead):
@@ -29,16 +28,12 @@ class MDPGRPOEngine(FSDPEngineWithLMHead):
 
     @property
     def fuses_head(self) -> bool:
-        options = self.model_config.fused_kernel_options or {}
-        return bool(self.model_config.use_fused_kernels) and options.get("impl_backend") == VENDOR
+        return fuses_head(self.model_config)
 
     def forward_step(self, micro_batch: TensorDict, loss_function: Any, forward_only: bool) -> Any:
         ref = micro_batch.get("ref_log_prob", None) if loss_function is not None else None
         actor = getattr(loss_function, "keywords", {}).get("config")
-        if actor is not None and self.fuses_head and actor.get("entropy_coeff", 0) != 0:
-            raise ConfigError(
-                "actor_rollout_ref.actor.entropy_coeff must be 0 with impl_backend = mdpgrpo_fast: its entropy has no "
-                f"gradient; got {actor.entropy_coeff}"
-            )
+        if actor is not None and self.fuses_head:
+            refuse_entropy_bonus(actor.get("entropy_coeff", 0))
         with reference_logprobs(ref):
             return super().forward_step(micro_batch, loss_function, forward_only)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...config import ConfigError, MDPGRPOConfig
+from ...log import say_once
 from ...ops.advantages import advantages
 from .method import method_of, options_in
 
@@ -26,7 +27,8 @@ def mdp_grpo_advantage(
     token_level_rewards: (B, L) float, whose sum over L is the reward of a completion, the share of its prompt's
     constraints in [0, 1]. response_mask: (B, L), 1 for tokens of the policy. index: (B,) the uid of each row's prompt.
     config: verl's `algorithm`, with `mdp_grpo`. A group may lack completions that failed; rows that verl adds to fill
-    a batch, with no token and a uid of their own, get 0.
+    a batch, with no token and a uid that no prompt has, get 0. Each row is a completion: an agent loop that gives
+    several outputs for one is seen only where a group has too many rows.
 
     K of each prompt is `mdp_grpo.num_constraints` where that is set, else `constraints` of what the reward function
     returned, which verl's trainer (v1) keeps beside the completion.
@@ -48,7 +50,9 @@ def mdp_grpo_advantage(
     if real:
         counts = None
         if method.alpha > 0:
-            counts = constraint_counts([str(uids[g]) for g in real], options)
+            counts = constraint_counts([str(uids[g]) for g in real], options, method.multi_temperature)
+            if bool(((scores < 0) | (scores > 1)).any()):
+                say_once(logging.WARNING, "rewards are outside of [0, 1], which the goal anchor of mdp_grpo is for")
         lost = len(real) * method.num_generations - sum(len(rows[g]) for g in real)
         if lost > 0:
             logger.warning(
@@ -79,8 +83,11 @@ def _fill(
         found[members] = advantage[g, : len(members)]
 
 
-def constraint_counts(uids: Sequence[str], options: Mapping[str, Any]) -> list[int]:
-    """K of each prompt. Raises: ConfigError where neither the options nor the reward function tells."""
+def constraint_counts(
+    uids: Sequence[str], options: Mapping[str, Any], multi_temperature: bool = False
+) -> list[int]:  # fmt: skip
+    """K of each prompt. Raises: ConfigError where neither the options nor the reward function tells, or, with
+    multi_temperature, another agent loop than ours drew the completions."""
     fixed = options.get("num_constraints")
     if fixed is not None:
         return [fixed] * len(uids)
@@ -100,11 +107,17 @@ def constraint_counts(uids: Sequence[str], options: Mapping[str, Any]) -> list[i
             "mdp_grpo cannot find the constraints of the prompts in verl's TransferQueue; set trainer.use_v1=True, or "
             f"algorithm.mdp_grpo.num_constraints where all prompts have as many ({type(e).__name__}: {e})"
         ) from e
-    return [_count(entry, uid) for entry, uid in zip(told.tolist(), uids, strict=True)]
+    entries = [entry or {} for entry in told.tolist()]
+    if multi_temperature and any("sampling_temperature" not in entry for entry in entries):
+        raise ConfigError(
+            "agent_name must be mdp_grpo in the rows of data.train_files, as --data writes them, or be left out: "
+            "another agent loop drew the completions at one temperature"
+        )
+    return [_count(entry, uid) for entry, uid in zip(entries, uids, strict=True)]
 
 
-def _count(extra: Any, uid: str) -> int:
-    count = ((extra or {}).get("reward_extra_info") or {}).get(COUNT)
+def _count(extra: Mapping[str, Any], uid: str) -> int:
+    count = (extra.get("reward_extra_info") or {}).get(COUNT)
     if count is None:
         raise ConfigError(
             f"the reward function must return {{'score': r, '{COUNT}': K}}, as compute_score of "

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,7 +28,8 @@ def install(model: nn.Module) -> None:
         if lm.get_output_embeddings().weight.is_meta:  # on all ranks but the first, which does look
             softcap, scale = declared_head(lm.config.get_text_config())
         else:
-            found = find_head(lm)
+            with _eager_attention(lm.config):
+                found = find_head(lm)
             softcap, scale = found.softcap, found.logit_scale
     except UnsupportedHead as e:
         raise ConfigError(f"impl_backend = mdpgrpo_fast cannot be had for this model: {e}") from None
@@ -43,7 +46,8 @@ def install(model: nn.Module) -> None:
             more: dict[str, Any] = {} if shift_labels is None else {"shift_labels": shift_labels}
             more |= {} if return_dict is None else {"return_dict": return_dict}
             return before(*args, **more, **kwargs)
-        kwargs["use_cache"] = False
+        # peft hands on what it was not given.
+        kwargs = {name: value for name, value in kwargs.items() if value is not None} | {"use_cache": False}
         labels = shift_labels if shift_labels is not None else torch.roll(kwargs["input_ids"], -1, dims=-1)
         # Looked up at each call: FSDP and peft replace them.
         hidden = body_of(self)(*args, **kwargs).last_hidden_state  # type: ignore[misc]
@@ -54,3 +58,14 @@ def install(model: nn.Module) -> None:
         return CausalLMOutputForPPO(log_probs=log_probs, entropy=entropy)
 
     lm.forward = types.MethodType(forward, lm)
+
+
+@contextmanager
+def _eager_attention(config: Any) -> Iterator[None]:
+    """The model is on a CPU when its head is looked for, where flash-attn, its default, cannot run."""
+    before = config._attn_implementation
+    config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before

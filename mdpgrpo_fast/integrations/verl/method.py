@@ -22,7 +22,6 @@ OURS = {
 VENDOR = "mdpgrpo_fast"  # of VERL_ENGINE_VENDOR, and of model.fused_kernel_options.impl_backend
 # What verl decides, by its own names.
 VERLS = {
-    "num_generations": "actor_rollout_ref.rollout.n",
     "temperature": "actor_rollout_ref.rollout.temperature",
     "top_p": "actor_rollout_ref.rollout.top_p",
     "top_k": "actor_rollout_ref.rollout.top_k",
@@ -59,8 +58,13 @@ def method_of(options: Mapping[str, Any] | None) -> MDPGRPOConfig:
 @functools.lru_cache  # an agent loop asks once for each completion
 def _method(text: str) -> MDPGRPOConfig:
     given: dict[str, Any] = json.loads(text)
-    name = given.pop("preset", "paper")
-    given.pop("num_constraints", None)
+    name, constraints = given.pop("preset", "paper"), given.pop("num_constraints", None)
+    if constraints is not None and (
+        not isinstance(constraints, int) or isinstance(constraints, bool) or constraints < 1
+    ):
+        raise ConfigError(
+            f"algorithm.mdp_grpo.num_constraints must be a whole number of at least 1; got {constraints!r}"
+        )
     if "num_generations" not in given:
         raise ConfigError("algorithm.mdp_grpo.num_generations must be set: ${actor_rollout_ref.rollout.n}")
     for knob in sorted(set(given) - OURS - set(OTHERS)):
@@ -84,6 +88,12 @@ def _refuse(knob: str) -> None:
     if knob in MDPGRPOConfig.__dataclass_fields__:
         raise ConfigError(f"{place} has no place in verl's loop; the knobs there are {', '.join(sorted(OURS))}")
     raise unknown_name("algorithm.mdp_grpo knob", knob, sorted(OURS | set(OTHERS)))
+
+
+def fuses_head(model: Any) -> bool:
+    """Whether verl's model config asks for our head."""
+    options = model.get("fused_kernel_options") or {}
+    return bool(model.get("use_fused_kernels")) and options.get("impl_backend") == VENDOR
 
 
 def check_sampling(method: MDPGRPOConfig, rollout: Mapping[str, Any], validation: Mapping[str, Any]) -> None:

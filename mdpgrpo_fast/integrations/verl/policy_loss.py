@@ -82,6 +82,15 @@ def mdp_grpo_loss(
     return loss, metrics
 
 
+def refuse_entropy_bonus(coefficient: float) -> None:
+    """With our head. Raises: ConfigError."""
+    if coefficient != 0:
+        raise ConfigError(
+            "actor_rollout_ref.actor.entropy_coeff must be 0 with impl_backend = mdpgrpo_fast: its entropy has no "
+            f"gradient; got {coefficient}"
+        )
+
+
 def check_actor(config: Any) -> None:
     """What an actor config must agree with for the loss `mdp_grpo`. Raises: ConfigError naming the setting."""
     method, place = method_of(options_in(config)), "actor_rollout_ref.actor"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,11 +18,13 @@ from ...rewards.functions import RewardError
 from ...rewards.pool import Failure, Job, Workers
 from .estimator import COUNT
 
+_one_at_a_time = threading.Lock()
+
 
 def compute_score(
     data_source: str, solution_str: str, ground_truth: Any, extra_info: Any = None, *, rules: str = PromptConfig.rules,
     constraint_reward: str = TrainConfig.constraint_reward, timeout: float = 10.0,
-    instructions: Sequence[str] = (), **_: Any,
+    instructions: Sequence[str] = (), reward_router_address: Any = None, reward_model_tokenizer: Any = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The reward of one response, for verl's `reward.custom_reward_function` by the path
     pkg://mdpgrpo_fast.integrations.verl.reward; its `reward_kwargs` are the arguments after extra_info.
@@ -29,16 +32,17 @@ def compute_score(
     solution_str: the response. ground_truth: instruction_id_list and kwargs of the prompt, an object or JSON text of
     one, as `write_parquet` makes it. rules, constraint_reward, instructions: the knobs of these names. timeout: seconds
     that the check may take, in a process of its own, which is killed then: a pattern that never ends does not stop the
-    run.
+    run. The last two are what verl gives beside a reward model, and are not used.
 
     Returns: score, the reward in [0, 1]; constraints, K; satisfied, how many hold strictly; all_satisfied, 1.0 or 0.0.
     Raises: ConfigError for a ground truth without constraints, an unknown instruction, argument or value; RewardError
     where the check was late or failed, for which verl gives the completion up.
     """
-    constraints, workers = _scoring(rules, constraint_reward, float(timeout), tuple(instructions))
     text = ground_truth if isinstance(ground_truth, str) else json.dumps(ground_truth, default=list)
-    example = _example(text, constraints)
-    (verdict,) = workers.collect(workers.start([Job(example, solution_str, solution_str)]))
+    with _one_at_a_time:  # verl calls from many threads, whose time in a queue is not the check's
+        constraints, workers = _scoring(rules, constraint_reward, float(timeout), tuple(instructions))
+        example = _example(text, constraints)
+        (verdict,) = workers.collect(workers.start([Job(example, solution_str, solution_str)]))
     failure = next((x for x in (verdict, getattr(verdict, "constraint_reward", None)) if isinstance(x, Failure)), None)
     if failure is not None:
         raise RewardError(f"reward of a prompt of {data_source}: {failure.reason}", failure.trace)
@@ -59,8 +63,7 @@ async def compute_score_async(*args: Any, **kwargs: Any) -> dict[str, Any]:
 @functools.cache
 def _scoring(rules: str, kind: str, timeout: float, instructions: tuple[str, ...]) -> tuple[ConstraintReward, Workers]:
     """One process beside this one, which scores for as long as this one lives."""
-    for name, value in (("rules", rules), ("constraint_reward", kind)):
-        TrainConfig(**{name: value})  # which refuses what it does not know
+    TrainConfig(rules=rules, constraint_reward=kind)  # type: ignore[arg-type]  # it refuses what it does not know
     constraints = ConstraintReward(rules, kind, instructions)
     constraints.load()
     return constraints, Workers([], constraints, 1, timeout)
