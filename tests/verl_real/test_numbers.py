@@ -79,16 +79,16 @@ def test_golden_groups_through_verls_function() -> None:
 
 
 def test_a_group_that_lost_completions_and_rows_that_fill_a_batch() -> None:
-    rewards, uids = torch.tensor([0.0, 0.5, 1.0, 0.5, 1.0, 0.0]), ["a"] * 3 + ["b"] * 2 + ["pad0"]
+    rewards, uids = torch.tensor([0.0, 0.5, 1.0, 0.5, 1.0] + [0.0] * 6), ["a"] * 3 + ["b"] * 2 + ["pad0"] * 6
     data = batch_of(rewards, uids)
-    data.batch["response_mask"][-1] = 0
+    data.batch["response_mask"][5:] = 0
     found = verls(data, num_generations=G, num_constraints=2)
     config = preset("paper", num_generations=G)
     valid = torch.tensor([[True, True, True, False], [True, True, False, False]])
     known = torch.zeros(2, G).masked_scatter(valid, rewards[:5])
     expected = advantages(known, [2, 2], config, valid=valid).advantage[valid]
     assert torch.allclose(found[:5, 0], expected, atol=1e-6) and (expected != 0).any()
-    assert (found[-1] == 0).all()
+    assert (found[5:] == 0).all()
 
 
 @pytest.mark.parametrize(

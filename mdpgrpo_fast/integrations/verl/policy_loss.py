@@ -47,7 +47,7 @@ def mdp_grpo_loss(
     from verl.trainer.ppo.core_algos import agg_loss
 
     method, keep = method_of(options_in(config)), response_mask != 0
-    ref = _reference.get() if method.kl_in_loss else None
+    ref = _reference.get()
     if method.kl_in_loss and ref is None:
         raise ConfigError(
             "the KL of mdp_grpo needs our engine, by VERL_ENGINE_VENDOR=mdpgrpo_fast in the workers' environment "
