@@ -148,6 +148,7 @@ class Engine(MDPGRPOEngine):
         record(
             f"rank{self.rank}",
             world=dist.get_world_size(),
+            node=ray.get_runtime_context().get_node_id(),
             backend=dist.get_backend(),
             fuses_head=self.fuses_head,
             grad_norm=norm,

@@ -6,10 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from helpers.inputs import ROOT
+from ray.cluster_utils import Cluster
 
 from mdpgrpo_fast.demo import DEMO_DIR, SEED_POLICY
 from mdpgrpo_fast.integrations.verl.__main__ import CONFIGS
@@ -79,19 +83,7 @@ def run(folder: Path, settings: dict[str, Any], config: str = "one_node", timeou
 
     Raises: RuntimeError with the end of the log where verl stops, or lost an answer or its reward."""
     (folder / "record").mkdir()
-    env = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
-        "VERL_PLATFORM": "cpu",
-        "VERL_USE_EXTERNAL_MODULES": "helpers.verl_cpu",
-        "VERL_CPU_RECORD": str(folder / "record"),
-        "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl"),
-        "RAY_DEDUP_LOGS": "0",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "TQ_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    env.pop("PYTHONDONTWRITEBYTECODE", None)  # each of ten processes imports verl, seconds that are mostly compiling
+    env = _environment(folder)
     command = [sys.executable, "-m", "verl.trainer.main_ppo", "--config-dir", CONFIGS, "--config-name", config]
     command += [*(f"{k}={v}" for k, v in settings.items())]
     with (folder / "log").open("w") as log:
@@ -101,6 +93,43 @@ def run(folder: Path, settings: dict[str, Any], config: str = "one_node", timeou
     if done.returncode or "Error in _run_prompt" in said:
         raise RuntimeError(f"verl's trainer failed: {said[-4000:]}")
     return [{"step": row["step"], **row["data"]} for row in json_lines(folder / "metrics.jsonl")]
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    """Of every process of a run."""
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
+        "VERL_PLATFORM": "cpu",
+        "VERL_USE_EXTERNAL_MODULES": "helpers.verl_cpu",
+        "VERL_CPU_RECORD": str(folder / "record"),
+        "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl"),
+        "RAY_ADDRESS": "local",  # not a cluster that this machine is part of
+        "RAY_DEDUP_LOGS": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "TQ_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # each of ten processes imports verl, seconds that are mostly compiling
+    return env
+
+
+@contextmanager
+def two_nodes(folder: Path) -> Iterator[dict[str, Any]]:
+    """A Ray cluster of two nodes, both of this machine, with one rank each; what a run's settings are then."""
+    of_node = {"num_cpus": 8, "num_gpus": 1, "object_store_memory": 200_000_000}
+    with patch.dict(os.environ, _environment(folder)):  # which workers have of their node, and not of the driver
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        cluster = Cluster(initialize_head=True, head_node_args={**of_node, "include_dashboard": False})
+        try:
+            cluster.add_node(**of_node)
+            yield {
+                "trainer.nnodes": 2, "trainer.n_gpus_per_node": 1, "+ray_kwargs.ray_init.address": cluster.address,
+                "ray_kwargs.ray_init.num_cpus": "null", "+ray_kwargs.ray_init.num_gpus": "null",
+                "+ray_kwargs.ray_init.object_store_memory": "null",
+            }  # fmt: skip
+        finally:
+            cluster.shutdown()
 
 
 def json_lines(path: Path) -> list[Any]:

@@ -272,7 +272,7 @@ def queue() -> Iterator[Any]:
     import transfer_queue as tq
 
     ray.shutdown()  # a look into the queue starts it
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     tq.init(OmegaConf.create({"backend": {"SimpleStorage": {"num_data_storage_units": 1}}}))
     yield tq
     tq.close()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.verl_runs import RANKS, json_lines, overrides, run
+from helpers.verl_runs import RANKS, json_lines, overrides, run, two_nodes
 
 STEPS, PROMPTS, PER_PROMPT, HELD_OUT = 8, 16, 4, 64
 TEMPERATURES = (0.1, 0.4, 0.7, 1.0)
@@ -53,6 +53,14 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Two steps of the paper's config, merged for the sampler, at a rate that two steps show."""
     changes = {"actor_rollout_ref.model.lora.merge": True, "actor_rollout_ref.actor.optim.lr": 5e-3}
     return Run(tmp_path_factory.mktemp("lora"), 2, "paper", **changes)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A step of the cluster's config on two Ray nodes, a rank on each."""
+    folder = tmp_path_factory.mktemp("cluster")
+    with two_nodes(folder) as changes:
+        return Run(folder, 1, "ray_cluster", **changes)
 
 
 def test_both_ranks_train_their_shards(method: Run) -> None:
@@ -100,3 +108,10 @@ def test_under_lora_the_reference_is_the_policy_without_its_adapter(lora: Run) -
     trained = {r["trained"] for rank in lora.ranks() for r in rank}
     assert all(0 < share < 0.5 for share in trained), trained
     assert all(r["fuses_head"] for rank in lora.ranks() for r in rank)
+
+
+def test_a_ray_cluster_trains_a_rank_on_each_node(cluster: Run) -> None:
+    records = [record for rank in cluster.ranks() for record in rank]
+    assert len({record["node"] for record in records}) == RANKS == len(records)
+    assert {record["world"] for record in records} == {RANKS} and all(record["fuses_head"] for record in records)
+    assert {record["grad_norm"] for record in records} == {cluster.steps[0]["actor/grad_norm"]}

@@ -75,7 +75,11 @@ def run(argv: Sequence[str] | None = None) -> int:
     action.add_argument("--configs", action="store_true", help="print the folder for verl's --config-dir")
     action.add_argument("--data", type=Path, metavar="FOLDER", help="write train.parquet and val.parquet there")
     parser.add_argument("--train-file", default=str(DEMO / "train.jsonl"), help="prompts (default: the embedded ones)")
-    parser.add_argument("--val-file", default=str(DEMO / "heldout.jsonl"), help="prompts for validation (default: so)")
+    parser.add_argument(
+        "--val-file",
+        default=str(DEMO / "heldout.jsonl"),
+        help="prompts for validation (default: the embedded held-out ones)",
+    )
     parser.add_argument(
         "--rules", default=PromptConfig.rules, help="verifier rules of the prompts (default: %(default)s)"
     )
