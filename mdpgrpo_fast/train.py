@@ -90,10 +90,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"interrupted after step {trainer.loop.done if trainer else 0}", file=sys.stderr)
         return 130
     except Exception as e:
-        if not isinstance(e, _stopping()):
+        from .training.distributed import lost_rank
+
+        failure = lost_rank(e) or e
+        if not isinstance(failure, _stopping()):
             raise
-        if trainer is None or _speaks(trainer, e):
-            _say_failure(trainer, e)
+        if trainer is None or _speaks(trainer, failure):
+            _say_failure(trainer, failure)
         return 1
     if trainer.loop.accelerator.is_main_process:
         _say_end(trainer, result)
@@ -140,10 +143,12 @@ def _say_failure(trainer: Trainer | None, failure: Exception) -> None:
     from .training.show.end import how_to_resume
 
     out = trainer.out.path
-    learned = f"what was learned until then is in {out}" if trainer.loop.done else "no step was done"
-    if isinstance(failure, FloatingPointError):
-        learned = f"its weights are not saved; checkpoints of before are in {out / 'checkpoints'}, where there are any"
-    print(f"go on   {how_to_resume(trainer.run, trainer.loop.accelerator.num_processes)}", file=sys.stderr)
+    loop = trainer.loop
+    learned = f"what was learned until then is in {out}" if loop.done else "no step was done"
+    if not loop.saved and (loop.done or isinstance(failure, FloatingPointError)):
+        unsaved = "its weights are not saved; " * loop.accelerator.is_main_process  # only the first knows
+        learned = f"{unsaved}checkpoints of before are in {out / 'checkpoints'}, where there are any"
+    print(f"go on   {how_to_resume(trainer.run, loop.accelerator.num_processes)}", file=sys.stderr)
     print(f"error: {failure}; {learned}", file=sys.stderr)
 
 
