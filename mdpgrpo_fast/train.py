@@ -68,19 +68,19 @@ def _description(model: str | None, preset: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Status: 0 done, 1 a run or its upload that failed, 2 settings that cannot be used, 130 interrupted."""
+    from .api import Trainer, refuse_child_processes
     from .cli import report_errors
     from .training.before.ranks import told_to_the_others
 
     trainer = None
     try:
-        with report_errors(), told_to_the_others():
-            run, method, given = read(sys.argv[1:] if argv is None else argv)
-            if os.environ.get("RANK", "0") == "0":
-                print(*(f"{line}\n" for line in without_effect(run, method, given)), sep="", end="", file=sys.stderr)
-            # A heavy import only now: `--help` and a wrong flag answer at once.
-            from .api import Trainer
-
-            trainer = Trainer(config=method, run=run)
+        with report_errors():
+            refuse_child_processes()
+            with told_to_the_others():
+                run, method, given = read(sys.argv[1:] if argv is None else argv)
+                notes = without_effect(run, method, given) if os.environ.get("RANK", "0") == "0" else []
+                print(*(f"{line}\n" for line in notes), sep="", end="", file=sys.stderr)
+                trainer = Trainer(config=method, run=run)
         result = trainer.train()
     except KeyboardInterrupt:  # before the run had begun, or a second one while it ended
         if trainer is not None and trainer.loop.done:
@@ -142,8 +142,7 @@ def _say_failure(trainer: Trainer | None, failure: Exception) -> None:
         return
     from .training.show.end import how_to_resume
 
-    out = trainer.out.path
-    loop = trainer.loop
+    out, loop = trainer.out.path, trainer.loop
     learned = f"what was learned until then is in {out}" if loop.done else "no step was done"
     if not loop.saved and (loop.done or isinstance(failure, FloatingPointError)):
         unsaved = "its weights are not saved; " * loop.accelerator.is_main_process  # only the first knows
