@@ -65,12 +65,11 @@ def agree(run: TrainConfig, method: MDPGRPOConfig, given: Callable[[], dict[str,
 
 
 def _compare(store: Any, mine: dict[str, Any], patience: float) -> None:
-    mine = json.loads(json.dumps(mine))
-    now = time.monotonic()
+    mine, now = json.loads(json.dumps(mine)), time.monotonic()
     if _rank() == 0:
         differ: dict[str, dict[str, list[int]]] = {name: {} for name in mine}  # the ranks by their value
         for other in range(1, int(os.environ["WORLD_SIZE"])):
-            theirs = json.loads(_wait(store, f"settings/{other}", now + patience, _late(other, patience)))
+            theirs = json.loads(_wait(store, f"settings/{other}", other, now, patience))
             for name in {**mine, **theirs}:
                 if mine.get(name) != theirs.get(name):
                     differ.setdefault(name, {}).setdefault(_short(theirs.get(name)), []).append(other)
@@ -85,7 +84,7 @@ def _compare(store: Any, mine: dict[str, Any], patience: float) -> None:
     else:
         store.set(f"settings/{_rank()}", json.dumps(mine))
         # The first may come as late as that, waits for the others, and then says which of them did not come.
-        verdict = _wait(store, VERDICT, now + 2 * patience + 10, _late(0, 2 * patience + 10))
+        verdict = _wait(store, VERDICT, 0, now, 2 * patience + 10)
     if verdict:
         raise ConfigError(verdict)
 
@@ -96,10 +95,6 @@ def _rank() -> int:
 
 def _named(*ranks: int) -> str:
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:8]))}{', …' * (len(ranks) > 8)}"
-
-
-def _late(rank: int, seconds: float) -> str:
-    return f"{_named(rank)} has not come within {seconds:g} seconds (rank_timeout): its host says why"
 
 
 def _short(value: Any) -> str:
@@ -114,12 +109,9 @@ def _store(meeting: int, patience: float) -> Any:
     processes again there is none: the store keeps what the ended ones said, and no number of the attempt is the same on
     all nodes.
     """
-    has_one = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if (
-        not has_one
-        or os.environ.get("WORLD_SIZE", "1") == "1"
-        or os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
-    ):
+    env = os.environ.get
+    has_one = env("TORCHELASTIC_USE_AGENT_STORE") == "True" and env("TORCHELASTIC_MAX_RESTARTS", "0") == "0"
+    if not has_one or env("WORLD_SIZE", "1") == "1":
         return None
     from torch.distributed import PrefixStore, TCPStore
 
@@ -128,12 +120,13 @@ def _store(meeting: int, patience: float) -> Any:
     return PrefixStore(f"mdpgrpo_fast/{meeting}", store)
 
 
-def _wait(store: Any, key: str, end: float, late: str) -> str:
-    """What a rank has set, once it has; ConfigError where it has not by then, which is late, or a rank has failed."""
+def _wait(store: Any, key: str, whose: int, since: float, patience: float) -> str:
+    """What a rank has set, once it has; ConfigError where it does not within so many seconds, or a rank has failed."""
     while not store.check([key]):
         if store.check([FAILED]):
             raise ConfigError(store.get(FAILED).decode())
-        if time.monotonic() > end:
-            raise ConfigError(late)
+        if time.monotonic() > since + patience:
+            why = f"within {patience:g} seconds (rank_timeout): its host says why"
+            raise ConfigError(f"{_named(whose)} has not come {why}")
         time.sleep(0.2)
     return str(store.get(key).decode())
