@@ -74,7 +74,6 @@ class Trainer:
     in one line that names the argument; RewardError where a reward fails on two sample rows.
     """
 
-    @told_to_the_others()
     def __init__(
         self,
         model: Any = None,
@@ -88,55 +87,64 @@ class Trainer:
         run: TrainConfig | None = None,
         on_step: Callable[[Row], bool | None] | None = None,
     ) -> None:
-        from .models.adapters import resolve_adapter
-        from .rewards import Scorer, named_spec
-        from .rollout.vllm.completion import RolloutError
-        from .training.before.checks import check
-        from .training.loop import TrainingLoop
-        from .training.run_dir import RunDir
-        from .training.task import prepare
-
         refuse_child_processes()
-        for name, value, kind in (("config", config, MDPGRPOConfig), ("run", run, TrainConfig)):
-            if value is not None and not isinstance(value, kind):
-                raise ConfigError(f"{name} must be a {kind.__name__}; got {type(value).__name__}")
-        if run is None:
-            run, demo = _demonstration() if model is None else (TrainConfig(), None)
-            config = config or demo
-        config = config or preset(run.preset)
-        named, model = _named(model)
-        train_file, prompts = _named(prompts)
-        eval_file, eval_prompts = _named(eval_prompts)
-        given = {"model": named, "train_file": train_file, "eval_file": eval_file}
-        changed: Row = {name: value for name, value in given.items() if value is not None}
-        several = rewards is None or isinstance(rewards, (list, tuple))
-        functions: Any = rewards if several else [rewards]
-        for reward in functions or ():
-            if not (isinstance(reward, str) or callable(reward)):
-                raise ConfigError(f"rewards must be functions or names of rewards; got {reward!r}")
-        if functions is not None:
-            changed["reward"] = [named_spec(reward) for reward in functions]
-        if reward_weights is not None:
-            changed["reward_weights"] = reward_weights
-        run = resolve_adapter(replace(run, preset=nearest_preset(config, run.preset), **changed))
-        config = with_correction(run, config)
-        self.run, self.config, self._trained = run, config, False
-        self.result: TrainResult | None = None  # of train(), also where the upload after it failed
-        check(run, config, model=model is not None, prompts=prompts is not None)
-        self.scorer = Scorer.of(run, functions)
-        weakref.finalize(self, self.scorer.stop)
-        self.out = RunDir(run.output_dir, create=False)
-        try:
-            task = prepare(
-                run, self.scorer, model=model, tokenizer=tokenizer, prompts=prompts, eval_prompts=eval_prompts
-            )
-            agree(run, config, task.fingerprint)
-            self.loop = TrainingLoop(task, run, config, self.out, self.scorer, on_step)
-        except BaseException as e:  # else its processes go on to train()
-            self.scorer.stop()
-            if isinstance(e, RolloutError):
-                raise ConfigError(str(e)) from None
-            raise
+        with told_to_the_others():
+            from .models.adapters import resolve_adapter
+            from .rewards import Scorer, named_spec
+            from .rollout.vllm.completion import RolloutError
+            from .training.before.checks import check
+            from .training.loop import TrainingLoop
+            from .training.run_dir import RunDir
+            from .training.task import fingerprint, prepare
+
+            for name, value, kind in (("config", config, MDPGRPOConfig), ("run", run, TrainConfig)):
+                if value is not None and not isinstance(value, kind):
+                    raise ConfigError(f"{name} must be a {kind.__name__}; got {type(value).__name__}")
+            if run is None:
+                run, demo = _demonstration() if model is None else (TrainConfig(), None)
+                config = config or demo
+            config = config or preset(run.preset)
+            named, model = _named(model)
+            train_file, prompts = _named(prompts)
+            eval_file, eval_prompts = _named(eval_prompts)
+            given = {"model": named, "train_file": train_file, "eval_file": eval_file}
+            changed: Row = {name: value for name, value in given.items() if value is not None}
+            several = rewards is None or isinstance(rewards, (list, tuple))
+            functions: Any = rewards if several else [rewards]
+            for reward in functions or ():
+                if not (isinstance(reward, str) or callable(reward)):
+                    raise ConfigError(f"rewards must be functions or names of rewards; got {reward!r}")
+            if functions is not None:
+                changed["reward"] = [named_spec(reward) for reward in functions]
+            if reward_weights is not None:
+                changed["reward_weights"] = reward_weights
+            run = resolve_adapter(replace(run, preset=nearest_preset(config, run.preset), **changed))
+            config = with_correction(run, config)
+            self.run, self.config, self._trained = run, config, False
+            self.result: TrainResult | None = None  # of train(), also where the upload after it failed
+            check(run, config, model=model is not None, prompts=prompts is not None)
+            self.scorer = Scorer.of(run, functions)
+            weakref.finalize(self, self.scorer.stop)
+            self.out = RunDir(run.output_dir, create=False)
+            try:
+                task = prepare(
+                    run, self.scorer, model=model, tokenizer=tokenizer, prompts=prompts, eval_prompts=eval_prompts
+                )
+                agree(
+                    run,
+                    config,
+                    lambda: {
+                        "training prompts": task.fingerprint,
+                        "eval_prompts": fingerprint(task.held_out_ids),
+                        "on_step given": on_step is not None,
+                    },
+                )
+                self.loop = TrainingLoop(task, run, config, self.out, self.scorer, on_step)
+            except BaseException as e:  # else its processes go on to train()
+                self.scorer.stop()
+                if isinstance(e, RolloutError):
+                    raise ConfigError(str(e)) from None
+                raise
 
     @property
     def model(self) -> Any:

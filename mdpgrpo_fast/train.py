@@ -68,19 +68,19 @@ def _description(model: str | None, preset: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Status: 0 done, 1 a run or its upload that failed, 2 settings that cannot be used, 130 interrupted."""
+    from .api import Trainer, refuse_child_processes
     from .cli import report_errors
     from .training.before.ranks import told_to_the_others
 
     trainer = None
     try:
-        with report_errors(), told_to_the_others():
-            run, method, given = read(sys.argv[1:] if argv is None else argv)
-            if os.environ.get("RANK", "0") == "0":
-                print(*(f"{line}\n" for line in without_effect(run, method, given)), sep="", end="", file=sys.stderr)
-            # A heavy import only now: `--help` and a wrong flag answer at once.
-            from .api import Trainer
-
-            trainer = Trainer(config=method, run=run)
+        with report_errors():
+            refuse_child_processes()
+            with told_to_the_others():
+                run, method, given = read(sys.argv[1:] if argv is None else argv)
+                notes = without_effect(run, method, given) if os.environ.get("RANK", "0") == "0" else []
+                print(*(f"{line}\n" for line in notes), sep="", end="", file=sys.stderr)
+                trainer = Trainer(config=method, run=run)
         result = trainer.train()
     except KeyboardInterrupt:  # before the run had begun, or a second one while it ended
         if trainer is not None and trainer.loop.done:
@@ -90,10 +90,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"interrupted after step {trainer.loop.done if trainer else 0}", file=sys.stderr)
         return 130
     except Exception as e:
-        if not isinstance(e, _stopping()):
+        from .training.distributed import lost_rank
+
+        failure = lost_rank(e) or e
+        if not isinstance(failure, _stopping()):
             raise
-        if trainer is None or _speaks(trainer, e):
-            _say_failure(trainer, e)
+        if trainer is None or _speaks(trainer, failure):
+            _say_failure(trainer, failure)
         return 1
     if trainer.loop.accelerator.is_main_process:
         _say_end(trainer, result)
@@ -139,11 +142,12 @@ def _say_failure(trainer: Trainer | None, failure: Exception) -> None:
         return
     from .training.show.end import how_to_resume
 
-    out = trainer.out.path
-    learned = f"what was learned until then is in {out}" if trainer.loop.done else "no step was done"
-    if isinstance(failure, FloatingPointError):
-        learned = f"its weights are not saved; checkpoints of before are in {out / 'checkpoints'}, where there are any"
-    print(f"go on   {how_to_resume(trainer.run, trainer.loop.accelerator.num_processes)}", file=sys.stderr)
+    out, loop = trainer.out.path, trainer.loop
+    learned = f"what was learned until then is in {out}" if loop.done else "no step was done"
+    if not loop.saved and (loop.done or isinstance(failure, FloatingPointError)):
+        unsaved = "its weights are not saved; " * loop.accelerator.is_main_process  # only the first knows
+        learned = f"{unsaved}checkpoints of before are in {out / 'checkpoints'}, where there are any"
+    print(f"go on   {how_to_resume(trainer.run, loop.accelerator.num_processes)}", file=sys.stderr)
     print(f"error: {failure}; {learned}", file=sys.stderr)
 
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mdpgrpo_fast.train as train
-from mdpgrpo_fast import evaluate
-from mdpgrpo_fast.config import preset
+from mdpgrpo_fast import api, evaluate
+from mdpgrpo_fast.config import TrainConfig, preset
 
 
 def test_run_directory_is_complete(tmp_path: Path) -> None:
@@ -105,6 +106,37 @@ def test_a_child_that_imports_the_script_does_not_train(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-2:] == ["status 0", "child 2"], done.stderr
     assert "error: this script starts a run when a child process imports it" in done.stderr.splitlines()[-1]
     assert (out / "summary.json").exists() and not (tmp_path / "run.1").exists()
+
+
+@pytest.mark.parametrize(
+    ("saved", "main", "said"),
+    [
+        (True, True, "what was learned until then is in OUT"),
+        (False, True, "its weights are not saved; checkpoints of before are in OUT/checkpoints, where there are any"),
+        (False, False, "checkpoints of before are in OUT/checkpoints, where there are any"),
+    ],
+)
+def test_a_run_that_fails_names_what_is_there(
+    saved: bool, main: bool, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loop = SimpleNamespace(done=3, saved=saved, accelerator=SimpleNamespace(is_main_process=main, num_processes=2))
+    trainer: Any = SimpleNamespace(result=None, out=SimpleNamespace(path=tmp_path), loop=loop, run=TrainConfig())
+    train._say_failure(trainer, RuntimeError("another rank is lost"))
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"error: another rank is lost; {said.replace('OUT', str(tmp_path))}"
+
+
+def test_a_rank_that_is_lost_before_the_run_ends_it_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def begin(**options: Any) -> None:
+        raise RuntimeError("[x/gloo/transport/tcp/pair.cc:538] Connection closed by peer [10.0.0.2]:4000")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(api, "Trainer", begin)
+    assert train.main([]) == 1
+    said = "error: another rank is lost, its own host says why (Connection closed by peer [10.0.0.2]:4000)"
+    assert capsys.readouterr().err.splitlines()[-1] == said
 
 
 def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, *flags: str) -> str:

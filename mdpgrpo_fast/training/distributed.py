@@ -23,6 +23,9 @@ from ..rewards.scorer import CALL_TIMEOUT, COMPLETION_TIMEOUT
 from . import checkpoint
 
 T = TypeVar("T")
+_GONE = re.compile(
+    r"closed by|closure|reset by peer|timed? ?out|broken pipe|refused|(read|write) error|remote process exited", re.I
+)
 
 
 class RankLostError(RuntimeError):
@@ -31,11 +34,17 @@ class RankLostError(RuntimeError):
 
 def lost_rank(error: Exception) -> RankLostError | None:
     """What the failure of a collective call says of the rank that it waited for; None for any other error."""
-    # gloo has no class of its own for it.
-    if not isinstance(error, dist.DistError) and not (type(error) is RuntimeError and "/gloo/" in str(error)):
+    if os.environ.get("WORLD_SIZE", "1") == "1" or isinstance(error, RankLostError):
         return None
-    said = re.sub(r"^\[\S+:\d+\] |\. This is typically caused by.*", "", str(error), flags=re.DOTALL)
-    return RankLostError(f"another rank is lost, its own host says why ({reason_of(RuntimeError(said))})")
+    text = str(error)
+    # gloo has no class of its own for it. Both it and NCCL fail for other reasons too.
+    by_backend = isinstance(error, dist.DistBackendError) or (type(error) is RuntimeError and "/gloo/" in text)
+    if not isinstance(error, dist.DistNetworkError | dist.DistStoreError) and not (by_backend and _GONE.search(text)):
+        return None
+    said = re.sub(r"^\[\S+:\d+\] |\. This is typically caused by.*", "", text, flags=re.DOTALL)
+    lost = RankLostError(f"another rank is lost, its own host says why ({reason_of(RuntimeError(said))})")
+    lost.__cause__ = error
+    return lost
 
 
 def is_sharded(accelerator: Accelerator) -> bool:

@@ -177,11 +177,12 @@ class TrainingLoop:
             usable = True
             try:
                 self.loop()
-            except FloatingPointError:  # of the logits, for which weights that are no numbers are the usual reason
-                usable = False
-                raise
-            except RuntimeError as e:  # shards cannot be gathered without one of the ranks
-                usable = distributed.lost_rank(e) is None or not distributed.is_sharded(acc)
+            except BaseException as e:
+                # Weights that are no numbers are the usual reason. Shards are gathered by all ranks together, and these
+                # alone end them alike.
+                alike = isinstance(e, (RewardError, RolloutError, KeyboardInterrupt))
+                whole = acc.num_processes == 1 or not distributed.is_sharded(acc)
+                usable = not isinstance(e, FloatingPointError) and (alike or whole)
                 raise
             finally:
                 train_seconds = time.perf_counter() - train_started
@@ -214,8 +215,8 @@ class TrainingLoop:
             self.out.write_json("summary.json", summary)
             if self.saved:
                 write_cards(self.out.path, run, self.method, summary, self.lm, self.task.repo_id)
-        if run.report_to:
-            acc.end_training()
+        for tracker in acc.trackers:  # acc.end_training() would end the process group too
+            tracker.finish()
         if not isinstance(failure, distributed.RankLostError):
             acc.wait_for_everyone()  # a rank that ends first would take the one that writes with it
             self.ended = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -45,10 +46,15 @@ class Task:
     @cached_property
     def fingerprint(self) -> str:
         """Of the training prompts in their order: a run that goes on takes them by their numbers."""
-        digest = hashlib.blake2b(digest_size=8)
-        for ids in self.train_ids:
-            digest.update(array("q", [len(ids), *ids]).tobytes())
-        return f"{len(self.train_ids)} prompts ({digest.hexdigest()})"
+        return fingerprint(self.train_ids)
+
+
+def fingerprint(prompts: Sequence[Sequence[int]]) -> str:
+    """Their number and what tells them, in their order, from others."""
+    digest = hashlib.blake2b(digest_size=8)
+    for ids in prompts:
+        digest.update(array("q", [len(ids), *ids]).tobytes())
+    return f"{len(prompts)} prompts ({digest.hexdigest()})"
 
 
 @quiet()

@@ -94,18 +94,21 @@ class Hosts:
         enter = ["unshare", "--uts", "sh", "-c", ENTER, "sh", NAMES[host], str(self.folder)]
         return ["ip", "netns", "exec", self.spaces[host], *enter, *words]
 
-    def start(self, host: int, words: list[str], **env: str) -> Command:
-        log = self.folder / f"{len(self.commands)}-{NAMES[host]}.log"
-        command = Command(self.inside(host, words), log, **env)
+    def run(self, words: list[str], log: Path, **env: str) -> Command:
+        """A command on this machine itself, ended with the hosts."""
+        command = Command(words, log, **env)
         self.commands.append(command)
         return command
+
+    def start(self, host: int, words: list[str], **env: str) -> Command:
+        return self.run(self.inside(host, words), self.folder / f"{len(self.commands)}-{NAMES[host]}.log", **env)
 
     def start_both(self, words: Callable[[int], list[str]], **env: str) -> list[Command]:
         """words: of a host by its number."""
         return [self.start(host, words(host), **env) for host in (0, 1)]
 
     def ranks(self, host: int) -> list[int]:
-        """Process ids of the trainers on a host, whose launchers not included."""
+        """Process ids of the trainers on a host, without their launchers."""
         found = ip("netns", "pids", self.spaces[host]).split()
         return [int(p) for p in found if "RANK=" in environ(p) and "mdpgrpo_fast.train" in words_of(p)]
 

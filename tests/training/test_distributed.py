@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
@@ -20,7 +21,7 @@ from helpers.inputs import ROOT, unavailable
 from helpers.ranks import spawn, spawn_fleet
 
 from mdpgrpo_fast.config import ConfigError, TrainConfig
-from mdpgrpo_fast.training.distributed import check
+from mdpgrpo_fast.training.distributed import check, lost_rank
 
 DEEPSPEED = Path(sys.prefix) / "deepspeed"
 PROMPTS = 6  # per step, over all ranks
@@ -423,10 +424,13 @@ def train_unevenly(rank: int, ranks: int, kind: str, folder: str) -> dict[str, A
 
 def torchrun(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
     """The command as a user gives it, to the end of its processes."""
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]
     flags = ["--prompts-per-step", "2", "--eval-samples", "2", "--max-completion-length", "8", "--cpu", *more]
-    command = [*run, "mdpgrpo_fast.train", "--output-dir", str(folder), *flags]
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    return on_two("-m", "mdpgrpo_fast.train", "--output-dir", str(folder), *flags)
+
+
+def on_two(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", *words]
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", **env}
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
 
 
@@ -437,10 +441,49 @@ def test_torchrun_keeps_all_of_a_run_that_stops(tmp_path: Path) -> None:
 
 
 def test_torchrun_on_the_cpu(tmp_path: Path) -> None:
-    done = torchrun(tmp_path / "run", "--steps", "1")
+    done = torchrun(tmp_path / "run", "--steps", "1", "--report-to", "tensorboard")
     assert done.returncode == 0, done.stderr[-2000:]
+    assert list((tmp_path / "run").rglob("events.out.tfevents*"))
     assert "held-out HSR" in done.stdout and done.stdout.count("report  ") == 1, "the first process alone speaks"
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["processes"] == 2
+
+
+def test_an_error_of_one_rank_alone_is_not_lost_to_the_saving_of_shards(tmp_path: Path) -> None:
+    """Which all ranks would have to take part in: a save of one would end its process before the traceback."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from mdpgrpo_fast import TrainConfig, train\n"
+        f"knobs = dict(output_dir={str(tmp_path / 'run')!r}, steps=2, prompts_per_step=2, max_completion_length=8)\n"
+        "if __name__ == '__main__':\n"
+        "    run = TrainConfig(cpu=True, eval_samples=2, **knobs)\n"
+        "    train(run=run, on_step=lambda row: row['no such metric'])\n"
+    )
+    done = on_two(str(script), **FSDP)
+    assert done.returncode != 0 and "KeyError: 'no such metric'" in done.stderr, done.stderr[-2000:]
+    assert not (tmp_path / "run" / "model").exists()
+
+
+CLOSED = "[/pytorch/gloo/transport/tcp/pair.cc:538] Connection closed by peer [10.0.0.2]:4000"
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError(CLOSED), True),
+        (RuntimeError("[x/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 1800000ms for recv"), True),
+        (RuntimeError("[x/gloo/transport/tcp/pair.cc:446] op.preamble.length <= op.nbytes. 8 vs 4"), False),
+        (RuntimeError("Connection closed by peer"), False),
+        (dist.DistNetworkError("anything"), True),
+        (dist.DistBackendError("NCCL error: remote process exited or there was a network error"), True),
+        (dist.DistBackendError("NCCL error: Duplicate GPU detected : rank 1 and rank 0 both on CUDA device"), False),
+    ],
+)
+def test_what_says_that_a_rank_is_lost(error: Exception, lost: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    found = lost_rank(error)
+    assert (found is not None) == lost and (found is None or found.__cause__ is error)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert lost_rank(error) is None, "there is none to lose"
 
 
 def test_the_packaged_files_are_accelerates_own() -> None:
