@@ -123,7 +123,9 @@ def test_a_command_is_one_that_the_shell_finds(tmp_path: Path, monkeypatch: pyte
         assert command == f"{shown or python} -m mdpgrpo_fast evaluate --model r/model"
 
 
-def test_the_lines_at_the_end(tmp_path: Path) -> None:
+def test_the_lines_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOCAL_WORLD_SIZE", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):  # others leave them behind
+        monkeypatch.delenv(name, raising=False)
     out, report = tmp_path / "my run", tmp_path / "my run" / "report.html"
     scores = "held-out HSR 0.500 ± 0.060 → 0.500 ± 0.060, SSR 0.750 ± 0.040 → 0.750 ± 0.040 (95 %, 300 prompts) in "
     run = TrainConfig(output_dir=str(out), model="m", train_file="t.jsonl", eval_file="held out.jsonl")
@@ -162,6 +164,9 @@ def test_the_lines_at_the_end(tmp_path: Path) -> None:
     assert end.end_lines(stopped, run, report)[-1] == f"go on   mdpgrpo {command}"
     several = f"torchrun --nproc-per-node 2 -m mdpgrpo_fast.{command}"
     assert end.end_lines({**stopped, "processes": 2}, run, report)[-1] == f"go on   {several}"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # a node with one of two
+    elsewhere = f"the same launcher, on every node: -m mdpgrpo_fast.{command}"
+    assert end.end_lines({**stopped, "processes": 2}, run, report)[-1] == f"go on   {elsewhere}"
 
 
 def test_an_evaluation_is_one_line() -> None:
