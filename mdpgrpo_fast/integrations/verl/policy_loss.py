@@ -69,16 +69,16 @@ def mdp_grpo_loss(
     )  # fmt: skip
     loss = agg_loss(found.per_token, keep, loss_agg_mode, **config.global_batch_info)
 
-    def mean(x: Tensor) -> float:
-        return (x.masked_fill(~keep, 0).sum() / keep.sum().clamp(min=1)).item()
-
-    metrics = {
-        "actor/pg_clipfrac": mean((found.clipped_low | found.clipped_high).to(logprobs)),
-        "actor/pg_clipfrac_lower": mean(found.clipped_low.to(logprobs)),
-        "actor/ppo_kl": mean((old_log_prob - logprobs).detach()),
+    told = {
+        "actor/pg_clipfrac": found.clipped_low | found.clipped_high,
+        "actor/pg_clipfrac_lower": found.clipped_low,
+        "actor/ppo_kl": (old_log_prob - logprobs).detach(),
     }
     if ref is not None:
-        metrics |= {"actor/ref_kl": mean(found.kl), "actor/ref_kl_beta": mean(beta)}
+        told |= {"actor/ref_kl": found.kl, "actor/ref_kl_beta": beta}
+    sums = torch.stack([x.to(logprobs.dtype).masked_fill(~keep, 0).sum() for x in told.values()])
+    # One wait for the device.
+    metrics = dict(zip(told, (sums / keep.sum().clamp(min=1)).tolist(), strict=True))
     return loss, metrics
 
 
