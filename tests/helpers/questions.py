@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -28,6 +29,17 @@ def hangs() -> Any:
 def slow() -> Any:
     time.sleep(1.0)
     return answer
+
+
+class Unpicklable(Exception):
+    def __init__(self, text: str, response: Any) -> None:
+        super().__init__(text)
+        self.response = response
+
+
+class Unpickles:
+    def __reduce__(self) -> Any:
+        return divmod, (1, 0)
 
 
 FAMILY = """import os, subprocess, sys, time
@@ -71,6 +83,13 @@ def answer(question: tuple[str, Any]) -> Any:
         if os.fork() == 0:
             time.sleep(10)
         os._exit(value)
+    elif kind == "raise unpicklable":
+        raise Unpicklable("an answer", lambda: value)
+    elif kind == "unpickles with an error":
+        return Unpickles()
+    elif kind == "aborts":
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        os.abort()
     elif kind == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     elif kind == "spin":
