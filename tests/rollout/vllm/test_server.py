@@ -124,7 +124,7 @@ def dripping(handler: Any, first: bytes, drop: bytes) -> None:
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 ENDLESS: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "a body that drips": (lambda h: dripping(h, HEAD + b"Content-Length: 9999\r\n\r\n", b" "), "no answer within 0.5 s"),
+    "a body that drips": (lambda h: dripping(h, HEAD + b"Content-Length: 999\r\n\r\n", b" "), "no answer within 0.5 s"),
     "headers that drip": (lambda h: dripping(h, HEAD + b"X: ", b"x"), "no answer within 0.5 s"),
     "a status that drips": (lambda h: dripping(h, b"HTTP/1.1 200 ", b"x"), "no answer within 0.5 s"),
     "many headers": (lambda h: h.wfile.write(HEAD + b"X: y\r\n" * 10**6), "too large|too long|Receive buffer"),
