@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 from helpers import questions
 from helpers.inputs import ROOT
+from helpers.stress import stress
 
 from mdpgrpo_fast.rewards import processes
 from mdpgrpo_fast.rewards.processes import Pool
@@ -372,3 +373,8 @@ def test_ctrl_c_ends_a_program_and_says_it_once(tmp_path: Path) -> None:
         os.killpg(program.pid, signal.SIGINT)
         assert program.stderr.read().count("Traceback") == 1, "that of the program alone"
         assert program.wait(20) and is_gone(pid)
+
+
+def test_bad_events_cost_their_questions_alone() -> None:
+    counts = stress(10, 2, 1.0, 10, seed=3)
+    assert counts.total() >= 10 and {kind.partition(" ")[0] for kind in counts} >= {"idle", "worker"}

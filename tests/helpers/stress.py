@@ -1,4 +1,4 @@
-"""Stress of the scoring pool: `python tests/rewards/stress.py 3000` makes so many bad events and prints what each cost.
+"""Stress of the scoring pool: `python tests/helpers/stress.py 3000` makes so many bad events and prints what each cost.
 
 Every event has to cost its own question alone, with its reason; questions between them have to be answered.
 """
@@ -35,22 +35,25 @@ EVENTS: list[tuple[tuple[str, Any], str]] = [
     (("raise unpicklable", 0), "worker Unpicklable"),
     (("unpickles with an error", 0), "worker ZeroDivisionError"),
     (("lambda", 0), "worker (PicklingError|AttributeError)"),
-    (("family, and then", ("/dev/null", ("exit", 3))), "worker exit 3"),
+    (("family, and then", ("/dev/null", ("exit", 3))), "worker (exit 3|timeout)"),
     (("take", 4000), "memory"),
     (("compiled", 0), "worker timeout"),
+    (("deaf", 60), "worker timeout"),
 ]
 
 
-def stress(events: int, workers: int, limit: float, seed: int = 0, say: Callable[[str], Any] = lambda _: None) -> Any:
+def stress(
+    events: int, workers: int, limit: float, batch: int, seed: int = 0, say: Callable[[str], Any] = lambda _: None
+) -> collections.Counter[str]:
     """Counts by what was lost. Raises AssertionError where an event cost more than its question, or was not said."""
     draw, counts = random.Random(seed), collections.Counter[str]()
     pool = Pool(questions.make, workers, limit, memory=1000)
     before = 0
     try:
         while sum(counts.values()) < events:
-            asked = [draw.choice(EVENTS) if draw.random() < 0.5 else None for _ in range(20 * workers)]
-            batch = pool.ask([event[0] if event else ("echo", i) for i, event in enumerate(asked)])
-            for i, (event, answer) in enumerate(zip(asked, pool.answers(batch, 120.0), strict=True)):
+            asked = [draw.choice(EVENTS) if draw.random() < 0.5 else None for _ in range(batch)]
+            made = pool.ask([event[0] if event else ("echo", i) for i, event in enumerate(asked)])
+            for i, (event, answer) in enumerate(zip(asked, pool.answers(made, 120.0), strict=True)):
                 if event is None:
                     assert answer == i, f"a question between was lost: {answer}"
                 else:
@@ -81,7 +84,7 @@ def children(pid: int) -> list[int]:
 
 if __name__ == "__main__":
     began = time.monotonic()
-    found = stress(int(sys.argv[1]), 4, 1.0, say=lambda text: print(f"\r{text}", end="", flush=True))
+    found = stress(int(sys.argv[1]), 4, 1.0, 80, say=lambda text: print(f"\r{text}", end="", flush=True))
     print()
     for kind, count in sorted(found.items()):
         print(f"{count:6}  {kind}")
