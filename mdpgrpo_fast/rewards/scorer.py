@@ -348,21 +348,21 @@ class Scorer:
             return score(f"{failure.reason}, for {pair}", cause=failure.cause, trace=failure.trace)
         for reward, value in zip(self.rewards, parts.values(), strict=True):
             if not is_usable(value):
-                return self._unusable(score, f"reward {reward.spec!r} gave", value, f"for {pair}", reward.spec)
+                return self._unusable(score, f"reward {reward.spec!r} gave", value, pair, reward.spec)
         if all(v is None for v in parts.values()):
             return score(f"no reward applies: all gave None for {pair}")
         total = sum(w * v for w, v in zip(self.weights, parts.values(), strict=True) if v is not None)
         if not is_usable(total):
             what = f"rewards {list(parts.values())} with weights {self.weights} sum up to"
-            return self._unusable(score, what, total, f"for {pair}", "weighted sum")
+            return self._unusable(score, what, total, pair, "weighted sum")
         return replace(score(), total=total)
 
-    def _unusable(self, score: Callable[..., Score], what: str, value: float | None, where: str, cause: str) -> Score:
+    def _unusable(self, score: Callable[..., Score], what: str, value: float | None, pair: str, cause: str) -> Score:
         assert value is not None
-        beyond = f", which is beyond ±{MOST:g}: scale it," if math.isfinite(value) else ""
-        problem = f"{what} {value!r}{beyond} {where}"
+        beyond = f", beyond the ±{MOST:,.0f} that advantages are made of" if math.isfinite(value) else ""
+        problem = f"{what} {value!r} for {pair}{beyond}"
         if not self.drop_bad:
-            raise RewardError(f"{problem}; on_bad_reward = drop leaves it out")
+            raise RewardError(f"{problem}; {'scale it, or ' * bool(beyond)}on_bad_reward = drop leaves it out")
         found = score(problem, cause=f"{cause} not usable")
         return replace(found, parts={n: v if is_usable(v) else None for n, v in found.parts.items()})
 

@@ -85,10 +85,12 @@ class Lost(NamedTuple):
 
 def lacks_memory(error: BaseException) -> bool:
     """Whether an exception, or what it came from, is of memory that was refused: by Python, the system, or torch."""
-    cause = error.__cause__
-    refused = isinstance(error, OSError) and error.errno == errno.ENOMEM
-    refused |= isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return isinstance(error, MemoryError) or refused or (cause is not None and lacks_memory(cause))
+    return any(
+        isinstance(e, MemoryError)
+        or (isinstance(e, OSError) and e.errno == errno.ENOMEM)
+        or (isinstance(e, RuntimeError) and "can't allocate memory" in describe(e))
+        for e in (error, error.__cause__)
+    )
 
 
 class _Notes(logging.Handler):
