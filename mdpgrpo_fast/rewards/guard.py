@@ -20,14 +20,13 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 def guarded(program: int, sentinel: int, close: Callable[[], None]) -> None:
-    """Forks; returns in the child. The parent, which the program knows, leads a session of its own, and ends as the
-    child does, or ends the child: at SIGTERM, and when the program is gone, whatever the child is busy with.
+    """Forks; returns in the child. The parent, which the program knows, leads a process group of its own, and ends as
+    the child does, or ends the child: at SIGTERM, and when the program is gone, whatever the child is busy with.
 
     What the child has started is killed first, that of other sessions too (Linux). program, sentinel: the program's
     process id, and a pipe that is readable when it is gone. close: of what the child alone is to hold.
     """
-    with contextlib.suppress(OSError):  # it leads one already
-        os.setsid()
+    os.setpgid(0, 0)  # a session would be a scheduling group too, which others' load keeps waiting at every answer
     _prctl(PR_SET_CHILD_SUBREAPER, 1)  # whose parent ends becomes a child of the guard
     signals, wakeup = os.pipe()
     os.set_blocking(wakeup, False)
