@@ -32,8 +32,8 @@ WEIGHTS = "model.safetensors"
 FREE_KNOBS = (
     "output_dir", "resume", "save_every", "eval_every", "log_completions", "report_to", "profile", "save_model",
     "reward_timeout", "reward_workers", "reward_isolation", "reward_check", "on_bad_reward", "max_dropped",
-    "keep_best", "push_to_hub", "hub_model_id", "hub_private_repo", "vllm_url", "vllm_memory", "vllm_sleep",
-    "vllm_timeout", "vllm_retries", "vllm_sync_dir", "vllm_lora", "rank_timeout",
+    "reward_memory", "keep_best", "push_to_hub", "hub_model_id", "hub_private_repo", "vllm_url", "vllm_memory",
+    "vllm_sleep", "vllm_timeout", "vllm_retries", "vllm_sync_dir", "vllm_lora", "rank_timeout",
 )  # fmt: skip
 # How long the run is: its prompts are drawn in the same order, its learning rates follow the new schedule.
 SCHEDULE_KNOBS = ("steps", "epochs", "warmup_steps")
