@@ -107,6 +107,8 @@ def _template_args(items: list[str]) -> dict[str, Any]:
             values[name] = json.loads(text)
         except ValueError:
             values[name] = text
+        except RecursionError:
+            raise ConfigError(f"template_args: {name} is nested too deep") from None
     return values
 
 

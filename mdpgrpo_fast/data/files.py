@@ -21,6 +21,8 @@ Row = tuple[str, Any]
 Source = str | Path | Iterable[Any]
 
 SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".parquet", ".gz", ".txt")
+UNPACKED, TIMES = 2**26, 200  # bytes that a .gz file may unpack to, and more for each of its own
+FIELD = 2**27  # characters of a CSV field: a prompt may be longer than the default of 131,072
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
 
 
@@ -70,15 +72,25 @@ def _file(path: Path) -> Iterator[Row]:
         data = path.read_bytes()
         name = path.name.lower()
         if name.endswith(".gz"):
-            data, name = gzip.decompress(data), name.removesuffix(".gz")
+            data, name = _unpacked(data), name.removesuffix(".gz")
         if name.endswith(".parquet"):
             return _parquet(path, data)
         text = data.decode("utf-8-sig")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as e:
+    except (OSError, EOFError, MemoryError, zlib.error, ValueError) as e:
         raise ConfigError(f"prompt file {str(path)!r} cannot be read: {_reason(e)}") from None
     if name.endswith(".csv"):
         return _csv(path, text)
     return _json_array(path, text) if text.lstrip().startswith("[") else _json_lines(path, text)
+
+
+def _unpacked(data: bytes) -> bytes:
+    """Raises: ValueError where that is far larger than text that was packed can be."""
+    limit = UNPACKED + TIMES * len(data)
+    with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+        unpacked = file.read(limit + 1)
+    if len(unpacked) > limit:
+        raise ValueError(f"its {len(data)} bytes unpack to more than {limit}")
+    return unpacked
 
 
 def _json_lines(path: Path, text: str) -> Iterator[Row]:
@@ -110,10 +122,13 @@ def _numbered(path: object, rows: list[Any]) -> Iterator[Row]:
 
 def _csv(path: Path, text: str) -> Iterator[Row]:
     """All values are text: what looks like a number may be an answer's spelling."""
-    limit = csv.field_size_limit(2**31 - 1)  # a prompt may be longer than the default of 131,072 characters
+    limit = csv.field_size_limit(FIELD)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         header, line = next(reader, []), reader.line_num
+        twice = next((name for name in header if header.count(name) > 1), None)
+        if twice is not None:
+            raise ConfigError(f"{path}:1: the header has two columns {twice!r}")
         for fields in reader:
             where, line = f"{path}:{line + 1}", reader.line_num
             if len(fields) == len(header):

@@ -73,9 +73,11 @@ class Renderer:
             warnings.simplefilter("ignore", DeprecationWarning)  # of threads, whose locks the process does not take
             self._pid = os.fork()
         if not self._pid:
-            os.close(requests), os.close(answers)
+            os.close(requests)
+            os.close(answers)
             _serve(self._tokenizer, os.fdopen(request, "rb"), os.fdopen(answer, "wb"))
-        os.close(request), os.close(answer)
+        os.close(request)
+        os.close(answer)
         self._requests, self._answers = os.fdopen(requests, "wb"), os.fdopen(answers, "rb")
 
     def _end(self) -> str:
