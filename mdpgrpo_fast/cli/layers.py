@@ -61,7 +61,7 @@ def _parsed(text: str) -> Any:
             raise ValueError(f"more than {ALIASES} aliases")
         return yaml.SafeLoader.compose_node(loader, *args)
 
-    loader.compose_node = compose_node  # type: ignore[method-assign]
+    loader.compose_node = compose_node  # type: ignore[method-assign,assignment]
     try:
         return loader.get_single_data()
     finally:

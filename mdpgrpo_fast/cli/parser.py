@@ -75,7 +75,7 @@ def read(
     for where, layer in layers:
         for key in layer:
             if key not in knobs:
-                raise ConfigError(f"{where}: {_unknown('key', key, knobs)}")
+                raise ConfigError(f"{where}: {_unknown('key', key[:100], knobs)}")
         try:
             found = _converted(parser, layer, {f.name for f in flags if f.many})
         except ConfigError as e:
@@ -88,6 +88,7 @@ def read(
     namespace, rest = parser.parse_known_args([_dashed(word) for word in argv])
     if rest:
         name = rest[0].split("=")[0]
+        name = name if len(name) <= 100 else f"{name[:100]}…"
         if not name.startswith("-"):
             raise ConfigError(f"unexpected argument {name!r}{_hint(name, known)}")
         raise ConfigError(_unknown("flag", name, [*(f.flag for f in flags), *_negated(flags)]))

@@ -314,7 +314,7 @@ def test_weights_that_are_a_pickle_are_never_executed(tmp_path: Path, files: tup
         data = json.dumps(settings).encode() if name.endswith(".json") else pickle.dumps({"a": _Executed(executed)})
         (place / name).write_bytes(data)
     (place / "model.safetensors").unlink()
-    with pytest.raises(ConfigError, match="cannot be loaded: .*Weights only load failed") as e:
+    with pytest.raises(ConfigError, match=r"cannot be loaded: .*Weights only load failed") as e:
         load(str(place))
     assert "\n" not in str(e.value) and not executed.exists()
 
