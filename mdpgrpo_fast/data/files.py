@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import inspect
 import io
 import json
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError, needs_package
+from ..verifiers.packed import unpacked
 
 # Where a row stands ("file:line", "file row 3"), and the row, or the ValueError that says why there is none.
 Row = tuple[str, Any]
@@ -21,7 +21,6 @@ Row = tuple[str, Any]
 Source = str | Path | Iterable[Any]
 
 SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".parquet", ".gz", ".txt")
-UNPACKED, TIMES = 2**26, 200  # bytes that a .gz file may unpack to, and more for each of its own
 FIELD = 2**27  # characters of a CSV field: a prompt may be longer than the default of 131,072
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
 
@@ -72,7 +71,7 @@ def _file(path: Path) -> Iterator[Row]:
         data = path.read_bytes()
         name = path.name.lower()
         if name.endswith(".gz"):
-            data, name = _unpacked(data), name.removesuffix(".gz")
+            data, name = unpacked(data), name.removesuffix(".gz")
         if name.endswith(".parquet"):
             return _parquet(path, data)
         text = data.decode("utf-8-sig")
@@ -81,16 +80,6 @@ def _file(path: Path) -> Iterator[Row]:
     if name.endswith(".csv"):
         return _csv(path, text)
     return _json_array(path, text) if text.lstrip().startswith("[") else _json_lines(path, text)
-
-
-def _unpacked(data: bytes) -> bytes:
-    """Raises: ValueError where that is far larger than text that was packed can be."""
-    limit = UNPACKED + TIMES * len(data)
-    with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
-        unpacked = file.read(limit + 1)
-    if len(unpacked) > limit:
-        raise ValueError(f"its {len(data)} bytes unpack to more than {limit}")
-    return unpacked
 
 
 def _json_lines(path: Path, text: str) -> Iterator[Row]:

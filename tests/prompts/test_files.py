@@ -17,6 +17,8 @@ from helpers.prompts import GOOD, write
 from mdpgrpo_fast.config import ConfigError, PromptConfig
 from mdpgrpo_fast.data import files, read_prompts
 from mdpgrpo_fast.data.files import read_rows
+from mdpgrpo_fast.verifiers import packed
+from mdpgrpo_fast.verifiers.scoring import score_files
 
 ROWS = [{"prompt": "one", "n": 1}, {"prompt": "two\u2028still two", "n": 2}]
 LINES = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
@@ -104,11 +106,13 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path, name: str, data: bytes,
 
 
 def test_what_unpacks_to_far_more_than_text_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "UNPACKED", 1000)
+    monkeypatch.setattr(packed, "UNPACKED", 1000)
     path = tmp_path / "g.jsonl.gz"
     path.write_bytes(gzip.compress(LINES.encode() + b" " * 1_000_000))
     with pytest.raises(ConfigError, match=r"g\.jsonl\.gz' cannot be read: its \d+ bytes unpack to more than \d+"):
         read_prompts(path)
+    with pytest.raises(ConfigError, match=r"g\.jsonl\.gz' cannot be read: its \d+ bytes unpack to more than \d+"):
+        score_files(path, path)
 
 
 def test_a_field_of_a_table_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
