@@ -7,7 +7,7 @@ DEMO   := mdpgrpo_fast/demo
 ARGS   ?=
 JOBS   ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: help setup train test test-fast test-vllm test-verl vllm-sources faults check install-check wheel install-sizes sanitize gpu-bundle seed-policy bench clean
+.PHONY: help setup train test test-fast test-vllm test-verl vllm-sources faults check install-check wheel install-sizes sanitize fuzz gpu-bundle seed-policy bench clean
 
 help:
 	@echo "make train        install, then train the embedded demonstration into $(OUTPUT) (ARGS=... adds flags)"
@@ -22,6 +22,7 @@ help:
 	@echo "make wheel        dist/: the sdist, and the wheel with the manylinux tag that this machine's compiler allows"
 	@echo "make install-sizes  bytes and seconds of an installation with all that it downloads"
 	@echo "make sanitize     the tests of the compiled CPU kernels under ASan and UBSan"
+	@echo "make fuzz         random inputs of everything that reads what others wrote, for SECONDS (600); RECORD=file (ARGS=...)"
 	@echo "make setup        the installation alone"
 	@echo "make seed-policy  make the embedded prompts and seed policy again"
 	@echo "make bench        benchmarks that this machine can run"
@@ -139,14 +140,25 @@ install-sizes: $(VENV)/.setup-test wheel
 	PYTHON=$(abspath $(BIN)/python) bash .ci/install_sizes dist $(or $(RECORD),build/install_sizes.json)
 
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
-sanitize: $(VENV)/.setup-test
+build/sanitize/mdpgrpo_fast/kernels/_cpu.abi3.so: $(VENV)/.setup-test $(CSRC)
 	MDPGRPO_BUILD=cpu MDPGRPO_CXXFLAGS="-O1 -g -Werror $(SANITIZERS)" \
 	    $(BIN)/python setup.py -q build_ext --build-lib build/sanitize --build-temp build/sanitize/temp
-	nm -D build/sanitize/mdpgrpo_fast/kernels/_cpu.abi3.so | grep -q __asan_init
+	nm -D $@ | grep -q __asan_init
+
+sanitize: $(VENV)/.setup-test build/sanitize/mdpgrpo_fast/kernels/_cpu.abi3.so
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	    MDPGRPO_LIBRARIES=$(abspath build/sanitize/mdpgrpo_fast/kernels) TRITON_INTERPRET=1 \
 	    $(BIN)/python -m pytest -n $(JOBS) -k "cpu and not (opcheck or instruction_set or exported)" \
 	    tests/kernels/test_cpu.py tests/rollout/test_sampling.py $(addprefix tests/ops/test_,token_loss.py autograd.py logprobs.py advantages.py checks.py) $(ARGS)
+
+$(VENV)/fuzz/.done: $(VENV)/.setup-test constraints-test-fuzz.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) -r constraints-test-fuzz.txt
+	touch $@
+
+SECONDS ?= 600
+fuzz: $(VENV)/fuzz/.done build/sanitize/mdpgrpo_fast/kernels/_cpu.abi3.so
+	PYTHONPATH=$(abspath $(VENV)/fuzz) nice -n 15 $(BIN)/python tests/fuzz/run.py --seconds $(SECONDS) \
+	    --libraries $(abspath build/sanitize/mdpgrpo_fast/kernels) --output $(or $(RECORD),build/fuzz.json) $(ARGS)
 
 # What a GPU machine without a registry lacks: wheels for its Python, and csrc/ built here. `bash benchmarks/gpu.sh` there.
 GPU_PYTHON ?= 3.12

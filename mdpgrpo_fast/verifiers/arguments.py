@@ -101,7 +101,7 @@ def _pattern(value: Any, rules: str) -> str:
         raise ValueError(f"{value!r} is read as a regular expression and may not repeat (* + {{}}); put a \\ before")
     try:
         re.compile(value)
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"{value!r} is read as a regular expression and is none: {error}") from None
     return value
 
