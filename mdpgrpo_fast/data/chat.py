@@ -161,7 +161,7 @@ class _Chat:
     def _render(self, messages: list[dict[str, Any]], tools: Any = None) -> str:
         """As TRL renders: a last assistant message goes on, anything else is answered."""
         goes_on = messages[-1]["role"] == "assistant"
-        return self.tokenizer.apply_chat_template(
+        text: str = self.tokenizer.apply_chat_template(
             messages,
             tools=tools or None,  # some templates write a headline for an empty list
             tokenize=False,
@@ -169,6 +169,7 @@ class _Chat:
             continue_final_message=goes_on,
             **self.arguments,
         )
+        return text
 
     @cached_property
     def plain_text(self) -> tuple[bool, str]:
