@@ -7,7 +7,7 @@ DEMO   := mdpgrpo_fast/demo
 ARGS   ?=
 JOBS   ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: help setup train test test-fast test-vllm test-verl vllm-sources faults check install-check wheel install-sizes sanitize fuzz gpu-bundle seed-policy bench clean
+.PHONY: help setup train test test-fast test-vllm test-verl vllm-sources faults fuzz mutation coverage audit licences check install-check wheel install-sizes sanitize gpu-bundle seed-policy bench clean
 
 help:
 	@echo "make train        install, then train the embedded demonstration into $(OUTPUT) (ARGS=... adds flags)"
@@ -17,6 +17,10 @@ help:
 	@echo "make test-verl    the same of a real verl on Ray"
 	@echo "make vllm-sources  what the tests compare our calls of vLLM with, for MDPGRPO_VLLM_SOURCES; CI does"
 	@echo "make faults       plant each fault of tests/faults.py in a copy; fails where the tests do not see it (ARGS=words)"
+	@echo "make mutation     small faults everywhere in the method and the verifiers, which the fast tests must see (ARGS=--sample N)"
+	@echo "make coverage     the whole suite once more, and the lines that it runs, by package"
+	@echo "make audit        known vulnerabilities of what is installed, where pip-audit's services can be reached"
+	@echo "make licences     docs/licences.md, from what is installed"
 	@echo "make check        formatter, linter and type checker"
 	@echo "make install-check  every way to build and install, each in a fresh environment"
 	@echo "make wheel        dist/: the sdist, and the wheel with the manylinux tag that this machine's compiler allows"
@@ -115,6 +119,27 @@ test-verl: $(VENV)/verl/.done
 
 faults: $(VENV)/.setup-test
 	$(BIN)/python tests/faults.py --jobs $(JOBS) $(ARGS)
+
+mutation: $(VENV)/.setup-test
+	$(BIN)/python -W ignore tests/mutation.py --output $(or $(RECORD),build/mutation.json) $(ARGS)
+
+# Without `coverage erase`, a second call would add to the first.
+coverage: $(VENV)/.setup-test
+	rm -rf build/coverage && mkdir -p build/coverage && touch build/coverage/data.begin
+	$(BIN)/coverage run --data-file=build/coverage/data -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/coverage combine --quiet --data-file=build/coverage/data build/coverage
+	$(BIN)/python benchmarks/tables/coverage_result.py build/coverage/data $(or $(RECORD),build/coverage.json)
+
+$(VENV)/audit/.done: $(VENV)/.python
+	$(BIN)/python -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
+	touch $@
+
+audit: $(VENV)/.setup-test $(VENV)/audit/.done
+	$(BIN)/python benchmarks/tables/audit.py $(VENV)/audit/bin/pip-audit $(or $(RECORD),build/audit.json)
+
+licences: $(VENV)/.setup-test
+	$(BIN)/python benchmarks/tables/licences.py docs/licences.md
 
 check: $(VENV)/.setup-test
 	$(BIN)/ruff format --check .

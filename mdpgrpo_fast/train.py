@@ -120,7 +120,7 @@ def _speaks(trainer: Trainer, failure: Exception) -> bool:
     from .training.distributed import RankLostError
 
     acc = trainer.loop.accelerator
-    return acc.is_local_main_process if isinstance(failure, RankLostError) else acc.is_main_process
+    return bool(acc.is_local_main_process if isinstance(failure, RankLostError) else acc.is_main_process)
 
 
 def _say_end(trainer: Trainer, result: TrainResult) -> None:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 def _op(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., K) weightᵀ (N, K) + bias."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return out
 
 
 @cache
@@ -77,7 +78,8 @@ def _forward(module: Any, x: Tensor) -> Tensor:
         return _op(x, packed_weight, bias)
     if other or not _plain(x, weight, bias):
         return nn.functional.linear(x, weight, bias)
-    return _Linear.apply(x, weight, bias, packed_weight)
+    out: Tensor = _Linear.apply(x, weight, bias, packed_weight)
+    return out
 
 
 def install(model: nn.Module) -> None:

@@ -140,7 +140,7 @@ def grouped(
     groups = None if groups is None else as_tensor("groups", groups, rewards.device, "of whole numbers")
     check_device(rewards, "rewards", num_constraints=num_constraints, valid=valid, groups=groups)
     if parts is not None:
-        check_device(rewards, "rewards", parts=parts[0], part_weights=parts[1])
+        check_device(rewards, "rewards", parts=parts[0])
         check_shape("parts", parts[0], (*rewards.shape, parts[0].shape[-1]))
     if groups is not None:
         check_groups(groups, rewards, size)
@@ -208,6 +208,7 @@ def _check_parts(
     if part_weights is None:
         return rewards, rewards.new_ones(rewards.shape[-1])
     weights = as_tensor("part_weights", part_weights, device, "of numbers", rewards.dtype)
+    check_device(rewards, "parts", part_weights=weights)
     check_shape("part_weights", weights, (rewards.shape[-1],))
     weights = weights.to(rewards.dtype)
     if look(weights, check_values) and not bool(weights.isfinite().all()):

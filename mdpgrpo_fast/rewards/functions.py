@@ -77,7 +77,8 @@ def load_reward(spec: str) -> RewardFunction:
         raise ConfigError(f"reward {spec!r} cannot be loaded: {describe(e)}") from None
     if not callable(function):
         raise ConfigError(f"reward {spec!r} is not a function")
-    return function
+    found: RewardFunction = function
+    return found
 
 
 def _unwrapped(function: RewardFunction) -> RewardFunction:

@@ -61,7 +61,7 @@ class _Popen(multiprocessing.popen_spawn_posix.Popen):
 class _Process(multiprocessing.context.SpawnProcess):
     """Not a daemon, which may have no children, but nothing waits for it when the interpreter ends."""
 
-    _Popen = staticmethod(_Popen)  # type: ignore[assignment]
+    _Popen = staticmethod(_Popen)
 
     def start(self) -> None:
         with _CHILDREN:

@@ -291,13 +291,14 @@ class KernelRows:
         return self.settings.temperature if rows.temperature is None else rows.temperature
 
     def score(self, z: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        return self.launch.logprobs(z[None], _without_completions(rows), self.settings, 0, **self.launch.options(z))
+        known = _without_completions(rows), self.settings, 0
+        found: tuple[Tensor, Tensor] = self.launch.logprobs(z[None], *known, **self.launch.options(z))
+        return found
 
     def unit(self, z: Tensor, gradient: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        settings = self.settings._replace(two_temperatures=0)
-        return self.launch.logprobs(
-            z[None], _without_completions(rows), settings, 0, gradient[None], **self.launch.options(z)
-        )
+        known = _without_completions(rows), self.settings._replace(two_temperatures=0), 0, gradient[None]
+        found: tuple[Tensor, Tensor] = self.launch.logprobs(z[None], *known, **self.launch.options(z))
+        return found
 
     def mix(self, logits: Tensor, gradient: Tensor, statistics: Tensor, weights: Tensor, rows: Rows) -> None:
         two = self.settings.two_temperatures
@@ -315,7 +316,8 @@ class KernelRows:
         return Weighed(*self.launch.objective(*given))
 
     def totals(self, per_row: Tensor, marks: Tensor, rows: Rows, num_completions: int) -> tuple[Tensor, Tensor, Tensor]:
-        return self.launch.totals(per_row, marks, _with_bytes(rows), num_completions)
+        found: tuple[Tensor, Tensor, Tensor] = self.launch.totals(per_row, marks, _with_bytes(rows), num_completions)
+        return found
 
 
 def _with_bytes(rows: Rows) -> Rows:

@@ -32,7 +32,8 @@ def engine_of(pattern: object) -> ModuleType:
         return re
     import regex
 
-    return regex
+    engine: ModuleType = regex
+    return engine
 
 
 @functools.lru_cache(maxsize=2)

@@ -129,7 +129,7 @@ def _is_odd(word: str) -> bool:
 def _count_is_odd(word: str) -> bool:
     import syllapy
 
-    return syllapy.count(word) % 2 == 1
+    return bool(syllapy.count(word) % 2 == 1)
 
 
 _remembered = functools.lru_cache(maxsize=1 << 14)(_count_is_odd)
