@@ -67,7 +67,9 @@ def token_loss(
 
     Args:
         logits: (B, L, V) or (T, V) float, the row at a token predicting it; the only input that gets a gradient. Any
-            strides with unit stride in V (others are copied).
+            strides with unit stride in V (others are copied). -inf is a token of no probability. Where the row's own
+            token has it (ℓ = -inf), or a row has +inf or NaN or nothing but -inf (ℓ = NaN), the loss is NaN, and so is
+            all of that row's gradient, whatever the advantage and the clip: such a token cannot have been drawn.
         tokens: rows of integers in [0, V); masked ones too.
         mask: rows of bool or number, non-zero where the token belongs to the completion; None: all. What masked rows of
             float inputs hold does not matter.

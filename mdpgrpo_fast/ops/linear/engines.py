@@ -218,8 +218,7 @@ class TorchRows:
         weights = [c, c_kl] if s.two_temperatures else [c + c_kl]
         if s.has_bonus(rows):
             weights.append(parts.gate.to(self.dtype) * given["entropy_coef"])
-        loss = torch.where(logprobs.isnan(), logprobs, parts.per_token)
-        per_row = torch.stack([logprobs, statistics[ENTROPY], parts.kl, parts.ratio, loss * share])
+        per_row = torch.stack([logprobs, statistics[ENTROPY], parts.kl, parts.ratio, parts.per_token * share])
         marks = torch.stack([parts.clipped_low, parts.clipped_high, parts.kl_clamped])
         return Weighed(per_row, marks, (torch.stack(weights) * share).masked_fill(~keep, 0))
 
@@ -260,8 +259,8 @@ class TorchRows:
         kl_exponent = exponent if name != "gmpo" else log_ratio
         kl_through = kl_through.masked_fill(kl_exponent > reference.RATIO_EXPONENT_MAX, 0)
         c = direct + through.masked_fill(is_over, 0) + kl_through
-        # On-policy the slope does not depend on ℓ, but a NaN of it must not get lost.
-        return torch.where(logprobs.isnan(), logprobs, c)
+        # As `reference.token_objective` has it of ℓ that is -inf or NaN.
+        return torch.where(logprobs > -torch.inf, c, torch.nan)
 
     def _value(self, name: str, x: Tensor | None, keep: Tensor) -> Tensor | float | None:
         """A member of rows, 0 where a row is not kept; the number of the settings, or None, where it is not given."""
