@@ -146,7 +146,6 @@ check: $(VENV)/.setup-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*/*) tests/helpers/*.cpp
-	! command -v nvcc >/dev/null || $(BIN)/python benchmarks/compiled/cuda_resources.py --output build/cuda_resources.json
 
 install-check: $(VENV)/.setup-test
 	PYTHON=$(abspath $(BIN)/python) RECORD=$(abspath $(RECORD)) bash .ci/install
