@@ -68,7 +68,7 @@ def adapter_settings(source: str) -> dict[str, Any] | None:
         )
     if not settings.get("base_model_name_or_path"):
         raise ConfigError(f"adapter_config.json of {source!r} must name its base_model_name_or_path")
-    return settings  # type: ignore[no-any-return]
+    return settings
 
 
 def adapter_chain(source: str) -> tuple[str, list[str]]:
