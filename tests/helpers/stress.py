@@ -1,18 +1,19 @@
-"""Stress of the scoring pool: `python tests/helpers/stress.py 3000` makes so many bad events and prints what each cost.
+"""Stress of the scoring pool: `python tests/helpers/stress.py 3000` makes so many bad events, and counts them by kind.
 
-Every event has to cost its own question alone, with its reason; questions between them have to be answered.
+Every event has to cost its own question alone, with its reason; questions between them have to be answered. Ctrl-C ends
+it earlier.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import random
 import re
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,10 @@ EVENTS: list[tuple[tuple[str, Any], str]] = [
 
 
 def stress(
-    events: int, workers: int, limit: float, batch: int, seed: int = 0, say: Callable[[str], Any] = lambda _: None
+    events: int, workers: int, limit: float, batch: int, seed: int = 0, counts: collections.Counter[str] | None = None
 ) -> collections.Counter[str]:
     """Counts by what was lost. Raises AssertionError where an event cost more than its question, or was not said."""
-    draw, counts = random.Random(seed), collections.Counter[str]()
+    draw, counts = random.Random(seed), collections.Counter() if counts is None else counts
     pool = Pool(questions.make, workers, limit, memory=1000)
     before = 0
     try:
@@ -68,7 +69,6 @@ def stress(
                     process.join(10)
                     counts[f"idle {of} killed"] += 1
             before = before or len(os.listdir("/proc/self/fd"))
-            say(f"{sum(counts.values())} events")
     finally:
         pool.stop()
     assert len(os.listdir("/proc/self/fd")) <= before, "files are left open"
@@ -83,9 +83,9 @@ def children(pid: int) -> list[int]:
 
 
 if __name__ == "__main__":
-    began = time.monotonic()
-    found = stress(int(sys.argv[1]), 4, 1.0, 80, say=lambda text: print(f"\r{text}", end="", flush=True))
-    print()
+    began, found = time.monotonic(), collections.Counter[str]()
+    with contextlib.suppress(KeyboardInterrupt):
+        stress(int(sys.argv[1]), 4, 1.0, 80, counts=found)
     for kind, count in sorted(found.items()):
         print(f"{count:6}  {kind}")
     print(f"{found.total():6}  events in {time.monotonic() - began:.0f} s; each cost its own question alone")
