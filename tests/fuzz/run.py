@@ -162,6 +162,8 @@ def _run(args: argparse.Namespace) -> int:
     from fuzz import targets
     from harness import provenance, write_json
 
+    command = f"python tests/fuzz/run.py --seconds {args.seconds:g} --seed {args.seed} --output {args.output}"
+    document = provenance(command)  # of what is loaded now
     rows: dict[str, Any] = {}
     begun = time.monotonic()
     with targets.ready() as ready:
@@ -188,8 +190,6 @@ def _run(args: argparse.Namespace) -> int:
             rows[name] |= {"inputs": counts, "seconds": round(time.monotonic() - start, 1)}
             rows[name] |= {"crashes": crashes, "differences": different, "faults": faults.found}
             print(f"{name}: {sum(counts.values())} inputs, {crashes} crashes, {different} differences", flush=True)
-    command = f"python tests/fuzz/run.py --seconds {args.seconds:g} --seed {args.seed} --output {args.output}"
-    document = provenance(command)
     for package in ("hypothesis", "atheris", "nltk", "lm-eval"):
         try:
             document["versions"][package] = importlib.metadata.version(package)
