@@ -120,7 +120,7 @@ def _inside_atheris(name: str, seed: int, seconds: float, output: Path) -> None:
     with atheris.instrument_imports(include=["mdpgrpo_fast.data", "mdpgrpo_fast.cli", "mdpgrpo_fast.rollout.vllm"]):
         from fuzz import targets
     faults = Faults()
-    with targets.ready() as ready:
+    with targets.ready(name) as ready:
 
         def one(data: bytes) -> None:
             known = len(faults.found)
@@ -160,8 +160,11 @@ def of_kernels(seed: int, seconds: float, faults: Faults, libraries: Path | None
 
 def _run(args: argparse.Namespace) -> int:
     from fuzz import targets
-    from harness import provenance, write_json
+    from harness import provenance
 
+    command = f"python tests/fuzz/run.py --seconds {args.seconds:g} --seed {args.seed} --output {args.output}"
+    document = provenance(command)  # of what is loaded now
+    document["versions"] |= {name: _version(name) for name in ("hypothesis", "atheris", "nltk", "lm-eval")}
     rows: dict[str, Any] = {}
     begun = time.monotonic()
     with targets.ready() as ready:
@@ -188,19 +191,26 @@ def _run(args: argparse.Namespace) -> int:
             rows[name] |= {"inputs": counts, "seconds": round(time.monotonic() - start, 1)}
             rows[name] |= {"crashes": crashes, "differences": different, "faults": faults.found}
             print(f"{name}: {sum(counts.values())} inputs, {crashes} crashes, {different} differences", flush=True)
-    command = f"python tests/fuzz/run.py --seconds {args.seconds:g} --seed {args.seed} --output {args.output}"
-    document = provenance(command)
-    for package in ("hypothesis", "atheris", "nltk", "lm-eval"):
-        try:
-            document["versions"][package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            document["versions"][package] = None
+            _write(args.output, document, rows, begun)
+    return int(any(row["crashes"] or row["differences"] for row in rows.values()))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _write(output: Path, document: dict[str, Any], rows: dict[str, Any], begun: float) -> None:
+    """The targets so far; a run that is cut short leaves those."""
+    from harness import write_json
+
     totals = {key: sum(row[key] for row in rows.values()) for key in ("crashes", "differences")}
     inputs = sum(sum(row["inputs"].values()) for row in rows.values())
-    document |= {"seconds": round(time.monotonic() - begun), "inputs": inputs, **totals, "targets": rows}
-    write_json(args.output, document)
-    print(f"{inputs} inputs, {totals['crashes']} crashes, {totals['differences']} differences")
-    return int(any(totals.values()))
+    more = {"seconds": round(time.monotonic() - begun), "inputs": inputs, **totals, "targets": rows}
+    write_json(output, document | more)
+    print(f"{inputs} inputs, {totals['crashes']} crashes, {totals['differences']} differences", flush=True)
 
 
 def main() -> int:
@@ -221,7 +231,7 @@ def main() -> int:
     if args.target:
         from fuzz import targets
 
-        with targets.ready() as ready:
+        with targets.ready(args.target) as ready:
             ready[args.target](bytes.fromhex(args.input))
         return 0
     return _run(args)
