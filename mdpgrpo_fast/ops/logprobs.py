@@ -11,7 +11,8 @@ from ..kernels.schemas import Rows
 from ..reference import Layout
 from . import fused
 from .backends import choose
-from .checks import check_flags, check_rows, check_tensor, refuse_overwritten
+from .checks import check_flags, check_rows, check_tensor
+from .overwritten import refuse_overwritten
 
 
 def token_logprobs(
