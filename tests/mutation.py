@@ -19,6 +19,7 @@ import functools
 import gc
 import hashlib
 import importlib
+import inspect
 import json
 import os
 import pickle
@@ -70,7 +71,7 @@ VERIFIERS = tuple(
 SLOW = "not compile and not triton and not opcheck and not instruction_set and not golden_label"
 TYPES = ("nltk", "langdetect", "regex", "numpy", "pytest", "yaml", "emoji", "syllapy", "janome.tokenizer", "torch")
 GROUPS = {
-    "reference": Group(("mdpgrpo_fast/reference/*.py",), (*REFERENCE, *OPS), SLOW, True),
+    "reference": Group(("mdpgrpo_fast/reference/*.py",), (*REFERENCE, *OPS, "tests/ops/test_logprobs.py"), SLOW, True),
     "advantages": Group(("mdpgrpo_fast/ops/advantages.py",), (*OPS, "tests/ops/test_checks.py"), SLOW, True),
     "rules": Group(("mdpgrpo_fast/verifiers/rules/**/*.py",), VERIFIERS, SLOW, loaded=TYPES),
     "text": Group(("mdpgrpo_fast/verifiers/text/*.py",), VERIFIERS, SLOW, loaded=TYPES),
@@ -157,15 +158,15 @@ def pytest_of(group: Group, plugin: object) -> int:
 # ---- in place: functions of modules that are loaded ----------------------------------------------------------------
 
 
-def codes(code: CodeType, found: dict[str, CodeType]) -> dict[str, CodeType]:
+def codes(code: CodeType, found: dict[str, CodeType], prefix: str = "") -> dict[str, CodeType]:
     """Every code object inside of one, by its qualified name; of equal names the nth has #n."""
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
-            name, n = inner.co_qualname, 0
+            name, n = prefix + inner.co_name, 0
             while f"{name}#{n}" in found:
                 n += 1
             found[f"{name}#{n}"] = inner
-            codes(inner, found)
+            codes(inner, found, f"{name}.<locals>." if inner.co_flags & inspect.CO_OPTIMIZED else f"{name}.")
     return found
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+from pathlib import Path
 from types import ModuleType
 
+import coverage
 import mutation
 import pytest
 from helpers import mutants
@@ -85,12 +87,16 @@ def test_no_run_time_dependency_is_under_the_gpl(tool: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("tool", ["coverage_result"], indirect=True)
-def test_lines_of_kernels_are_counted_apart(tool: ModuleType) -> None:
-    path = ROOT / "mdpgrpo_fast/kernels/triton/advantages.py"
-    lines = path.read_text(encoding="utf-8").split("\n")
-    jit = tool.jit_lines(path)
-    assert jit and any("tl." in lines[n - 1] for n in jit) and len(jit) < len(lines)
+def test_lines_that_were_run(tool: ModuleType, tmp_path: Path) -> None:
     assert tool.ranges([1, 2, 3, 7, 9, 10]) == "1-3 7 9-10"
+    data = coverage.CoverageData(str(tmp_path / "data"))
+    inside, text = "mdpgrpo_fast/verifiers/text/scan.py", (ROOT / "mdpgrpo_fast/verifiers/text/scan.py").read_text()
+    data.add_lines({inside: range(1, text.count("\n") + 1)})
+    data.write()
+    found = tool.measured(str(tmp_path / "data"))
+    assert set(found) == {".", *(p.name for p in (ROOT / "mdpgrpo_fast").iterdir() if list(p.rglob("*.py")))}
+    assert "text/scan.py" not in str(found["verifiers"]["missed"]) and 0 < found["verifiers"]["covered"] < 40
+    assert found["ops"]["covered"] == 0 == found["ops"]["percent"] and "ops/fused.py" in found["ops"]["missed"]
 
 
 # ---- mutants --------------------------------------------------------------------------------------------------------
