@@ -120,7 +120,7 @@ faults: $(VENV)/.setup-test
 	$(BIN)/python tests/faults.py --jobs $(JOBS) $(ARGS)
 
 mutation: $(VENV)/.setup-test
-	$(BIN)/python -W ignore tests/mutation.py --output $(or $(RECORD),build/mutation.json) $(ARGS)
+	$(BIN)/python -W ignore tests/mutation.py --jobs $(JOBS) --output $(or $(RECORD),build/mutation.json) $(ARGS)
 
 coverage: $(VENV)/.setup-test
 	rm -rf build/coverage && mkdir -p build/coverage && touch build/coverage/begin

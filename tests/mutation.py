@@ -1,14 +1,14 @@
 """Mutation testing: how many small faults, of every kind everywhere, the fast tests see.
 
-    python tests/mutation.py [GROUP ...] [--sample N] [--seed N] [--output FILE]
+    python tests/mutation.py [GROUP ...] [--sample N] [--seed N] [--jobs N] [--again] [--kept] [--output FILE]
 
 GROUP: reference, advantages, rules, text, scoring, cpp; default: all. A mutant that makes a test fail, run out of time
-or die is killed. A group with more mutants than N is sampled. Each mutant gets a process of its own, forked after torch
-is loaded: one inside a function, after the tests are collected too, and only the tests that run its lines, found by
-coverage.py, the fastest first; one that matters at import starts anew; one of C++ is compiled. Results are kept in
-build/mutation/ by the text of the source, so that a second call runs what is new, or with `--again` what had survived.
-Exits 1 where a group's share of killed mutants is below 90 %, those that survive for a known reason
-(tests/data/mutation_survivors.json) aside for C++ alone.
+or die is killed. Of a group with more mutants than N, N are drawn. Each mutant gets a process of its own, forked after
+torch is loaded: one inside a function, after the tests are collected too, and only the tests that run its lines, found
+by coverage.py, the fastest first; one that matters at import starts anew; one of C++ is compiled. Outcomes are kept in
+build/mutation/ for as long as a source stays as it is, so that a second call runs what is new, with `--again` what had
+survived too. Why a mutant survives, where it is known, is in tests/data/mutation_survivors.json. Exits 1 where less
+than 90 % of a group are killed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import inspect
 import json
 import os
 import pickle
-import random
 import resource
 import shutil
 import signal
@@ -32,6 +31,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
@@ -404,16 +405,17 @@ def run_group(name: str, chosen: list[Mutant], done: Callable[[Mutant, str], Non
 
 
 class Kept:
-    """Outcomes of a group, a line each, for as long as its source is the same."""
+    """Outcomes of a group, a line each, for as long as its source is the same, and the seconds that each took."""
 
     def __init__(self, name: str) -> None:
         self.file = KEPT / f"{name}.jsonl"
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.found: dict[str, str] = {}
+        self.found: dict[str, tuple[str, float]] = {}
         self.digests: dict[str, str] = {}
+        self.last = time.monotonic()
         for line in self.file.read_text().splitlines() if self.file.exists() else ():
-            key, outcome = json.loads(line)
-            self.found[key] = outcome
+            key, *outcome = json.loads(line)
+            self.found[key] = outcome[0], outcome[1]
 
     def key(self, m: Mutant) -> str:
         if m.path not in self.digests:
@@ -421,9 +423,22 @@ class Kept:
         return f"{self.digests[m.path]} {m.start} {m.name}"
 
     def add(self, m: Mutant, outcome: str) -> None:
-        self.found[self.key(m)] = outcome
+        now = time.monotonic()
+        seconds, self.last = round(now - self.last, 1), now
+        self.found[self.key(m)] = outcome, seconds
         with self.file.open("a") as file:
-            file.write(json.dumps([self.key(m), outcome]) + "\n")
+            file.write(json.dumps([self.key(m), outcome, seconds]) + "\n")
+
+
+def drawn(everything: list[Mutant], number: int, seed: int) -> list[Mutant]:
+    """At random, and as many of the same as can be when a source has changed a little."""
+    seen: dict[str, int] = {}
+    order: list[tuple[str, Mutant]] = []
+    for m in everything:
+        name = " ".join((str(seed), m.path, m.text, m.old, m.new))
+        seen[name] = seen.get(name, 0) + 1
+        order.append((hashlib.sha256(f"{name} {seen[name]}".encode()).hexdigest(), m))
+    return [m for _, m in sorted(order, key=lambda pair: pair[0])][:number]
 
 
 def known() -> dict[tuple[str, str, str, str], str]:
@@ -474,64 +489,62 @@ def main() -> int:
     parser.add_argument("groups", nargs="*", help=f"of {', '.join(GROUPS)}; default: all")
     parser.add_argument("--sample", type=int, default=400, help="most mutants of a group (400)")
     parser.add_argument("--seed", type=int, default=0, help="of the sample (0)")
+    parser.add_argument("--jobs", type=int, default=1, help="groups at once (1)")
     parser.add_argument("--again", action="store_true", help="run those again that had survived")
     parser.add_argument("--kept", action="store_true", help="run nothing: what has been found so far")
+    parser.add_argument("--only", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help="a result file for benchmarks/results/")
     options = parser.parse_args()
     wrong = [g for g in options.groups if g not in GROUPS]
     if wrong:
         parser.error(f"GROUP must be of {', '.join(GROUPS)}; got {', '.join(wrong)}")
     os.chdir(ROOT)
-    groups, begin = {}, time.monotonic()
-    for name in options.groups or GROUPS:
-        everything = of_group(GROUPS[name])
-        random.Random(options.seed).shuffle(everything)
-        chosen = everything[: options.sample]
-        kept = Kept(name)
-        redo = ("survived", "not run") if options.again else ()
-        left = [m for m in chosen if kept.found.get(kept.key(m)) in (None, *redo)]
+    if options.only:
+        return only(*options.groups, options.sample, options.seed, options.again)
+    names = options.groups or list(GROUPS)
+    if not options.kept:
+        # A process for each: what a group loads is not there for the next.
+        command = [sys.executable, "-W", "ignore", __file__, f"--sample={options.sample}", f"--seed={options.seed}"]
+        command += ["--again"] * options.again
 
-        def done(m: Mutant, outcome: str, kept: Kept = kept) -> None:
-            kept.add(m, outcome)
-            if outcome in ("survived", "not run"):
-                print(f"{outcome}: {m.name}    {m.text}", flush=True)
+        def alone(name: str) -> int:
+            return subprocess.run([*command, name, "--only"]).returncode
 
-        if left and not options.kept:
-            print(f"{name}: {len(left)} of {len(everything)} mutants", flush=True)
-            # A process of its own: what a group loads is not there for the next.
-            if in_a_child_that_speaks(lambda name=name, left=left, done=done: run_group(name, left, done)):
-                return 1
-            kept = Kept(name)
-        found = []
-        for m in chosen:  # up to the first that has not been run: a sample
-            if kept.key(m) not in kept.found:
+        with ThreadPoolExecutor(options.jobs) as pool:
+            if any(pool.map(alone, names)):
+                return 2
+    groups, seconds = {}, 0.0
+    for name in names:
+        everything, kept, found = of_group(GROUPS[name]), Kept(name), []
+        for m in drawn(everything, options.sample, options.seed):
+            if kept.key(m) not in kept.found:  # those before it are a smaller sample
                 break
-            found.append((m, kept.found[kept.key(m)]))
+            outcome, took = kept.found[kept.key(m)]
+            found.append((m, outcome))
+            seconds += took
         groups[name] = summary(found, len(everything))
-    for name, group in groups.items():
-        print(f"{name}: {group['killed']} of {group['mutants']} killed ({group['share']:.1%})")
+        print(f"{name}: {groups[name]['killed']} of {groups[name]['mutants']} killed ({groups[name]['share']:.1%})")
+        for row in groups[name]["survivors"]:
+            why = row["reason"] or "no reason is known"
+            print(f"    {row['path']}: {row['line']}\n        {row['old']}  ->  {row['new']}    ({why})")
     if options.output is not None:
         from harness import provenance, write_json
 
-        document = provenance("python tests/mutation.py --sample " + str(options.sample))
-        document |= {"seconds": round(time.monotonic() - begin), "seed": options.seed, "groups": groups}
-        write_json(options.output, document)
+        document = provenance(f"python tests/mutation.py --sample {options.sample} --seed {options.seed}")
+        document["versions"]["coverage"] = metadata.version("coverage")
+        write_json(options.output, document | {"seconds": round(seconds), "groups": groups})
     return int(any(g["share"] < LEAST for g in groups.values()))
 
 
-def in_a_child_that_speaks(work: Callable[[], None]) -> int:
-    """Its status, 0 or 1."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    return int(os.waitpid(pid, 0)[1] != 0)
+def only(name: str, sample: int, seed: int, again: bool) -> int:
+    """Runs what of a group has not been run."""
+    everything, kept = of_group(GROUPS[name]), Kept(name)
+    redo = ("survived", "not run") if again else ()
+    left = [m for m in drawn(everything, sample, seed) if kept.found.get(kept.key(m), (None,))[0] in (None, *redo)]
+    if left:
+        print(f"{name}: {len(left)} of {len(everything)} mutants", flush=True)
+        run_group(name, left, kept.add)
+    return 0
 
 
 if __name__ == "__main__":
