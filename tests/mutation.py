@@ -46,7 +46,7 @@ KEPT = ROOT / "build" / "mutation"
 KNOWN = ROOT / "tests" / "data" / "mutation_survivors.json"
 LEAST = 0.9
 CHUNK = 200
-DEADLOCK = 240  # seconds by the clock; what counts is the processor's time
+DEADLOCK = 120  # seconds without any time of the processor
 
 
 class Group(NamedTuple):
@@ -100,8 +100,17 @@ def module_of(path: str) -> str:
 # ---- processes -----------------------------------------------------------------------------------------------------
 
 
-def in_a_child(work: Callable[[], Any], cpu: float | None = None, clock: float = DEADLOCK, quiet: bool = True) -> Any:
-    """What `work` returns in a forked process, or "timeout" or "crash"; quiet: what it prints goes nowhere."""
+def used(pid: int) -> str:
+    """The processor's time that a process has had, as the system writes it; "" where it does not."""
+    try:
+        return " ".join(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:15])
+    except OSError:
+        return ""
+
+
+def in_a_child(work: Callable[[], Any], cpu: float | None = None, idle: float = DEADLOCK, quiet: bool = True) -> Any:
+    """What `work` returns in a forked process, or "timeout" or "crash". cpu, idle: seconds of the processor that it may
+    have, and that it may go without; quiet: what it prints goes nowhere."""
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -123,7 +132,7 @@ def in_a_child(work: Callable[[], Any], cpu: float | None = None, clock: float =
             os._exit(status)
     os.close(write)
     os.set_blocking(read, False)
-    end, data, timed_out = time.monotonic() + clock, b"", False
+    end, data, timed_out, had = time.monotonic() + idle, b"", False, ""
     while True:
         with contextlib.suppress(BlockingIOError):
             while piece := os.read(read, 1 << 20):
@@ -131,6 +140,8 @@ def in_a_child(work: Callable[[], Any], cpu: float | None = None, clock: float =
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             break
+        if time.monotonic() > end and had != (had := used(pid)):
+            end = time.monotonic() + idle
         if time.monotonic() > end:
             timed_out = True
             os.kill(pid, signal.SIGKILL)
@@ -252,11 +263,13 @@ class Collected:
 
         class Watch:
             def pytest_runtest_logreport(_, report: Any) -> None:
-                seconds[report.nodeid] = seconds.get(report.nodeid, 0.01) + report.duration
                 if report.failed:
                     failed.append(report.nodeid)
+                if report.when == "teardown":
+                    seconds[report.nodeid] = 0.01 + time.process_time() - self.begun
 
             def pytest_runtest_setup(_, item: Any) -> None:
+                self.begun = time.process_time()
                 for cache in caches:  # or only the first test would run what they hold
                     cache.cache_clear()
                 self.coverage.switch_context(f"setup:{item.nodeid.split('::')[0]}")
@@ -279,7 +292,7 @@ class Collected:
             lines = {p: data.contexts_by_lineno(str(ROOT / p)) for p in self.paths}
             return lines, seconds, failed
 
-        found = in_a_child(work, clock=3000)
+        found = in_a_child(work)
         if isinstance(found, str):
             raise SystemExit(f"mutation.py: the tests without a mutant ended in a {found}")
         return found  # type: ignore[no-any-return]
@@ -394,7 +407,7 @@ def run_group(name: str, chosen: list[Mutant], done: Callable[[Mutant, str], Non
             status = pytest_of(group, plugin)
             return (plugin.later, plugin.known) if plugin.known else f"pytest ended with {status}"
 
-        found = in_a_child(collected, clock=1e6, quiet=False)
+        found = in_a_child(collected, idle=1e6, quiet=False)
         if isinstance(found, str):
             raise SystemExit(f"mutation.py: {name}: {found}")
         later, known = found

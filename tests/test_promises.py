@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -182,7 +183,8 @@ def test_what_becomes_of_a_process() -> None:
         while True:
             pass
 
-    assert mutation.in_a_child(forever, clock=0.3) == "timeout"
+    assert mutation.in_a_child(forever, cpu=0) == "timeout", "which is 1 second"
+    assert mutation.in_a_child(lambda: time.sleep(60), idle=0.2) == "timeout"
 
 
 def test_summary_of_mutants(monkeypatch: pytest.MonkeyPatch) -> None:
