@@ -122,11 +122,10 @@ faults: $(VENV)/.setup-test
 	$(BIN)/python tests/faults.py --jobs $(JOBS) $(ARGS)
 
 mutation: $(VENV)/.setup-test
-	$(BIN)/python -W ignore tests/mutation.py --output $(or $(RECORD),build/mutation.json) $(ARGS)
+	$(BIN)/python -W ignore tests/mutation.py --jobs $(JOBS) --output $(or $(RECORD),build/mutation.json) $(ARGS)
 
-# Without `coverage erase`, a second call would add to the first.
 coverage: $(VENV)/.setup-test
-	rm -rf build/coverage && mkdir -p build/coverage && touch build/coverage/data.begin
+	rm -rf build/coverage && mkdir -p build/coverage && touch build/coverage/begin
 	$(BIN)/coverage run --data-file=build/coverage/data -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 	$(BIN)/coverage combine --quiet --data-file=build/coverage/data build/coverage
 	$(BIN)/python benchmarks/tables/coverage_result.py build/coverage/data $(or $(RECORD),build/coverage.json)

@@ -1,14 +1,14 @@
 """Mutation testing: how many small faults, of every kind everywhere, the fast tests see.
 
-    python tests/mutation.py [GROUP ...] [--sample N] [--seed N] [--output FILE]
+    python tests/mutation.py [GROUP ...] [--sample N] [--seed N] [--jobs N] [--again] [--kept] [--output FILE]
 
 GROUP: reference, advantages, rules, text, scoring, cpp; default: all. A mutant that makes a test fail, run out of time
-or die is killed. A group with more mutants than N is sampled. Each mutant gets a process of its own, forked after torch
-is loaded: one inside a function, after the tests are collected too, and only the tests that run its lines, found by
-coverage.py, the fastest first; one that matters at import starts anew; one of C++ is compiled. Results are kept in
-build/mutation/ by the text of the source, so that a second call runs what is new, or with `--again` what had survived.
-Exits 1 where a group's share of killed mutants is below 90 %, those that survive for a known reason
-(tests/data/mutation_survivors.json) aside for C++ alone.
+or die is killed. Of a group with more mutants than N, N are drawn. Each mutant gets a process of its own, forked after
+torch is loaded: one inside a function, after the tests are collected too, and only the tests that run its lines, found
+by coverage.py, the fastest first; one that matters at import starts anew; one of C++ is compiled. Outcomes are kept in
+build/mutation/ for as long as a source stays as it is, so that a second call runs what is new, with `--again` what had
+survived too. Why a mutant survives, where it is known, is in tests/data/mutation_survivors.json. Exits 1 where less
+than 90 % of a group are killed.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import functools
 import gc
 import hashlib
 import importlib
+import inspect
 import json
 import os
 import pickle
-import random
 import resource
 import shutil
 import signal
@@ -31,6 +31,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
@@ -44,7 +46,7 @@ KEPT = ROOT / "build" / "mutation"
 KNOWN = ROOT / "tests" / "data" / "mutation_survivors.json"
 LEAST = 0.9
 CHUNK = 200
-DEADLOCK = 240  # seconds by the clock; what counts is the processor's time
+DEADLOCK = 120  # seconds without any time of the processor
 
 
 class Group(NamedTuple):
@@ -70,7 +72,7 @@ VERIFIERS = tuple(
 SLOW = "not compile and not triton and not opcheck and not instruction_set and not golden_label"
 TYPES = ("nltk", "langdetect", "regex", "numpy", "pytest", "yaml", "emoji", "syllapy", "janome.tokenizer", "torch")
 GROUPS = {
-    "reference": Group(("mdpgrpo_fast/reference/*.py",), (*REFERENCE, *OPS), SLOW, True),
+    "reference": Group(("mdpgrpo_fast/reference/*.py",), (*REFERENCE, *OPS, "tests/ops/test_logprobs.py"), SLOW, True),
     "advantages": Group(("mdpgrpo_fast/ops/advantages.py",), (*OPS, "tests/ops/test_checks.py"), SLOW, True),
     "rules": Group(("mdpgrpo_fast/verifiers/rules/**/*.py",), VERIFIERS, SLOW, loaded=TYPES),
     "text": Group(("mdpgrpo_fast/verifiers/text/*.py",), VERIFIERS, SLOW, loaded=TYPES),
@@ -98,8 +100,17 @@ def module_of(path: str) -> str:
 # ---- processes -----------------------------------------------------------------------------------------------------
 
 
-def in_a_child(work: Callable[[], Any], cpu: float | None = None, clock: float = DEADLOCK, quiet: bool = True) -> Any:
-    """What `work` returns in a forked process, or "timeout" or "crash"; quiet: what it prints goes nowhere."""
+def used(pid: int) -> str:
+    """The processor's time that a process has had, as the system writes it; "" where it does not."""
+    try:
+        return " ".join(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:15])
+    except OSError:
+        return ""
+
+
+def in_a_child(work: Callable[[], Any], cpu: float | None = None, idle: float = DEADLOCK, quiet: bool = True) -> Any:
+    """What `work` returns in a forked process, or "timeout" or "crash". cpu, idle: seconds of the processor that it may
+    have, and that it may go without; quiet: what it prints goes nowhere."""
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -121,7 +132,7 @@ def in_a_child(work: Callable[[], Any], cpu: float | None = None, clock: float =
             os._exit(status)
     os.close(write)
     os.set_blocking(read, False)
-    end, data, timed_out = time.monotonic() + clock, b"", False
+    end, data, timed_out, had = time.monotonic() + idle, b"", False, ""
     while True:
         with contextlib.suppress(BlockingIOError):
             while piece := os.read(read, 1 << 20):
@@ -129,6 +140,8 @@ def in_a_child(work: Callable[[], Any], cpu: float | None = None, clock: float =
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             break
+        if time.monotonic() > end and had != (had := used(pid)):
+            end = time.monotonic() + idle
         if time.monotonic() > end:
             timed_out = True
             os.kill(pid, signal.SIGKILL)
@@ -157,15 +170,15 @@ def pytest_of(group: Group, plugin: object) -> int:
 # ---- in place: functions of modules that are loaded ----------------------------------------------------------------
 
 
-def codes(code: CodeType, found: dict[str, CodeType]) -> dict[str, CodeType]:
+def codes(code: CodeType, found: dict[str, CodeType], prefix: str = "") -> dict[str, CodeType]:
     """Every code object inside of one, by its qualified name; of equal names the nth has #n."""
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
-            name, n = inner.co_qualname, 0
+            name, n = prefix + inner.co_name, 0
             while f"{name}#{n}" in found:
                 n += 1
             found[f"{name}#{n}"] = inner
-            codes(inner, found)
+            codes(inner, found, f"{name}.<locals>." if inner.co_flags & inspect.CO_OPTIMIZED else f"{name}.")
     return found
 
 
@@ -250,11 +263,13 @@ class Collected:
 
         class Watch:
             def pytest_runtest_logreport(_, report: Any) -> None:
-                seconds[report.nodeid] = seconds.get(report.nodeid, 0.01) + report.duration
                 if report.failed:
                     failed.append(report.nodeid)
+                if report.when == "teardown":
+                    seconds[report.nodeid] = 0.01 + time.process_time() - self.begun
 
             def pytest_runtest_setup(_, item: Any) -> None:
+                self.begun = time.process_time()
                 for cache in caches:  # or only the first test would run what they hold
                     cache.cache_clear()
                 self.coverage.switch_context(f"setup:{item.nodeid.split('::')[0]}")
@@ -277,7 +292,7 @@ class Collected:
             lines = {p: data.contexts_by_lineno(str(ROOT / p)) for p in self.paths}
             return lines, seconds, failed
 
-        found = in_a_child(work, clock=3000)
+        found = in_a_child(work)
         if isinstance(found, str):
             raise SystemExit(f"mutation.py: the tests without a mutant ended in a {found}")
         return found  # type: ignore[no-any-return]
@@ -392,7 +407,7 @@ def run_group(name: str, chosen: list[Mutant], done: Callable[[Mutant, str], Non
             status = pytest_of(group, plugin)
             return (plugin.later, plugin.known) if plugin.known else f"pytest ended with {status}"
 
-        found = in_a_child(collected, clock=1e6, quiet=False)
+        found = in_a_child(collected, idle=1e6, quiet=False)
         if isinstance(found, str):
             raise SystemExit(f"mutation.py: {name}: {found}")
         later, known = found
@@ -403,16 +418,17 @@ def run_group(name: str, chosen: list[Mutant], done: Callable[[Mutant, str], Non
 
 
 class Kept:
-    """Outcomes of a group, a line each, for as long as its source is the same."""
+    """Outcomes of a group, a line each, for as long as its source is the same, and the seconds that each took."""
 
     def __init__(self, name: str) -> None:
         self.file = KEPT / f"{name}.jsonl"
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.found: dict[str, str] = {}
+        self.found: dict[str, tuple[str, float]] = {}
         self.digests: dict[str, str] = {}
+        self.last = time.monotonic()
         for line in self.file.read_text().splitlines() if self.file.exists() else ():
-            key, outcome = json.loads(line)
-            self.found[key] = outcome
+            key, *outcome = json.loads(line)
+            self.found[key] = outcome[0], outcome[1]
 
     def key(self, m: Mutant) -> str:
         if m.path not in self.digests:
@@ -420,9 +436,22 @@ class Kept:
         return f"{self.digests[m.path]} {m.start} {m.name}"
 
     def add(self, m: Mutant, outcome: str) -> None:
-        self.found[self.key(m)] = outcome
+        now = time.monotonic()
+        seconds, self.last = round(now - self.last, 1), now
+        self.found[self.key(m)] = outcome, seconds
         with self.file.open("a") as file:
-            file.write(json.dumps([self.key(m), outcome]) + "\n")
+            file.write(json.dumps([self.key(m), outcome, seconds]) + "\n")
+
+
+def drawn(everything: list[Mutant], number: int, seed: int) -> list[Mutant]:
+    """At random, and as many of the same as can be when a source has changed a little."""
+    seen: dict[str, int] = {}
+    order: list[tuple[str, Mutant]] = []
+    for m in everything:
+        name = " ".join((str(seed), m.path, m.text, m.old, m.new))
+        seen[name] = seen.get(name, 0) + 1
+        order.append((hashlib.sha256(f"{name} {seen[name]}".encode()).hexdigest(), m))
+    return [m for _, m in sorted(order, key=lambda pair: pair[0])][:number]
 
 
 def known() -> dict[tuple[str, str, str, str], str]:
@@ -473,64 +502,62 @@ def main() -> int:
     parser.add_argument("groups", nargs="*", help=f"of {', '.join(GROUPS)}; default: all")
     parser.add_argument("--sample", type=int, default=400, help="most mutants of a group (400)")
     parser.add_argument("--seed", type=int, default=0, help="of the sample (0)")
+    parser.add_argument("--jobs", type=int, default=1, help="groups at once (1)")
     parser.add_argument("--again", action="store_true", help="run those again that had survived")
     parser.add_argument("--kept", action="store_true", help="run nothing: what has been found so far")
+    parser.add_argument("--only", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help="a result file for benchmarks/results/")
     options = parser.parse_args()
     wrong = [g for g in options.groups if g not in GROUPS]
     if wrong:
         parser.error(f"GROUP must be of {', '.join(GROUPS)}; got {', '.join(wrong)}")
     os.chdir(ROOT)
-    groups, begin = {}, time.monotonic()
-    for name in options.groups or GROUPS:
-        everything = of_group(GROUPS[name])
-        random.Random(options.seed).shuffle(everything)
-        chosen = everything[: options.sample]
-        kept = Kept(name)
-        redo = ("survived", "not run") if options.again else ()
-        left = [m for m in chosen if kept.found.get(kept.key(m)) in (None, *redo)]
+    if options.only:
+        return only(*options.groups, options.sample, options.seed, options.again)
+    names = options.groups or list(GROUPS)
+    if not options.kept:
+        # A process for each: what a group loads is not there for the next.
+        command = [sys.executable, "-W", "ignore", __file__, f"--sample={options.sample}", f"--seed={options.seed}"]
+        command += ["--again"] * options.again
 
-        def done(m: Mutant, outcome: str, kept: Kept = kept) -> None:
-            kept.add(m, outcome)
-            if outcome in ("survived", "not run"):
-                print(f"{outcome}: {m.name}    {m.text}", flush=True)
+        def alone(name: str) -> int:
+            return subprocess.run([*command, name, "--only"]).returncode
 
-        if left and not options.kept:
-            print(f"{name}: {len(left)} of {len(everything)} mutants", flush=True)
-            # A process of its own: what a group loads is not there for the next.
-            if in_a_child_that_speaks(lambda name=name, left=left, done=done: run_group(name, left, done)):
-                return 1
-            kept = Kept(name)
-        found = []
-        for m in chosen:  # up to the first that has not been run: a sample
-            if kept.key(m) not in kept.found:
+        with ThreadPoolExecutor(options.jobs) as pool:
+            if any(pool.map(alone, names)):
+                return 2
+    groups, seconds = {}, 0.0
+    for name in names:
+        everything, kept, found = of_group(GROUPS[name]), Kept(name), []
+        for m in drawn(everything, options.sample, options.seed):
+            if kept.key(m) not in kept.found:  # those before it are a smaller sample
                 break
-            found.append((m, kept.found[kept.key(m)]))
+            outcome, took = kept.found[kept.key(m)]
+            found.append((m, outcome))
+            seconds += took
         groups[name] = summary(found, len(everything))
-    for name, group in groups.items():
-        print(f"{name}: {group['killed']} of {group['mutants']} killed ({group['share']:.1%})")
+        print(f"{name}: {groups[name]['killed']} of {groups[name]['mutants']} killed ({groups[name]['share']:.1%})")
+        for row in groups[name]["survivors"]:
+            why = row["reason"] or "no reason is known"
+            print(f"    {row['path']}: {row['line']}\n        {row['old']}  ->  {row['new']}    ({why})")
     if options.output is not None:
         from harness import provenance, write_json
 
-        document = provenance("python tests/mutation.py --sample " + str(options.sample))
-        document |= {"seconds": round(time.monotonic() - begin), "seed": options.seed, "groups": groups}
-        write_json(options.output, document)
+        document = provenance(f"python tests/mutation.py --sample {options.sample} --seed {options.seed}")
+        document["versions"]["coverage"] = metadata.version("coverage")
+        write_json(options.output, document | {"seconds": round(seconds), "groups": groups})
     return int(any(g["share"] < LEAST for g in groups.values()))
 
 
-def in_a_child_that_speaks(work: Callable[[], None]) -> int:
-    """Its status, 0 or 1."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    return int(os.waitpid(pid, 0)[1] != 0)
+def only(name: str, sample: int, seed: int, again: bool) -> int:
+    """Runs what of a group has not been run."""
+    everything, kept = of_group(GROUPS[name]), Kept(name)
+    redo = ("survived", "not run") if again else ()
+    left = [m for m in drawn(everything, sample, seed) if kept.found.get(kept.key(m), (None,))[0] in (None, *redo)]
+    if left:
+        print(f"{name}: {len(left)} of {len(everything)} mutants", flush=True)
+        run_group(name, left, kept.add)
+    return 0
 
 
 if __name__ == "__main__":

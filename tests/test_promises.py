@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+import time
+from pathlib import Path
 from types import ModuleType
 
 import mutation
 import pytest
 from helpers import mutants
-from helpers.inputs import ROOT
+from helpers.inputs import ROOT, needed, unavailable
 
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
 
@@ -37,6 +39,8 @@ def is_there(command: str) -> bool:
 
 @pytest.fixture(scope="module", params=["promises_table", "licences", "coverage_result"])
 def tool(request: pytest.FixtureRequest) -> ModuleType:
+    if request.param == "coverage_result":
+        needed("coverage")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "benchmarks" / "tables"))
         return importlib.import_module(request.param)
@@ -70,7 +74,10 @@ def test_figures_of_promises_are_counted(tool: ModuleType) -> None:
 
 @pytest.mark.parametrize("tool", ["licences"], indirect=True)
 def test_no_run_time_dependency_is_under_the_gpl(tool: ModuleType) -> None:
-    found = tool.entries()
+    try:
+        found = tool.entries()
+    except tool.metadata.PackageNotFoundError as error:
+        unavailable(f"the package is not installed: {error}")
     assert {"torch", "transformers", "numpy"} <= {e.name for e in found if "run time" in e.wanted_by}
     assert not tool.wrong(found), "see docs/licences.md"
     for licence, bad in (
@@ -85,12 +92,16 @@ def test_no_run_time_dependency_is_under_the_gpl(tool: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("tool", ["coverage_result"], indirect=True)
-def test_lines_of_kernels_are_counted_apart(tool: ModuleType) -> None:
-    path = ROOT / "mdpgrpo_fast/kernels/triton/advantages.py"
-    lines = path.read_text(encoding="utf-8").split("\n")
-    jit = tool.jit_lines(path)
-    assert jit and any("tl." in lines[n - 1] for n in jit) and len(jit) < len(lines)
+def test_lines_that_were_run(tool: ModuleType, tmp_path: Path) -> None:
     assert tool.ranges([1, 2, 3, 7, 9, 10]) == "1-3 7 9-10"
+    data = tool.coverage.CoverageData(str(tmp_path / "data"))
+    inside, text = "mdpgrpo_fast/verifiers/text/scan.py", (ROOT / "mdpgrpo_fast/verifiers/text/scan.py").read_text()
+    data.add_lines({inside: range(1, text.count("\n") + 1)})
+    data.write()
+    found = tool.measured(str(tmp_path / "data"))
+    assert set(found) == {".", *(p.name for p in (ROOT / "mdpgrpo_fast").iterdir() if list(p.rglob("*.py")))}
+    assert "text/scan.py" not in str(found["verifiers"]["missed"]) and 0 < found["verifiers"]["covered"] < 40
+    assert found["ops"]["covered"] == 0 == found["ops"]["percent"] and "ops/fused.py" in found["ops"]["missed"]
 
 
 # ---- mutants --------------------------------------------------------------------------------------------------------
@@ -176,7 +187,8 @@ def test_what_becomes_of_a_process() -> None:
         while True:
             pass
 
-    assert mutation.in_a_child(forever, clock=0.3) == "timeout"
+    assert mutation.in_a_child(forever, cpu=0) == "timeout", "which is 1 second"
+    assert mutation.in_a_child(lambda: time.sleep(60), idle=0.2) == "timeout"
 
 
 def test_summary_of_mutants(monkeypatch: pytest.MonkeyPatch) -> None:

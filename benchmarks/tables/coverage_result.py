@@ -1,13 +1,11 @@
 """`python coverage_result.py DATA FILE`: line coverage by package, from coverage.py's combined data, as a result file.
 
-A package is a folder of mdpgrpo_fast/, or the modules beside them ("."). What of a package is below LEAST is listed by
-its missed lines. The bodies of Triton's kernels are a package of their own, "@triton.jit": its interpreter runs copies
-of them that coverage.py cannot see, so they count in no other.
+A package is a folder of mdpgrpo_fast/, or the modules beside them ("."). Of a package below LEAST the missed lines are
+listed. Bodies of @triton.jit count as what Triton's interpreter runs of them.
 """
 
 from __future__ import annotations
 
-import ast
 import io
 import sys
 import time
@@ -21,15 +19,6 @@ from harness import ROOT, installed, provenance, write_json
 
 LEAST = 92.0
 PACKAGE = ROOT / "mdpgrpo_fast"
-
-
-def jit_lines(path: Path) -> set[int]:
-    """Lines of the bodies of @triton.jit functions."""
-    found: set[int] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(d) for d in node.decorator_list):
-            found.update(range(node.body[0].lineno, (node.end_lineno or 0) + 1))
-    return found
 
 
 def ranges(lines: list[int]) -> str:
@@ -51,17 +40,12 @@ def measured(data: str) -> dict[str, dict[str, Any]]:
     for path in sorted(PACKAGE.rglob("*.py")):
         _, lines, _, missed, _ = run.analysis2(str(path))
         inside = path.relative_to(PACKAGE)
-        jit = jit_lines(path) if "triton" in inside.parts else set()
         name = inside.parts[0] if len(inside.parts) > 1 else "."
-        for package, own in (("@triton.jit", jit), (name, set(lines) - jit)):
-            counted, lost = [n for n in lines if n in own], [n for n in missed if n in own]
-            if not counted:
-                continue
-            entry = found.setdefault(package, {"lines": 0, "covered": 0, "missed": {}})
-            entry["lines"] += len(counted)
-            entry["covered"] += len(counted) - len(lost)
-            if lost:
-                entry["missed"][str(inside)] = ranges(lost)
+        entry = found.setdefault(name, {"lines": 0, "covered": 0, "missed": {}})
+        entry["lines"] += len(lines)
+        entry["covered"] += len(lines) - len(missed)
+        if missed:
+            entry["missed"][str(inside)] = ranges(missed)
     for entry in found.values():
         entry["percent"] = round(100 * entry["covered"] / entry["lines"], 2)
     return dict(sorted(found.items()))
@@ -69,16 +53,15 @@ def measured(data: str) -> dict[str, dict[str, Any]]:
 
 def main() -> int:
     data, file = sys.argv[1], Path(sys.argv[2])
-    begin = Path(data).with_suffix(".begin")
+    begin = Path(data).with_name("begin")
     packages = measured(data)
-    counted = [p for name, p in packages.items() if name != "@triton.jit"]
-    lines, covered = (sum(p[x] for p in counted) for x in ("lines", "covered"))
+    lines, covered = (sum(p[x] for p in packages.values()) for x in ("lines", "covered"))
     document: dict[str, Any] = provenance("make coverage")
     document["versions"] |= installed(["coverage", "pytest"])
     if begin.exists():
         document["seconds"] = round(time.time() - begin.stat().st_mtime)
     document |= {"lines": lines, "covered": covered, "percent": round(100 * covered / lines, 2), "packages": packages}
-    low = [name for name, p in packages.items() if p["percent"] < LEAST and name != "@triton.jit"]
+    low = [name for name, p in packages.items() if p["percent"] < LEAST]
     out = io.StringIO()
     for name, p in packages.items():
         print(f"{name:14}{p['covered']:7} of {p['lines']:6}  {p['percent']:6.2f} %", file=out)
