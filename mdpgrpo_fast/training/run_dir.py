@@ -101,6 +101,8 @@ class RunDir:
         # Under another name until it is whole: an earlier best one stays until then.
         folder = whole.with_name(f"{whole.name}.new")
         shutil.rmtree(folder, ignore_errors=True)
+        weights = model.parameters() if state is None else state.values()
+        durable.need_space(self.path, sum(x.numel() * x.element_size() for x in weights), f"{whole.name}/")
         with durable.storing(folder, SafetensorError):
             if lora:
                 save_merged(model, tokenizer, folder, state)
