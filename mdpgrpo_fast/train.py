@@ -105,12 +105,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def _stopping() -> tuple[type[Exception], ...]:
     """What ends a run with status 1 and a sentence."""
+    from .durable import StorageError
     from .rewards import RewardError
     from .rollout.vllm.completion import RolloutError
     from .training.distributed import RankLostError
     from .training.hub.repository import HubError
 
-    return RewardError, RolloutError, FloatingPointError, HubError, RankLostError
+    return RewardError, RolloutError, FloatingPointError, HubError, RankLostError, StorageError
 
 
 def _speaks(trainer: Trainer, failure: Exception) -> bool:

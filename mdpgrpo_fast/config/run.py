@@ -237,7 +237,11 @@ class TrainConfig(PromptConfig):
     log_completions: int = knob(8, "completions written to completions.jsonl each step")
     save_model: bool = knob(True, "write the trained model to the run directory")
     save_every: int = knob(0, "write a checkpoint every so many steps, the newest two are kept; 0: none")
-    resume: bool = knob(False, "go on from the newest checkpoint in output_dir, to more or fewer steps if asked")
+    resume: bool | Literal["auto"] = knob(
+        False,
+        "go on from the newest whole checkpoint in output_dir, to more or fewer steps if asked; auto: where there is "
+        "one, else start",
+    )
     push_to_hub: bool = knob(False, "upload the model, its card and report at the end")
     hub_model_id: str | None = knob(None, "repository on the hub, as user/name; unset: the name of output_dir")
     hub_private_repo: bool = knob(

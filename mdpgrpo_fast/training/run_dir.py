@@ -15,8 +15,10 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from torch import Tensor
 
+from .. import durable
 from ..config import ConfigError, MDPGRPOConfig, TrainConfig
 from ..data import Example
 from ..models.lora import save_adapters, save_merged
@@ -83,12 +85,10 @@ class RunDir:
     def write_config(self, run: TrainConfig, method: MDPGRPOConfig) -> None:
         # With --config this file goes on with the run, or repeats it, as the command line says.
         text = yaml.safe_dump({"run": {**asdict(run), "resume": False}, "method": asdict(method)}, sort_keys=False)
-        (self.path / "config.yaml").write_text(text, encoding="utf-8")
+        durable.write_text(self.path / "config.yaml", text)
 
     def append(self, name: str, *rows: dict[str, Any]) -> None:
-        with (self.path / name).open("a", encoding="utf-8") as f:
-            for row in rows:
-                f.write(json.dumps(row, default=str) + "\n")
+        durable.append_text(self.path / name, "".join(json.dumps(row, default=str) + "\n" for row in rows))
 
     def write_model(
         self, model: Any, tokenizer: Any, state: dict[str, Tensor] | None, lora: bool, best: bool = False
@@ -100,19 +100,27 @@ class RunDir:
         whole = self.path / ("best" if best else "model")
         # Under another name until it is whole: an earlier best one stays until then.
         folder = whole.with_name(f"{whole.name}.new")
-        if lora:
-            save_merged(model, tokenizer, folder, state)
-        else:
-            model.save_pretrained(folder, state_dict=state)
-            tokenizer.save_pretrained(folder)
-        shutil.rmtree(whole, ignore_errors=True)
-        folder.rename(whole)
+        shutil.rmtree(folder, ignore_errors=True)
+        weights = model.parameters() if state is None else state.values()
+        durable.need_space(self.path, sum(x.numel() * x.element_size() for x in weights), f"{whole.name}/")
+        with durable.storing(folder, SafetensorError):
+            if lora:
+                save_merged(model, tokenizer, folder, state)
+            else:
+                model.save_pretrained(folder, state_dict=state)
+                tokenizer.save_pretrained(folder)
+        durable.replace_folder(folder, whole)
         if lora and not best:
-            save_adapters(model, self.path / "adapters", state)
-            tokenizer.save_pretrained(self.path / "adapters")
+            adapters = self.path / "adapters"
+            folder = adapters.with_name("adapters.new")
+            shutil.rmtree(folder, ignore_errors=True)
+            with durable.storing(folder, SafetensorError):
+                save_adapters(model, folder, state)
+                tokenizer.save_pretrained(folder)
+            durable.replace_folder(folder, adapters)
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
-        (self.path / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        durable.write_text(self.path / name, json.dumps(value, indent=2) + "\n")
 
 
 def tracker_values(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
