@@ -206,8 +206,8 @@ class Trainer:
 
     def _begin(self) -> None:
         """The directory of a new run, which the first rank makes. Raises: ConfigError, on all ranks."""
-        from .rollout.engine import raise_on_all_ranks
         from .durable import StorageError
+        from .rollout.engine import raise_on_all_ranks
 
         loop, out, problem = self.loop, self.out, None
         try:
@@ -224,8 +224,8 @@ class Trainer:
             loop.say(f"another run in {out.path} would not be noticed: its file system has no locks ({out.unlocked})")
 
     def _report(self) -> None:
-        from .report.page import write_report
         from .durable import StorageError
+        from .report.page import write_report
 
         try:
             write_report(self.out.path)

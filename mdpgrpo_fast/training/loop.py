@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 
 from ..config import MDPGRPOConfig, TrainConfig
 from ..data import batches
+from ..durable import StorageError
 from ..models.blocks import compile_blocks
 from ..models.load import context_length
 from ..models.policy import Policy
@@ -26,7 +27,6 @@ from ..rollout.vllm.completion import RolloutError
 from . import checkpoint, distributed
 from .batch import micro_batch_budget
 from .collect import Collector
-from ..durable import StorageError
 from .guard.finite import BadSteps, BadStepsError, check_weights
 from .guard.keeper import Keeper
 from .guard.stop import Stop

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import resource
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -14,8 +15,10 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from torch import Tensor
 
+from .. import durable
 from ..config import ConfigError, MDPGRPOConfig, TrainConfig
 from ..data import Example
 from ..log import to_json
@@ -24,7 +27,6 @@ from ..rewards import Score
 from ..rollout.vllm.completion import RolloutError
 from .batch import Batch
 from .guard.claim import Claim, claim_new
-from .guard.files import append, replace, replace_folder
 
 T = TypeVar("T")
 
@@ -72,10 +74,10 @@ class RunDir:
     def write_config(self, run: TrainConfig, method: MDPGRPOConfig) -> None:
         # With --config this file goes on with the run, or repeats it, as the command line says.
         text = yaml.safe_dump({"run": {**asdict(run), "resume": False}, "method": asdict(method)}, sort_keys=False)
-        replace(self.path / "config.yaml", text)
+        durable.write_text(self.path / "config.yaml", text)
 
     def append(self, name: str, *rows: dict[str, Any]) -> None:
-        append(self.path / name, "".join(f"{to_json(row)}\n" for row in rows))
+        durable.append_text(self.path / name, "".join(f"{to_json(row)}\n" for row in rows))
 
     def write_model(
         self, model: Any, tokenizer: Any, state: dict[str, Tensor] | None, lora: bool, best: bool = False
@@ -96,12 +98,25 @@ class RunDir:
             save_adapters(model, folder, state)
             tokenizer.save_pretrained(folder)
 
-        replace_folder(self.path / ("best" if best else "model"), write)
+        _write_folder(self.path / ("best" if best else "model"), write)
         if lora and not best:
-            replace_folder(self.path / "adapters", write_adapters)
+            _write_folder(self.path / "adapters", write_adapters)
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
-        replace(self.path / name, to_json(value, indent=2) + "\n")
+        durable.write_text(self.path / name, to_json(value, indent=2) + "\n")
+
+
+def _write_folder(path: Path, write: Callable[[Path], None]) -> None:
+    """The folder that write(path) makes, under its name once it is whole. Raises: StorageError."""
+    new = path.with_name(path.name + durable.NEW)
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        with durable.storing(path, SafetensorError):
+            write(new)
+        durable.replace_folder(new, path)
+    except durable.StorageError:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
 
 
 def tracker_values(row: dict[str, Any], prefix: str = "") -> dict[str, float]:

@@ -19,7 +19,8 @@ from mdpgrpo_fast.training.show.progress import sample_table
 
 def test_only_an_earlier_run_is_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, file, text in (
-        ("thesis", "chapter.tex", "mine"), ("project", "config.yaml", "title: mine"), ("other", "metrics.jsonl", "{}\n"),
+        ("thesis", "chapter.tex", "mine"), ("project", "config.yaml", "title: mine"),
+        ("other", "metrics.jsonl", "{}\n"),
     ):  # fmt: skip
         (tmp_path / name).mkdir()
         (tmp_path / name / file).write_text(text)
@@ -38,7 +39,7 @@ def test_only_an_earlier_run_is_moved(tmp_path: Path, monkeypatch: pytest.Monkey
     RunDir(tmp_path / "run").write_json("summary.json", {})
     monkeypatch.chdir(tmp_path / "run")
     for name in (".", "../run", "..", str(tmp_path)):
-        with pytest.raises(ConfigError, match="current directory|no earlier run"):
+        with pytest.raises(ConfigError, match=r"current directory|no earlier run"):
             RunDir(name)
     assert (tmp_path / "run" / "summary.json").exists()
 
@@ -83,9 +84,9 @@ def test_one_run_has_a_directory(tmp_path: Path) -> None:
     child.start()
     assert begin.wait(60)
     said = rf"output_dir '.*run' is in use by another run \(process {child.pid} on .+\)$"
-    for attempt in (RunDir, RunDir(path, create=False).resume, check_unused):
+    for attempt in (RunDir, lambda p: RunDir(p, create=False).resume(), check_unused):
         with pytest.raises(ConfigError, match=said):
-            attempt(path) if attempt is not RunDir(path, create=False).resume and callable(attempt) else None
+            attempt(path)
     child.kill()
     child.join()
     check_unused(path)

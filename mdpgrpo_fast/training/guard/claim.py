@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -96,14 +97,17 @@ class Claim:
                 os.close(fd)
                 raise
             os.close(fd)
-        self._fd: int | None = fd
-        self._close = weakref.finalize(self, os.close, fd)
+        self._fd = fd
+        self._end = weakref.finalize(self, _unlock, fd)
         _CLAIMS.add(self)
 
     def release(self) -> None:
-        if self._fd is not None:
-            self._fd = None
-            self._close()
+        self._end()
+
+    def forget(self) -> None:
+        """In a forked child, which else would keep the lock as long as it lives."""
+        if self._end.detach():
+            os.close(self._fd)
 
 
 def claim_new(path: Path) -> tuple[Claim, Path | None]:
@@ -147,6 +151,12 @@ def _lock(fd: int, path: Path, kind: int = fcntl.LOCK_EX) -> str | None:
     return None
 
 
+def _unlock(fd: int) -> None:
+    with contextlib.suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_UN)
+    os.close(fd)
+
+
 def _holder(fd: int) -> str:
     try:
         found = json.loads(os.pread(fd, 10_000, 0))
@@ -167,9 +177,8 @@ _CLAIMS: weakref.WeakSet[Claim] = weakref.WeakSet()
 
 
 def _forked() -> None:
-    """A forked child would keep the lock as long as it lives."""
     for claim in list(_CLAIMS):
-        claim.release()
+        claim.forget()
 
 
 os.register_at_fork(after_in_child=_forked)

@@ -33,9 +33,9 @@ class Keeper:
         self.saved_at = time.monotonic()
 
     def boundary(self, done: int, ends: bool = False) -> bool:
-        """After so many steps, on all ranks: writes the checkpoint that is due; whether the first rank ends the run.
+        """After so many steps, on all ranks: writes the checkpoint that is due. Whether the first rank ends the run.
 
-        Raises: Stopped where a signal has come to any; StorageError; FloatingPointError for weights that are not finite.
+        Raises: Stopped where a signal has come to any; StorageError; FloatingPointError where weights are not finite.
         """
         every, due = self.run.save_every, False
         if every is None:
