@@ -25,7 +25,7 @@ from ..rewards.lost import LostSamples, raise_where_all_failed, why_all_failed
 from ..rollout.engine import make_engine, raise_on_all_ranks
 from ..rollout.vllm.completion import RolloutError
 from . import checkpoint, distributed
-from .batch import micro_batch_budget
+from .batch import budget_and_notes
 from .collect import Collector
 from .guard.finite import BadSteps, BadStepsError, check_weights
 from .guard.keeper import Keeper
@@ -71,7 +71,7 @@ class TrainingLoop:
         # Data order is the same on every rank, sampling differs (trl#2824).
         torch.manual_seed(run.seed + self.accelerator.process_index)
         policy = make_policy(task.model, run, self.accelerator.device)
-        self.budget, notes = self._micro_batch_budget(policy)
+        self.budget, notes = budget_and_notes(policy.packing, list(map(len, task.train_ids)), run, method)
         per_step = self.prompts_per_step = run.prompts_per_step * self.accelerator.num_processes
         self.steps = run.steps or max(1, round(run.epochs * len(task.train) / per_step))
         self.facts = Facts.of(
@@ -129,17 +129,6 @@ class TrainingLoop:
         self.order = itertools.islice(batches(len(task.train), per_step, self.steps, run.seed), self.done, None)
         self.peak = peak_flops(self.accelerator.device, run.mixed_precision != "no" or run.dtype == "bfloat16")
 
-    def _micro_batch_budget(self, policy: Policy) -> tuple[int, list[str]]:
-        """Tokens of a packed forward pass, 0: pad; and what is to be said of it."""
-        if policy.packing is None:
-            return 0, []
-        lengths = list(map(len, self.task.train_ids))
-        budget, why_padded = micro_batch_budget(policy.packing, lengths, self.run, self.method)
-        if why_padded:
-            return budget, [why_padded]
-        unused = self.run.micro_batch_size != TrainConfig.micro_batch_size
-        return budget, ["micro_batch_size is not used: groups are packed, by tokens_per_micro_batch"] * unused
-
     def _resume(self) -> int:
         """Steps done by the run that goes on, from its newest checkpoint; says what is another than it was."""
         done, total = checkpoint.load(self.accelerator, self.out.path, self.steps, self.task.fingerprint)
@@ -191,7 +180,6 @@ class TrainingLoop:
             else:
                 before = self.evaluate(0, "before")
             train_started = time.perf_counter()
-            usable = True
             try:
                 self.loop()
             except BaseException as e:
@@ -200,14 +188,17 @@ class TrainingLoop:
                 alike = isinstance(e, (RewardError, RolloutError, KeyboardInterrupt, BadStepsError))
                 whole = acc.num_processes == 1 or not distributed.is_sharded(acc)
                 weights = not isinstance(e, FloatingPointError) or isinstance(e, BadStepsError)
-                usable = weights and (alike or whole)
                 if isinstance(e, KeyboardInterrupt):
                     self.keeper.at_interrupt(self.done, e)
+                try:
+                    if weights and (alike or whole):
+                        self.save()
+                except StorageError as full:  # no reason to lose the other
+                    self.say(str(full))
                 raise
             finally:
                 train_seconds = time.perf_counter() - train_started
-                if usable:
-                    self.save()
+            self.save()
             after = self.evaluate(self.done, "after")
             self.lost.check_end()
         except KeyboardInterrupt as e:
@@ -216,7 +207,7 @@ class TrainingLoop:
             by = f" by {self.stop.name}" if self.stop.signum else ""
             kept = f"; --resume goes on from checkpoint_{self.keeper.step}" if self.keeper.step else ""
             self.say(f"interrupted{by} after step {self.done}{kept}")
-        except (RewardError, RolloutError, FloatingPointError, StorageError) as e:
+        except (RewardError, RolloutError, FloatingPointError) as e:
             interrupted, failure = True, e
             if isinstance(e, RewardError) and e.trace:
                 self.say(e.trace)
@@ -281,7 +272,8 @@ class TrainingLoop:
                 if self.evaluates_after(number):
                     self.keeper.boundary(number)
                     self.evaluate(number)
-                ends = main and self.on_step is not None and self.on_step(copy.deepcopy(row)) is True
+                with self.stop.droppable(self.accelerator.device):
+                    ends = main and self.on_step is not None and self.on_step(copy.deepcopy(row)) is True
                 if self.keeper.boundary(number, ends):
                     break
 
@@ -390,10 +382,11 @@ class TrainingLoop:
         """The model as it stands, in from_pretrained form."""
         if self.run.save_model or best:
             check_weights(self.accelerator, self.model, self.done)
-            state = distributed.whole_state(self.accelerator, self.model)
-            if self.accelerator.is_main_process:
-                self.out.write_model(self.lm, self.task.tokenizer, state, self.run.lora, best)
-                self.saved = self.saved or not best
+            with self.stop.writing():
+                state = distributed.whole_state(self.accelerator, self.model)
+                if self.accelerator.is_main_process:
+                    self.out.write_model(self.lm, self.task.tokenizer, state, self.run.lora, best)
+                    self.saved = self.saved or not best
 
     def say(self, text: str) -> None:
         """A line on stderr above the progress bar, from the first rank."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..config import MDPGRPOConfig, TrainConfig
 from ..evaluation.answers import MUCH_TRUNCATED, truncation_note
 from ..evaluation.scores import from_scores
+from ..log import counted
 from ..reference import TOTALS, Advantages, TokenLoss
 from .batch import Batch
 from .scale import scale_note
@@ -55,7 +56,7 @@ def step_notes(row: dict[str, Any], run: TrainConfig, method: MDPGRPOConfig) -> 
     notes = [(row["note"], row["note"])] if row["note"] else []
     if row["skipped_updates"]:
         why = "its loss or gradient is not finite: bad_steps.jsonl" if row["bad_updates"] else "float16 overflowed"
-        notes.append(("skipped" + why, f"{row['skipped_updates']} updates skipped, {why}"))
+        notes.append(("skipped" + why, f"{counted(row['skipped_updates'], 'update')} skipped, {why}"))
     if row["dropped"]:
         notes.append(("dropped", f"{row['dropped']} samples dropped, the first because {row['problem']}"))
     off_scale = scale_note(row["reward_min"], row["reward_max"], row["advantage_mean"], run, method)

@@ -31,6 +31,7 @@ class Keeper:
         self.accelerator, self.model, self.run, self.path = accelerator, model, run, path
         self.steps, self.prompts, self.stop, self.step = steps, prompts, stop, step
         self.saved_at = time.monotonic()
+        self.begun = step  # that of the last checkpoint that was begun
 
     def boundary(self, done: int, ends: bool = False) -> bool:
         """After so many steps, on all ranks: writes the checkpoint that is due. Whether the first rank ends the run.
@@ -52,17 +53,21 @@ class Keeper:
         """The checkpoint after so many steps, where there is none. Raises as `boundary`, but not Stopped."""
         if self.step != done:
             check_weights(self.accelerator, self.model, done)
-            with storing(self.path / "checkpoints"):
+            self.begun = done
+            with self.stop.writing(), storing(self.path / "checkpoints"):
                 checkpoint.save(self.accelerator, self.path, done, self.steps, self.prompts)
             self.step, self.saved_at = done, time.monotonic()
 
     def at_interrupt(self, done: int, interrupt: KeyboardInterrupt) -> None:
-        """The same, unless that came in the middle of an update, or to one rank of several; says where it cannot be."""
+        """The same, unless that came in the middle of an update or of this, or to one rank of several; says where it
+        cannot be."""
         self.stop.settle()
         agreed = self.accelerator.num_processes == 1 or isinstance(interrupt, Stopped)
-        if self.run.save_every == 0 or not agreed or self.stop.half_done:
+        if self.run.save_every == 0 or not agreed or self.stop.half_done or self.begun == done:
             return
         try:
             self.save(done)
         except StorageError as e:
+            if self.accelerator.num_processes > 1:  # the others are in the middle of it
+                raise
             say(f"the state after step {done} is lost: {e}", self.accelerator.is_main_process)

@@ -41,6 +41,7 @@ class Stop:
         self.signum: int | None = None  # that has come, here or on another rank
         self.half_done = False  # a step has begun to change what a checkpoint holds
         self._open = False  # the handler itself may raise
+        self._unhurried = False  # what is under way takes the time that it takes
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Stop:
@@ -83,8 +84,16 @@ class Stop:
 
     def settle(self) -> None:
         """The step has ended, or is dropped: what follows takes the time that it takes."""
-        if self._before:
-            os.write(self._write, b"\0")
+        self._unhurried = True
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Inside, what is written takes the time that it takes."""
+        before, self._unhurried = self._unhurried, True
+        try:
+            yield
+        finally:
+            self._unhurried = before
 
     def raise_(self, signum: int | None = None) -> None:
         """Raises Stopped where a signal has come. signum: what the ranks have agreed on; None: this rank's own."""
@@ -126,14 +135,15 @@ class Stop:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             if not select.select([self._read], [], [], left)[0]:
                 assert first is not None
+                if self._unhurried:
+                    deadline = time.monotonic() + PATIENCE
+                    continue
                 self._end(first[1], f"no step could end within {PATIENCE:g} s of {signal.Signals(first[1]).name}")
             numbers = os.read(self._read, 64)
             if not numbers:
                 return
             for number in numbers:
-                if number == 0:
-                    deadline = None
-                elif number in SIGNALS and number in self._before:
+                if number in SIGNALS and number in self._before:
                     now = time.monotonic()
                     if first is None:
                         first, deadline = (now, number), now + PATIENCE
