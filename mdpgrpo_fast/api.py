@@ -95,9 +95,11 @@ class Trainer:
             from .rewards import Scorer, named_spec
             from .rollout.vllm.completion import RolloutError
             from .training.before.checks import check
+            from .training.checkpoint import resolve_resume
+            from .training.checkpoint.data import fingerprint
             from .training.loop import TrainingLoop
             from .training.run_dir import RunDir
-            from .training.task import fingerprint, prepare
+            from .training.task import prepare
 
             for name, value, kind in (("config", config, MDPGRPOConfig), ("run", run, TrainConfig)):
                 if value is not None and not isinstance(value, kind):
@@ -121,6 +123,7 @@ class Trainer:
             if reward_weights is not None:
                 changed["reward_weights"] = reward_weights
             run = resolve_adapter(replace(run, preset=nearest_preset(config, run.preset), **changed))
+            run = resolve_resume(run)
             config = with_correction(run, config)
             self.run, self.config, self._trained = run, config, False
             self.result: TrainResult | None = None  # of train(), also where the upload after it failed
@@ -138,7 +141,7 @@ class Trainer:
                     config,
                     lambda: {
                         "training prompts": task.fingerprint,
-                        "eval_prompts": fingerprint(task.held_out_ids),
+                        "eval_prompts": fingerprint(task.held_out_ids, task.held_out),
                         "on_step given": on_step is not None,
                     },
                 )

@@ -247,7 +247,11 @@ class TrainConfig(PromptConfig):
     save_every: int | None = knob(
         None, "write a checkpoint every so many steps, the newest two are kept; unset: every 15 minutes; 0: none"
     )
-    resume: bool = knob(False, "go on from the newest checkpoint in output_dir, to more or fewer steps if asked")
+    resume: bool | Literal["auto"] = knob(
+        False,
+        "go on from the newest whole checkpoint in output_dir, to more or fewer steps if asked; auto: where there is "
+        "one, else start",
+    )
     push_to_hub: bool = knob(False, "upload the model, its card and report at the end")
     hub_model_id: str | None = knob(None, "repository on the hub, as user/name; unset: the name of output_dir")
     hub_private_repo: bool = knob(

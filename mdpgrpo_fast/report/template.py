@@ -27,6 +27,6 @@ def write_page(path: Path, template: str, **content: Any) -> None:
     environment.tests["nan"] = math.isnan
     page = environment.get_template(template).render(content)
     try:
-        durable.write_text(path, page.encode(errors="replace").decode())
+        durable.write_text(path, page.encode("utf-8", "replace").decode())
     except durable.StorageError as e:
         raise ConfigError(f"the page {e}") from None

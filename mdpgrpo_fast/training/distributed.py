@@ -13,14 +13,13 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
 from torch import Tensor, nn
 
 from ..config import ConfigError, TrainConfig
 from ..log import reason_of
 from ..rewards.pool import longest_wait
 from ..rewards.scorer import CALL_TIMEOUT, COMPLETION_TIMEOUT
-from . import checkpoint
 
 T = TypeVar("T")
 _GONE = re.compile(
@@ -73,7 +72,7 @@ def accelerator(run: TrainConfig, path: Path, completions: int) -> Accelerator:
             mixed_precision=run.mixed_precision,
             cpu=run.cpu,
             log_with=run.report_to or None,
-            project_config=checkpoint.configuration(path),
+            project_config=ProjectConfiguration(project_dir=str(path)),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
         )
     except (ValueError, ImportError) as e:

@@ -70,6 +70,7 @@ class TrainingLoop:
         )
         # Data order is the same on every rank, sampling differs (trl#2824).
         torch.manual_seed(run.seed + self.accelerator.process_index)
+        data = task.fingerprints(run, method)
         policy = make_policy(task.model, run, self.accelerator.device)
         self.budget, notes = budget_and_notes(policy.packing, list(map(len, task.train_ids)), run, method)
         per_step = self.prompts_per_step = run.prompts_per_step * self.accelerator.num_processes
@@ -90,8 +91,6 @@ class TrainingLoop:
         engine = make_engine(run, method, context_length(task.model), self.accelerator)
         scorer.to(self.accelerator.device)
         self.collector = Collector(task, run, method, self.accelerator, scorer, policy, engine)
-        if method.running_goal:
-            self.accelerator.register_for_checkpointing(self.collector.goal)
         if self.collector.thinking.active:
             self.facts.notes.append(
                 "rewards score what follows the last closing think tag (--strip-thinking off: whole completions)"
@@ -99,19 +98,25 @@ class TrainingLoop:
         schedule = "constant_with_warmup" if run.lr_schedule == "constant" else run.lr_schedule
         count = Updates.count(run, self.steps)
         self.scheduler = transformers.get_scheduler(schedule, optimizer, run.warmup_steps, count)
-        self.accelerator.register_for_checkpointing(self.scheduler)
         self.stop = Stop(self.accelerator.num_processes == 1, self._last_words)
         self.updates = Updates(
             run, method, self.accelerator, policy, self.model, self.optimizer, self.scheduler, self.reference,
             self.budget, self.stop.begin_change,
         )  # fmt: skip
-        if self.updates.entropy.adapts:
-            self.accelerator.register_for_checkpointing(self.updates.entropy)
-        if self.reference.moves:
-            self.accelerator.register_for_checkpointing(self.reference)
-        checkpoint.keep_loadable(self.accelerator, task.model, task.tokenizer)
+        parts = {"scheduler": self.scheduler}
+        parts |= {"goal": self.collector.goal} if method.running_goal else {}
+        parts |= {"entropy": self.updates.entropy} if self.updates.entropy.adapts else {}
+        parts |= {"reference": self.reference} if self.reference.moves else {}
+        state = checkpoint.State(
+            self.accelerator, self.model, self.optimizer, task.model, task.tokenizer, parts
+        )  # fmt: skip
+        self.checkpoints = checkpoint.Checkpoints(out.path, state, run, method, data)
+        if run.save_every != 0 and (short := self.checkpoints.space_note(run.save_model)):
+            self.facts.notes.append(short)
         self.done = self._resume() if run.resume else 0
         logged = checkpoint.logged_rows(self.accelerator, out.path, self.done) if run.resume else []
+        if lost := checkpoint.lost_rows(logged, self.done):
+            self.say(lost)
         self.history = [r for r in logged if "eval" not in r]  # trainer_state.log_history of reward functions
         self.dropped = sum(row.get("eval", row).get("dropped", 0) for row in logged)
         self.lost, self.bad = LostSamples(run.max_dropped), BadSteps(run.max_bad_steps)
@@ -120,26 +125,23 @@ class TrainingLoop:
             self.bad.record(row)
         # Evaluated again where what ended the run before came between a step and its evaluation.
         self.evaluated = not run.resume or any("eval" in r and r["step"] == self.done for r in logged)
-        self.keeper = Keeper(
-            self.accelerator, self.model, run, out.path, self.steps, task.fingerprint, self.stop, self.done
-        )
+        self.keeper = Keeper(self.checkpoints, self.model, self.steps, self.stop, self.done)
         self.saved, self.ended = False, False  # ended: all ranks have come to the end, and may wait for each other
-        self.best = checkpoint.Best(self.accelerator, out.path, run.resume)
+        self.best = checkpoint.Best(self.accelerator, out.path, bool(run.resume))
         self.last_rows: list[dict[str, Any]] = []
         self.order = itertools.islice(batches(len(task.train), per_step, self.steps, run.seed), self.done, None)
         self.peak = peak_flops(self.accelerator.device, run.mixed_precision != "no" or run.dtype == "bfloat16")
 
     def _resume(self) -> int:
         """Steps done by the run that goes on, from its newest checkpoint; says what is another than it was."""
-        done, total = checkpoint.load(self.accelerator, self.out.path, self.steps, self.task.fingerprint)
+        loaded = self.checkpoints.load(self.steps)
+        done, total = loaded.step, loaded.total
         was, rate = self.scheduler.get_last_lr()[0], checkpoint.follow_schedule(self.scheduler)
-        said = f"resumed after {done}{f' of {total}' if total else ''} steps"
+        said = f"resumed after {done} of {total} steps"
         if total != self.steps or was != rate:
             said += f"; now {self.steps}: the learning rate goes on from {rate:.3g}"
-        self.say(said)
-        main = self.accelerator.is_main_process  # which writes the settings that are compared
-        if main and (rounding := checkpoint.changed_rounding(self.run, self.method)):
-            self.say(f"resumed with another {', '.join(rounding)}: numbers differ in their last bits from one run's")
+        for line in (*loaded.notes, said):
+            self.say(line)
         return done
 
     @property

@@ -98,7 +98,10 @@ class RunDir:
             save_adapters(model, folder, state)
             tokenizer.save_pretrained(folder)
 
-        _write_folder(self.path / ("best" if best else "model"), write)
+        whole = self.path / ("best" if best else "model")
+        weights = model.parameters() if state is None else state.values()
+        durable.need_space(self.path, sum(x.numel() * x.element_size() for x in weights), f"{whole.name}/")
+        _write_folder(whole, write)
         if lora and not best:
             _write_folder(self.path / "adapters", write_adapters)
 

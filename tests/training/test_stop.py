@@ -19,7 +19,7 @@ from helpers.runs import SMALL, parameters, run_small
 import mdpgrpo_fast.train as train
 from mdpgrpo_fast import api
 from mdpgrpo_fast.config import TrainConfig, preset
-from mdpgrpo_fast.training import checkpoint
+from mdpgrpo_fast.training.checkpoint import Checkpoints
 from mdpgrpo_fast.training.guard import keeper, stop
 from mdpgrpo_fast.training.guard.stop import Stop, Stopped
 from mdpgrpo_fast.training.loop import TrainingLoop
@@ -106,8 +106,8 @@ def test_status_and_last_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(keeper, "SECONDS", 0.0)  # a checkpoint after every step
-    saved, save = [], checkpoint.save
-    monkeypatch.setattr(checkpoint, "save", lambda a, p, step, *rest: (saved.append(step), save(a, p, step, *rest))[1])
+    saved, save = [], Checkpoints.save
+    monkeypatch.setattr(Checkpoints, "save", lambda self, *at: (saved.append(at[0]), save(self, *at))[1])
     kill_in(monkeypatch, TrainingLoop, "step", 2)
     argv = "--steps 9 --prompts-per-step 1 --max-completion-length 8 --eval-samples 1 --save-model false".split()
     assert train.main([*argv, "--output-dir", str(tmp_path / "run")]) == 143

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
-from accelerate import Accelerator
 from torch import nn
 
-from ...config import TrainConfig
-from ...durable import StorageError, storing
-from .. import checkpoint, distributed
+from ...durable import StorageError
+from .. import distributed
+from ..checkpoint import Checkpoints
 from ..show.progress import say
 from .finite import check_weights
 from .stop import Stop, Stopped
@@ -19,17 +17,11 @@ SECONDS = 15 * 60.0  # from one checkpoint to the next, where save_every does no
 
 
 class Keeper:
-    """The checkpoints of a run of so many steps. step: of the newest, 0 where there is none.
+    """Writes the checkpoints of a run of so many steps. step: of the newest, 0 where there is none."""
 
-    path: the run directory; prompts: Task.fingerprint.
-    """
-
-    def __init__(
-        self, accelerator: Accelerator, model: nn.Module, run: TrainConfig, path: Path, steps: int, prompts: str,
-        stop: Stop, step: int,
-    ) -> None:  # fmt: skip
-        self.accelerator, self.model, self.run, self.path = accelerator, model, run, path
-        self.steps, self.prompts, self.stop, self.step = steps, prompts, stop, step
+    def __init__(self, checkpoints: Checkpoints, model: nn.Module, steps: int, stop: Stop, step: int) -> None:
+        self.checkpoints, self.model, self.steps, self.stop, self.step = checkpoints, model, steps, stop, step
+        self.accelerator, self.run = checkpoints.accelerator, checkpoints.run
         self.saved_at = time.monotonic()
         self.begun = step  # that of the last checkpoint that was begun
 
@@ -54,8 +46,8 @@ class Keeper:
         if self.step != done:
             check_weights(self.accelerator, self.model, done)
             self.begun = done
-            with self.stop.writing(), storing(self.path / "checkpoints"):
-                checkpoint.save(self.accelerator, self.path, done, self.steps, self.prompts)
+            with self.stop.writing():
+                self.checkpoints.save(done, self.steps)
             self.step, self.saved_at = done, time.monotonic()
 
     def at_interrupt(self, done: int, interrupt: KeyboardInterrupt) -> None:
@@ -68,6 +60,4 @@ class Keeper:
         try:
             self.save(done)
         except StorageError as e:
-            if self.accelerator.num_processes > 1:  # the others are in the middle of it
-                raise
             say(f"the state after step {done} is lost: {e}", self.accelerator.is_main_process)
