@@ -105,6 +105,7 @@ def prepare(
         model, tokenizer = load(
             run.model, run.dtype, run.attention, tokenizer=run.tokenizer, trust_remote_code=run.trust_remote_code,
             text_only=run.text_only, keep_adapter=run.lora and not run.merge_adapter,
+            allow_random=run.allow_random_weights,
         )  # fmt: skip
     else:
         model, tokenizer = adopt(
