@@ -23,10 +23,12 @@ class StorageError(RuntimeError):
 @contextmanager
 def storing(path: Path, *more: type[Exception]) -> Iterator[None]:
     """Inside, an error of the file system, or one of `more` classes, is raised as a StorageError with the path."""
-    kinds: tuple[type[Exception], ...] = (OSError, *more)
     try:
         yield
-    except kinds as e:
+    except Exception as e:
+        # Libraries in Rust, as tokenizers, raise the plain Exception with the text of std::io::Error.
+        if not isinstance(e, (OSError, *more)) and "(os error " not in str(e):
+            raise
         reason = (e.strerror if isinstance(e, OSError) else None) or str(e) or type(e).__name__
         raise StorageError(f"{str(path)!r} cannot be written: {reason}") from e
 
@@ -78,11 +80,11 @@ def write_text(path: Path, text: str) -> None:
 
 def append_text(path: Path, text: str) -> None:
     """The text at the end of a file, in UTF-8. Raises: StorageError; what of it came to the file is taken back."""
-    with storing(path), path.open("ab") as f:
-        size = f.tell()
+    with storing(path), path.open("ab", buffering=0) as f:  # with a buffer, close() would write what was taken back
+        size, left = f.tell(), memoryview(text.encode("utf-8"))
         try:
-            f.write(text.encode("utf-8"))
-            f.flush()
+            while left:
+                left = left[f.write(left) :]
         except OSError:
             with suppress(OSError):
                 os.truncate(path, size)

@@ -493,14 +493,28 @@ def faults(kind: str, o: Operation, base: str = "") -> list[Trial]:
     return found
 
 
+# What ten kills and five faults are of: kind, moment, operation.
+FEW = [
+    ("kill", "before", "rename run/checkpoints/checkpoint_N"), ("kill", "midway", "write run/metrics.jsonl"),
+    ("kill", "midway", r"write run/checkpoints/checkpoint_N\S*/optimizer"), ("kill", "before", "rename run/model"),
+    ("kill", "before", r"unlink run/checkpoints/\S*/manifest.json"), ("resume", "midway", "write run/metrics.jsonl"),
+    ("power", "after", "rename run/checkpoints/checkpoint_N"), ("power", "after", "rename run/model"),
+    ("random", "SIGKILL", ""), ("random", "SIGKILL", ""),
+    ("fault", "EIO midway", "write run/completions.jsonl"),
+    ("fault", "EIO", r"write run/checkpoints/\S*/tokenizer.json"),
+    ("fault", "ENOSPC", r"write run/checkpoints/\S*/optimizer"), ("fault", "EIO", "fsync run/checkpoints"),
+    ("fault", "ENOSPC midway", "write run/model"),
+]  # fmt: skip
+
+
 def _few(trials: list[Trial]) -> list[Trial]:
-    """Ten kills and six faults of different operations."""
-    dice = random.Random(1)
-    kills = [t for t in trials if t.kind in ("kill", "power", "resume") and not t.code]
-    failing = [t for t in trials if t.kind == "fault"]
-    randoms = [t for t in trials if t.kind == "random"]
-    by_words = list({t.what: t for t in dice.sample(kills, len(kills))}.values())
-    return [*dice.sample(by_words, 8), *randoms[:2], *dice.sample(failing, 6)]
+    """One of each of FEW, drawn at random."""
+    left = random.Random(1).sample(trials, len(trials))
+    found = []
+    for kind, moment, what in FEW:
+        found.append(next(t for t in left if (t.kind, t.moment) == (kind, moment) and re.match(what, t.what)))
+        left.remove(found[-1])
+    return found
 
 
 def carry_out(bench: Bench, trials: list[Trial], jobs: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -582,7 +596,7 @@ def main() -> int:
     parser.add_argument("kinds", nargs="*")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--few", action="store_true", help="ten kills and six faults")
+    parser.add_argument("--few", action="store_true", help="ten kills and five faults")
     parser.add_argument("--most", type=int, help="at most so many trials, drawn at random")
     options = parser.parse_args()
     if "file_operations" not in os.environ.get("LD_PRELOAD", ""):

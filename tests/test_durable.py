@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +60,26 @@ def test_lines_that_do_not_fit_are_taken_back(tmp_path: Path) -> None:
     if os.path.exists("/dev/full"):
         with pytest.raises(StorageError, match="'/dev/full' cannot be written: No space left"):
             durable.append_text(Path("/dev/full"), "{}\n")
+
+
+def test_lines_that_fit_in_part_are_taken_back_too(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    durable.append_text(file, "{}\n")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5, hard))
+    try:
+        with pytest.raises(StorageError, match="too large"):
+            durable.append_text(file, "[1, 2]\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert file.read_text() == "{}\n"
+
+
+def test_errors_of_libraries_in_rust_are_of_the_disk(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="No space left"), durable.storing(tmp_path):
+        raise Exception("No space left on device (os error 28)")
+    with pytest.raises(KeyError), durable.storing(tmp_path):
+        raise KeyError("x")
 
 
 def test_a_folder_is_the_one_before_or_the_one_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

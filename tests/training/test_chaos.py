@@ -1,4 +1,4 @@
-"""Runs killed and hindered at their file operations end as an uninterrupted one; `make chaos` does it at all of them."""
+"""Runs killed and hindered at file operations end as an uninterrupted one; `make chaos` does it at all of them."""
 
 from __future__ import annotations
 

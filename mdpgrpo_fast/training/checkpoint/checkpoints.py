@@ -114,6 +114,9 @@ class Checkpoints:
             "kind": self.state.kind, "data": self.data, "run": asdict(self.run),
             "method": asdict(self.method),
         }  # fmt: skip
+        for lines in self.path.glob("*.jsonl"):  # of its steps; later ones are made again
+            durable.sync_file(lines)
+        durable.sync_folder(self.path)
         manifest.write(folder, values, hashes)
         if whole.exists():  # a damaged one, or of a run that went on from an earlier step
             durable.remove_folder(whole)
