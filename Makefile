@@ -7,7 +7,7 @@ DEMO   := mdpgrpo_fast/demo
 ARGS   ?=
 JOBS   ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: help setup train test test-fast test-vllm test-verl vllm-sources faults check install-check wheel install-sizes sanitize gpu-bundle seed-policy bench clean
+.PHONY: help setup train test test-fast test-vllm test-verl vllm-sources faults chaos check install-check wheel install-sizes sanitize gpu-bundle seed-policy bench clean
 
 help:
 	@echo "make train        install, then train the embedded demonstration into $(OUTPUT) (ARGS=... adds flags)"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-verl    the same of a real verl on Ray"
 	@echo "make vllm-sources  what the tests compare our calls of vLLM with, for MDPGRPO_VLLM_SOURCES; CI does"
 	@echo "make faults       plant each fault of tests/faults.py in a copy; fails where the tests do not see it (ARGS=words)"
+	@echo "make chaos        kill and hinder short runs at every file operation; fails where one does not end as an uninterrupted one; RECORD=file"
 	@echo "make check        formatter, linter and type checker"
 	@echo "make install-check  every way to build and install, each in a fresh environment"
 	@echo "make wheel        dist/: the sdist, and the wheel with the manylinux tag that this machine's compiler allows"
@@ -115,11 +116,14 @@ test-verl: $(VENV)/verl/.done
 faults: $(VENV)/.setup-test
 	$(BIN)/python tests/faults.py --jobs $(JOBS) $(ARGS)
 
+chaos: $(VENV)/.setup-test
+	$(BIN)/python tests/chaos.py --jobs $(JOBS) --output $(or $(RECORD),build/chaos.json) $(ARGS)
+
 check: $(VENV)/.setup-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*/*) tests/helpers/*.cpp
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*/*) tests/helpers/*.c tests/helpers/*.cpp
 	! command -v nvcc >/dev/null || $(BIN)/python benchmarks/compiled/cuda_resources.py --output build/cuda_resources.json
 
 install-check: $(VENV)/.setup-test

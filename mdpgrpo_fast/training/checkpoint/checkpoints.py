@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from ... import durable
 from ...config import ConfigError, MDPGRPOConfig, TrainConfig
 from ...durable import StorageError
+from ...log import reason_of
 from ...version import __version__
 from . import manifest
 from .resume import check_steps, none_whole, setting_notes
@@ -152,8 +153,8 @@ class Checkpoints:
         """Puts back the newest checkpoint that is whole. total: steps that the run is to have. Nothing is changed on
         the disk.
 
-        Raises: ConfigError where none is whole, and for one of another number of processes, of other data, or of more
-        steps.
+        Raises: ConfigError where none is whole or the disk does not give it, and for one of another number of
+        processes, of other data, or of more steps.
         """
         acc, notes = self.accelerator, []
         listed: list[Any] = [None]
@@ -173,7 +174,10 @@ class Checkpoints:
             if self.data[name] != was["data"][name]:
                 notes.append(f"the {name} are others than before, {was['data'][name]}; now {self.data[name]}")
         notes += setting_notes(folder, self.run, self.method)
-        self.state.read(folder)
+        try:
+            self.state.read(folder)
+        except (OSError, SafetensorError, RuntimeError) as e:  # torch's own where a file cannot be opened or mapped
+            raise ConfigError(f"{str(folder)!r} cannot be read: {reason_of(e)}") from None
         self.newest_step = was["step"]
         return Loaded(was["step"], was["total"], notes)
 

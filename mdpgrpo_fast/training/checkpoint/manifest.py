@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ... import durable
+from ...config import ConfigError
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -24,7 +25,7 @@ CHUNK = 1 << 22
 _LOADABLE = (".safetensors", ".json", ".bin", ".pt", ".pth", ".pkl")
 
 
-class DamagedError(ValueError):
+class DamagedError(ConfigError):
     """A checkpoint that is not as it was written; the message begins with the name of the file."""
 
 
@@ -119,9 +120,11 @@ def damage(folder: Path) -> str | None:
 
 def hash_damage(folder: Path, share: int = 0, shares: int = 1) -> str | None:
     """The first file whose content is not as it was written; None: all are. share: of the files, from 0."""
-    files = read(folder)["files"]
     try:
+        files = read(folder)["files"]
         found = digests(folder, list(files)[share::shares])
+    except DamagedError as e:
+        return str(e)
     except OSError as e:
         return f"{e.filename or folder}: {e.strerror or e}"
     return next((f"{n} is not as it was written" for n, x in found.items() if x != files[n]["sha256"]), None)

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from ... import durable
+from ...config import ConfigError
 from .checkpoints import set_aside_later
 
 
@@ -27,7 +28,11 @@ def drop_what_came_later(path: Path, step: int) -> None:
 
 
 def _lines(file: Path) -> list[str]:
-    return file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else []
+    """Raises: ConfigError."""
+    try:
+        return file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else []
+    except OSError as e:
+        raise ConfigError(f"{str(file)!r} cannot be read: {e.strerror or e}") from None
 
 
 def _row(line: str, step: int) -> dict[str, Any] | None:

@@ -59,7 +59,7 @@ def read(path: Path, objects: Mapping[str, type] | None = None) -> Any:
     try:
         with safe_open(path, framework="pt") as f:
             return _unpack(json.loads((f.metadata() or {})["tree"]), f, objects or {}, {})
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
         raise ConfigError(f"{str(path)!r} cannot be read: {type(e).__name__} ({e})") from None
 
 
