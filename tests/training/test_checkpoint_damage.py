@@ -6,6 +6,7 @@ import errno
 import os
 import pickle
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.inputs import ROOT
 from helpers.runs import make_trainer, parameters, rows, run_small
 
 import mdpgrpo_fast.train as train
@@ -251,6 +253,12 @@ def test_no_pickle_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model
     assert not (tmp_path / "run").exists()
 
 
+def test_no_module_loads_what_runs_code() -> None:
+    words = r"\btorch\.load\(|import (pickle|joblib|dill|shelve)|\bpickle\.\w|\.load_state\(|\bnp\.load\(|unsafe_load"
+    files = list((ROOT / "mdpgrpo_fast").rglob("*.py"))
+    assert len(files) > 200 and not [p for p in files if re.search(words, p.read_text(encoding="utf-8"))]
+
+
 def test_what_is_stored_comes_back_to_the_bit(tmp_path: Path) -> None:
     file, shared = tmp_path / "a.safetensors", torch.randn(4, 3)
     value = {
@@ -267,6 +275,15 @@ def test_what_is_stored_comes_back_to_the_bit(tmp_path: Path) -> None:
     assert found["bytes"].tolist() == [1, 2, 3, 4] and type(found["of"]) is torch.Size
     with pytest.raises(TypeError, match=r"a pathlib\..*Path cannot be stored"):
         tree.write(file, [tmp_path])
+    scaler, again = torch.amp.GradScaler("cpu", init_scale=1024.0), torch.amp.GradScaler("cpu")
+    loss = (torch.ones(1, requires_grad=True) * torch.inf).sum()
+    optimizer = torch.optim.SGD([torch.ones(1, requires_grad=True)])
+    optimizer.param_groups[0]["params"][0].grad = scaler.scale(loss).detach().reshape(1)
+    scaler.step(optimizer)
+    scaler.update()
+    tree.write(file, scaler.state_dict())
+    again.load_state_dict(tree.read(file))
+    assert again.state_dict() == scaler.state_dict() and again.get_scale() == 512
     before = random_state(torch.device("cpu"))
     tree.write(file, before)
     random.gauss(0, 1), np.random.standard_normal(), torch.rand(1)

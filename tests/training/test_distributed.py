@@ -299,6 +299,28 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(kind: str, tmp_path:
     assert expected[0]["tokens"] != expected[1]["tokens"]
 
 
+def test_deepspeed_resumes_to_the_bit_from_files_that_are_no_pickles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need_deepspeed("zero2", monkeypatch)
+    knobs: dict[str, Any] = {"steps": 2, "save_every": 1, "save_model": False, "eval_samples": 2}
+    tasks: dict[str, tuple[Any, ...]] = {}
+    for kind in ("zero2", "zero3"):
+        parts = (kind, str(tmp_path / kind / "parts"))
+        tasks[kind] = (
+            whole_and_interrupted, kind, str(tmp_path / kind / "whole"), str(tmp_path / kind / "parts"), knobs, 2
+        )  # fmt: skip
+        tasks[f"{kind} resumed"] = (train, *parts, {**knobs, "resume": True}, False)
+    found = spawn_fleet(tasks, 2, tmp_path)
+    for kind in ("zero2", "zero3"):
+        for one, (want, _) in zip(found[f"{kind} resumed"], found[kind], strict=True):
+            assert one["kind"] == "DEEPSPEED" and one["tokens"] == want["tokens"][1:]
+            assert all(torch.equal(one["parameters"][n], x) for n, x in want["parameters"].items())
+        files = [p for p in (tmp_path / kind / "parts" / "checkpoints").rglob("*") if p.suffix in (".pt", ".py")]
+        assert len(files) == (8 if kind == "zero3" else 6)
+        assert all(p.read_bytes()[8:23] == b'{"__metadata__"' for p in files), "safetensors, by whatever name"
+
+
 LORA: dict[str, Any] = {"steps": 2, "lora": True, "lora_r": 4, "learning_rate": 1e-2}
 BF16: dict[str, Any] = {"steps": 2, "mixed_precision": "bf16"}
 RESUMED: dict[str, Any] = {**LORA, **BF16, "steps": 3, "save_every": 2, "save_model": False}

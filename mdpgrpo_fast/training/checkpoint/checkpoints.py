@@ -119,8 +119,11 @@ class Checkpoints:
             durable.remove_folder(whole)
         os.rename(folder, whole)
         durable.sync_folder(whole.parent)
-        for old in [p for p in manifest.folders(self.path) if manifest.step_of(p) < step][TOTAL_LIMIT - 1 :]:
-            durable.remove_folder(old)
+        kept = 1
+        for old in [p for p in manifest.folders(self.path) if manifest.step_of(p) < step]:
+            if kept == TOTAL_LIMIT:
+                durable.remove_folder(old)
+            kept += kept < TOTAL_LIMIT and manifest.damage(old) is None
 
     def size(self) -> int:
         """Bytes of a checkpoint: of the newest one, or what the tensors come to."""
