@@ -164,9 +164,33 @@ def not_finite(rank: int, ranks: int, folder: str) -> str:
     return "no end"
 
 
-def test_no_rank_waits_for_one_that_cannot_answer(tmp_path: Path) -> None:
-    found = spawn(not_finite, 2, tmp_path, str(tmp_path / "run"))
-    assert found == ["the model's logits must be finite"] * 2
+def failing_save(rank: int, ranks: int, folder: str) -> str:
+    """How a rank ends where the second one's disk fails."""
+    from mdpgrpo_fast.durable import StorageError
+    from mdpgrpo_fast.training.checkpoint import State
+
+    write = State.write
+
+    def failing(self: State, at: Path) -> None:
+        write(self, at)
+        if rank:
+            raise OSError(5, "it is broken")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(State, "write", failing)
+        try:
+            train(rank, ranks, "ddp", folder, {"steps": 1, "save_every": 1, "eval_samples": 2}, False)
+        except StorageError as e:
+            return str(e)
+    return "no end"
+
+
+def test_no_rank_waits_for_one_that_cannot_answer_or_save(tmp_path: Path) -> None:
+    run, full = str(tmp_path / "run"), str(tmp_path / "full")
+    found = spawn_fleet({"answer": (not_finite, run), "save": (failing_save, full)}, 2, tmp_path)
+    assert found["answer"] == ["the model's logits must be finite"] * 2
+    assert all("no checkpoint could be written: " in s and "it is broken" in s for s in found["save"]), found
+    assert not list((tmp_path / "full" / "checkpoints").iterdir()), "nothing of it is left"
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ class Checkpoints:
             return
         values = {
             "version": __version__, "step": step, "total": total, "processes": self.accelerator.num_processes,
-            "kind": self.state.kind, "data": self.data, "run": asdict(self.run),
+            "kind": self.state.kind, "device": self.accelerator.device.type, "data": self.data, "run": asdict(self.run),
             "method": asdict(self.method),
         }  # fmt: skip
         manifest.write(folder, values, hashes)
@@ -172,6 +172,8 @@ class Checkpoints:
         for name in self.data.keys() & was["data"].keys():
             if self.data[name] != was["data"][name]:
                 notes.append(f"the {name} are others than before, {was['data'][name]}; now {self.data[name]}")
+        if was["device"] != acc.device.type:
+            notes.append(f"the run before was on {was['device']}, this one is on {acc.device.type}: it samples others")
         notes += setting_notes(folder, self.run, self.method)
         self.state.read(folder)
         self.newest_step = was["step"]
