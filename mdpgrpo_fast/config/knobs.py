@@ -64,6 +64,8 @@ def check_values(config: Any, names: Collection[str] | None = None) -> None:
             raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{name} must be finite; got {value!r}")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ConfigError(f"{name} must be a whole number of 64 bits; got {value!r}")
 
 
 _WANTED = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}

@@ -316,6 +316,8 @@ def test_the_best_needs_something_to_be_compared_by(tmp_path: Path) -> None:
 def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path) -> None:
     flags = ["--output-dir", str(tmp_path / "run"), "--steps", "1", "--max-completion-length", "8", "--save-every", "1",
              "--prompts-per-step", "1", "--eval-samples", "1"]  # fmt: skip
-    assert train.main(flags) == 0
-    assert train.main([*flags, "--resume"]) == 0
+    assert train.main([*flags, "--resume", "auto"]) == 0, "there is none yet"
+    assert train.main([*flags, "--resume", "auto"]) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["resumed_after"] == 1
+    assert not (tmp_path / "run.1").exists()
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 1

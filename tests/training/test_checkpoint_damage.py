@@ -6,6 +6,7 @@ import errno
 import os
 import pickle
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.inputs import ROOT
 from helpers.runs import make_trainer, parameters, rows, run_small
 
 import mdpgrpo_fast.train as train
@@ -97,15 +99,19 @@ def test_the_newest_whole_one_is_taken_and_the_other_named_once(
 ) -> None:
     flipped(copy / "checkpoints" / "checkpoint_3" / "state" / "random_0.safetensors")
     (copy / "checkpoints" / "checkpoint_9").mkdir()
+    (copy / "config.yaml").write_text("run: {")  # the manifest has the settings too
+    lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (copy / "metrics.jsonl").write_text("".join(line for line in lines if not line.startswith('{"step": 1,')) + '{"st')
     resumed = make_trainer(copy.parent, resume=True, save_model=False, **KNOBS)
-    assert capsys.readouterr().err.splitlines()[-3:] == [
+    assert capsys.readouterr().err.splitlines()[-4:] == [
         "checkpoint_9 is damaged, and left out: manifest.json is missing",
         "checkpoint_3 is damaged, and left out: state/random_0.safetensors is not as it was written",
         "resumed after 2 of 3 steps",
+        "metrics.jsonl lacks 1 of the 2 steps that are done: log_history of rewards begins later",
     ]
     resumed.train()
     assert torch.equal(parameters(resumed), parameters(done))
-    assert [r["loss"] for r in rows(resumed)] == [r["loss"] for r in rows(done)]
+    assert [r["loss"] for r in rows(resumed)] == [r["loss"] for r in rows(done)[1:]]
     found = sorted(os.listdir(copy / "checkpoints"))
     assert found == ["checkpoint_2", "checkpoint_3", "checkpoint_3.damaged", "checkpoint_9.damaged"]
 
@@ -161,6 +167,25 @@ def test_the_fingerprint_covers_what_rewards_see() -> None:
     with torch.no_grad():
         model.bias += 1e-6
     assert weights_fingerprint(model) != before
+
+
+def test_files_beside_the_checkpoints_are_cut_whole_and_read_or_refused(
+    copy: Path, done: TrainingLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = (copy / "metrics.jsonl").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *names: (_ for _ in ()).throw(OSError(errno.EIO, "no")))
+        with pytest.raises(StorageError, match=r"metrics.jsonl' cannot be written: no"):
+            checkpoint.drop_what_came_later(copy, 2)
+    assert (copy / "metrics.jsonl").read_text() == lines, "as it was"
+    for text in ("", "{", '{"step": 1}', "[]", '{"step": null, "score": 1}'):
+        (copy / "best.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"best.json' as it was written, or not at all: it cannot be read$"):
+            checkpoint.Best(done.accelerator, copy, True)
+    monkeypatch.setattr(done.checkpoints.state, "lm", torch.nn.Linear(2, 2))
+    with pytest.raises(ConfigError, match=r"resume needs the model of the run before; .*checkpoint_2: ") as e:
+        done.checkpoints.load(3)
+    assert "\n" not in str(e.value)
 
 
 # ---- disks that fail ------------------------------------------------------------------------------------------------
@@ -251,6 +276,12 @@ def test_no_pickle_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model
     assert not (tmp_path / "run").exists()
 
 
+def test_no_module_loads_what_runs_code() -> None:
+    words = r"\btorch\.load\(|import (pickle|joblib|dill|shelve)|\bpickle\.\w|\.load_state\(|\bnp\.load\(|unsafe_load"
+    files = list((ROOT / "mdpgrpo_fast").rglob("*.py"))
+    assert len(files) > 200 and not [p for p in files if re.search(words, p.read_text(encoding="utf-8"))]
+
+
 def test_what_is_stored_comes_back_to_the_bit(tmp_path: Path) -> None:
     file, shared = tmp_path / "a.safetensors", torch.randn(4, 3)
     value = {
@@ -267,6 +298,15 @@ def test_what_is_stored_comes_back_to_the_bit(tmp_path: Path) -> None:
     assert found["bytes"].tolist() == [1, 2, 3, 4] and type(found["of"]) is torch.Size
     with pytest.raises(TypeError, match=r"a pathlib\..*Path cannot be stored"):
         tree.write(file, [tmp_path])
+    scaler, again = torch.amp.GradScaler("cpu", init_scale=1024.0), torch.amp.GradScaler("cpu")
+    loss = (torch.ones(1, requires_grad=True) * torch.inf).sum()
+    optimizer = torch.optim.SGD([torch.ones(1, requires_grad=True)])
+    optimizer.param_groups[0]["params"][0].grad = scaler.scale(loss).detach().reshape(1)
+    scaler.step(optimizer)
+    scaler.update()
+    tree.write(file, scaler.state_dict())
+    again.load_state_dict(tree.read(file))
+    assert again.state_dict() == scaler.state_dict() and again.get_scale() == 512
     before = random_state(torch.device("cpu"))
     tree.write(file, before)
     random.gauss(0, 1), np.random.standard_normal(), torch.rand(1)

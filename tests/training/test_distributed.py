@@ -164,9 +164,33 @@ def not_finite(rank: int, ranks: int, folder: str) -> str:
     return "no end"
 
 
-def test_no_rank_waits_for_one_that_cannot_answer(tmp_path: Path) -> None:
-    found = spawn(not_finite, 2, tmp_path, str(tmp_path / "run"))
-    assert found == ["the model's logits must be finite"] * 2
+def failing_save(rank: int, ranks: int, folder: str) -> str:
+    """How a rank ends where the second one's disk fails."""
+    from mdpgrpo_fast.durable import StorageError
+    from mdpgrpo_fast.training.checkpoint import State
+
+    write = State.write
+
+    def failing(self: State, at: Path) -> None:
+        write(self, at)
+        if rank:
+            raise OSError(5, "it is broken")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(State, "write", failing)
+        try:
+            train(rank, ranks, "ddp", folder, {"steps": 1, "save_every": 1, "eval_samples": 2}, False)
+        except StorageError as e:
+            return str(e)
+    return "no end"
+
+
+def test_no_rank_waits_for_one_that_cannot_answer_or_save(tmp_path: Path) -> None:
+    run, full = str(tmp_path / "run"), str(tmp_path / "full")
+    found = spawn_fleet({"answer": (not_finite, run), "save": (failing_save, full)}, 2, tmp_path)
+    assert found["answer"] == ["the model's logits must be finite"] * 2
+    assert all("no checkpoint could be written: " in s and "it is broken" in s for s in found["save"]), found
+    assert not list((tmp_path / "full" / "checkpoints").iterdir()), "nothing of it is left"
 
 
 @pytest.mark.parametrize(
@@ -297,6 +321,28 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(kind: str, tmp_path:
     kept = sorted(p.name for p in (parts / "checkpoints").iterdir())
     assert kept == ["checkpoint_2", "checkpoint_4"]
     assert expected[0]["tokens"] != expected[1]["tokens"]
+
+
+def test_deepspeed_resumes_to_the_bit_from_files_that_are_no_pickles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need_deepspeed("zero2", monkeypatch)
+    knobs: dict[str, Any] = {"steps": 2, "save_every": 1, "save_model": False, "eval_samples": 2}
+    tasks: dict[str, tuple[Any, ...]] = {}
+    for kind in ("zero2", "zero3"):
+        parts = (kind, str(tmp_path / kind / "parts"))
+        tasks[kind] = (
+            whole_and_interrupted, kind, str(tmp_path / kind / "whole"), str(tmp_path / kind / "parts"), knobs, 2
+        )  # fmt: skip
+        tasks[f"{kind} resumed"] = (train, *parts, {**knobs, "resume": True}, False)
+    found = spawn_fleet(tasks, 2, tmp_path)
+    for kind in ("zero2", "zero3"):
+        for one, (want, _) in zip(found[f"{kind} resumed"], found[kind], strict=True):
+            assert one["kind"] == "DEEPSPEED" and one["tokens"] == want["tokens"][1:]
+            assert all(torch.equal(one["parameters"][n], x) for n, x in want["parameters"].items())
+        files = [p for p in (tmp_path / kind / "parts" / "checkpoints").rglob("*") if p.suffix in (".pt", ".py")]
+        assert len(files) == (8 if kind == "zero3" else 6)
+        assert all(p.read_bytes()[8:23] == b'{"__metadata__"' for p in files), "safetensors, by whatever name"
 
 
 LORA: dict[str, Any] = {"steps": 2, "lora": True, "lora_r": 4, "learning_rate": 1e-2}

@@ -112,7 +112,7 @@ class Checkpoints:
             return
         values = {
             "version": __version__, "step": step, "total": total, "processes": self.accelerator.num_processes,
-            "kind": self.state.kind, "data": self.data, "run": asdict(self.run),
+            "kind": self.state.kind, "device": self.accelerator.device.type, "data": self.data, "run": asdict(self.run),
             "method": asdict(self.method),
         }  # fmt: skip
         for lines in self.path.glob("*.jsonl"):  # of its steps; later ones are made again
@@ -123,8 +123,11 @@ class Checkpoints:
             durable.remove_folder(whole)
         os.rename(folder, whole)
         durable.sync_folder(whole.parent)
-        for old in [p for p in manifest.folders(self.path) if manifest.step_of(p) < step][TOTAL_LIMIT - 1 :]:
-            durable.remove_folder(old)
+        kept = 1
+        for old in [p for p in manifest.folders(self.path) if manifest.step_of(p) < step]:
+            if kept == TOTAL_LIMIT:
+                durable.remove_folder(old)
+            kept += kept < TOTAL_LIMIT and manifest.damage(old) is None
 
     def size(self) -> int:
         """Bytes of a checkpoint: of the newest one, or what the tensors come to."""
@@ -173,6 +176,8 @@ class Checkpoints:
         for name in self.data.keys() & was["data"].keys():
             if self.data[name] != was["data"][name]:
                 notes.append(f"the {name} are others than before, {was['data'][name]}; now {self.data[name]}")
+        if was["device"] != acc.device.type:
+            notes.append(f"the run before was on {was['device']}, this one is on {acc.device.type}: it samples others")
         notes += setting_notes(folder, self.run, self.method)
         try:
             self.state.read(folder)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ...config import ConfigError
 from . import tree
 
 TAG = "deepspeed"
@@ -25,8 +26,11 @@ def write(engine: Any, folder: Path) -> None:
 
 
 def read(engine: Any, folder: Path) -> None:
+    """Called by all ranks. Raises: ConfigError where DeepSpeed finds nothing to load."""
     with _our_files(engine):
-        engine.load_checkpoint(str(folder), TAG)
+        found, _ = engine.load_checkpoint(str(folder), TAG)
+    if found is None:
+        raise ConfigError(f"resume needs what DeepSpeed has saved in {str(folder / TAG)!r}, and it finds none")
 
 
 @contextmanager

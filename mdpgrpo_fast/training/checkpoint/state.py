@@ -18,6 +18,8 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_model
 from torch import Tensor, nn
 
+from ...config import ConfigError
+from ...log import reason_of
 from ...models.lora import load_adapters, save_adapters
 from . import deepspeed_files, tree
 
@@ -101,11 +103,15 @@ class State:
         elif self.kind == "shards of FSDP2":
             self._read_shards(tree.read(here / f"shards_{rank}.safetensors"))
         else:
-            if hasattr(self.lm, "peft_config"):
-                load_adapters(self.lm, folder)
-            else:
-                load_model(self.lm, folder / WEIGHTS)
-            self.optimizer.load_state_dict(tree.read(here / "optimizer.safetensors"))
+            optimizer = tree.read(here / "optimizer.safetensors")
+            try:
+                if hasattr(self.lm, "peft_config"):
+                    load_adapters(self.lm, folder)
+                else:
+                    load_model(self.lm, folder / WEIGHTS)
+                self.optimizer.load_state_dict(optimizer)
+            except (RuntimeError, ValueError, KeyError) as e:
+                raise ConfigError(f"resume needs the model of the run before; {folder}: {reason_of(e)}") from None
         run = tree.read(here / "run.safetensors")
         for name, part in self.parts.items():
             part.load_state_dict(run[name])
