@@ -333,7 +333,7 @@ FAULTS = [
           "tests/models/test_load.py -k survive"),
     Fault("mdpgrpo_fast/training/checkpoint/manifest.py", "if size != wanted", "if False and size != wanted",
           "tests/training/test_checkpoint_damage.py"),
-    Fault("mdpgrpo_fast/training/checkpoint/manifest.py", "whole = found[", "whole = True or found[",
+    Fault("mdpgrpo_fast/training/checkpoint/manifest.py", "whole = text ==", "whole = True or text ==",
           "tests/training/test_checkpoint_damage.py"),
     Fault("mdpgrpo_fast/training/checkpoint/manifest.py", 'if x != files[n]["sha256"]', "if False",
           "tests/training/test_checkpoint_damage.py"),

@@ -16,7 +16,8 @@ import pytest
 import torch
 from helpers.runs import make_trainer, parameters, rows, run_small
 
-from mdpgrpo_fast import durable, train
+import mdpgrpo_fast.train as train
+from mdpgrpo_fast import durable
 from mdpgrpo_fast.config import ConfigError, TrainConfig, preset
 from mdpgrpo_fast.data import Example
 from mdpgrpo_fast.durable import StorageError
@@ -212,7 +213,7 @@ def test_a_disk_without_room_is_one_line(
     path = tmp_path / "run"
     flags = ["--output-dir", str(path), "--steps", "3", "--max-completion-length", "8", "--save-every", "1",
              "--prompts-per-step", "1", "--eval-samples", "1"]  # fmt: skip
-    assert train.main(flags) == 1  # type: ignore[attr-defined]
+    assert train.main(flags) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: ") and "MB, and " in last and "has 0.0 MB free" in last
     assert os.listdir(path / "checkpoints") == ["checkpoint_1"] and not (path / "model").exists()

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from helpers.runs import make_trainer
 
+import mdpgrpo_fast.train as train
+from mdpgrpo_fast import durable
 from mdpgrpo_fast.config import ConfigError, TrainConfig, preset
 from mdpgrpo_fast.training.guard import claim
 from mdpgrpo_fast.training.guard.claim import MARKER, Claim, check_unused, claim_new
@@ -136,6 +141,43 @@ def test_files_have_no_nan_and_no_half_of_a_line(tmp_path: Path, monkeypatch: py
     assert found == [{"step": 1, "loss": None, "slots": [{"kl": None}], "text": "NaN"}] * 2
     out.write_config(TrainConfig(), preset("paper"))
     assert not list(out.path.glob("*.new"))
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "completions.jsonl", "summary.json", "model", "report.html"])
+def test_a_full_disk_is_one_line(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Status 1; what was whole before still is, and can be gone on from. JSON lines are of the second step."""
+    out, lines, done = tmp_path / "run", name.endswith("l") and name != "report.html", 2
+
+    def full(path: Path) -> None:
+        rows = (out / "metrics.jsonl").read_text().count("\n") if (out / "metrics.jsonl").exists() else 0
+        if path.name == name and (rows == 2 or not lines):
+            with durable.storing(path):
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+    for function in ("append_text", "write_text", "replace_folder"):
+        write = getattr(durable, function)
+        monkeypatch.setattr(
+            durable,
+            function,
+            lambda a, b, write=write: (full(b if write.__name__ == "replace_folder" else a), write(a, b)),
+        )
+    knobs: dict[str, Any] = {"steps": 2, "prompts_per_step": 1, "max_completion_length": 8, "save_every": 1}
+    if name in ("metrics.jsonl", "report.html"):
+        flags = [w for k, v in knobs.items() for w in (f"--{k.replace('_', '-')}", str(v))]
+        assert train.main([*flags, "--eval-samples", "1", "--output-dir", str(out)]) == 1
+        said = capsys.readouterr().err.splitlines()
+        assert f"{str(out / name)!r} cannot be written: No space left on device" in said[-1], said
+    else:
+        with pytest.raises(durable.StorageError, match=f"{name}' cannot be written: No space left on device"):
+            make_trainer(tmp_path, **knobs, eval_samples=1).train()
+    if lines:
+        done = 1
+    assert [json.loads(x)["step"] for x in (out / "metrics.jsonl").read_text().splitlines()][-1] == done
+    assert (out / "checkpoints" / f"checkpoint_{done}").is_dir() and not list(out.glob("*.new"))
+    assert (out / name).exists() == lines
+    assert json.loads((out / "summary.json").read_text())["steps"] == done if name != "summary.json" else True
 
 
 def test_tracker_values_and_sample_table() -> None:

@@ -71,19 +71,21 @@ def write(folder: Path, values: dict[str, Any], hashes: dict[str, str]) -> None:
     """The manifest of a folder with these files. values: what the checkpoint is of. Raises: StorageError."""
     files = {name: {"size": (folder / name).stat().st_size, "sha256": x} for name, x in sorted(hashes.items())}
     content = {"format": FORMAT, **values, "files": files}
-    durable.write_text(folder / NAME, json.dumps({**content, "sha256": _own(content)}, indent=1) + "\n")
+    durable.write_text(folder / NAME, _text(content))
 
 
-def _own(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def _text(content: dict[str, Any]) -> str:
+    """The file, with its own SHA-256 in its last line."""
+    own = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return json.dumps({**content, "sha256": own}, indent=1) + "\n"
 
 
 def read(folder: Path) -> dict[str, Any]:
     """The manifest. Raises: DamagedError."""
     try:
-        found = json.loads((folder / NAME).read_text(encoding="utf-8"))
-        content = {k: v for k, v in found.items() if k != "sha256"}
-        whole = found["sha256"] == _own(content)
+        text = (folder / NAME).read_text(encoding="utf-8")
+        content = {k: v for k, v in json.loads(text).items() if k != "sha256"}
+        whole = text == _text(content)
     except FileNotFoundError:
         raise DamagedError(f"{NAME} is missing") from None
     except (OSError, ValueError, AttributeError, KeyError, RecursionError):
