@@ -6,6 +6,7 @@ import errno
 import json
 import multiprocessing
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -62,30 +63,30 @@ def test_an_earlier_run_gets_the_first_free_number(tmp_path: Path) -> None:
     assert row["pid"] == os.getpid() and set(row) == {"version", "pid", "host", "time"}
 
 
-def _hold(path: str, begin: object, done: object) -> None:
+def _hold(path: str, begin: Any) -> None:
     run = RunDir(path)
-    begin.set()  # type: ignore[attr-defined]
-    done.wait(60)  # type: ignore[attr-defined]
     assert run.unlocked is None
+    begin.set()
+    time.sleep(60)
 
 
-def _race(path: str, start: object, results: object) -> None:
-    start.wait(60)  # type: ignore[attr-defined]
+def _race(path: str, start: Any, results: Any) -> None:
+    start.wait(60)
+    said = None
     try:
         run = RunDir(path)
         run.write_json("summary.json", {"pid": os.getpid()})
-        results.put(None)  # type: ignore[attr-defined]
-        start.wait(60)  # type: ignore[attr-defined]
     except ConfigError as e:
-        results.put(str(e))  # type: ignore[attr-defined]
-        start.wait(60)  # type: ignore[attr-defined]
+        said = str(e)
+    results.put(said)
+    start.wait(60)
 
 
 def test_one_run_has_a_directory(tmp_path: Path) -> None:
     """Until it ends, or is killed; a child that was forked from it does not keep the lock."""
     path, fork = tmp_path / "run", multiprocessing.get_context("fork")
-    begin, done = fork.Event(), fork.Event()
-    child = fork.Process(target=_hold, args=(str(path), begin, done))
+    begin = fork.Event()
+    child = fork.Process(target=_hold, args=(str(path), begin))
     child.start()
     assert begin.wait(60)
     said = rf"output_dir '.*run' is in use by another run \(process {child.pid} on .+\)$"
@@ -97,11 +98,11 @@ def test_one_run_has_a_directory(tmp_path: Path) -> None:
     check_unused(path)
     run = RunDir(path, create=False)
     run.resume()
-    forked = fork.Process(target=done.wait, args=(60,))
+    forked = fork.Process(target=time.sleep, args=(60,))
     forked.start()
     run.release()
     Claim(path).release()
-    done.set()
+    forked.kill()
     forked.join()
 
 
@@ -148,7 +149,7 @@ def test_a_full_disk_is_one_line(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Status 1; what was whole before still is, and can be gone on from. JSON lines are of the second step."""
-    out, lines, done = tmp_path / "run", name.endswith("l") and name != "report.html", 2
+    out, lines, done = tmp_path / "run", name.endswith(".jsonl"), 2
 
     def full(path: Path) -> None:
         rows = (out / "metrics.jsonl").read_text().count("\n") if (out / "metrics.jsonl").exists() else 0

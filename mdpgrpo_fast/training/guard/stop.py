@@ -119,7 +119,7 @@ class Stop:
                 self._open = False
         except KeyboardInterrupt as e:
             if isinstance(e, Stopped):  # of another rank too
-                self.signum = self.signum or signal.Signals[str(e)]
+                self.signum = self.signum or int(signal.Signals[str(e)])
             if not self.half_done:
                 set_random_states(before, device)
             raise
