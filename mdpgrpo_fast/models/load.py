@@ -197,7 +197,7 @@ def _check_weights(model: Any, info: dict[str, Any], where: str, allow_random: b
             f"first of them {', '.join(missing[:3])} (--allow-random-weights trains it with random ones)"
         )
     if missing:
-        log.warning("%d weights of the model are random, the first of them %s", len(missing), ", ".join(missing[:3]))
+        log.warning("%d weights are random, which the files lack: %s …", len(missing), ", ".join(missing[:3]))
     for name, found, wanted in sorted(info["mismatched_keys"])[:1]:
         raise ConfigError(f"{where}: its {name} must have shape {tuple(wanted)} by its config.json; got {tuple(found)}")
 

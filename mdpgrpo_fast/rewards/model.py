@@ -27,7 +27,9 @@ class RewardModel:
             )
             self.tokenizer = AutoTokenizer.from_pretrained(source, **options)
         except Exception as e:  # whatever the files of a model raise
-            raise ConfigError(f"reward model {source!r} cannot be loaded: {reason_of(e)}") from None
+            of_code = "it brings Python code along, which trust_remote_code (--trust-remote-code) lets run"
+            why = of_code if "trust_remote_code" in str(e) else reason_of(e)
+            raise ConfigError(f"reward model {source!r} cannot be loaded: {why}") from None
         missing = sorted(set(info["missing_keys"]) & {n for n, _ in model.named_parameters(remove_duplicate=False)})
         if missing:
             head = "has no trained head" if {k.partition(".")[0] for k in missing} <= HEADS else "is not whole"

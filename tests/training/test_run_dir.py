@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from helpers.runs import make_trainer
 
+import mdpgrpo_fast.train as train
+from mdpgrpo_fast import durable
 from mdpgrpo_fast.config import ConfigError, TrainConfig, preset
 from mdpgrpo_fast.training.guard import claim
 from mdpgrpo_fast.training.guard.claim import MARKER, Claim, check_unused, claim_new
@@ -57,30 +63,30 @@ def test_an_earlier_run_gets_the_first_free_number(tmp_path: Path) -> None:
     assert row["pid"] == os.getpid() and set(row) == {"version", "pid", "host", "time"}
 
 
-def _hold(path: str, begin: object, done: object) -> None:
+def _hold(path: str, begin: Any) -> None:
     run = RunDir(path)
-    begin.set()  # type: ignore[attr-defined]
-    done.wait(60)  # type: ignore[attr-defined]
     assert run.unlocked is None
+    begin.set()
+    time.sleep(60)
 
 
-def _race(path: str, start: object, results: object) -> None:
-    start.wait(60)  # type: ignore[attr-defined]
+def _race(path: str, start: Any, results: Any) -> None:
+    start.wait(60)
+    said = None
     try:
         run = RunDir(path)
         run.write_json("summary.json", {"pid": os.getpid()})
-        results.put(None)  # type: ignore[attr-defined]
-        start.wait(60)  # type: ignore[attr-defined]
     except ConfigError as e:
-        results.put(str(e))  # type: ignore[attr-defined]
-        start.wait(60)  # type: ignore[attr-defined]
+        said = str(e)
+    results.put(said)
+    start.wait(60)
 
 
 def test_one_run_has_a_directory(tmp_path: Path) -> None:
     """Until it ends, or is killed; a child that was forked from it does not keep the lock."""
     path, fork = tmp_path / "run", multiprocessing.get_context("fork")
-    begin, done = fork.Event(), fork.Event()
-    child = fork.Process(target=_hold, args=(str(path), begin, done))
+    begin = fork.Event()
+    child = fork.Process(target=_hold, args=(str(path), begin))
     child.start()
     assert begin.wait(60)
     said = rf"output_dir '.*run' is in use by another run \(process {child.pid} on .+\)$"
@@ -92,11 +98,11 @@ def test_one_run_has_a_directory(tmp_path: Path) -> None:
     check_unused(path)
     run = RunDir(path, create=False)
     run.resume()
-    forked = fork.Process(target=done.wait, args=(60,))
+    forked = fork.Process(target=time.sleep, args=(60,))
     forked.start()
     run.release()
     Claim(path).release()
-    done.set()
+    forked.kill()
     forked.join()
 
 
@@ -136,6 +142,43 @@ def test_files_have_no_nan_and_no_half_of_a_line(tmp_path: Path, monkeypatch: py
     assert found == [{"step": 1, "loss": None, "slots": [{"kl": None}], "text": "NaN"}] * 2
     out.write_config(TrainConfig(), preset("paper"))
     assert not list(out.path.glob("*.new"))
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "completions.jsonl", "summary.json", "model", "report.html"])
+def test_a_full_disk_is_one_line(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Status 1; what was whole before still is, and can be gone on from. JSON lines are of the second step."""
+    out, lines, done = tmp_path / "run", name.endswith(".jsonl"), 2
+
+    def full(path: Path) -> None:
+        rows = (out / "metrics.jsonl").read_text().count("\n") if (out / "metrics.jsonl").exists() else 0
+        if path.name == name and (rows == 2 or not lines):
+            with durable.storing(path):
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+    for function in ("append_text", "write_text", "replace_folder"):
+        write = getattr(durable, function)
+        monkeypatch.setattr(
+            durable,
+            function,
+            lambda a, b, write=write: (full(b if write.__name__ == "replace_folder" else a), write(a, b)),
+        )
+    knobs: dict[str, Any] = {"steps": 2, "prompts_per_step": 1, "max_completion_length": 8, "save_every": 1}
+    if name in ("metrics.jsonl", "report.html"):
+        flags = [w for k, v in knobs.items() for w in (f"--{k.replace('_', '-')}", str(v))]
+        assert train.main([*flags, "--eval-samples", "1", "--output-dir", str(out)]) == 1
+        said = capsys.readouterr().err.splitlines()
+        assert f"{str(out / name)!r} cannot be written: No space left on device" in said[-1], said
+    else:
+        with pytest.raises(durable.StorageError, match=f"{name}' cannot be written: No space left on device"):
+            make_trainer(tmp_path, **knobs, eval_samples=1).train()
+    if lines:
+        done = 1
+    assert [json.loads(x)["step"] for x in (out / "metrics.jsonl").read_text().splitlines()][-1] == done
+    assert (out / "checkpoints" / f"checkpoint_{done}").is_dir() and not list(out.glob("*.new"))
+    assert (out / name).exists() == lines
+    assert json.loads((out / "summary.json").read_text())["steps"] == done if name != "summary.json" else True
 
 
 def test_tracker_values_and_sample_table() -> None:

@@ -117,7 +117,9 @@ class Stop:
                 yield
             finally:
                 self._open = False
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as e:
+            if isinstance(e, Stopped):  # of another rank too
+                self.signum = self.signum or int(signal.Signals[str(e)])
             if not self.half_done:
                 set_random_states(before, device)
             raise
