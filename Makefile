@@ -7,7 +7,7 @@ DEMO   := mdpgrpo_fast/demo
 ARGS   ?=
 JOBS   ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: help setup train test test-fast test-vllm test-verl vllm-sources faults fuzz mutation coverage audit licences metamorphic check install-check wheel install-sizes sanitize gpu-bundle seed-policy bench clean
+.PHONY: help setup train test test-fast test-vllm test-verl vllm-sources faults fuzz chaos mutation coverage audit licences metamorphic check install-check wheel install-sizes sanitize gpu-bundle seed-policy bench clean
 
 help:
 	@echo "make train        install, then train the embedded demonstration into $(OUTPUT) (ARGS=... adds flags)"
@@ -22,6 +22,7 @@ help:
 	@echo "make audit        known vulnerabilities of what is installed, where pip-audit's services can be reached"
 	@echo "make licences     docs/licences.md, from what is installed"
 	@echo "make metamorphic  10,000 random configurations of the loss that changes must not change; 10 minutes (RECORD=file keeps the result)"
+	@echo "make chaos        kill and hinder short runs at every file operation; fails where one does not end as an uninterrupted one; RECORD=file"
 	@echo "make check        formatter, linter and type checker"
 	@echo "make install-check  every way to build and install, each in a fresh environment"
 	@echo "make wheel        dist/: the sdist, and the wheel with the manylinux tag that this machine's compiler allows"
@@ -140,14 +141,18 @@ audit: $(VENV)/.setup-test $(VENV)/audit/.done
 
 licences: $(VENV)/.setup-test
 	$(BIN)/python benchmarks/tables/licences.py docs/licences.md
+
 metamorphic: $(VENV)/.setup-test
 	TRITON_INTERPRET=1 $(BIN)/python -W ignore tests/metamorphic.py --jobs $(JOBS) $(if $(RECORD),--output $(RECORD)) $(ARGS)
+
+chaos: $(VENV)/.setup-test
+	$(BIN)/python tests/chaos.py --jobs $(JOBS) --output $(or $(RECORD),build/chaos.json) $(ARGS)
 
 check: $(VENV)/.setup-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*/*) tests/helpers/*.cpp
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*/*) tests/helpers/*.c tests/helpers/*.cpp
 
 install-check: $(VENV)/.setup-test
 	PYTHON=$(abspath $(BIN)/python) RECORD=$(abspath $(RECORD)) bash .ci/install

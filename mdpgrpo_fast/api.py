@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -45,7 +47,7 @@ class TrainResult:
 
     @property
     def interrupted(self) -> bool:
-        """Whether Ctrl-C ended it before its last step."""
+        """Whether a signal ended it before its last step."""
         return bool(self.summary["interrupted"])
 
     def __str__(self) -> str:
@@ -93,9 +95,11 @@ class Trainer:
             from .rewards import Scorer, named_spec
             from .rollout.vllm.completion import RolloutError
             from .training.before.checks import check
+            from .training.checkpoint import resolve_resume
+            from .training.checkpoint.data import fingerprint
             from .training.loop import TrainingLoop
             from .training.run_dir import RunDir
-            from .training.task import fingerprint, prepare
+            from .training.task import prepare
 
             for name, value, kind in (("config", config, MDPGRPOConfig), ("run", run, TrainConfig)):
                 if value is not None and not isinstance(value, kind):
@@ -119,9 +123,11 @@ class Trainer:
             if reward_weights is not None:
                 changed["reward_weights"] = reward_weights
             run = resolve_adapter(replace(run, preset=nearest_preset(config, run.preset), **changed))
+            run = resolve_resume(run)
             config = with_correction(run, config)
             self.run, self.config, self._trained = run, config, False
             self.result: TrainResult | None = None  # of train(), also where the upload after it failed
+            self.unwritten: str | None = None  # why there is no report
             check(run, config, model=model is not None, prompts=prompts is not None)
             self.scorer = Scorer.of(run, functions)
             weakref.finalize(self, self.scorer.stop)
@@ -135,13 +141,16 @@ class Trainer:
                     config,
                     lambda: {
                         "training prompts": task.fingerprint,
-                        "eval_prompts": fingerprint(task.held_out_ids),
+                        "eval_prompts": fingerprint(task.held_out_ids, task.held_out),
                         "on_step given": on_step is not None,
                     },
                 )
+                if run.resume and os.environ.get("RANK", "0") == "0":
+                    self.out.resume()
                 self.loop = TrainingLoop(task, run, config, self.out, self.scorer, on_step)
             except BaseException as e:  # else its processes go on to train()
                 self.scorer.stop()
+                self.out.release()
                 if isinstance(e, RolloutError):
                     raise ConfigError(str(e)) from None
                 raise
@@ -156,44 +165,76 @@ class Trainer:
         return self.loop.task.tokenizer
 
     def train(self) -> TrainResult:
-        """All steps, with everything in run.output_dir; Ctrl-C ends it early and keeps what was learned.
+        """All steps, with everything in run.output_dir.
+
+        Ctrl-C, SIGTERM and SIGHUP end it early, with a checkpoint, and keep what was learned; the latter two are
+        delivered once more after that, when the handlers are those of before. In notebooks and threads they are not
+        looked at.
 
         Raises: what ends a run, after its directory is complete: RewardError, RolloutError, FloatingPointError,
-            RankLostError; HubError where only its upload failed; RuntimeError where it has been called before.
+            StorageError, RankLostError; HubError where only its upload failed; ConfigError where another run has taken
+            output_dir; RuntimeError where it has been called before.
         """
+        result = self.train_and_return()
+        if self.loop.stop.signum in (signal.SIGTERM, signal.SIGHUP):
+            signal.raise_signal(self.loop.stop.signum)
+        return result
+
+    def train_and_return(self) -> TrainResult:
+        """`train`, but that a signal that ended the run is only told (`loop.stop.signum`)."""
         from .training.hub.repository import upload
 
         if self._trained:
             raise RuntimeError("train() runs once; a run with run.resume goes on from a checkpoint")
         self._trained = True
         loop, out = self.loop, self.out
-        if loop.accelerator.is_main_process and not self.run.resume:
-            out.make()
-            if loop.task.dropped:
-                out.append("dropped_rows.jsonl", *map(asdict, loop.task.dropped))
-            if out.moved:
-                loop.say(f"an earlier {out.path} is now {out.moved}")
         try:
-            with self.scorer:
-                summary = loop.train()
+            self._begin()
+            try:
+                with self.scorer:
+                    summary = loop.train()
+            finally:
+                if loop.accelerator.is_main_process:
+                    self._report()
+                if loop.ended:
+                    # A rank that ends first would take the one that writes with it.
+                    loop.accelerator.wait_for_everyone()
         finally:
-            if loop.accelerator.is_main_process:
-                self._report()
-            if loop.ended:
-                loop.accelerator.wait_for_everyone()  # a rank that ends first would take the one that writes with it
+            out.release()
         self.result = TrainResult(out.path, summary, loop.history)
         repo_id = loop.task.repo_id
         if repo_id is not None and not self.result.interrupted:
             self.result = replace(self.result, hub_url=upload(self.run, loop.lm, repo_id))
         return self.result
 
+    def _begin(self) -> None:
+        """The directory of a new run, which the first rank makes. Raises: ConfigError, on all ranks."""
+        from .durable import StorageError
+        from .rollout.engine import raise_on_all_ranks
+
+        loop, out, problem = self.loop, self.out, None
+        try:
+            if loop.accelerator.is_main_process and not self.run.resume:
+                out.make()
+                if loop.task.dropped:
+                    out.append("dropped_rows.jsonl", *map(asdict, loop.task.dropped))
+        except (ConfigError, StorageError) as e:
+            problem = e
+        raise_on_all_ranks(loop.accelerator, problem)
+        if out.moved:
+            loop.say(f"an earlier {out.path} is now {out.moved}")
+        if out.unlocked:
+            loop.say(f"another run in {out.path} would not be noticed: its file system has no locks ({out.unlocked})")
+
     def _report(self) -> None:
+        from .durable import StorageError
         from .report.page import write_report
 
         try:
             write_report(self.out.path)
-        except (ConfigError, OSError) as e:  # a full disk is no reason to lose the result
-            self.loop.say(f"the report cannot be written: {e}")
+        except (ConfigError, OSError, StorageError) as e:  # no reason to lose the result
+            self.unwritten = f"the report cannot be written: {e}"
+            self.loop.say(self.unwritten)
 
     def evaluate(self, prompts: Source | None = None) -> Row:
         """Greedy answers to prompts (None: the held-out ones), scored: hsr, ssr, reward with their intervals.

@@ -1,10 +1,13 @@
-"""The library's logger, messages that are said once, what terminals may be told, others' errors in one line, counts."""
+"""The library's logger, messages said once, what terminals may be told, others' errors in one line, counts, JSON."""
 
 from __future__ import annotations
 
 import functools
+import json
 import logging
+import math
 import re
+from typing import Any
 
 log = logging.getLogger("mdpgrpo_fast")
 # What a terminal obeys or cannot be sent: control characters but tab and line feed, line ends and marks of direction of
@@ -49,3 +52,16 @@ def reason_of(error: BaseException, limit: int = 300) -> str:
         begin, end = text[: limit * 2 // 3].rsplit(" ", 1)[0], text[-(limit // 3 - 3) :].partition(" ")[2]
         text = f"{begin} … {end}" if end else f"{text[: limit - 2]} …"
     return f"{type(error).__name__}: {text}" if isinstance(error, (KeyError, AttributeError, TypeError)) else text
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """A value as JSON, which has no NaN and no infinity: null in their place. What JSON has no form for is its text."""
+    return json.dumps(_finite(value), indent=indent, default=str, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(x) for key, x in value.items()}
+    return [_finite(x) for x in value] if isinstance(value, (list, tuple)) else value

@@ -68,7 +68,8 @@ def _description(model: str | None, preset: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Status: 0 done, 1 a run or its upload that failed, 2 settings that cannot be used, 130 interrupted."""
+    """Status: 0 done, 1 a run or its upload that failed, 2 settings that cannot be used; 130, 143 and 129 of a run that
+    SIGINT, SIGTERM and SIGHUP ended."""
     from .api import Trainer, refuse_child_processes
     from .cli import report_errors
     from .training.before.ranks import told_to_the_others
@@ -82,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
                 notes = without_effect(run, method, given) if os.environ.get("RANK", "0") == "0" else []
                 print(*(f"{line}\n" for line in notes), sep="", end="", file=sys.stderr)
                 trainer = Trainer(config=method, run=run)
-        result = trainer.train()
+            result = trainer.train_and_return()
     except KeyboardInterrupt:  # before the run had begun, or a second one while it ended
         if trainer is not None and trainer.loop.done:
             from .training.show.end import how_to_resume
@@ -101,17 +102,20 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     if trainer.loop.accelerator.is_main_process:
         _say_end(trainer, result)
-    return 130 if result.interrupted else 0
+    if result.interrupted:
+        return 128 + (trainer.loop.stop.signum or 2)
+    return 1 if trainer.unwritten else 0
 
 
 def _stopping() -> tuple[type[Exception], ...]:
     """What ends a run with status 1 and a sentence."""
+    from .durable import StorageError
     from .rewards import RewardError
     from .rollout.vllm.completion import RolloutError
     from .training.distributed import RankLostError
     from .training.hub.repository import HubError
 
-    return RewardError, RolloutError, FloatingPointError, HubError, RankLostError
+    return RewardError, RolloutError, FloatingPointError, HubError, RankLostError, StorageError
 
 
 def _speaks(trainer: Trainer, failure: Exception) -> bool:

@@ -521,3 +521,25 @@ def test_evaluate_bad_input(argv: list[str], message: str, capsys: pytest.Captur
 
 def test_parse_gives_defaults_without_arguments() -> None:
     assert parse([], evaluate.EvaluateConfig, prog="x") == (evaluate.EvaluateConfig(),)
+
+
+def test_a_reader_that_goes_away_ends_nothing(tmp_path: Path) -> None:
+    """What is written then goes nowhere; the status is the command's own."""
+    script = (
+        "import sys, os\nfrom mdpgrpo_fast.cli import end\n"
+        "def run():\n"
+        "    print('first', flush=True)\n    os.read(0, 1)\n"
+        "    for i in range(99):\n        print('x' * 999, flush=True)\n        print('y', file=sys.stderr)\n"
+        "    os.system('echo child')\n"
+        f"    open({str(tmp_path / 'done')!r}, 'w').close()\n    print('last')\n    return 3\n"
+        "end(run)\n"
+    )
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", script], stdin=pipe, stdout=pipe, stderr=pipe, text=True) as running:
+        assert running.stdin and running.stdout and running.stderr
+        assert running.stdout.readline() == "first\n"
+        running.stdout.close()
+        running.stdin.write("x")
+        running.stdin.close()
+        said = running.stderr.read()
+    assert running.returncode == 3 and (tmp_path / "done").exists() and said == "y\n" * 99

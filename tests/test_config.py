@@ -57,6 +57,9 @@ METHOD_REFUSALS: list[tuple[str, Any]] = [
 ]
 
 TRAIN_REFUSALS: list[tuple[str, Any]] = [
+    ("num_constraints", 2**63),
+    ("resume", "maybe"),
+    ("resume", None),
     *((name, 0) for name in ("prompts_per_step", "micro_batch_size", "eval_batch_size", "updates_per_rollout")),
     *((name, 0) for name in ("max_prompt_length", "max_completion_length", "reward_workers", "num_constraints")),
     ("reward_memory", -1),

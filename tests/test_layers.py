@@ -15,7 +15,7 @@ HEAVY = set("torch transformers triton vllm matplotlib jinja2 accelerate trl ver
 
 # From the bottom up: files and folders of the first level. None imports from a higher layer.
 LAYERS = [
-    {"version", "log", "config", "verifiers", "demo"},
+    {"version", "log", "config", "durable", "verifiers", "demo"},
     {"reference", "cli"},
     {"kernels"},
     {"ops"},

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO
 
 from ..config import ConfigError
 from ..log import printable
@@ -29,8 +29,8 @@ def end(command: Callable[[], int]) -> NoReturn:
     gloo's threads take the GIL to free tensors of finished work: at the interpreter's shutdown they abort, and while a
     process group is destroyed they may wait for ever. So a process of several under gloo ends without either.
     """
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `mdpgrpo train --help-all | head` ends in silence
+    # `mdpgrpo train | head`: what is written after the reader has gone is lost, and the run is not.
+    sys.stdout, sys.stderr = _unread(sys.stdout), _unread(sys.stderr)
     try:
         code = command()
     except SystemExit as e:
@@ -46,3 +46,30 @@ def end(command: Callable[[], int]) -> NoReturn:
             os._exit(code)
         dist.destroy_process_group()
     sys.exit(code)
+
+
+class _Unread(io.FileIO):
+    """A standard stream; once its reader has closed it, what is written goes nowhere, from child processes too."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            return memoryview(data).nbytes
+
+
+def _unread(stream: TextIO) -> TextIO:
+    try:
+        number, terminal = stream.fileno(), stream.isatty()
+    except (AttributeError, OSError, ValueError):  # of a test, or closed
+        return stream
+    if terminal or not isinstance(stream, io.TextIOWrapper):
+        return stream
+    stream.flush()
+    raw = io.BufferedWriter(_Unread(number, "w", closefd=False))
+    return io.TextIOWrapper(
+        raw, stream.encoding, stream.errors, line_buffering=stream.line_buffering, write_through=stream.write_through
+    )

@@ -28,7 +28,7 @@ class Flag:
 
     @property
     def switch(self) -> bool:
-        return self.convert is _bool
+        return self.convert is _bool or isinstance(self.convert, _BoolOr)
 
 
 def flags_of(*kinds: type) -> list[Flag]:
@@ -47,13 +47,17 @@ def flags_of(*kinds: type) -> list[Flag]:
 
 def _without_none(hint: Any) -> Any:
     if get_origin(hint) in (Union, types.UnionType):
-        (hint,) = (arm for arm in get_args(hint) if arm is not type(None))
+        arms = [arm for arm in get_args(hint) if arm is not type(None)]
+        hint = arms[0] if len(arms) == 1 else hint
     return hint
 
 
 def _conversion(hint: Any) -> tuple[Callable[[str], Any], str]:
     if get_origin(hint) is Literal:
         return _one_of(get_args(hint)), "{" + ",".join(get_args(hint)) + "}"
+    if get_origin(hint) in (Union, types.UnionType):
+        _, choices = get_args(hint)  # bool | Literal
+        return _BoolOr(get_args(choices)), f"[{','.join(get_args(choices))}]"
     plain: dict[Any, tuple[Callable[[str], Any], str]] = {
         bool: (_bool, ""), int: (_int, "N"), float: (_float, "X"), str: (str, "TEXT")
     }  # fmt: skip
@@ -69,6 +73,21 @@ def _one_of(choices: Sequence[str]) -> Callable[[str], str]:
         raise ArgumentTypeError(f"must be one of {', '.join(choices)}; got {_short(text)}{meant}")
 
     return convert
+
+
+@dataclass(frozen=True)
+class _BoolOr:
+    """A switch that has further values."""
+
+    choices: tuple[str, ...]
+
+    def __call__(self, text: str) -> Any:
+        if text in self.choices:
+            return text
+        try:
+            return _bool(text)
+        except ArgumentTypeError:
+            raise ArgumentTypeError(f"must be true, false or {' or '.join(self.choices)}; got {text!r}") from None
 
 
 def _bool(text: str) -> bool:

@@ -64,6 +64,8 @@ def check_values(config: Any, names: Collection[str] | None = None) -> None:
             raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{name} must be finite; got {value!r}")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ConfigError(f"{name} must be a whole number of 64 bits; got {value!r}")
 
 
 _WANTED = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
@@ -71,9 +73,14 @@ _WANTED = {bool: "True or False", int: "a whole number", float: "a number", str:
 
 def _converted(name: str, value: Any, hint: Any) -> Any:
     if get_origin(hint) in (Union, types.UnionType):
-        if value is None:
+        if value is None and type(None) in get_args(hint):
             return None
-        (hint,) = (arm for arm in get_args(hint) if arm is not type(None))
+        choices = [x for arm in get_args(hint) if get_origin(arm) is Literal for x in get_args(arm)]
+        if isinstance(value, str) and value in choices:
+            return value
+        (hint,) = (arm for arm in get_args(hint) if arm is not type(None) and get_origin(arm) is not Literal)
+        if choices:
+            require(isinstance(value, hint), name, value, f"{_WANTED[hint]}, or {', '.join(map(repr, choices))}")
     if get_origin(hint) is Literal:
         return value
     if get_origin(hint) is list:

@@ -77,6 +77,9 @@ class TrainConfig(PromptConfig):
     eval_file: str | None = knob(None, "held-out prompts, answered greedily before and after; unset: none")
     eval_split: str | None = knob(None, "split of eval_file, where it is a data set; unset: as --split")
     output_dir: str = knob("runs/train", "run directory; an earlier one of that name is moved aside")
+    allow_random_weights: bool = knob(
+        False, "train a model whose files lack some of its weights, which are drawn at random then"
+    )
     merge_adapter: bool = knob(
         False, "model is a LoRA adapter: add it to the weights first; otherwise its training goes on"
     )
@@ -151,6 +154,11 @@ class TrainConfig(PromptConfig):
     adam_beta2: float = knob(0.999, "second moment decay of AdamW")
     fused_adamw: bool = knob(True, "torch's fused AdamW, one kernel over all parameters")
     max_grad_norm: float = knob(1.0, "gradient norm clip; 0: none")
+    max_bad_steps: int = knob(
+        5,
+        "stop after so many steps in a row with an update that is skipped: its loss or the norm of its gradient is no "
+        "finite number",
+    )
     mixed_precision: Literal["no", "bf16", "fp16"] = knob(
         "no", "autocast precision of the passes of training; sampling and evaluation are in the dtype of the weights"
     )
@@ -239,8 +247,14 @@ class TrainConfig(PromptConfig):
     report_to: list[str] = knob([], "trackers through accelerate: tensorboard, trackio, wandb, mlflow; or none")
     log_completions: int = knob(8, "completions written to completions.jsonl each step")
     save_model: bool = knob(True, "write the trained model to the run directory")
-    save_every: int = knob(0, "write a checkpoint every so many steps, the newest two are kept; 0: none")
-    resume: bool = knob(False, "go on from the newest checkpoint in output_dir, to more or fewer steps if asked")
+    save_every: int | None = knob(
+        None, "write a checkpoint every so many steps, the newest two are kept; unset: every 15 minutes; 0: none"
+    )
+    resume: bool | Literal["auto"] = knob(
+        False,
+        "go on from the newest whole checkpoint in output_dir, to more or fewer steps if asked; auto: where there is "
+        "one, else start",
+    )
     push_to_hub: bool = knob(False, "upload the model, its card and report at the end")
     hub_model_id: str | None = knob(None, "repository on the hub, as user/name; unset: the name of output_dir")
     hub_private_repo: bool = knob(
@@ -260,6 +274,7 @@ class TrainConfig(PromptConfig):
             "mini_batches",
             "num_constraints",
             "lora_r",
+            "max_bad_steps",
         ):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         most = self.prompts_per_step
@@ -284,7 +299,6 @@ class TrainConfig(PromptConfig):
         for name in (
             "eval_samples",
             "eval_every",
-            "save_every",
             "refill",
             "sync_reference",
             "vllm_retries",
@@ -304,6 +318,7 @@ class TrainConfig(PromptConfig):
         require(0 <= self.adam_beta2 < 1, "adam_beta2", self.adam_beta2, "in [0, 1)")
         require(self.async_rollout in (0, 1), "async_rollout", self.async_rollout, "0 or 1")
         require(self.steps is None or self.steps >= 1, "steps", self.steps, "at least 1")
+        require(self.save_every is None or self.save_every >= 0, "save_every", self.save_every, "0 or above")
         require(0 <= self.max_dropped <= 1, "max_dropped", self.max_dropped, "in [0, 1]")
         check_rewards(self)
         bounds = self.reward_range

@@ -151,8 +151,8 @@ def _data_set(path: str, is_folder: bool, split: str | None, trust_remote_code: 
     saved = any(Path(path, name).is_file() for name in ("dataset_info.json", "state.json", "dataset_dict.json"))
     load: Callable[..., Any] = datasets.load_dataset
     keywords: dict[str, Any] = {}
-    if trust_remote_code and "trust_remote_code" in inspect.signature(load).parameters:  # gone since datasets 4
-        keywords["trust_remote_code"] = True
+    if "trust_remote_code" in inspect.signature(load).parameters:  # gone since datasets 4
+        keywords["trust_remote_code"] = trust_remote_code  # not given, stdin would be asked
     identifier, _, configuration = (path, "", "") if is_folder else path.partition(":")
     keywords |= {name: value for name, value in (("name", configuration), ("split", split)) if value}
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -14,7 +13,7 @@ from typing import Any
 from ..config import ConfigError
 from ..data import Example, Prompts, prompt_limit, read_prompts, tokenize
 from ..demo import DEMO_DIR
-from ..log import counted, reason_of
+from ..log import counted, reason_of, to_json
 from ..models.load import positions_of, read_config
 from ..rewards import Scorer
 from ..rewards.lost import raise_where_all_failed, why_all_failed
@@ -71,10 +70,10 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
                 result["suite"] = {"error": reason_of(e)}
     result["notes"] = list(dict.fromkeys(result["notes"]))
     if config.output:
-        Path(config.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        Path(config.output).write_text(to_json(result, indent=2) + "\n", encoding="utf-8")
     if config.completions:
         with open(config.completions, "w", encoding="utf-8") as f:
-            f.writelines(json.dumps(line) + "\n" for line in lines)
+            f.writelines(to_json(line) + "\n" for line in lines)
     return result
 
 

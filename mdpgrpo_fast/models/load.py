@@ -11,7 +11,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 
 from ..config import ConfigError
 from ..demo import SEED_POLICY
-from ..log import reason_of
+from ..log import log, reason_of
 from .adapters import adapter_chain, attach_adapter, merge_adapter
 from .heads import body_of, causal_lm, other_parts
 from .lora import plain_lora
@@ -20,6 +20,7 @@ from .lora import plain_lora
 def load(
     path: str | None, dtype: str = "auto", attention: str = "auto", *, tokenizer: str | None = None,
     trust_remote_code: bool = False, text_only: bool | None = False, keep_adapter: bool = False,
+    allow_random: bool = False,
 ) -> tuple[Any, Any]:  # fmt: skip
     """Model and tokenizer of a directory or hub id; None: the embedded seed policy.
 
@@ -28,7 +29,7 @@ def load(
 
     attention: an attn_implementation of transformers, or "auto". tokenizer: directory or hub id; None: the adapter's,
     else the model's. text_only: take the text part of a model with others; False refuses a model whose other parts
-    would be lost in a save, None lets them go.
+    would be lost in a save, None lets them go. allow_random: weights that the files lack are drawn at random.
 
     Raises: ConfigError in one line where the path is none or is no causal language model, or the attention cannot run.
     """
@@ -36,7 +37,7 @@ def load(
     config = _read_config(base, where, trust_remote_code)
     places = [*reversed(adapters), base]
     made = _load_tokenizer(source, places, tokenizer, trust_remote_code)  # before the weights, which take longer
-    model = _load_model(base, config, dtype, attention, where, trust_remote_code, text_only)
+    model = _load_model(base, config, dtype, attention, where, trust_remote_code, text_only, allow_random)
     for i, adapter in enumerate(adapters):
         model = attach_adapter(model, adapter)
         if i == len(adapters) - 1 and keep_adapter:
@@ -140,8 +141,9 @@ def _reason(e: Exception, source: str) -> str:
 
 
 def _load_model(
-    source: str, config: Any, dtype: str, attention: str, where: str, trust_remote_code: bool, text_only: bool | None
-) -> Any:
+    source: str, config: Any, dtype: str, attention: str, where: str, trust_remote_code: bool, text_only: bool | None,
+    allow_random: bool,
+) -> Any:  # fmt: skip
     how = "" if attention == "auto" else f" with attention = {attention}"
     options: dict[str, Any] = {
         "dtype": dtype, "attn_implementation": None if attention == "auto" else attention,
@@ -160,7 +162,7 @@ def _load_model(
     except Exception as e:  # as above
         raise ConfigError(f"{where}{how}: {_reason(e, source)}") from None
     model, info = loaded
-    _check_weights(model, info, where)
+    _check_weights(model, info, where, allow_random)
     if parts and type(model.config) is type(config):
         if info["unexpected_keys"] and text_only is False:
             raise _lost(source, sorted({key.partition(".")[0] for key in info["unexpected_keys"]}))
@@ -186,14 +188,16 @@ def _lost(source: str, parts: list[str]) -> ConfigError:
     )
 
 
-def _check_weights(model: Any, info: dict[str, Any], where: str) -> None:
+def _check_weights(model: Any, info: dict[str, Any], where: str, allow_random: bool) -> None:
     """transformers draws at random what a checkpoint does not have. Raises: ConfigError instead."""
     missing = sorted(set(info["missing_keys"]) & {n for n, _ in model.named_parameters(remove_duplicate=False)})
-    if missing:
+    if missing and not allow_random:
         raise ConfigError(
             f"{where}: as a {type(model).__name__} it needs {len(missing)} more weights than the checkpoint has, the "
-            f"first of them {missing[0]}"
+            f"first of them {', '.join(missing[:3])} (--allow-random-weights trains it with random ones)"
         )
+    if missing:
+        log.warning("%d weights are random, which the files lack: %s …", len(missing), ", ".join(missing[:3]))
     for name, found, wanted in sorted(info["mismatched_keys"])[:1]:
         raise ConfigError(f"{where}: its {name} must have shape {tuple(wanted)} by its config.json; got {tuple(found)}")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from .. import durable
 from ..config import ConfigError
 
 
@@ -26,6 +27,6 @@ def write_page(path: Path, template: str, **content: Any) -> None:
     environment.tests["nan"] = math.isnan
     page = environment.get_template(template).render(content)
     try:
-        path.write_text(page, encoding="utf-8", errors="replace")
-    except OSError as e:
-        raise ConfigError(f"the page {str(path)!r} cannot be written: {e.strerror or e}") from None
+        durable.write_text(path, page.encode("utf-8", "replace").decode())
+    except durable.StorageError as e:
+        raise ConfigError(f"the page {e}") from None

@@ -9,6 +9,7 @@ from ..config import ConfigError
 from ..log import reason_of
 
 BATCH = 32  # completions of a forward pass
+HEADS = {"score", "classifier"}  # by the first part of their names
 
 
 class RewardModel:
@@ -26,10 +27,13 @@ class RewardModel:
             )
             self.tokenizer = AutoTokenizer.from_pretrained(source, **options)
         except Exception as e:  # whatever the files of a model raise
-            raise ConfigError(f"reward model {source!r} cannot be loaded: {reason_of(e)}") from None
-        head = [k for k in info["missing_keys"] if k.startswith(("score", "classifier"))]
-        if head:
-            raise ConfigError(f"reward model {source!r} has no trained head: {', '.join(head)} is not in its files")
+            of_code = "it brings Python code along, which trust_remote_code (--trust-remote-code) lets run"
+            why = of_code if "trust_remote_code" in str(e) else reason_of(e)
+            raise ConfigError(f"reward model {source!r} cannot be loaded: {why}") from None
+        missing = sorted(set(info["missing_keys"]) & {n for n, _ in model.named_parameters(remove_duplicate=False)})
+        if missing:
+            head = "has no trained head" if {k.partition(".")[0] for k in missing} <= HEADS else "is not whole"
+            raise ConfigError(f"reward model {source!r} {head}: {', '.join(missing[:3])} is not in its files")
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         # The reward is read at the last token that is no padding.

@@ -84,7 +84,7 @@ def sync_weights(
     raise_on_all_ranks(accelerator, problem)
 
 
-def raise_on_all_ranks(accelerator: Accelerator, problem: Exception | None) -> None:
+def raise_on_all_ranks(accelerator: Accelerator, problem: BaseException | None) -> None:
     """Raises a problem of the same class on all ranks, this rank's own or another's: none goes on to a collective call
     that the others do not make."""
     said = None if problem is None else (type(problem), str(problem), getattr(problem, "trace", None))
@@ -92,5 +92,5 @@ def raise_on_all_ranks(accelerator: Accelerator, problem: Exception | None) -> N
         alike = isinstance(problem, RolloutError) and issubclass(kind, RolloutError)  # its own has its completions
         if problem is not None and (type(problem) is kind or alike):
             raise problem
-        another: Exception = kind(message) if trace is None else kind(message, trace)
+        another: BaseException = kind(message) if trace is None else kind(message, trace)
         raise another

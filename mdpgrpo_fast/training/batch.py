@@ -153,6 +153,19 @@ def micro_batch_budget(
     return given or (largest_group if mode == "masks" else max(DEFAULT_BUDGET, largest_group)), None
 
 
+def budget_and_notes(
+    packing: Packing | None, prompt_lengths: list[int], run: TrainConfig, method: MDPGRPOConfig
+) -> tuple[int, list[str]]:
+    """The same of a run, and what is to be said of it. packing: None, where groups are padded as asked for."""
+    if packing is None:
+        return 0, []
+    budget, why_padded = micro_batch_budget(packing, prompt_lengths, run, method)
+    if why_padded:
+        return budget, [why_padded]
+    unused = run.micro_batch_size != TrainConfig.micro_batch_size
+    return budget, ["micro_batch_size is not used: groups are packed, by tokens_per_micro_batch"] * unused
+
+
 def bin_groups(
     batch: Batch, method: MDPGRPOConfig, budget: int, part: list[int] | None = None
 ) -> list[list[list[int]]]:

@@ -13,14 +13,13 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
 from torch import Tensor, nn
 
 from ..config import ConfigError, TrainConfig
 from ..log import reason_of
 from ..rewards.pool import longest_wait
 from ..rewards.scorer import CALL_TIMEOUT, COMPLETION_TIMEOUT
-from . import checkpoint
 
 T = TypeVar("T")
 _GONE = re.compile(
@@ -73,7 +72,7 @@ def accelerator(run: TrainConfig, path: Path, completions: int) -> Accelerator:
             mixed_precision=run.mixed_precision,
             cpu=run.cpu,
             log_with=run.report_to or None,
-            project_config=checkpoint.configuration(path),
+            project_config=ProjectConfiguration(project_dir=str(path)),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
         )
     except (ValueError, ImportError) as e:
@@ -229,11 +228,15 @@ def whole_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]
     return {k.removeprefix("model."): v for k, v in (state or {}).items()}
 
 
-def norm_of(norm: Any) -> float:
-    """A gradient norm as a number: of a tensor, sharded or not, or DeepSpeed's own (None before its first step)."""
-    if norm is None:
-        return float("nan")
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+def loss_and_norm(accelerator: Accelerator, loss: Tensor, norm: Any) -> tuple[float, float]:
+    """The mean loss of all ranks, and the norm of their common gradient, finite on all or on none; read from the device
+    at once. norm: of a tensor, sharded or not, or DeepSpeed's own (None, 0 here, before its first step)."""
+    if not isinstance(norm, Tensor):
+        return accelerator.reduce(loss, "mean").item(), float(norm or 0.0)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    dtype = torch.promote_types(norm.dtype, torch.float32)
+    found = accelerator.reduce(torch.stack([loss.to(dtype), norm.to(loss.device, dtype)]), "mean")
+    return tuple(found.tolist())
 
 
 def max_over_ranks(accelerator: Accelerator, number: int) -> int:

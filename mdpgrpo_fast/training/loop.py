@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 
 from ..config import MDPGRPOConfig, TrainConfig
 from ..data import batches
+from ..durable import StorageError
 from ..models.blocks import compile_blocks
 from ..models.load import context_length
 from ..models.policy import Policy
@@ -24,13 +25,17 @@ from ..rewards.lost import LostSamples, raise_where_all_failed, why_all_failed
 from ..rollout.engine import make_engine, raise_on_all_ranks
 from ..rollout.vllm.completion import RolloutError
 from . import checkpoint, distributed
-from .batch import micro_batch_budget
+from .batch import budget_and_notes
 from .collect import Collector
+from .guard.finite import BadSteps, BadStepsError, check_weights
+from .guard.keeper import Keeper
+from .guard.stop import Stop
 from .held_out import answer_and_score
 from .hub.card import write_cards
 from .metrics import over_ranks, step_metrics
 from .run_dir import (
     RunDir,
+    bad_rows,
     completion_row,
     flat_config,
     keep_partial,
@@ -38,7 +43,7 @@ from .run_dir import (
     tracker_values,
     training_rows,
 )
-from .show.end import evaluation_line, now, summarize
+from .show.end import evaluation_line, how_to_resume, now, summarize
 from .show.progress import Progress, say
 from .show.quiet import quiet
 from .show.start import Facts, start_lines
@@ -65,8 +70,9 @@ class TrainingLoop:
         )
         # Data order is the same on every rank, sampling differs (trl#2824).
         torch.manual_seed(run.seed + self.accelerator.process_index)
+        data = task.fingerprints(run, method)
         policy = make_policy(task.model, run, self.accelerator.device)
-        self.budget, notes = self._micro_batch_budget(policy)
+        self.budget, notes = budget_and_notes(policy.packing, list(map(len, task.train_ids)), run, method)
         per_step = self.prompts_per_step = run.prompts_per_step * self.accelerator.num_processes
         self.steps = run.steps or max(1, round(run.epochs * len(task.train) / per_step))
         self.facts = Facts.of(
@@ -85,8 +91,6 @@ class TrainingLoop:
         engine = make_engine(run, method, context_length(task.model), self.accelerator)
         scorer.to(self.accelerator.device)
         self.collector = Collector(task, run, method, self.accelerator, scorer, policy, engine)
-        if method.running_goal:
-            self.accelerator.register_for_checkpointing(self.collector.goal)
         if self.collector.thinking.active:
             self.facts.notes.append(
                 "rewards score what follows the last closing think tag (--strip-thinking off: whole completions)"
@@ -94,51 +98,50 @@ class TrainingLoop:
         schedule = "constant_with_warmup" if run.lr_schedule == "constant" else run.lr_schedule
         count = Updates.count(run, self.steps)
         self.scheduler = transformers.get_scheduler(schedule, optimizer, run.warmup_steps, count)
-        self.accelerator.register_for_checkpointing(self.scheduler)
+        self.stop = Stop(self.accelerator.num_processes == 1, self._last_words)
         self.updates = Updates(
             run, method, self.accelerator, policy, self.model, self.optimizer, self.scheduler, self.reference,
-            self.budget,
+            self.budget, self.stop.begin_change,
         )  # fmt: skip
-        if self.updates.entropy.adapts:
-            self.accelerator.register_for_checkpointing(self.updates.entropy)
-        if self.reference.moves:
-            self.accelerator.register_for_checkpointing(self.reference)
-        checkpoint.keep_loadable(self.accelerator, task.model, task.tokenizer)
+        parts = {"scheduler": self.scheduler}
+        parts |= {"goal": self.collector.goal} if method.running_goal else {}
+        parts |= {"entropy": self.updates.entropy} if self.updates.entropy.adapts else {}
+        parts |= {"reference": self.reference} if self.reference.moves else {}
+        state = checkpoint.State(
+            self.accelerator, self.model, self.optimizer, task.model, task.tokenizer, parts
+        )  # fmt: skip
+        self.checkpoints = checkpoint.Checkpoints(out.path, state, run, method, data)
+        if run.save_every != 0 and (short := self.checkpoints.space_note(run.save_model)):
+            self.facts.notes.append(short)
         self.done = self._resume() if run.resume else 0
         logged = checkpoint.logged_rows(self.accelerator, out.path, self.done) if run.resume else []
+        if lost := checkpoint.lost_rows(logged, self.done):
+            self.say(lost)
         self.history = [r for r in logged if "eval" not in r]  # trainer_state.log_history of reward functions
         self.dropped = sum(row.get("eval", row).get("dropped", 0) for row in logged)
-        self.lost = LostSamples(run.max_dropped)
+        self.lost, self.bad = LostSamples(run.max_dropped), BadSteps(run.max_bad_steps)
         for row in self.history:
             self.lost.record(row["dropped"], per_step * method.num_generations)
+            self.bad.record(row)
+        # Evaluated again where what ended the run before came between a step and its evaluation.
+        self.evaluated = not run.resume or any("eval" in r and r["step"] == self.done for r in logged)
+        self.keeper = Keeper(self.checkpoints, self.model, self.steps, self.stop, self.done)
         self.saved, self.ended = False, False  # ended: all ranks have come to the end, and may wait for each other
-        self.best = checkpoint.Best(self.accelerator, out.path, run.resume)
+        self.best = checkpoint.Best(self.accelerator, out.path, bool(run.resume))
         self.last_rows: list[dict[str, Any]] = []
         self.order = itertools.islice(batches(len(task.train), per_step, self.steps, run.seed), self.done, None)
         self.peak = peak_flops(self.accelerator.device, run.mixed_precision != "no" or run.dtype == "bfloat16")
 
-    def _micro_batch_budget(self, policy: Policy) -> tuple[int, list[str]]:
-        """Tokens of a packed forward pass, 0: pad; and what is to be said of it."""
-        if policy.packing is None:
-            return 0, []
-        lengths = list(map(len, self.task.train_ids))
-        budget, why_padded = micro_batch_budget(policy.packing, lengths, self.run, self.method)
-        if why_padded:
-            return budget, [why_padded]
-        unused = self.run.micro_batch_size != TrainConfig.micro_batch_size
-        return budget, ["micro_batch_size is not used: groups are packed, by tokens_per_micro_batch"] * unused
-
     def _resume(self) -> int:
         """Steps done by the run that goes on, from its newest checkpoint; says what is another than it was."""
-        done, total = checkpoint.load(self.accelerator, self.out.path, self.steps, self.task.fingerprint)
+        loaded = self.checkpoints.load(self.steps)
+        done, total = loaded.step, loaded.total
         was, rate = self.scheduler.get_last_lr()[0], checkpoint.follow_schedule(self.scheduler)
-        said = f"resumed after {done}{f' of {total}' if total else ''} steps"
+        said = f"resumed after {done} of {total} steps"
         if total != self.steps or was != rate:
             said += f"; now {self.steps}: the learning rate goes on from {rate:.3g}"
-        self.say(said)
-        main = self.accelerator.is_main_process  # which writes the settings that are compared
-        if main and (rounding := checkpoint.changed_rounding(self.run, self.method)):
-            self.say(f"resumed with another {', '.join(rounding)}: numbers differ in their last bits from one run's")
+        for line in (*loaded.notes, said):
+            self.say(line)
         return done
 
     @property
@@ -155,7 +158,12 @@ class TrainingLoop:
 
     @quiet()
     def train(self) -> dict[str, Any]:
-        """Evaluate, run all steps, save, evaluate. Ctrl-C or an unusable reward stops early and keeps the model."""
+        """Evaluate, run all steps, save, evaluate. A signal (SIGINT, SIGTERM, SIGHUP) ends it early with a checkpoint
+        and the model; an unusable reward with the model."""
+        with self.stop:
+            return self._train()
+
+    def _train(self) -> dict[str, Any]:
         acc, run = self.accelerator, self.run
         if run.report_to:
             acc.init_trackers("mdpgrpo_fast", config=flat_config(run, self.method))
@@ -174,25 +182,33 @@ class TrainingLoop:
             else:
                 before = self.evaluate(0, "before")
             train_started = time.perf_counter()
-            usable = True
             try:
                 self.loop()
             except BaseException as e:
                 # Weights that are no numbers are the usual reason. Shards are gathered by all ranks together, and these
                 # alone end them alike.
-                alike = isinstance(e, (RewardError, RolloutError, KeyboardInterrupt))
+                alike = isinstance(e, (RewardError, RolloutError, KeyboardInterrupt, BadStepsError))
                 whole = acc.num_processes == 1 or not distributed.is_sharded(acc)
-                usable = not isinstance(e, FloatingPointError) and (alike or whole)
+                weights = not isinstance(e, FloatingPointError) or isinstance(e, BadStepsError)
+                if isinstance(e, KeyboardInterrupt):
+                    self.keeper.at_interrupt(self.done, e)
+                try:
+                    if weights and (alike or whole):
+                        self.save()
+                except StorageError as full:  # no reason to lose the other
+                    self.say(str(full))
                 raise
             finally:
                 train_seconds = time.perf_counter() - train_started
-                if usable:
-                    self.save()
+            self.save()
             after = self.evaluate(self.done, "after")
             self.lost.check_end()
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as e:
             interrupted = True
-            self.say(f"interrupted after step {self.done}")
+            self.keeper.at_interrupt(self.done, e)
+            by = f" by {self.stop.name}" if self.stop.signum else ""
+            kept = f"; --resume goes on from checkpoint_{self.keeper.step}" if self.keeper.step else ""
+            self.say(f"interrupted{by} after step {self.done}{kept}")
         except (RewardError, RolloutError, FloatingPointError) as e:
             interrupted, failure = True, e
             if isinstance(e, RewardError) and e.trace:
@@ -211,10 +227,13 @@ class TrainingLoop:
             dropped_samples=self.dropped, dropped_rows=len(self.task.dropped), interrupted=interrupted,
             best=self.best.found, **({} if failure is None else {"failure": str(failure)}),
         )  # fmt: skip
-        if acc.is_main_process:
-            self.out.write_json("summary.json", summary)
-            if self.saved:
-                write_cards(self.out.path, run, self.method, summary, self.lm, self.task.repo_id)
+        try:
+            if acc.is_main_process:
+                self.out.write_json("summary.json", summary)
+                if self.saved:
+                    write_cards(self.out.path, run, self.method, summary, self.lm, self.task.repo_id)
+        except StorageError as e:
+            failure = failure or e
         for tracker in acc.trackers:  # acc.end_training() would end the process group too
             tracker.finish()
         if not isinstance(failure, distributed.RankLostError):
@@ -231,28 +250,43 @@ class TrainingLoop:
         progress = Progress(run, self.method, self.steps, self.done, main)
         trace_to = self.out.path / "profile" if run.profile and main else None
         with closing(self.collector), progress, traced(trace_to) as profiler:
+            if not self.evaluated and self.evaluates_after(self.done):
+                self.evaluate(self.done)
             steps = itertools.pairwise(itertools.chain(self.order, [[]]))
             for number, (rows, following) in enumerate(steps, self.done + 1):
-                row = self.step(number, rows, following)
+                with self.stop.droppable(self.accelerator.device):
+                    row = self.step(number, rows, following)
                 self.reference.follow(number)
                 trace = row.pop("trace")
                 self.log(row)
                 self.done = number
                 self.history.append(row)
+                self.stop.whole()
                 samples = self.prompts_per_step * self.method.num_generations
                 self.dropped += row["dropped"]
                 self.lost.check(number, row["dropped"], samples, row["problem"], trace)
                 if profiler is not None:
                     profiler.step()
+                if self.updates.bad:
+                    check_weights(self.accelerator, self.model, number)
+                self.bad.check(row, self.updates.bad)
                 progress.step(row, self.last_rows)
-                if run.eval_every and number % run.eval_every == 0 and number < self.steps:
+                if self.evaluates_after(number):
+                    self.keeper.boundary(number)
                     self.evaluate(number)
-                if run.save_every and number % run.save_every == 0:
-                    checkpoint.save(self.accelerator, self.out.path, number, self.steps, self.task.fingerprint)
-                if self.on_step is not None:
-                    stops = main and self.on_step(copy.deepcopy(row)) is True
-                    if distributed.max_over_ranks(self.accelerator, int(stops)):
-                        break
+                with self.stop.droppable(self.accelerator.device):
+                    ends = main and self.on_step is not None and self.on_step(copy.deepcopy(row)) is True
+                if self.keeper.boundary(number, ends):
+                    break
+
+    def evaluates_after(self, step: int) -> bool:
+        every = self.run.eval_every
+        return bool(every) and step > 0 and step % every == 0 and step < self.steps
+
+    def _last_words(self) -> str:
+        """How to go on, where the process ends without the end of the run."""
+        acc = self.accelerator
+        return f"go on   {how_to_resume(self.run, acc.num_processes)}" if acc.is_main_process else ""
 
     # ---- one step ---------------------------------------------------------------------------------------------------
 
@@ -270,7 +304,7 @@ class TrainingLoop:
         except (RewardError, RolloutError, FloatingPointError) as e:
             problem = e
         with clock.stage("generate"):  # the others' wait for the slowest
-            raise_on_all_ranks(acc, problem)
+            raise_on_all_ranks(acc, self.stop.problem() or problem)
             raise_where_all_failed(gather_object([failed]), f"step {number}", len(batch.scores) * acc.num_processes)
         passes = Passes()
         self.updates.take_kl_off(batch, clock, passes)
@@ -284,6 +318,10 @@ class TrainingLoop:
         if acc.is_main_process:
             self.last_rows = training_rows(number, batch, run.log_completions)
             self.out.append("completions.jsonl", *self.last_rows)
+        if self.updates.bad:
+            found = gather_object(bad_rows(number, batch, self.updates.bad, run.seed, acc.process_index))
+            if acc.is_main_process:
+                self.out.append("bad_steps.jsonl", *found)
         row |= clock.read(
             self.lm, batch.lengths, passes.trained, run.updates_per_rollout, self.peak, without=passes.without
         )
@@ -315,11 +353,16 @@ class TrainingLoop:
         if not task.held_out:
             return None
         self.scorer.state = self.state(step)
-        result, found = answer_and_score(task, self.run, acc, self.scorer, self.collector.thinking, self.model, self.lm)
+        with self.stop.droppable(acc.device):
+            result, found = answer_and_score(
+                task, self.run, acc, self.scorer, self.collector.thinking, self.model, self.lm
+            )
         problems = [s.problem for *_, s in found if s.problem]
         self.dropped += len(problems)
         if problems:
             self.say(f"{len(problems)} held-out samples have no reward, the first because {problems[0]}")
+        if self.run.keep_best:
+            self.best.keep(step, result, partial(self.save, best=True))
         self.log({"step": step, "eval": result, "phase": phase or "between"})
         if phase != "after":  # which the end of the run says
             self.say(evaluation_line(step, result))
@@ -329,8 +372,6 @@ class TrainingLoop:
                 for i, a, s in found
             ]  # fmt: skip
             self.out.append("completions.jsonl", *rows)
-        if self.run.keep_best:
-            self.best.keep(step, result, partial(self.save, best=True))
         return result
 
     def log(self, row: dict[str, Any]) -> None:
@@ -342,10 +383,12 @@ class TrainingLoop:
     def save(self, best: bool = False) -> None:
         """The model as it stands, in from_pretrained form."""
         if self.run.save_model or best:
-            state = distributed.whole_state(self.accelerator, self.model)
-            if self.accelerator.is_main_process:
-                self.out.write_model(self.lm, self.task.tokenizer, state, self.run.lora, best)
-                self.saved = self.saved or not best
+            check_weights(self.accelerator, self.model, self.done)
+            with self.stop.writing():
+                state = distributed.whole_state(self.accelerator, self.model)
+                if self.accelerator.is_main_process:
+                    self.out.write_model(self.lm, self.task.tokenizer, state, self.run.lora, best)
+                    self.saved = self.saved or not best
 
     def say(self, text: str) -> None:
         """A line on stderr above the progress bar, from the first rank."""

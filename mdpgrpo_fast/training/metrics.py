@@ -12,6 +12,7 @@ from torch import Tensor
 from ..config import MDPGRPOConfig, TrainConfig
 from ..evaluation.answers import MUCH_TRUNCATED, truncation_note
 from ..evaluation.scores import from_scores
+from ..log import counted
 from ..reference import TOTALS, Advantages, TokenLoss
 from .batch import Batch
 from .scale import scale_note
@@ -19,7 +20,7 @@ from .update.weights import share_outside
 
 GOAL = 0.5  # the share of constraints under which a response counts as a failure, the paper's goal mean
 SUMS = ("dropped", "kl_clamped", "tokens_per_second")
-MAXIMA = ("ratio_max", "memory_mb", "reward_max", "staleness")
+MAXIMA = ("ratio_max", "memory_mb", "reward_max", "staleness", "skipped_updates", "bad_updates")
 MINIMA = ("reward_min",)
 
 
@@ -55,6 +56,9 @@ def step_metrics(batch: Batch, updated: dict[str, Any], method: MDPGRPOConfig, m
 def step_notes(row: dict[str, Any], run: TrainConfig, method: MDPGRPOConfig) -> list[tuple[str, str]]:
     """(what a line is said once for, the line) of all that a user should know of a step. row: its metrics."""
     notes = [(row["note"], row["note"])] if row["note"] else []
+    if row["skipped_updates"]:
+        why = "its loss or gradient is not finite: bad_steps.jsonl" if row["bad_updates"] else "float16 overflowed"
+        notes.append(("skipped" + why, f"{counted(row['skipped_updates'], 'update')} skipped, {why}"))
     if row["dropped"]:
         notes.append(("dropped", f"{row['dropped']} samples dropped, the first because {row['problem']}"))
     off_scale = scale_note(row["reward_min"], row["reward_max"], row["advantage_mean"], run, method)

@@ -2,66 +2,37 @@
 
 from __future__ import annotations
 
-import json
-import os
+import math
 import resource
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from torch import Tensor
 
+from .. import durable
 from ..config import ConfigError, MDPGRPOConfig, TrainConfig
 from ..data import Example
+from ..log import to_json
 from ..models.lora import save_adapters, save_merged
 from ..rewards import Score
 from ..rollout.vllm.completion import RolloutError
 from .batch import Batch
+from .guard.claim import Claim, claim_new
 
-
-def check_output_dir(path: Path) -> bool:
-    """Whether there is an earlier run, to be moved aside.
-
-    Raises: ConfigError where the path holds something else, or nothing can be made there.
-    """
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"output_dir {str(path)!r} is a file")
-    try:
-        found = list(path.iterdir()) if path.exists() else []
-    except OSError as e:
-        raise ConfigError(f"output_dir {str(path)!r} cannot be read: {e.strerror or e}") from None
-    if found and not any((path / name).exists() for name in ("config.yaml", "metrics.jsonl", "summary.json")):
-        raise ConfigError(f"output_dir {str(path)!r} exists and is no earlier run")
-    # An earlier run is renamed in its parent.
-    parent = next(p for p in path.absolute().parents if p.exists()) if found or not path.exists() else path
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        why = "cannot be written to" if parent.is_dir() else "is a file"
-        raise ConfigError(f"output_dir {str(path)!r} cannot be made: {str(parent)!r} {why}")
-    return bool(found)
-
-
-def move_aside(path: Path) -> Path | None:
-    """Rename an earlier run of this name to the first free `name.1`, `name.2` …; returns where it went.
-
-    Raises: ConfigError where the path holds something else than a run, which is left alone.
-    """
-    if not check_output_dir(path):
-        return None
-    number = 1
-    while (old := path.with_name(f"{path.name}.{number}")).exists():
-        number += 1
-    path.rename(old)
-    return old
+T = TypeVar("T")
 
 
 class RunDir:
-    """Files of one run; JSON lines are flushed at each call, so that a killed run keeps what it had.
+    """Files of one run, each whole or not there; JSON lines are written at each call, so that a killed run keeps them.
 
     The first rank alone makes the directory (at once with `create`) and writes to it.
     """
@@ -69,26 +40,44 @@ class RunDir:
     def __init__(self, path: str | Path, create: bool = True) -> None:
         self.path = Path(path)
         self.moved: Path | None = None
+        self._claim: Claim | None = None
         if create:
             self.make()
 
     def make(self) -> None:
-        """The directory, empty; an earlier run in it is moved aside. Raises ConfigError."""
+        """The directory, empty and this run's until `release`; an earlier run in it is moved aside.
+
+        Raises: ConfigError where it cannot be made, holds something else, or another run is in it.
+        """
+        self._claim, self.moved = self._claimed(claim_new)
+
+    def resume(self) -> None:
+        """The directory as it is, this run's until `release`. Raises: ConfigError where another run is in it."""
+        self._claim = self._claimed(Claim)
+
+    def _claimed(self, claim: Callable[[Path], T]) -> T:
         try:
-            self.moved = move_aside(self.path.absolute())
-            self.path.mkdir(parents=True, exist_ok=True)
+            return claim(self.path)
         except OSError as e:
             raise ConfigError(f"output_dir {str(self.path)!r} cannot be made: {e.strerror or e}") from None
+
+    def release(self) -> None:
+        """Lets other runs have the directory."""
+        if self._claim is not None:
+            self._claim.release()
+
+    @property
+    def unlocked(self) -> str | None:
+        """Why another run in the directory would not be noticed; None where it would."""
+        return None if self._claim is None else self._claim.problem
 
     def write_config(self, run: TrainConfig, method: MDPGRPOConfig) -> None:
         # With --config this file goes on with the run, or repeats it, as the command line says.
         text = yaml.safe_dump({"run": {**asdict(run), "resume": False}, "method": asdict(method)}, sort_keys=False)
-        (self.path / "config.yaml").write_text(text, encoding="utf-8")
+        durable.write_text(self.path / "config.yaml", text)
 
     def append(self, name: str, *rows: dict[str, Any]) -> None:
-        with (self.path / name).open("a", encoding="utf-8") as f:
-            for row in rows:
-                f.write(json.dumps(row, default=str) + "\n")
+        durable.append_text(self.path / name, "".join(f"{to_json(row)}\n" for row in rows))
 
     def write_model(
         self, model: Any, tokenizer: Any, state: dict[str, Tensor] | None, lora: bool, best: bool = False
@@ -97,26 +86,44 @@ class RunDir:
 
         state: of the model, gathered, where its own is sharded.
         """
-        whole = self.path / ("best" if best else "model")
-        # Under another name until it is whole: an earlier best one stays until then.
-        folder = whole.with_name(f"{whole.name}.new")
-        if lora:
-            save_merged(model, tokenizer, folder, state)
-        else:
-            model.save_pretrained(folder, state_dict=state)
+
+        def write(folder: Path) -> None:
+            if lora:
+                save_merged(model, tokenizer, folder, state)
+            else:
+                model.save_pretrained(folder, state_dict=state)
+                tokenizer.save_pretrained(folder)
+
+        def write_adapters(folder: Path) -> None:
+            save_adapters(model, folder, state)
             tokenizer.save_pretrained(folder)
-        shutil.rmtree(whole, ignore_errors=True)
-        folder.rename(whole)
+
+        whole = self.path / ("best" if best else "model")
+        weights = model.parameters() if state is None else state.values()
+        durable.need_space(self.path, sum(x.numel() * x.element_size() for x in weights), f"{whole.name}/")
+        _write_folder(whole, write)
         if lora and not best:
-            save_adapters(model, self.path / "adapters", state)
-            tokenizer.save_pretrained(self.path / "adapters")
+            _write_folder(self.path / "adapters", write_adapters)
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
-        (self.path / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        durable.write_text(self.path / name, to_json(value, indent=2) + "\n")
+
+
+def _write_folder(path: Path, write: Callable[[Path], None]) -> None:
+    """The folder that write(path) makes, under its name once it is whole. Raises: StorageError."""
+    new = path.with_name(path.name + durable.NEW)
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        with durable.storing(path, SafetensorError):
+            write(new)
+        durable.replace_folder(new, path)
+    except durable.StorageError:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
 
 
 def tracker_values(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """A metrics row flattened to numbers with slash-separated names."""
+    """A metrics row flattened to finite numbers with slash-separated names."""
     flat: dict[str, float] = {}
     for key, value in row.items():
         if key == "logged":  # names that a reward function chose
@@ -127,7 +134,7 @@ def tracker_values(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
             for slot in value:
                 numbers = {k: v for k, v in slot.items() if k != "temperature"}
                 flat.update(tracker_values(numbers, f"{prefix}slot_{slot['temperature']:g}/"))
-        elif isinstance(value, (int, float)) and not isinstance(value, bool) and key != "step":
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and key != "step" and math.isfinite(value):
             flat[prefix + key] = value
     return flat
 
@@ -184,6 +191,15 @@ def training_rows(step: int, batch: Batch, limit: int) -> list[dict[str, Any]]:
         )
         for i in [*shown, *lost]
     ]
+
+
+def bad_rows(
+    step: int, batch: Batch, updates: list[dict[str, Any]], seed: int, rank: int
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Lines of bad_steps.jsonl: one for the updates that were skipped, and one for each completion of the step."""
+    where = {"step": step, "rank": rank}
+    rows = training_rows(step, batch, len(batch.responses))
+    return [{**where, "seed": seed, "updates": updates}, *({**where, "row": i, **x} for i, x in enumerate(rows))]
 
 
 def flat_config(run: TrainConfig, method: MDPGRPOConfig) -> dict[str, Any]:

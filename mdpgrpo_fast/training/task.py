@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from array import array
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..config import ConfigError, TrainConfig
+from ..config import ConfigError, MDPGRPOConfig, TrainConfig
 from ..data import BadRow, Example, Prompts, Source, read_prompts, tokenize
 from ..demo import DEMO_DIR
 from ..kernels import onednn
@@ -23,6 +20,7 @@ from ..models.policy import Policy
 from ..rewards import Scorer
 from ..rollout.generate import eos_ids
 from .before.checks import check_settings
+from .checkpoint.data import fingerprint, weights_fingerprint
 from .hub.repository import make_repository
 from .show.quiet import quiet
 
@@ -45,16 +43,18 @@ class Task:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the training prompts in their order: a run that goes on takes them by their numbers."""
-        return fingerprint(self.train_ids)
+        """Of the training prompts in their order, with all that rewards see of them: a run that goes on takes them by
+        their numbers."""
+        return fingerprint(self.train_ids, self.train)
 
-
-def fingerprint(prompts: Sequence[Sequence[int]]) -> str:
-    """Their number and what tells them, in their order, from others."""
-    digest = hashlib.blake2b(digest_size=8)
-    for ids in prompts:
-        digest.update(array("q", [len(ids), *ids]).tobytes())
-    return f"{len(prompts)} prompts ({digest.hexdigest()})"
+    def fingerprints(self, run: TrainConfig, method: MDPGRPOConfig) -> dict[str, str]:
+        """Of what a run learns from, by its names. Before the first step, on a model that is whole."""
+        found = {"training prompts": self.fingerprint}
+        found |= {"held-out prompts": fingerprint(self.held_out_ids, self.held_out)} if self.held_out else {}
+        # Checkpoints have neither the model under adapters nor a reference that stays.
+        if run.lora or (method.needs_reference and not run.sync_reference):
+            found["weights of the starting model"] = weights_fingerprint(self.model)
+        return found
 
 
 @quiet()
@@ -105,6 +105,7 @@ def prepare(
         model, tokenizer = load(
             run.model, run.dtype, run.attention, tokenizer=run.tokenizer, trust_remote_code=run.trust_remote_code,
             text_only=run.text_only, keep_adapter=run.lora and not run.merge_adapter,
+            allow_random=run.allow_random_weights,
         )  # fmt: skip
     else:
         model, tokenizer = adopt(

@@ -73,6 +73,7 @@ def run_small(tmp_path: Path, method: MDPGRPOConfig | None = None, name: str = "
     """The trainer of `make_trainer` after its run; the trained model is saved where save_model is asked for."""
     trainer = make_trainer(tmp_path, method, name, **{"save_model": False, **knobs})
     trainer.train()
+    trainer.out.release()
     return trainer
 
 

@@ -233,6 +233,17 @@ def test_one_line_says_why(case: str, tmp_path: Path, tokenizer: Any, monkeypatc
     assert not asked, "nothing is asked on stdin"
 
 
+def test_random_weights_are_allowed_by_name(tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    as_classifier(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"first of them lm_head.weight \(--allow-random-weights trains it with random"
+    ):
+        load(str(tmp_path))
+    assert logits(load(str(tmp_path), allow_random=True)[0]).isfinite().all()
+    assert "1 weights are random, which the files lack: lm_head.weight" in caplog.text
+
+
 def test_a_run_directory_names_its_model(tmp_path: Path) -> None:
     make_model("llama", VOCAB).save_pretrained(tmp_path / "run" / "model")
     with pytest.raises(ConfigError, match=r"it is a run directory; its model is '.*run/model'$"):

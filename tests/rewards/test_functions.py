@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from mdpgrpo_fast.config import ConfigError
@@ -35,7 +38,9 @@ def test_an_async_function_cannot_be_isolated() -> None:
         Scorer(["helpers.rewards:slow_length"], isolation="process")
 
 
-def test_a_reward_model_scores_in_this_process(model_dirs: dict[str, str], tmp_path: Path) -> None:
+def test_a_reward_model_scores_in_this_process(
+    model_dirs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(model_dirs["llama"], num_labels=1)
     tokenizer = AutoTokenizer.from_pretrained(model_dirs["llama"])
     path = tmp_path / "judge"
@@ -52,3 +57,20 @@ def test_a_reward_model_scores_in_this_process(model_dirs: dict[str, str], tmp_p
         Scorer([model_dirs["llama"]])
     with pytest.raises(ConfigError, match=r"reward model .*/nothing.* cannot be loaded"):
         Scorer([str(tmp_path / "nothing")])
+    weights = load_file(path / "model.safetensors")
+    save_file(
+        {k: x for k, x in weights.items() if "layers.0.mlp" not in k}, path / "model.safetensors", {"format": "pt"}
+    )
+    said = (
+        r"is not whole: model.layers.0.mlp.down_proj.weight, .*gate_proj.weight, .*up_proj.weight is not in its files"
+    )
+    with pytest.raises(ConfigError, match=said):
+        Scorer([str(path)])
+    asked: list[Any] = []
+    monkeypatch.setattr("builtins.input", lambda *text: asked.append(text) or "y")
+    config = json.loads((path / "config.json").read_text())
+    auto_map = {"AutoConfig": "own.C", "AutoModelForSequenceClassification": "own.M"}
+    (path / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": auto_map}))
+    with pytest.raises(ConfigError, match=r"reward model .* cannot be loaded: .*trust_remote_code"):
+        Scorer([str(path)])
+    assert not asked, "nothing is asked on stdin"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import accelerate.accelerator
 import pytest
 import torch
 from helpers.runs import SMALL, make_trainer, parameters, rows, run_small
@@ -15,15 +15,30 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mdpgrpo_fast.train as train
 from mdpgrpo_fast import evaluate
-from mdpgrpo_fast.config import ConfigError, TrainConfig, preset
+from mdpgrpo_fast.config import ConfigError, MDPGRPOConfig, TrainConfig, preset
 from mdpgrpo_fast.demo import DEMO_DIR
 from mdpgrpo_fast.models.load import load
 from mdpgrpo_fast.training import checkpoint
-from mdpgrpo_fast.training.run_dir import RunDir
+from mdpgrpo_fast.training.checkpoint import manifest, resume
 
 
 def folders(path: Path) -> list[str]:
     return sorted(p.name for p in (path / "checkpoints").iterdir())
+
+
+def rewrite(folder: Path, **values: Any) -> None:
+    """A checkpoint's manifest with other values, as if it had been written with them."""
+    found = manifest.read(folder)
+    hashes = {name: f["sha256"] for name, f in found.pop("files").items()}
+    manifest.write(folder, {**found, **values}, hashes)
+
+
+def empty_checkpoint(path: Path, step: int, run: dict[str, Any], method: MDPGRPOConfig, version: str = "") -> Path:
+    """One without files."""
+    folder = path / "checkpoints" / f"checkpoint_{step}"
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest.write(folder, {"step": step, "total": 9, "run": run, "method": vars(method), "version": version}, {})
+    return folder
 
 
 def test_a_killed_save_leaves_the_checkpoint_before_and_the_run_resumes_to_the_bit(
@@ -32,20 +47,23 @@ def test_a_killed_save_leaves_the_checkpoint_before_and_the_run_resumes_to_the_b
     knobs = {"steps": 4, "save_every": 1, "warmup_steps": 1, "updates_per_rollout": 2}
     whole = run_small(tmp_path, name="whole", **knobs)
     assert folders(whole.out.path) == ["checkpoint_3", "checkpoint_4"], "the newest two are kept"
-    saved, write = [0], accelerate.accelerator.save_accelerator_state
+    saved, write = [0], checkpoint.State.write
 
-    def killed(folder: str, *args: Any, **kwargs: Any) -> Any:
+    def killed(self: checkpoint.State, folder: Path) -> None:
         saved[0] += 1
         if saved[0] == 3:
-            (Path(folder) / "model.safetensors").write_bytes(b"half")
+            (folder / "model.safetensors").write_bytes(b"half")
             raise KeyboardInterrupt
-        return write(folder, *args, **kwargs)
+        write(self, folder)
 
     with monkeypatch.context() as patch:
-        patch.setattr(accelerate.accelerator, "save_accelerator_state", killed)
+        patch.setattr(checkpoint.State, "write", killed)
         run_small(tmp_path, name="parts", **knobs)
     path = tmp_path / "parts"
-    assert folders(path) == ["checkpoint_2", "checkpoint_3"] and len(rows(whole)) == 4
+    assert folders(path) == ["checkpoint_1", "checkpoint_2"] and len(rows(whole)) == 4
+    foreign = {"step-8.bak", "checkpoint_8.bak", "checkpoint_07", "checkpoint_x", "notes"}
+    for name in (*foreign, "checkpoint_3.partial", "checkpoint_1.old"):
+        (path / "checkpoints" / name).mkdir()
     newest = checkpoint.newest(path)
     assert newest is not None and newest.name == "checkpoint_2"
     with (path / "metrics.jsonl").open("a") as f:
@@ -55,12 +73,11 @@ def test_a_killed_save_leaves_the_checkpoint_before_and_the_run_resumes_to_the_b
     assert [(r["step"], r["loss"], r["learning_rate"]) for r in rows(resumed)] == [
         (r["step"], r["loss"], r["learning_rate"]) for r in rows(whole)
     ]
-    assert folders(path) == ["checkpoint_3", "checkpoint_4"]
+    assert {*folders(path)} == {"checkpoint_3", "checkpoint_4", *foreign}, "leftovers are removed, and nothing else"
     summary = json.loads((path / "summary.json").read_text())
     assert summary["steps"] == 4 and summary["hsr_before"] is not None
 
-    progress = path / "checkpoints" / "checkpoint_4" / "progress.json"
-    progress.write_text(json.dumps({"step": 4, "processes": 2}))
+    rewrite(path / "checkpoints" / "checkpoint_4", processes=2)
     with pytest.raises(ConfigError, match=r"resume needs the 2 processes that wrote .*checkpoint_4; got 1"):
         make_trainer(tmp_path, name="parts", resume=True, **knobs)
 
@@ -68,14 +85,18 @@ def test_a_killed_save_leaves_the_checkpoint_before_and_the_run_resumes_to_the_b
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("step-2", "resume needs checkpoints named checkpoint_N; those in .* are of an earlier version .*step-N"),
-        ("checkpoint_2", r"resume needs a checkpoint in .*checkpoints., and there is none \(save_every\)"),
+        ("step-2/model", "checkpoint of this version .* those in .* are of an earlier one.* pickles, .* not load"),
+        ("checkpoint_2/progress.json", "checkpoint of this version .* those in .* are of an earlier one.* pickles"),
+        ("checkpoint_2/model", "resume needs a whole checkpoint .* none: checkpoint_2 is damaged: manifest.json is mi"),
+        ("step-8.bak/model", r"resume needs a checkpoint in .*checkpoints., and there is none \(save_every\)"),
     ],
 )
 def test_checkpoints_of_another_kind_or_not_whole_are_refused(tmp_path: Path, name: str, said: str) -> None:
     (tmp_path / "checkpoints" / name).mkdir(parents=True)
     with pytest.raises(ConfigError, match=said):
         checkpoint.check_resume(TrainConfig(output_dir=str(tmp_path)), preset("exact"))
+    asked = checkpoint.resolve_resume(TrainConfig(output_dir=str(tmp_path), resume="auto"))
+    assert asked.resume is not name.endswith(".bak/model"), "auto begins anew only where nothing would be lost"
 
 
 def test_a_resumed_run_knows_what_was_before(tmp_path: Path) -> None:
@@ -105,39 +126,41 @@ def test_a_refused_resume_changes_nothing_on_the_disk(tmp_path: Path) -> None:
     knobs: dict[str, Any] = {"name": "kept", "resume": True, "save_every": 2}
     with pytest.raises(ConfigError, match="resume needs steps of at least the 2 that are done; got 1"):
         make_trainer(tmp_path, **knobs, steps=None, epochs=1e-6)
-    progress = whole.out.path / "checkpoints" / "checkpoint_2" / "progress.json"
-    progress.write_text(progress.read_text().replace(" prompts (", "1 prompts ("))
-    with pytest.raises(
-        ConfigError, match=r"resume needs the training prompts of the run before: they were \d+1 prompts"
-    ):
-        make_trainer(tmp_path, **knobs, steps=4)
-    progress.write_bytes(files[progress])
     again = make_trainer(tmp_path, **knobs, steps=4)
     assert files == {p: p.read_bytes() for p in whole.out.path.rglob("*") if p.is_file()}, "it has not trained yet"
     again.train()
-    assert not (whole.out.path / "checkpoints" / "checkpoint_3").exists() and len(rows(again)) == 4
+    assert folders(whole.out.path) == ["checkpoint_2", "checkpoint_3.damaged", "checkpoint_4"]
+    assert len(rows(again)) == 4
 
 
 def test_a_resumed_run_with_other_settings_is_refused(tmp_path: Path) -> None:
     method, run = preset("exact"), TrainConfig(**SMALL, output_dir=str(tmp_path))
-    RunDir(tmp_path).write_config(run, method)
-    folder = tmp_path / "checkpoints" / "checkpoint_1"
-    folder.mkdir(parents=True)
-    (folder / "progress.json").touch()
+    folder = empty_checkpoint(tmp_path, 1, vars(run), method)
     checkpoint.check_resume(run, method)
     remedies = {"reward_timeout": 60.0, "max_dropped": 0.5, "on_bad_reward": "drop", "reward_check": False}
     checkpoint.check_resume(TrainConfig(**SMALL, output_dir=str(tmp_path), eval_every=1, **remedies), method)
     rounding = {"backend": "torch", "micro_batch_size": 3, "workspace_mb": 9, "eval_batch_size": 5}
     free = TrainConfig(**{**SMALL, "steps": 9}, output_dir=str(tmp_path), warmup_steps=3, vllm_timeout=9.0, **rounding)
     checkpoint.check_resume(free, method)
-    assert sorted(checkpoint.changed_rounding(free, method)) == sorted(rounding)
+    (said,) = resume.setting_notes(folder, free, method)
+    assert all(name in said for name in rounding)
     bnpo = preset("exact", aggregation="bnpo")
-    RunDir(tmp_path, create=False).write_config(run, bnpo)
+    empty_checkpoint(tmp_path, 1, vars(run), bnpo)
     with pytest.raises(ConfigError, match="micro_batch_size was 8; got 3"):
         checkpoint.check_resume(free, bnpo)
-    RunDir(tmp_path, create=False).write_config(run, method)
-    with pytest.raises(ConfigError, match="attention was 'auto'; got 'eager'"):
-        checkpoint.check_resume(TrainConfig(**SMALL, output_dir=str(tmp_path), attention="eager"), method)
+    # A run of an older version, which lacks knobs, and had one that is gone.
+    older = {k: v for k, v in vars(run).items() if k not in ("skip_idle", "adam_beta2")}
+    empty_checkpoint(tmp_path, 1, {**older, "gone": 1}, method, "0.1")
+    checkpoint.check_resume(run, method)
+    assert resume.setting_notes(folder, run, method) == [
+        "the run before, of version 0.1, had no adam_beta2 = 0.999, skip_idle = False: what it did is taken to be that",
+        "settings of the run before that this version has not: gone",
+    ]
+    with pytest.raises(ConfigError, match="skip_idle was False; got True"):
+        checkpoint.check_resume(TrainConfig(**SMALL, output_dir=str(tmp_path), skip_idle=True), method)
+    empty_checkpoint(tmp_path, 1, vars(run), method)
+    with pytest.raises(ConfigError, match="dtype was 'float32'; got 'bfloat16'"):
+        checkpoint.check_resume(TrainConfig(**SMALL, output_dir=str(tmp_path), dtype="bfloat16"), method)
     folder.rename(folder.with_name("checkpoint_5"))
     with pytest.raises(ConfigError, match=r"^resume needs steps of at least the 5 that are done; got 2$"):
         checkpoint.check_resume(run, method)
@@ -181,7 +204,8 @@ def test_a_checkpoint_is_a_model_and_is_read_back_to_the_bit(
 ) -> None:
     if kind == "lora":
         peer("peft")
-    knobs: dict[str, Any] = {"steps": 3, "save_every": 2, "learning_rate": 1e-2}
+    # torch's linear layers, which a model has that is loaded without the trainer.
+    knobs: dict[str, Any] = {"steps": 3, "save_every": 2, "learning_rate": 1e-2, "cpu_linear": "torch"}
     knobs |= {"bfloat16": {"dtype": "bfloat16"}, "lora": {"lora": True, "lora_r": 2}}.get(kind, {})
     if kind == "tied":
         data = tmp_path / "p.jsonl"
@@ -197,7 +221,7 @@ def test_a_checkpoint_is_a_model_and_is_read_back_to_the_bit(
     assert torch.equal(parameters(resumed), parameters(whole)) and resumed.done == 3
     assert [r["loss"] for r in rows(resumed)] == [r["loss"] for r in expected]
     # The last checkpoint that a run of three steps with save_every = 3 leaves is the model that it ends with.
-    checkpoint.save(resumed.accelerator, resumed.out.path, 3, 3, resumed.task.fingerprint)
+    resumed.checkpoints.save(3, 3)
     folder = folder.with_name("checkpoint_3")
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == resumed.task.tokenizer.get_vocab()
     plain, ours = AutoModelForCausalLM.from_pretrained(folder).eval(), load(str(folder))[0].eval()
@@ -212,13 +236,13 @@ def test_a_checkpoint_is_a_model_and_is_read_back_to_the_bit(
         assert "prompt level" in capsys.readouterr().out
 
 
-def test_a_checkpoint_with_weights_of_the_earlier_layout_is_refused(tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoints" / "checkpoint_2"
-    folder.mkdir(parents=True)
-    for name in ("progress.json", "model.safetensors"):
-        (folder / name).touch()
-    with pytest.raises(ConfigError, match=r"resume needs a checkpoint of this version .*checkpoint_2.* earlier one"):
-        checkpoint.check_resume(TrainConfig(output_dir=str(tmp_path)), preset("exact"))
+def test_each_knob_is_in_one_class() -> None:
+    classes = [
+        resume.FREE_KNOBS, resume.DATA_KNOBS, resume.SCHEDULE_KNOBS, resume.ROUNDING_KNOBS, resume.FIXED_KNOBS
+    ]  # fmt: skip
+    named = [name for names in classes for name in names]
+    assert sorted(named) == sorted(f.name for f in fields(TrainConfig))
+    assert {*resume.BNPO_KNOBS} <= {*resume.ROUNDING_KNOBS}
 
 
 # ---- the best model -------------------------------------------------------------------------------------------------
@@ -292,6 +316,8 @@ def test_the_best_needs_something_to_be_compared_by(tmp_path: Path) -> None:
 def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path) -> None:
     flags = ["--output-dir", str(tmp_path / "run"), "--steps", "1", "--max-completion-length", "8", "--save-every", "1",
              "--prompts-per-step", "1", "--eval-samples", "1"]  # fmt: skip
-    assert train.main(flags) == 0
-    assert train.main([*flags, "--resume"]) == 0
+    assert train.main([*flags, "--resume", "auto"]) == 0, "there is none yet"
+    assert train.main([*flags, "--resume", "auto"]) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["resumed_after"] == 1
+    assert not (tmp_path / "run.1").exists()
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 1

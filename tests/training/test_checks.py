@@ -17,7 +17,7 @@ from mdpgrpo_fast.demo import SEED_POLICY
 from mdpgrpo_fast.models.load import read_config
 from mdpgrpo_fast.training.before import checks, memory
 from mdpgrpo_fast.training.before.checks import check
-from mdpgrpo_fast.training.run_dir import check_output_dir
+from mdpgrpo_fast.training.guard.claim import check_output_dir
 
 CPU = torch.device("cpu")
 

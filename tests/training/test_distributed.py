@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -41,11 +42,12 @@ TYPES = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DE
 
 
 def train(
-    rank: int, ranks: int, kind: str, folder: str, knobs: dict[str, Any], fixed: bool, stop_at: int = 0
-) -> dict[str, Any]:
+    rank: int, ranks: int, kind: str, folder: str, knobs: dict[str, Any], fixed: bool, stop_at: int = 0,
+    signalled: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """A run of the embedded policy on this rank; fixed: with completions that depend on the prompt alone.
 
-    stop_at: the step that is interrupted.
+    stop_at: the step that is interrupted, on all ranks at its start, or by a signal to the second one.
     """
     AcceleratorState._reset_state(True)  # a process may have had a run before
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
@@ -75,8 +77,10 @@ def train(
     step, sample, collect = TrainingLoop.step, Collector.sample, Collector.collect
 
     def watched_step(self: TrainingLoop, number: int, rows: list[int], *more: Any) -> dict[str, Any]:
-        if number == stop_at:
+        if number == stop_at and not signalled:
             raise KeyboardInterrupt
+        if number == stop_at and rank == 1:  # the other is not told by anybody else
+            os.kill(os.getpid(), signal.SIGTERM)
         return step(self, number, rows, *more)
 
     def watched_collect(self: Collector, *args: Any) -> Any:
@@ -120,7 +124,8 @@ def train(
     # The embedding is the head too: gathered states may leave one of the two out.
     flat = {n: x.detach().float().clone() for n, x in state.items() if "lm_head" not in n}
     acc = trainer.accelerator
-    done = {"processes": acc.num_processes, "seed": torch.initial_seed(), "kind": acc.distributed_type.value}
+    done: dict[str, Any] = {"signal": trainer.stop.signum}
+    done |= {"processes": acc.num_processes, "seed": torch.initial_seed(), "kind": acc.distributed_type.value}
     return {"parameters": flat, "tokens": texts, **done}
 
 
@@ -164,9 +169,33 @@ def not_finite(rank: int, ranks: int, folder: str) -> str:
     return "no end"
 
 
-def test_no_rank_waits_for_one_that_cannot_answer(tmp_path: Path) -> None:
-    found = spawn(not_finite, 2, tmp_path, str(tmp_path / "run"))
-    assert found == ["the model's logits must be finite"] * 2
+def failing_save(rank: int, ranks: int, folder: str) -> str:
+    """How a rank ends where the second one's disk fails."""
+    from mdpgrpo_fast.durable import StorageError
+    from mdpgrpo_fast.training.checkpoint import State
+
+    write = State.write
+
+    def failing(self: State, at: Path) -> None:
+        write(self, at)
+        if rank:
+            raise OSError(5, "it is broken")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(State, "write", failing)
+        try:
+            train(rank, ranks, "ddp", folder, {"steps": 1, "save_every": 1, "eval_samples": 2}, False)
+        except StorageError as e:
+            return str(e)
+    return "no end"
+
+
+def test_no_rank_waits_for_one_that_cannot_answer_or_save(tmp_path: Path) -> None:
+    run, full = str(tmp_path / "run"), str(tmp_path / "full")
+    found = spawn_fleet({"answer": (not_finite, run), "save": (failing_save, full)}, 2, tmp_path)
+    assert found["answer"] == ["the model's logits must be finite"] * 2
+    assert all("no checkpoint could be written: " in s and "it is broken" in s for s in found["save"]), found
+    assert not list((tmp_path / "full" / "checkpoints").iterdir()), "nothing of it is left"
 
 
 @pytest.mark.parametrize(
@@ -208,12 +237,13 @@ def need_deepspeed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def whole_and_interrupted(
-    rank: int, ranks: int, kind: str, whole: str, parts: str, knobs: dict[str, Any], stop_at: int = 4
-) -> tuple[dict[str, Any], dict[str, Any]]:
+    rank: int, ranks: int, kind: str, whole: str, parts: str, knobs: dict[str, Any], stop_at: int = 4,
+    signalled: bool = False,
+) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
     """Two runs, the second of which is interrupted at its step stop_at."""
     return (
         train(rank, ranks, kind, whole, knobs, False),
-        train(rank, ranks, kind, parts, knobs, False, stop_at=stop_at),
+        train(rank, ranks, kind, parts, knobs, False, stop_at=stop_at, signalled=signalled),
     )
 
 
@@ -279,24 +309,52 @@ def test_the_reference_moves_where_ranks_have_whole_weights(kind: str, said: str
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(kind: str, tmp_path: Path) -> None:
-    """To the bit, sampling included: weights, AdamW's state, schedule, random state of each rank, order of prompts."""
-    knobs, ranks = {"steps": 4, "save_every": 2, "warmup_steps": 1}, 2
+    """To the bit, sampling included: weights, AdamW's state, schedule, random state of each rank, order of prompts.
+
+    Under DDP a signal to one rank takes the fourth step back on both; else the third is, which no checkpoint is of.
+    """
+    knobs, ranks, signalled = {"steps": 4, "save_every": 2, "warmup_steps": 1}, 2, kind == "ddp"
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    both = spawn(whole_and_interrupted, ranks, tmp_path, kind, str(whole), str(parts), knobs)
+    both = spawn(whole_and_interrupted, ranks, tmp_path, kind, str(whole), str(parts), knobs, 4, signalled)
     expected, stopped = zip(*both, strict=True)
-    assert len(stopped[0]["tokens"]) == 3 and len(losses(parts)) == 3, "the third step is to be taken back"
+    assert len(stopped[0]["tokens"]) == 3 + signalled and len(losses(parts)) == 3
+    done = 2 + signalled
+    assert (parts / "checkpoints" / f"checkpoint_{done}").is_dir()
+    assert [s["signal"] for s in stopped] == [signal.SIGTERM if signalled else None] * ranks
     found = spawn(train, ranks, tmp_path, kind, str(parts), {**knobs, "resume": True}, False)
     assert {f["kind"] for f in (*found, *expected)} == {TYPES[kind]}
     for rank, (one, want) in enumerate(zip(found, expected, strict=True)):
-        assert one["tokens"] == want["tokens"][2:] and want["seed"] == KNOBS["seed"] + rank
+        assert one["tokens"] == want["tokens"][done:] and want["seed"] == KNOBS["seed"] + rank
         assert one["parameters"].keys() == want["parameters"].keys()
         assert all(torch.equal(one["parameters"][n], x) for n, x in want["parameters"].items())
     assert losses(parts) == losses(whole) and len(losses(whole)) == 4
     summary = json.loads((parts / "summary.json").read_text())
     assert summary["steps"] == 4 and summary["processes"] == ranks and summary["hsr_before"] is not None
     kept = sorted(p.name for p in (parts / "checkpoints").iterdir())
-    assert kept == ["checkpoint_2", "checkpoint_4"]
+    assert kept == [f"checkpoint_{done}", "checkpoint_4"]
     assert expected[0]["tokens"] != expected[1]["tokens"]
+
+
+def test_deepspeed_resumes_to_the_bit_from_files_that_are_no_pickles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need_deepspeed("zero2", monkeypatch)
+    knobs: dict[str, Any] = {"steps": 2, "save_every": 1, "save_model": False, "eval_samples": 2}
+    tasks: dict[str, tuple[Any, ...]] = {}
+    for kind in ("zero2", "zero3"):
+        parts = (kind, str(tmp_path / kind / "parts"))
+        tasks[kind] = (
+            whole_and_interrupted, kind, str(tmp_path / kind / "whole"), str(tmp_path / kind / "parts"), knobs, 2
+        )  # fmt: skip
+        tasks[f"{kind} resumed"] = (train, *parts, {**knobs, "resume": True}, False)
+    found = spawn_fleet(tasks, 2, tmp_path)
+    for kind in ("zero2", "zero3"):
+        for one, (want, _) in zip(found[f"{kind} resumed"], found[kind], strict=True):
+            assert one["kind"] == "DEEPSPEED" and one["tokens"] == want["tokens"][1:]
+            assert all(torch.equal(one["parameters"][n], x) for n, x in want["parameters"].items())
+        files = [p for p in (tmp_path / kind / "parts" / "checkpoints").rglob("*") if p.suffix in (".pt", ".py")]
+        assert len(files) == (8 if kind == "zero3" else 6)
+        assert all(p.read_bytes()[8:23] == b'{"__metadata__"' for p in files), "safetensors, by whatever name"
 
 
 LORA: dict[str, Any] = {"steps": 2, "lora": True, "lora_r": 4, "learning_rate": 1e-2}

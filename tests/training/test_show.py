@@ -154,7 +154,7 @@ def test_the_lines_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "interrupted after 31 of 140 steps, 1 min 23 s",
         f"model   {out}/model",
         f"report  {report}",
-        "go on   there is no checkpoint to go on from: --save-every 50 writes one every 50 steps",
+        "go on   there is no checkpoint to go on from yet, one is written every 15 minutes",
     ]
     went_on = summary(eval_file="embedded", resumed_after=100)
     assert end.last_line(went_on).endswith(" in 140 steps, 40 of them now, 1 min 23 s")

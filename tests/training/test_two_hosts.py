@@ -115,7 +115,7 @@ def test_a_rank_that_dies_ends_all_and_slurm_goes_on(hosts: Hosts, alone: Path, 
     both = hosts.start_both(
         lambda h: [*words, *train(run, "--steps", "400", *rewards)], WAITS_FOR=str(tmp_path / "killed")
     )
-    saved = run / "checkpoints" / "checkpoint_2" / "progress.json"
+    saved = run / "checkpoints" / "checkpoint_2" / "manifest.json"
     until(lambda: saved.exists() or both[0].process.poll() is not None, lambda: both[0].said)
     (rank,) = hosts.ranks(1)
     os.kill(rank, signal.SIGKILL)

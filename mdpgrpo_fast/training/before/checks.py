@@ -16,8 +16,8 @@ from ...ops import backends
 from ...rollout.processors import check_generation_kwargs, generation_kwargs
 from ...rollout.vllm.sampler import MIN_TEMPERATURE
 from ..checkpoint import check_resume
+from ..guard.claim import check_output_dir, check_unused
 from ..hub.repository import check_hub
-from ..run_dir import check_output_dir
 from .memory import check_memory
 
 
@@ -39,6 +39,7 @@ def check(run: TrainConfig, method: MDPGRPOConfig, *, model: bool = False, promp
         check_resume(run, method)
     else:
         check_output_dir(Path(run.output_dir))
+    check_unused(Path(run.output_dir))
     check_backend(run, device)
     if run.lora:
         import_peft()

@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ... import durable
 from ...config import MDPGRPOConfig, TrainConfig
 from ...log import counted
 from ..show.end import with_interval
@@ -27,11 +28,12 @@ def write_cards(
     """README.md into model/, and into adapters/ where there are some.
 
     out: the run's directory. summary: of summary.json. lm: the language model, which knows its base. repo_id: on the
-    hub; None: it goes nowhere.
+    hub; None: it goes nowhere. Raises: StorageError.
     """
     for folder, library in (("model", "transformers"), ("adapters", "peft")):
         if (out / folder).is_dir():
-            card_of(run, method, summary, hub_id(lm.name_or_path), repo_id, library).save(out / folder / "README.md")
+            card = card_of(run, method, summary, hub_id(lm.name_or_path), repo_id, library)
+            durable.write_text(out / folder / "README.md", str(card))
 
 
 def card_of(

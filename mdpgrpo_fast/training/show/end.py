@@ -208,7 +208,9 @@ def how_to_resume(run: TrainConfig, processes: int = 1) -> str:
     out = Path(run.output_dir)
     found = newest(out)
     if found is None:
-        return "there is no checkpoint to go on from: --save-every 50 writes one every 50 steps"
+        every = "every 15 minutes" if run.save_every is None else f"every {counted(run.save_every, 'step')}"
+        why = f"yet, one is written {every}" if run.save_every != 0 else "with --save-every 0"
+        return f"there is no checkpoint to go on from {why}"
     launch = [*_program(), "train"]
     if processes > 1:
         launch = ["torchrun", "--nproc-per-node", str(processes), "-m", "mdpgrpo_fast.train"]

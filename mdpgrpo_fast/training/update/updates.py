@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor
 
 from ...config import MDPGRPOConfig, TrainConfig
@@ -17,6 +20,7 @@ from ...models.shared_prompt import upload
 from ...reference import TOTALS, TokenLoss, default_denominator, kl_penalty
 from .. import distributed
 from ..batch import Batch, MicroBatch, bin_groups, mini_batches, packed_micro_batches, padded_micro_batches
+from ..guard.finite import why_bad
 from ..metrics import TokenStatistics
 from ..timing import StageClock
 from .entropy import EntropyControl
@@ -34,15 +38,17 @@ class Passes:
 
 class Updates:
     """Updates the policy on batches. policy: not wrapped; model: as it is wrapped; budget: tokens of a packed forward
-    pass, 0: pad."""
+    pass, 0: pad; begin_change: called before each change of what a checkpoint holds."""
 
     def __init__(
         self, run: TrainConfig, method: MDPGRPOConfig, accelerator: Accelerator, policy: Policy, model: Any,
         optimizer: Any, scheduler: Any, reference: Reference, budget: int,
+        begin_change: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self.run, self.method, self.accelerator, self.policy, self.model = run, method, accelerator, policy, model
         self.optimizer, self.scheduler, self.reference, self.budget = optimizer, scheduler, reference, budget
-        self.entropy = EntropyControl(method)
+        self.begin_change, self.entropy = begin_change, EntropyControl(method)
+        self.bad: list[dict[str, Any]] = []  # updates of the last batch that were not made, each with the reason
 
     @staticmethod
     def count(run: TrainConfig, steps: int) -> int:
@@ -94,9 +100,10 @@ class Updates:
         """All optimiser updates on the batch of a step; the metrics of the last pass over it.
 
         Each part of a pass has an update of its own, whose normalisers are of the whole part: of all ranks and
-        micro-batches. passes: is told the micro-batches.
+        micro-batches. passes: is told the micro-batches. An update whose loss or gradient is not finite is not made: it
+        is in `bad`.
         """
-        run, passes = self.run, passes or Passes()
+        run, passes, self.bad, skipped = self.run, passes or Passes(), [], 0
         old, ref = self.no_logprobs(batch), None
         row: dict[str, Any] = {}
         for update in range(run.updates_per_rollout):
@@ -115,11 +122,16 @@ class Updates:
                 # The first part of all is the policy's own: its old log-probs are those of its forward passes.
                 is_first = update == 0 and i == 0
                 rows.append(self.one_update(batch, groups, part, old, ref, is_first, stats, clock))
+                skipped += not rows[-1]["made"]
+                if rows[-1]["bad"]:
+                    self.bad.append({"update": update, "part": i, "why": rows[-1]["bad"]})
             row = {
                 "loss": statistics.fmean(r["loss"] for r in rows),
                 **stats.read(),
                 "grad_norm": statistics.fmean(r["grad_norm"] for r in rows),
                 "learning_rate": rows[-1]["learning_rate"],
+                "skipped_updates": skipped,
+                "bad_updates": len(self.bad),
             }
         if self.method.off_policy_threshold is not None:
             counted = sum(r["counted"] for r in rows)
@@ -150,7 +162,7 @@ class Updates:
     def one_update(
         self, batch: Batch, groups: list[int] | None, part: list[MicroBatch], old: Tensor, ref: Tensor | None,
         is_first: bool, stats: TokenStatistics, clock: StageClock,
-    ) -> dict[str, float]:  # fmt: skip
+    ) -> dict[str, Any]:  # fmt: skip
         """One optimiser update on a part of the batch, groups of it (None: all)."""
         acc, run, method = self.accelerator, self.run, self.method
         tokens = batch.mask.sum(1)
@@ -170,7 +182,7 @@ class Updates:
             acc.sync_gradients = i == len(part) - 1
             logprobs = None if is_first else micro_batch.of(old)
             refs = None if ref is None else micro_batch.of(ref)
-            out = self.forward_backward(micro_batch, logprobs, refs, denominator, scale, clock)
+            out = self.forward_backward(micro_batch, logprobs, refs, denominator, scale, loss_sum, clock)
             loss_sum += out.loss.detach() * scale
             if threshold is not None:
                 masked += left_out(micro_batch, out.logprobs, logprobs, threshold)
@@ -180,19 +192,46 @@ class Updates:
             totals.append(out.totals)
         with clock.stage("optimizer"):
             norm = acc.clip_grad_norm_(self.model.parameters(), run.max_grad_norm or float("inf"))
+            loss, norm = distributed.loss_and_norm(acc, loss_sum, norm)
             learning_rate = self.scheduler.get_last_lr()[0]
-            self.optimizer.step()
-            self.scheduler.step()
-            self.optimizer.zero_grad()
-        if self.entropy.adapts:
+            made, bad = self.step(loss, norm)
+        if made and self.entropy.adapts:
             self.entropy.follow(self.mean_entropy(torch.stack(totals)))
         return {
-            "loss": acc.reduce(loss_sum, "mean").item(),
-            "grad_norm": distributed.norm_of(norm),
+            "loss": loss,
+            "grad_norm": norm,
+            "made": made,
+            "bad": bad,
             "learning_rate": learning_rate,
             "entropy_coef": entropy_coef,
             **({} if threshold is None else {"masked": masked.item(), "counted": int((tokens > 0).sum())}),
         }
+
+    def step(self, loss: float, norm: float) -> tuple[bool, str | None]:
+        """The optimiser's step, and the schedule's, unless the numbers, alike on all ranks, forbid it; whether it was
+        made, and what was wrong with it: nothing where float16's scale was too large, which is lowered then.
+
+        Raises: FloatingPointError under DeepSpeed, which has made it in its backward pass.
+        """
+        scaler, bad = self.accelerator.scaler, why_bad(loss, norm, self.run.max_grad_norm > 0)
+        self.begin_change()
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            if bad and not self.optimizer.step_was_skipped:  # of float16
+                raise FloatingPointError(f"DeepSpeed has made an update that spoils the weights: {bad}")
+            bad = None
+        if bad is None:
+            self.optimizer.step()
+        elif scaler is not None:
+            if math.isfinite(loss) and scaler.get_scale() > 1:
+                bad = None
+            scaler.update()
+            self.optimizer.zero_grad()
+            return False, bad
+        made = bad is None and not self.optimizer.step_was_skipped
+        if made:
+            self.scheduler.step()
+        self.optimizer.zero_grad()
+        return made, bad
 
     def mean_entropy(self, totals: Tensor) -> float:
         """Of the tokens of an update's micro-batches (TOTALS of each), over all ranks."""
@@ -202,9 +241,11 @@ class Updates:
 
     def forward_backward(
         self, micro_batch: MicroBatch, old: Tensor | None, ref: Tensor | None, denominator: Tensor | None, scale: float,
-        clock: StageClock,
+        so_far: Tensor, clock: StageClock,
     ) -> TokenLoss:  # fmt: skip
-        """Adds the gradient of scale · loss; reduced over ranks where `sync_gradients` says that it is the last."""
+        """Adds the gradient of scale · loss; reduced over ranks where `sync_gradients` says that it is the last.
+
+        so_far: the losses of the micro-batches before."""
         acc, method = self.accelerator, self.method
         # Shards are reduced each time: otherwise every rank would keep gradients of all weights.
         reduced = acc.sync_gradients or distributed.is_sharded(acc)
@@ -215,6 +256,12 @@ class Updates:
                     max_completion_length=method.horizon or self.run.max_completion_length, old_logprobs=old,
                     ref_logprobs=ref, denominator=denominator, backend=self.run.backend, **self.entropy.objective(),
                 )  # fmt: skip
+            if acc.sync_gradients and acc.distributed_type == DistributedType.DEEPSPEED:
+                # It makes the update within its backward pass.
+                self.begin_change()
+                loss = acc.reduce(so_far + out.loss.detach() * scale, "mean").item()
+                if bad := why_bad(loss, 0.0, True):
+                    raise FloatingPointError(f"an update cannot be made, and DeepSpeed skips none: {bad}")
             with clock.stage("backward"):
                 acc.backward(out.loss * scale)
         return out
