@@ -98,7 +98,7 @@ def hooks(old: str, new: str, tests: str) -> Fault:
 FAULTS = [
     # The reference: advantages.
     reference('n if group_std == "population" else n - 1', "n", "population_and_sample"),
-    reference("noise = 4 *", "noise = 0 *", "equal_but_for_rounding"),
+    reference("4 * torch.finfo(rewards.dtype)", "0 * torch.finfo(rewards.dtype)", "equal_but_for_rounding"),
     reference('rewards.shape[1] if goal_std == "released" else 1', "1", "golden_groups"),
     reference("gain * t, loss * t", "loss * t, gain * t", "follow_the_equations"),
     reference("masked_fill(advantage < 0, beta_neg)", "masked_fill(advantage <= 0, beta_neg)", "constant_group_has_z"),
