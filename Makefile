@@ -17,7 +17,7 @@ help:
 	@echo "make test-verl    the same of a real verl on Ray"
 	@echo "make vllm-sources  what the tests compare our calls of vLLM with, for MDPGRPO_VLLM_SOURCES; CI does"
 	@echo "make faults       plant each fault of tests/faults.py in a copy; fails where the tests do not see it (ARGS=words)"
-	@echo "make metamorphic  10,000 random configurations of the loss that changes must not change; 10 minutes (RECORD=file keeps the result)"
+	@echo "make metamorphic  10,000 random configurations of the loss that changes must not change; 25 minutes at most (RECORD=file keeps the result)"
 	@echo "make check        formatter, linter and type checker"
 	@echo "make install-check  every way to build and install, each in a fresh environment"
 	@echo "make wheel        dist/: the sdist, and the wheel with the manylinux tag that this machine's compiler allows"
