@@ -21,7 +21,7 @@ help:
 	@echo "make coverage     the whole suite once more, and the lines that it runs, by package"
 	@echo "make audit        known vulnerabilities of what is installed, where pip-audit's services can be reached"
 	@echo "make licences     docs/licences.md, from what is installed"
-	@echo "make metamorphic  10,000 random configurations of the loss that changes must not change; 10 minutes (RECORD=file keeps the result)"
+	@echo "make metamorphic  10,000 random configurations of the loss that changes must not change; 25 minutes at most (RECORD=file keeps the result)"
 	@echo "make chaos        kill and hinder short runs at every file operation; fails where one does not end as an uninterrupted one; RECORD=file"
 	@echo "make check        formatter, linter and type checker"
 	@echo "make install-check  every way to build and install, each in a fresh environment"
