@@ -190,6 +190,7 @@ FAULTS = [
     op(TRITON, "-weight * direct * advantage", "-direct * advantage", "cispo and triton"),
     op(TRITON, "4.0 * e * share * share", "4.0 * e * share", "sapo and triton"),
     op(TRITON, "tl.where(clipped_low | clipped_high, 0.0, -coupled_slope)", "-coupled_slope", "gmpo and triton"),
+    op(TRITON, "tl.where((low != low) | (high != high), low + high, log_ratio)", "log_ratio", "bound_that and triton"),
     op(TRITON, "rate * tl.exp(log_weight)", "rate * log_weight", "vespo and triton"),
     op(TRITON, "tl.where(advantage < 0, drift, threshold) > threshold", "drift > threshold", "off_policy and triton"),
     op(TRITON, "c += beta * kl * ratio_slope", "c += 0.0", "unbiased and triton"),

@@ -72,7 +72,9 @@ VERIFIERS = tuple(
 SLOW = "not compile and not triton and not opcheck and not instruction_set and not golden_label"
 TYPES = ("nltk", "langdetect", "regex", "numpy", "pytest", "yaml", "emoji", "syllapy", "janome.tokenizer", "torch")
 GROUPS = {
-    "reference": Group(("mdpgrpo_fast/reference/*.py",), (*REFERENCE, *OPS, "tests/ops/test_logprobs.py"), SLOW, True),
+    "reference": Group(
+        ("mdpgrpo_fast/reference/*.py",), (*REFERENCE, *OPS, *LOSSES, "tests/ops/test_logprobs.py"), SLOW, True
+    ),
     "advantages": Group(("mdpgrpo_fast/ops/advantages.py",), (*OPS, "tests/ops/test_checks.py"), SLOW, True),
     "rules": Group(("mdpgrpo_fast/verifiers/rules/**/*.py",), VERIFIERS, SLOW, loaded=TYPES),
     "text": Group(("mdpgrpo_fast/verifiers/text/*.py",), VERIFIERS, SLOW, loaded=TYPES),

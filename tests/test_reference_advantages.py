@@ -416,3 +416,15 @@ def test_a_sum_of_zero_beside_others_is_not_a_constant_group() -> None:
     one = math.sqrt(1.5)
     torch.testing.assert_close(z[0], (torch.tensor([-one, 0.0, one]) - 0.5) / 2)
     assert (z[1] == 0).all()
+
+
+def test_the_goal_of_rewards_seen_before() -> None:
+    """(r - median) / deviation where both are running; each may be it alone."""
+    rewards, k, running = torch.tensor([[0.25, 0.75]]), torch.tensor([4]), (0.5, 0.125)
+    for mean, std, expected in (
+        ("running", "running", [-2.0, 2.0]), ("running", "binomial", [-1.0, 1.0]), ("half", "running", [-2.0, 2.0]),
+        ("mean", "running", [-2.0, 2.0]),
+    ):  # fmt: skip
+        config = MDPGRPOConfig(num_generations=2, multi_temperature=False, goal_mean=mean, goal_std=std)
+        got = reference.advantages(rewards, k, config, running=running)
+        assert got.delta.tolist() == [pytest.approx(expected)], (mean, std)

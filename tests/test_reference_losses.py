@@ -111,6 +111,15 @@ def test_slopes_are_the_derivatives() -> None:
             losses.clipped_objective_slope(x, a, 0.21, 0.33, delta),
             slope_of(lambda r, d=delta: losses.clipped_objective(r, a, 0.21, 0.33, d)[0], x),
         )
+    # Where both branches are equal, and at delta itself, the gradient is that of the unclipped branch.
+    edge, signs = (
+        torch.tensor([1.5, 1.5, 1.25, 1.25], dtype=torch.float64),
+        torch.tensor([1.0, -1.0, 1.0, -1.0]).double(),
+    )
+    got = losses.clipped_objective_slope(edge, signs, 0.25, 0.25, 1.5)
+    assert got.tolist() == [0.0, -1.0, 1.0, -1.0]
+    assert_close(got, slope_of(lambda r: losses.clipped_objective(r, signs, 0.25, 0.25, 1.5)[0], edge))
+    assert (losses.kl_penalty_slope(x, x + 25, "k3") == 0).all(), "clamped"
     ref = torch.full_like(x, 1.234)
     for estimator in ("k1", "k2", "k3", "abs"):
         assert_close(

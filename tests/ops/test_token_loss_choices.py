@@ -102,3 +102,14 @@ def test_a_nan_is_in_the_loss(backend: str, knobs: dict[str, Any]) -> None:
             loss = run(backend, batch, config_for(**knobs), check_values=False, **more).out.loss
             finite += [] if loss.isnan() else [(name, absent, loss.item())]
     assert finite == []
+
+
+@pytest.mark.parametrize("loss", ["ppo_clip", "cispo", "gmpo", "luspo"])
+def test_a_bound_that_is_nan_is_in_the_loss(backend: str, loss: Any) -> None:
+    """Each bound by itself: the other one clips nothing."""
+    batch = make_batch(29, lengths=(1, 0, 0, 1), dtype="float32")
+    for name in ("epsilon_low", "epsilon_high"):
+        for value in (math.nan, 0.2):
+            bound = {name: torch.full((4,), value)}
+            got = run(backend, batch, config_for(loss=loss), check_values=False, **bound).out.loss
+            assert bool(got.isnan()) == math.isnan(value), (name, value)
