@@ -7,7 +7,7 @@ DEMO   := mdpgrpo_fast/demo
 ARGS   ?=
 JOBS   ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: help setup train test test-fast test-vllm test-verl vllm-sources faults chaos check install-check wheel install-sizes sanitize gpu-bundle seed-policy bench clean
+.PHONY: help setup train test test-fast test-vllm test-verl vllm-sources faults fuzz chaos mutation coverage audit licences metamorphic check install-check wheel install-sizes sanitize gpu-bundle seed-policy bench clean
 
 help:
 	@echo "make train        install, then train the embedded demonstration into $(OUTPUT) (ARGS=... adds flags)"
@@ -17,12 +17,18 @@ help:
 	@echo "make test-verl    the same of a real verl on Ray"
 	@echo "make vllm-sources  what the tests compare our calls of vLLM with, for MDPGRPO_VLLM_SOURCES; CI does"
 	@echo "make faults       plant each fault of tests/faults.py in a copy; fails where the tests do not see it (ARGS=words)"
+	@echo "make mutation     small faults everywhere in the method and the verifiers, which the fast tests must see (ARGS=--sample N)"
+	@echo "make coverage     the whole suite once more, and the lines that it runs, by package"
+	@echo "make audit        known vulnerabilities of what is installed, where pip-audit's services can be reached"
+	@echo "make licences     docs/licences.md, from what is installed"
+	@echo "make metamorphic  10,000 random configurations of the loss that changes must not change; 25 minutes at most (RECORD=file keeps the result)"
 	@echo "make chaos        kill and hinder short runs at every file operation; fails where one does not end as an uninterrupted one; RECORD=file"
 	@echo "make check        formatter, linter and type checker"
 	@echo "make install-check  every way to build and install, each in a fresh environment"
 	@echo "make wheel        dist/: the sdist, and the wheel with the manylinux tag that this machine's compiler allows"
 	@echo "make install-sizes  bytes and seconds of an installation with all that it downloads"
 	@echo "make sanitize     the tests of the compiled CPU kernels under ASan and UBSan"
+	@echo "make fuzz         random inputs of everything that reads what others wrote, for SECONDS (600); RECORD=file (ARGS=...)"
 	@echo "make setup        the installation alone"
 	@echo "make seed-policy  make the embedded prompts and seed policy again"
 	@echo "make bench        benchmarks that this machine can run"
@@ -116,6 +122,29 @@ test-verl: $(VENV)/verl/.done
 faults: $(VENV)/.setup-test
 	$(BIN)/python tests/faults.py --jobs $(JOBS) $(ARGS)
 
+mutation: $(VENV)/.setup-test
+	$(BIN)/python -W ignore tests/mutation.py --jobs $(JOBS) --output $(or $(RECORD),build/mutation.json) $(ARGS)
+
+coverage: $(VENV)/.setup-test
+	rm -rf build/coverage && mkdir -p build/coverage && touch build/coverage/begin
+	$(BIN)/coverage run --data-file=build/coverage/data -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/coverage combine --quiet --data-file=build/coverage/data build/coverage
+	$(BIN)/python benchmarks/tables/coverage_result.py build/coverage/data $(or $(RECORD),build/coverage.json)
+
+$(VENV)/audit/.done: $(VENV)/.python
+	$(BIN)/python -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
+	touch $@
+
+audit: $(VENV)/.setup-test $(VENV)/audit/.done
+	$(BIN)/python benchmarks/tables/audit.py $(VENV)/audit/bin/pip-audit $(or $(RECORD),build/audit.json)
+
+licences: $(VENV)/.setup-test
+	$(BIN)/python benchmarks/tables/licences.py docs/licences.md
+
+metamorphic: $(VENV)/.setup-test
+	TRITON_INTERPRET=1 $(BIN)/python -W ignore tests/metamorphic.py --jobs $(JOBS) $(if $(RECORD),--output $(RECORD)) $(ARGS)
+
 chaos: $(VENV)/.setup-test
 	$(BIN)/python tests/chaos.py --jobs $(JOBS) --output $(or $(RECORD),build/chaos.json) $(ARGS)
 
@@ -124,7 +153,6 @@ check: $(VENV)/.setup-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*/*) tests/helpers/*.c tests/helpers/*.cpp
-	! command -v nvcc >/dev/null || $(BIN)/python benchmarks/compiled/cuda_resources.py --output build/cuda_resources.json
 
 install-check: $(VENV)/.setup-test
 	PYTHON=$(abspath $(BIN)/python) RECORD=$(abspath $(RECORD)) bash .ci/install
@@ -143,14 +171,25 @@ install-sizes: $(VENV)/.setup-test wheel
 	PYTHON=$(abspath $(BIN)/python) bash .ci/install_sizes dist $(or $(RECORD),build/install_sizes.json)
 
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
-sanitize: $(VENV)/.setup-test
+build/sanitize/mdpgrpo_fast/kernels/_cpu.abi3.so: $(VENV)/.setup-test $(CSRC)
 	MDPGRPO_BUILD=cpu MDPGRPO_CXXFLAGS="-O1 -g -Werror $(SANITIZERS)" \
 	    $(BIN)/python setup.py -q build_ext --build-lib build/sanitize --build-temp build/sanitize/temp
-	nm -D build/sanitize/mdpgrpo_fast/kernels/_cpu.abi3.so | grep -q __asan_init
+	nm -D $@ | grep -q __asan_init
+
+sanitize: $(VENV)/.setup-test build/sanitize/mdpgrpo_fast/kernels/_cpu.abi3.so
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	    MDPGRPO_LIBRARIES=$(abspath build/sanitize/mdpgrpo_fast/kernels) TRITON_INTERPRET=1 \
 	    $(BIN)/python -m pytest -n $(JOBS) -k "cpu and not (opcheck or instruction_set or exported)" \
 	    tests/kernels/test_cpu.py tests/rollout/test_sampling.py $(addprefix tests/ops/test_,token_loss.py autograd.py logprobs.py advantages.py checks.py) $(ARGS)
+
+$(VENV)/fuzz/.done: $(VENV)/.setup-test constraints-test-fuzz.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) -r constraints-test-fuzz.txt
+	touch $@
+
+SECONDS ?= 600
+fuzz: $(VENV)/fuzz/.done build/sanitize/mdpgrpo_fast/kernels/_cpu.abi3.so
+	PYTHONPATH=$(abspath $(VENV)/fuzz) nice -n 15 $(BIN)/python tests/fuzz/run.py --seconds $(SECONDS) \
+	    --libraries $(abspath build/sanitize/mdpgrpo_fast/kernels) --output $(or $(RECORD),build/fuzz.json) $(ARGS)
 
 # What a GPU machine without a registry lacks: wheels for its Python, and csrc/ built here. `bash benchmarks/gpu.sh` there.
 GPU_PYTHON ?= 3.12

@@ -99,7 +99,8 @@ class Build(build_ext):
         codes = [x for a in ARCHITECTURES for x in ("-gencode", f"arch=compute_{a},code=sm_{a}")]
         host = ["-Xcompiler", ",".join(["-fPIC,-fvisibility=hidden,-Wall,-Wextra", *CXXFLAGS])]
         # An architecture on each core.
-        command = [nvcc, "-std=c++17", "-O3", "-shared", "--threads", "0", *codes, *host, *ext.sources]
+        strict = ["-Werror", "all-warnings"] if "-Werror" in CXXFLAGS else []
+        command = [nvcc, "-std=c++17", "-O3", "-shared", "--threads", "0", *codes, *strict, *host, *ext.sources]
         self.spawn([*command, "-o", str(target), *link])
 
 

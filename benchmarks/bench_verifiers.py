@@ -7,6 +7,10 @@ Many: up to 10,000 responses of 1,000 characters, one `verify_all` each with the
 Milliseconds a verdict, medians over chunks of 100, beside lm-eval's copy of Google's code and, where the environment
 variable OPEN_INSTRUCT names a checkout of allenai/open-instruct, its IFEvalG, which reads strictly alone. All take each
 chunk in turn, and verdicts on the first that differ from ours are counted. What `detect` remembers is forgotten before.
+
+`--bounds` measures instead, for every type under every rule set whose check is another, the hostile text that takes
+longest strictly: all at 200,000 characters, the slowest three of those at 2,000,000 too, in milliseconds of the
+process, the faster of two calls. To hold: 100 ms and 1,000 ms.
 """
 
 from __future__ import annotations
@@ -86,6 +90,71 @@ def long_responses(instruction_id: str, rules: str) -> dict[str, Any]:
 
 short_hostile = functools.cache(lambda: hostile(LONG // 10))
 long_hostile = functools.cache(hostile)
+
+
+# ---- bounds ---------------------------------------------------------------------------------------------------------
+
+BOUNDS = {LONG: 100.0, 10 * LONG: 1000.0}  # milliseconds by characters
+
+
+def of_process(instruction_id: str, rules: str, text: str) -> float:
+    """Milliseconds of the process, the faster of two calls where one takes long."""
+    times: list[float] = []
+    while len(times) < (2 if times and times[0] > 20 else 1):
+        language._detect.cache_clear()
+        start = time.process_time()
+        verify(instruction_id, text, arguments(instruction_id), rules=rules)
+        times.append(1e3 * (time.process_time() - start))
+    return min(times)
+
+
+def bounds(instruction_id: str, rules: str) -> dict[str, Any]:
+    """The slowest hostile texts of one type at both lengths."""
+    row: dict[str, Any] = {"type": instruction_id, "rules": rules}
+    try:
+        validate(instruction_id, arguments(instruction_id), rules)
+    except MissingRequirementError as error:
+        return row | {"skipped": str(error)}
+    verify(instruction_id, "Loads what the type needs. Twice.", arguments(instruction_id), rules=rules)
+    case = FITTED[instruction_id] if instruction_id.startswith("change_case:english") else str
+    names = list(long_hostile())
+    for length in BOUNDS:
+        made = long_hostile() if length == LONG else longer_hostile()
+        times = {name: of_process(instruction_id, rules, case(made[name])) for name in names}
+        names = sorted(times, key=lambda name: -times[name])[:3]
+        row[str(length)] = {"ms": short(times[names[0]]), "text": repr(names[0])}
+    return row
+
+
+longer_hostile = functools.cache(lambda: hostile(10 * LONG))
+
+
+def measure_bounds(only: str, output: Path) -> int:
+    """Writes the file; 1 where a bound does not hold."""
+    rows = []
+    with nltk_data(*oracle_data()):
+        for instruction_id in INSTRUCTIONS:
+            for rules in rule_sets(instruction_id) if only in instruction_id else ():
+                rows.append(bounds(instruction_id, rules))
+                print(rows[-1], flush=True)
+    document = provenance(f"python benchmarks/bench_verifiers.py --bounds --output {output}")
+    document["versions"] |= installed(PACKAGES)
+    over = [
+        f"{row['type']} ({row['rules']}): {row[str(length)]['ms']} ms at {length}"
+        for row in rows
+        for length, most in BOUNDS.items()
+        if row.get(str(length), {"ms": 0})["ms"] > most
+    ]
+    slowest = {
+        str(length): max((row for row in rows if str(length) in row), key=lambda row: row[str(length)]["ms"])
+        for length in BOUNDS
+    }
+    texts = len(long_hostile())
+    write_json(
+        output, document | {"texts": texts, "bounds_ms": BOUNDS, "over": over, "slowest": slowest, "types": rows}
+    )
+    print("\n".join(over) or f"{len(rows)} rules within their bounds")
+    return int(bool(over))
 
 
 # ---- many responses -------------------------------------------------------------------------------------------------
@@ -239,7 +308,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--seconds", type=float, default=0.15, help="for one type's many responses, strictly and loosely"
     )
+    parser.add_argument("--bounds", action="store_true", help="the slowest hostile text of each type instead")
     args = parser.parse_args(argv)
+    if args.bounds:
+        return measure_bounds(args.only, args.output)
     rows = []
     with ExitStack() as stack:
         peers, missing = official(stack)

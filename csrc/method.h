@@ -311,8 +311,8 @@ MDPGRPO_INLINE Token<R> token_objective(const Rows<R>& rows, const Settings<R>& 
   else
     out.c = settings.loss == GMPO && (j.low || j.high) ? R(0) : -coupled.slope;
   if (settings.loss == CISPO || settings.loss == VESPO) out.c -= weight * j.direct;
-  // On-policy the ratio is 1 whatever ℓ is: a NaN must not get lost on the way.
-  if (is_nan(logprob)) out.loss = out.c = logprob;
+  // A token that the policy cannot have drawn, or that a NaN is about: no term of it, however bounded, hides that.
+  if (!(logprob > R(-HUGE_VAL))) out.loss = out.c = R(NAN);
   out.ratio = settings.loss == GMPO ? coupled.ratio : ratio.value;
   out.clipped_low = j.low;
   out.clipped_high = j.high;

@@ -10,6 +10,7 @@ from dataclasses import fields
 
 from .config import PromptConfig
 from .evaluation.settings import EvaluateConfig
+from .log import printable
 
 __all__ = ["EvaluateConfig", "main"]
 
@@ -44,17 +45,17 @@ def main(argv: list[str] | None = None) -> int:
             with quiet():
                 result = run(config)
         except RewardError as e:
-            print(*filter(None, [e.trace, f"error: {e}"]), sep="\n", file=sys.stderr)
+            print(printable("\n".join(filter(None, [e.trace, f"error: {e}"]))), file=sys.stderr)
             return 1
         except KeyboardInterrupt:
             print("interrupted: nothing is written", file=sys.stderr)
             return 130
     for note in result["notes"]:
-        print(f"note: {note}", file=sys.stderr)
+        print(printable(f"note: {note}"), file=sys.stderr)
     if text := table(result):
-        print(text)
+        print(printable(text))
     if "error" in result.get("suite", {}):
-        print(f"error: the suite stopped: {result['suite']['error']}", file=sys.stderr)
+        print(printable(f"error: the suite stopped: {result['suite']['error']}"), file=sys.stderr)
         return 1
     return 0
 

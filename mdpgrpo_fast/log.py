@@ -1,4 +1,4 @@
-"""The library's logger, messages that are said once, errors of other libraries in one line, counts in words, JSON."""
+"""The library's logger, messages said once, what terminals may be told, others' errors in one line, counts, JSON."""
 
 from __future__ import annotations
 
@@ -10,6 +10,22 @@ import re
 from typing import Any
 
 log = logging.getLogger("mdpgrpo_fast")
+# What a terminal obeys or cannot be sent: control characters but tab and line feed, line ends and marks of direction of
+# Unicode, halves of characters.
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Text of others, a model's or a server's, for a terminal: what it would obey is spelled as Python spells it."""
+    return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def _show(record: logging.LogRecord) -> bool:
+    record.msg, record.args = printable(record.getMessage()), ()
+    return True
+
+
+log.addFilter(_show)
 
 
 @functools.cache

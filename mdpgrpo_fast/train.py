@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .config import PRESETS, MDPGRPOConfig, TrainConfig, unknown_name, with_correction, without_effect
+from .log import printable
 
 if TYPE_CHECKING:
     from .api import Trainer, TrainResult
@@ -123,7 +124,7 @@ def _speaks(trainer: Trainer, failure: Exception) -> bool:
     from .training.distributed import RankLostError
 
     acc = trainer.loop.accelerator
-    return acc.is_local_main_process if isinstance(failure, RankLostError) else acc.is_main_process
+    return bool(acc.is_local_main_process if isinstance(failure, RankLostError) else acc.is_main_process)
 
 
 def _say_end(trainer: Trainer, result: TrainResult) -> None:
@@ -133,16 +134,18 @@ def _say_end(trainer: Trainer, result: TrainResult) -> None:
     hub, repo_id = result.hub_url, trainer.loop.task.repo_id
     if repo_id is not None and result.interrupted:
         hub = f"nothing is uploaded yet: {upload_command(trainer.run, trainer.loop.lm, repo_id)}"
-    print("\n".join(end_lines(result.summary, trainer.run, result.report, hub)))
+    print(printable("\n".join(end_lines(result.summary, trainer.run, result.report, hub))))
 
 
 def _say_failure(trainer: Trainer | None, failure: Exception) -> None:
     if trainer is None:  # a reward that failed when it was tried
-        print(*filter(None, [getattr(failure, "trace", None), f"error: {failure}"]), sep="\n", file=sys.stderr)
+        print(
+            printable("\n".join(filter(None, [getattr(failure, "trace", None), f"error: {failure}"]))), file=sys.stderr
+        )
         return
     if trainer.result is not None:  # the run is whole, its upload failed
         _say_end(trainer, trainer.result)
-        print(f"error: {failure}", file=sys.stderr)
+        print(printable(f"error: {failure}"), file=sys.stderr)
         return
     from .training.show.end import how_to_resume
 
@@ -152,7 +155,7 @@ def _say_failure(trainer: Trainer | None, failure: Exception) -> None:
         unsaved = "its weights are not saved; " * loop.accelerator.is_main_process  # only the first knows
         learned = f"{unsaved}checkpoints of before are in {out / 'checkpoints'}, where there are any"
     print(f"go on   {how_to_resume(trainer.run, loop.accelerator.num_processes)}", file=sys.stderr)
-    print(f"error: {failure}; {learned}", file=sys.stderr)
+    print(printable(f"error: {failure}; {learned}"), file=sys.stderr)
 
 
 class _Module(types.ModuleType):

@@ -29,6 +29,7 @@ from mdpgrpo_fast.config import (
     preset,
     without_effect,
 )
+from mdpgrpo_fast.rollout.processors import generation_kwargs
 
 ROW = {"prompt": "Say hi.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
 
@@ -412,12 +413,81 @@ def test_the_console_script_lists_its_commands(capsys: pytest.CaptureFixture[str
         assert f"  {name} " in text and callable(getattr(importlib.import_module(f"mdpgrpo_fast.{module}"), function))
 
 
-@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n"])
-def test_a_config_that_is_no_mapping(tmp_path: Path, text: str) -> None:
+_LAUGHS = "".join(f"a{i + 1}: &a{i + 1} {{<<: [{', '.join([f'*a{i}'] * 10)}]}}\n" for i in range(9))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n- b\n", "must hold a mapping of knobs; got list"),
+        ("a: [1\n", "cannot be read: while parsing a flow sequence"),
+        ("", "must hold a mapping of knobs; got nothing"),
+        ("false\n", "must hold a mapping of knobs; got bool"),
+        ("run:\n  steps: 5\nmethod:\n  lr", ": method must hold a mapping of knobs; got str"),
+        ("run: [1]\n", ": run must hold a mapping of knobs; got list"),
+        ("a: " + "[" * 600 + "]" * 600, "cannot be read: it is nested too deep, or holds itself"),
+        ("a: &a {b: *a}\n", "cannot be read: it is nested too deep, or holds itself"),
+        ("a: &a [*a]\n", "cannot be read: Circular reference detected"),
+        ("a0: &a0 {x: 1}\n" + _LAUGHS, "cannot be read: more than 20 aliases"),
+        ("".join(f"{i}: 1\n" for i in range(1001)), "cannot be read: more than 1000 knobs"),
+        ("a: " + "x" * 100_000, "must hold knobs in at most 100000 bytes"),
+        ("seed: " + "9" * 5000, "cannot be read: Exceeds the limit"),
+        ("seed: 0x" + "f" * 9000, "cannot be read: Exceeds the limit"),
+        ("a: 2001-13-45\n", "cannot be read: month must be in 1..12"),
+        ("a: !!timestamp b\n", "cannot be read: AttributeError"),
+        ("a: !!python/object/apply:os.system [id]\n", "cannot be read: could not determine a constructor for the tag"),
+        ("steps: 5\0", "cannot be read: unacceptable character #x0000"),
+        ('output_dir: "\\ud800"\n', "holds '\\ud800', half of a surrogate pair, which is no text"),
+        (b"a: \xff\n", "cannot be read: 'utf-8' codec can't decode byte 0xff"),
+    ],
+)
+def test_a_config_that_cannot_be_read_is_one_line(tmp_path: Path, text: str | bytes, message: str) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text(text)
-    with pytest.raises(ConfigError, match=r"run\.yaml.*(must hold a mapping|cannot be read)"):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError) as error:
         read_yaml(path)
+    assert str(error.value).startswith(f"config file {str(path)!r}") and message in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+def test_a_config_with_a_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"\xef\xbb\xbfsteps: 5\r\ncolumns: [a=b]\r\n")
+    assert read_yaml(path) == {"steps": 5, "columns": ["a=b"]}
+
+
+def test_an_item_of_a_list_that_begins_with_dashes_is_no_flag(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("template_args: [--steps=7, '--resume=x', -x=1, a=1]\ntemperatures: [0.5, 1]\ncolumns: []\n")
+    run, method = train.resolve(["--config", str(path)])
+    assert run.template_args == ["--steps=7", "--resume=x", "-x=1", "a=1"] and run.steps != 7 and run.columns == []
+    assert list(method.temperatures) == [0.5, 1.0]
+    path.write_text("template_args: [--resume]\n")
+    with pytest.raises(ConfigError, match=r"template_args must be name=value; got '--resume'"):
+        train.resolve(["--config", str(path)])
+    path.write_text("steps: [1, 2]\n")
+    with pytest.raises(ConfigError, match=r"run\.yaml: --steps takes one value; got a list"):
+        train.resolve(["--config", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--steps", "9" * 1_000_000], "--steps must be a whole number; got '99"),
+        (["--steps", str(2**63)], "--steps must be a whole number below 2^63; got '9223372036854775808'"),
+        (["--learning-rate", "1" * 1000 + "x"], "--learning-rate must be a number; got '11"),
+        (["--output-dir", "a\udcff"], "argument 'a\\udcff' holds bytes that are no UTF-8 text"),
+        (
+            ["--generation-kwargs", "suppress_tokens=" + "[" * 100_000],
+            "generation_kwargs: suppress_tokens is nested too deep",
+        ),
+    ],
+)
+def test_hostile_flags_are_one_line(flags: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        run, _ = train.resolve(flags)
+        generation_kwargs(run)
+    assert str(error.value).startswith(message) and len(str(error.value)) < 300
 
 
 def test_tokenizer_without_eos(tmp_path: Path, model_dirs: dict[str, str], prompts: str, capsys: Any) -> None:

@@ -62,6 +62,7 @@ TRAIN_REFUSALS: list[tuple[str, Any]] = [
     ("resume", None),
     *((name, 0) for name in ("prompts_per_step", "micro_batch_size", "eval_batch_size", "updates_per_rollout")),
     *((name, 0) for name in ("max_prompt_length", "max_completion_length", "reward_workers", "num_constraints")),
+    ("reward_memory", -1),
     *((name, -1) for name in ("eval_samples", "eval_every", "log_completions", "warmup_steps")),
     ("weight_decay", -0.1),
     ("max_grad_norm", -1.0),

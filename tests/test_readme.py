@@ -25,7 +25,8 @@ def readme() -> ModuleType:
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/command_line.md", "docs/losses.md", "docs/trl.md", "docs/verifiers.md"]
+    "page",
+    ["README.md", "docs/command_line.md", "docs/losses.md", "docs/promises.md", "docs/trl.md", "docs/verifiers.md"],
 )
 def test_a_page_agrees_with_the_result_files(readme: ModuleType, page: str) -> None:
     assert page in readme.PAGES

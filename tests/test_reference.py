@@ -415,6 +415,7 @@ def test_a_completion_without_tokens_is_out_of_the_normaliser(aggregation: Any) 
     torch.testing.assert_close(out.loss, got.loss, rtol=1e-14, atol=0)
     torch.testing.assert_close(grad[rest], got_grad, rtol=1e-13, atol=0)
     assert (grad[2] == 0).all()
+    assert out.completion_kl[2] == 0 and (out.completion_kl[rest] != 0).all()
 
 
 # ---- invariances ----------------------------------------------------------------------------------------------------
@@ -523,6 +524,14 @@ def test_float32_is_as_exact_as_torch_itself() -> None:
     exact, exact_grad = run(double, config_for())
     assert (out.loss - exact.loss).abs() < 1e-5
     assert (grad - exact_grad).abs().max() < 1e-5 * exact_grad.abs().max()
+
+
+def test_logprobs_keep_the_dtype_of_the_logits_whatever_the_temperature_has() -> None:
+    logits, tokens = torch.randn(2, 3, 5), torch.zeros(2, 3, dtype=torch.long)
+    got = reference.token_logprobs(logits, tokens, torch.full((2, 3), 0.7, dtype=torch.float64))
+    assert {x.dtype for x in got} == {torch.float32}
+    expected = reference.token_logprobs(logits.double(), tokens, 0.7)
+    torch.testing.assert_close([x.double() for x in got], list(expected), rtol=1e-5, atol=1e-6)
 
 
 def test_entropy_of_known_distributions() -> None:

@@ -405,3 +405,14 @@ def test_one_reward_of_larger_numbers_does_not_outweigh_another() -> None:
     single = mdpgrpo_fast.advantages(config=apart, parts=parts).advantage[0]
     assert summed[0] > 0.9 and summed[1] < -0.9
     assert single[:2].abs().max() < 1e-12 and single[3] == -single[2] > 1
+
+
+def test_a_sum_of_zero_beside_others_is_not_a_constant_group() -> None:
+    """By the mean and the deviation of a larger batch."""
+    config = MDPGRPOConfig(num_generations=3, multi_temperature=False, multi_objective_aggregation="normalize_then_sum")
+    parts, valid = torch.tensor([[[0.0], [1.0], [2.0]], [[1.0], [1.0], [1.0]]]), torch.ones(2, 3, dtype=torch.bool)
+    batch = torch.tensor(0.5), torch.tensor(2.0)
+    z = reference.decoupled_anchor(parts, torch.ones(1), valid, config, batch)
+    one = math.sqrt(1.5)
+    torch.testing.assert_close(z[0], (torch.tensor([-one, 0.0, one]) - 0.5) / 2)
+    assert (z[1] == 0).all()

@@ -122,7 +122,9 @@ def test_slopes_are_the_derivatives() -> None:
 # ---- by hand --------------------------------------------------------------------------------------------------------
 
 
-def objective(logprobs: list[float], config: MDPGRPOConfig, **given: Any) -> tuple[reference.Objective, list[float]]:
+def objective(
+    logprobs: list[float], config: MDPGRPOConfig, keep: list[bool] | None = None, **given: Any
+) -> tuple[reference.Objective, list[float]]:
     """-w·J - c·H + β·KL of the tokens of one completion, and the derivative of their sum with respect to ℓ."""
     at = torch.tensor([logprobs], dtype=torch.float64).requires_grad_()
     rows = {n: torch.tensor([x], dtype=torch.float64) if isinstance(x, list) else x for n, x in given.items()}
@@ -130,12 +132,26 @@ def objective(logprobs: list[float], config: MDPGRPOConfig, **given: Any) -> tup
     numbers = {"advantage": 0.0, "kl_beta": 0.0, "temperature": 1.0, "epsilon_low": config.epsilon_low,
                "epsilon_high": config.epsilon_high, "delta": config.delta, "entropy_coef": 0.0,
                "entropy_floor": 0.0}  # fmt: skip
-    keep = torch.ones_like(at, dtype=torch.bool)
+    keep = torch.ones_like(at, dtype=torch.bool) if keep is None else torch.tensor([keep])
     out = reference.token_objective(
         at, at, torch.ones_like(at), keep, Layout(1), config, **{**absent, **numbers, **rows}
     )
     (grad,) = torch.autograd.grad(out.per_token.sum(), at, allow_unused=True)
     return out, [0.0] * len(logprobs) if grad is None else grad[0].tolist()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_row_that_does_not_count_is_none(loss: Any) -> None:
+    """Whatever its log-probs, with an entropy bonus, a KL that is clamped and a ratio beyond the clip."""
+    given = {"old_logprobs": [-0.5, -3.0], "ref_logprobs": [-0.6, 40.0], "entropy_coef": 0.3, "kl_beta": 0.2}
+    out, grad = objective([-0.4, -0.5], config_for(loss=loss), keep=[True, False], advantage=1.5, **given)
+    assert out.per_token[0, 1] == out.kl[0, 1] == grad[1] == 0 and out.ratio[0, 1] == 1
+    assert not any(x[0, 1] for x in (out.clipped_low, out.clipped_high, out.kl_clamped, out.gate))
+    alone, slope = objective([-0.4], config_for(loss=loss), advantage=1.5, **{
+        n: x[:1] if isinstance(x, list) else x for n, x in given.items()
+    })  # fmt: skip
+    assert out.per_token[0, 0].item() == pytest.approx(alone.per_token.item(), abs=1e-14)
+    assert grad[0] == pytest.approx(slope[0], abs=1e-14)
 
 
 @pytest.mark.parametrize(("kind", "slope"), [("plain", (-0.350, 0.330)), ("unbiased", (-0.300, 0.400))])

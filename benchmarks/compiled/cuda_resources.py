@@ -2,6 +2,7 @@
 
     python benchmarks/compiled/cuda_resources.py          # a table, and results/compiled/cuda_resources.json
 
+With --library it reads what setup.py has built, and compiles nothing, which takes a minute an architecture.
 Exit code 1 if a kernel spills or uses local memory.
 """
 
@@ -103,11 +104,25 @@ def per_element(lines: list[str], elements: str, extended: bool) -> dict[str, fl
     return {"read": reads[0], "write": writes[0], **({"bonus": writes[1]} if extended else {})}
 
 
-def compiled(sm: str, folder: Path) -> list[dict[str, Any]]:
+def compiled(sm: str, folder: Path) -> Path:
+    """The machine code of csrc/cuda for an architecture."""
     cubin = folder / f"{sm}.cubin"
     source = ROOT / "csrc" / "cuda" / "token_loss.cu"
     run("nvcc", "-std=c++17", "-O3", f"-gencode=arch=compute_{sm},code=sm_{sm}", "-cubin", "-Werror=all-warnings",
         str(source), "-o", str(cubin))  # fmt: skip
+    return cubin
+
+
+def taken_out(library: Path, sm: str, folder: Path) -> Path:
+    """The same, from a library that setup.py has built: of its parts the largest, the others link it."""
+    subprocess.run([tool("cuobjdump"), "-xelf", f"sm_{sm}", str(library.resolve())], cwd=folder, check=True)
+    found = list(folder.glob(f"*.sm_{sm}.cubin"))
+    if not found:
+        sys.exit(f"cuda_resources.py: {library} has nothing for sm_{sm}")
+    return max(found, key=lambda path: path.stat().st_size)
+
+
+def resources(sm: str, cubin: Path) -> list[dict[str, Any]]:
     usage = run(tool("cuobjdump"), "-res-usage", str(cubin))
     code = run(tool("cuobjdump"), "-sass", str(cubin))
     functions = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", code, re.S))
@@ -138,9 +153,14 @@ def compiled(sm: str, folder: Path) -> list[dict[str, Any]]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=RESULT, help="where the JSON goes")
-    output = parser.parse_args(argv).output
-    with tempfile.TemporaryDirectory() as folder:
-        kernels = [k for sm in ARCHITECTURES for k in compiled(sm, Path(folder))]
+    parser.add_argument("--library", type=Path, help="built already, in place of compiling: _cuda.abi3.so")
+    args = parser.parse_args(argv)
+    output, library = args.output, args.library
+    with tempfile.TemporaryDirectory() as name:
+        folder, kernels = Path(name), []
+        for sm in ARCHITECTURES:
+            cubin = compiled(sm, folder) if library is None else taken_out(library, sm, folder)
+            kernels += resources(sm, cubin)
     version = re.search(r"release ([\d.]+)", run("nvcc", "--version"))
     document = {
         "command": "python benchmarks/compiled/cuda_resources.py",

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import environment_table
 import linear_table
 import losses_table
+import promises_table
 import speed_table
 import start_table
 import step_table
@@ -163,6 +164,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/command_line.md": {"start": start_table.section},
     "docs/losses.md": {"losses": losses_table.section},
+    "docs/promises.md": {"promises": promises_table.section},
     "docs/trl.md": {"step": step_table.ways, "trl_suite": trl_suite_table.section},
     "docs/verifiers.md": {"verifiers": verifiers_table.section},
     "docs/verl.md": {"verl": lambda: environment_table.section("verl")},

@@ -31,8 +31,8 @@ inline void group_advantages(const float* rewards, const uint8_t* valid, float c
     top = std::max(top, rewards[i]), bottom = std::min(bottom, rewards[i]);
   }
   // Four units in the last place: equal rewards, summed in another order.
-  const float noise = 4 * std::numeric_limits<float>::epsilon() * std::max(std::fabs(top), std::fabs(bottom));
-  const bool constant = n == 0 || top - bottom <= noise;
+  const float unit = std::numeric_limits<float>::epsilon() * std::max(std::fabs(top), std::fabs(bottom));
+  const bool constant = n == 0 || top - bottom <= 4 * unit;
   mean = constant && n > 0 ? top : total / std::max(n, 1.0f);
   mean += total - total;  // NaN where a reward is not finite
   float square = 0;
@@ -49,16 +49,22 @@ inline void group_advantages(const float* rewards, const uint8_t* valid, float c
   const auto prospect_shape = [&](float v) {
     return (v < 0 ? s.prospect_loss : s.prospect_gain) * std::tanh(s.prospect_beta * v);
   };
+  // Where no more than rounding is between r and a mean, the sign would be that of the rounding.
+  const float noise = std::max(n, 4.0f) * unit;
+  const float cancelled = 4 * std::numeric_limits<float>::epsilon() * std::max(n, 4.0f);
+  const auto distance = [&](float r, float centre) { return std::fabs(r - centre) <= noise ? 0.0f : r - centre; };
   for (int64_t i = 0; i < size; ++i) {
     Completion c;
     if (counts(i)) {
       const float r = constant ? mean : rewards[i];
-      c.z = constant ? 0 : (r - mean) / scale * others;
-      c.delta = (r - goal) / goal_scale;
+      c.z = constant ? 0 : distance(r, mean) / scale * others;
+      c.delta = distance(r, goal) / goal_scale;
     }
     const float relative = s.prospect ? prospect_shape(c.z) : c.z;
     const float absolute = s.prospect && s.prospect_on_goal ? prospect_shape(c.delta) : c.delta;
-    c.advantage = (1 - s.alpha) * relative + s.alpha * absolute;
+    const float terms[2] = {(1 - s.alpha) * relative, s.alpha * absolute};
+    c.advantage = terms[0] + terms[1];
+    if (std::fabs(c.advantage) <= cancelled * (std::fabs(terms[0]) + std::fabs(terms[1]))) c.advantage = 0;
     if (s.advantage_clip != 0) c.advantage = clamped(c.advantage, -s.advantage_clip, s.advantage_clip);
     c.beta = c.advantage < 0 ? s.kl_beta_neg : s.kl_beta_pos;
     out[i] = c;

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn, TextIO
 
 from ..config import ConfigError
+from ..log import printable
 
 
 @contextmanager
@@ -18,7 +19,7 @@ def report_errors() -> Iterator[None]:
     try:
         yield
     except ConfigError as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(printable(f"error: {e}"), file=sys.stderr)
         sys.exit(2)
 
 

@@ -68,9 +68,9 @@ def _one_of(choices: Sequence[str]) -> Callable[[str], str]:
     def convert(text: str) -> str:
         if text in choices:
             return text
-        near = nearest(text, list(choices))
+        near = nearest(text[:80], list(choices))
         meant = f"; did you mean {near!r}?" if near else ""
-        raise ArgumentTypeError(f"must be one of {', '.join(choices)}; got {text!r}{meant}")
+        raise ArgumentTypeError(f"must be one of {', '.join(choices)}; got {_short(text)}{meant}")
 
     return convert
 
@@ -93,19 +93,26 @@ class _BoolOr:
 def _bool(text: str) -> bool:
     words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
     if text.lower() not in words:
-        raise ArgumentTypeError(f"must be true or false; got {text!r}")
+        raise ArgumentTypeError(f"must be true or false; got {_short(text)}")
     return words[text.lower()]
 
 
 def _int(text: str) -> int:
     try:
-        return int(text)
-    except ValueError:
-        raise ArgumentTypeError(f"must be a whole number; got {text!r}") from None
+        number = int(text)
+    except ValueError:  # thousands of digits among others
+        raise ArgumentTypeError(f"must be a whole number; got {_short(text)}") from None
+    if not -(2**63) <= number < 2**63:
+        raise ArgumentTypeError(f"must be a whole number below 2^63; got {_short(text)}")
+    return number
 
 
 def _float(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise ArgumentTypeError(f"must be a number; got {text!r}") from None
+        raise ArgumentTypeError(f"must be a number; got {_short(text)}") from None
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 100 else text[:100] + "…")

@@ -65,6 +65,9 @@ def read(
     Raises: ConfigError in one line for anything unknown or wrong.
     """
     argv = sys.argv[1:] if argv is None else argv
+    for word in argv:
+        if not word.isprintable() and any(0xD800 <= ord(c) < 0xE000 for c in word):
+            raise ConfigError(f"argument {word!a} holds bytes that are no UTF-8 text")
     flags = [*extra, *flags_of(*kinds)]
     parser, known = _parser(flags), [f.name for f in flags]
     values: dict[str, Any] = {}
@@ -72,9 +75,9 @@ def read(
     for where, layer in layers:
         for key in layer:
             if key not in knobs:
-                raise ConfigError(f"{where}: {_unknown('key', key, knobs)}")
+                raise ConfigError(f"{where}: {_unknown('key', key[:100], knobs)}")
         try:
-            found = vars(parser.parse_args(as_words(layer)))
+            found = _converted(parser, layer, {f.name for f in flags if f.many})
         except ConfigError as e:
             raise ConfigError(f"{where}: {e}") from None
         values = {k: v for k, v in {**values, **found}.items() if layer.get(k, v) is not None}
@@ -85,6 +88,7 @@ def read(
     namespace, rest = parser.parse_known_args([_dashed(word) for word in argv])
     if rest:
         name = rest[0].split("=")[0]
+        name = name if len(name) <= 100 else f"{name[:100]}…"
         if not name.startswith("-"):
             raise ConfigError(f"unexpected argument {name!r}{_hint(name, known)}")
         raise ConfigError(_unknown("flag", name, [*(f.flag for f in flags), *_negated(flags)]))
@@ -92,6 +96,16 @@ def read(
     values |= given
     configs = [kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values}) for kind in kinds]
     return tuple(configs), given
+
+
+def _converted(parser: Parser, layer: dict[str, Any], lists: set[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for words in as_words(layer):
+        for name, value in vars(parser.parse_args(words)).items():
+            if name in found and name not in lists:
+                raise ConfigError(f"--{name.replace('_', '-')} takes one value; got a list")
+            found[name] = found.get(name, []) + value if name in lists else value
+    return found
 
 
 def parse(argv: Sequence[str] | None, *kinds: type, **options: Any) -> tuple[Any, ...]:

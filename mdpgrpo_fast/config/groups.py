@@ -18,7 +18,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
             max_prompt_length chat_template system_prompt template_args strip_thinking text_only
             merge_adapter allow_random_weights trust_remote_code""",
         "rewards": """reward reward_weights constraint_reward rules instructions num_constraints reward_range
-            reward_isolation reward_timeout reward_workers reward_check on_bad_reward max_dropped
+            reward_isolation reward_timeout reward_workers reward_memory reward_check on_bad_reward max_dropped
             keep_special_tokens""",
         "optimisation": """steps epochs prompts_per_step updates_per_rollout mini_batches learning_rate
             lr_schedule warmup_steps weight_decay adam_beta2 fused_adamw max_grad_norm max_bad_steps
@@ -48,7 +48,7 @@ ADVANCED = frozenset(
     entropy_coef_delta entropy_coef_min entropy_coef_max top_entropy_quantile sampler_correction
     importance_weight_floor importance_weight_level importance_weight_kind off_policy_threshold sync_reference
     truncated_logprobs reference_mix repetition_penalty generation_kwargs mini_batches scale_rewards entropy_coef
-    chat_template hub_model_id hub_private_repo async_rollout vllm_lora rank_timeout max_bad_steps
+    reward_memory chat_template hub_model_id hub_private_repo async_rollout vllm_lora rank_timeout max_bad_steps
     allow_random_weights
     """.split()
 )

@@ -35,7 +35,7 @@ def nearest(name: str, known: list[str]) -> str | None:
 def knob_of(config: type, name: str) -> Any:
     """The knob of another dataclass, with its default and its help, for a field of the same name and meaning."""
     f = {f.name: f for f in dataclasses.fields(config)}[name]
-    return field(default=f.default, default_factory=f.default_factory, metadata=f.metadata)  # type: ignore[call-overload]
+    return field(default=f.default, default_factory=f.default_factory, metadata=f.metadata)
 
 
 def unknown_name(kind: str, name: str, known: list[str]) -> ConfigError:

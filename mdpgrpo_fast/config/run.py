@@ -107,9 +107,12 @@ class TrainConfig(PromptConfig):
         None, "seconds that a call of a reward may take; unset: 600 for those of a step, 10 for one in its own process"
     )
     reward_workers: int = knob(2, "processes that score responses")
+    reward_memory: int = knob(
+        4096, "MB that each of them may take beyond what it holds once rewards are loaded; 0: no limit"
+    )
     reward_check: bool = knob(True, "call every reward with two sample rows before the model is loaded")
     on_bad_reward: Literal["error", "drop"] = knob(
-        "error", "a reward that is NaN or infinite stops the run, or drops the sample"
+        "error", "a reward that is NaN or beyond ±1e6 stops the run, or drops the sample"
     )
     max_dropped: float = knob(
         0.25, "stop where more than this share of the samples of ten steps in a row is dropped; 1: never"
@@ -330,6 +333,7 @@ def check_rewards(config: Any) -> None:
     timeout, weights = config.reward_timeout, config.reward_weights
     require(timeout is None or timeout > 0, "reward_timeout", timeout, "above 0")
     require(config.reward_workers >= 1, "reward_workers", config.reward_workers, "at least 1")
+    require(config.reward_memory >= 0, "reward_memory", config.reward_memory, "0 or above")
     require(len(config.reward) >= 1, "reward", config.reward, "at least one reward")
     if weights is not None and len(weights) != len(config.reward):
         raise ConfigError(f"reward_weights must have one weight per reward ({len(config.reward)}); got {weights}")

@@ -9,9 +9,9 @@ from functools import cached_property
 from typing import Any
 
 from ..config import ConfigError, PromptConfig
-from ..log import reason_of
 from .examples import BadRow, Example, Prompts, sort_out
 from .files import read_template
+from .rendering import RefusalError, Renderer
 
 # Texts that stand in no template, to tell apart what it puts around them.
 _REQUEST, _REPLY = "Where is 7f3a?", "At 9c1b."
@@ -30,21 +30,22 @@ def tokenize(
     context: positions of the model; None: no limit. eos: its end-of-sequence ids; the tokenizer's is one in any case.
 
     Raises: ConfigError where a knob does not fit the prompts or none is left; and, unless on_bad_row is drop, for the
-        first that is too long or that the template refuses.
+        first that is too long or that the template refuses; and where the template exceeds a limit of `rendering`.
     """
     limit, knob = prompt_limit(config, context)
     examples = prompts.examples
     if not examples:
         return prompts, []
-    chat = _Chat(tokenizer, config, {*eos, tokenizer.eos_token_id})
     texts, bad = {}, {}
-    for i, example in enumerate(examples):
-        try:
-            texts[i] = chat.text(example)
-        except ConfigError as e:
-            raise ConfigError(f"{_where(examples, i)}: {e}") from None
-        except Exception as e:  # templates raise what they like, for a system message for one
-            bad[i] = f"the tokenizer's chat template refuses it: {reason_of(e)}"
+    with Renderer(tokenizer) as renderer:
+        chat = _Chat(tokenizer, renderer, config, {*eos, tokenizer.eos_token_id})
+        for i, example in enumerate(examples):
+            try:
+                texts[i] = chat.text(example)
+            except ConfigError as e:
+                raise ConfigError(f"{_where(examples, i)}: {e}") from None
+            except RefusalError as e:
+                bad[i] = f"the tokenizer's chat template refuses it: {e}"
     ids = _encode(tokenizer, texts)
     bad |= {i: "the prompt has no tokens" for i, row in ids.items() if not row}
     bad |= {
@@ -106,17 +107,19 @@ def _template_args(items: list[str]) -> dict[str, Any]:
             values[name] = json.loads(text)
         except ValueError:
             values[name] = text
+        except RecursionError:
+            raise ConfigError(f"template_args: {name} is nested too deep") from None
     return values
 
 
 class _Chat:
     """Turns prompts into text, and remembers what a note has to say."""
 
-    def __init__(self, tokenizer: Any, config: PromptConfig, eos: set[int | None]) -> None:
+    def __init__(self, tokenizer: Any, renderer: Renderer, config: PromptConfig, eos: set[int | None]) -> None:
         text = read_template(config.chat_template)
         if text is not None:
             tokenizer.chat_template = text
-        self.tokenizer, self.mode, self.system, self.eos = tokenizer, config.chat_template, config.system_prompt, eos
+        self.renderer, self.mode, self.system, self.eos = renderer, config.chat_template, config.system_prompt, eos
         self.arguments = _template_args(config.template_args)
         self.template = None if self.mode == "off" else tokenizer.chat_template
         if self.mode == "on" and not self.template:
@@ -161,10 +164,9 @@ class _Chat:
     def _render(self, messages: list[dict[str, Any]], tools: Any = None) -> str:
         """As TRL renders: a last assistant message goes on, anything else is answered."""
         goes_on = messages[-1]["role"] == "assistant"
-        return self.tokenizer.apply_chat_template(
+        return self.renderer.render(
             messages,
             tools=tools or None,  # some templates write a headline for an empty list
-            tokenize=False,
             add_generation_prompt=not goes_on,
             continue_final_message=goes_on,
             **self.arguments,
@@ -181,8 +183,8 @@ class _Chat:
             return True, f"chat_template is {self.mode}"
         dialogue = [{"role": "user", "content": _REQUEST}, {"role": "assistant", "content": _REPLY}]
         try:
-            text = self.tokenizer.apply_chat_template(dialogue, tokenize=False, **self.arguments)
-        except Exception:  # a template that refuses the probe tells nothing
+            text = self.renderer.render(dialogue, **self.arguments)
+        except RefusalError:  # a template that refuses the probe tells nothing
             return True, "the tokenizer has a chat template"
         closing = text.rpartition(_REPLY)[2]
         ends = {i: token for i, token in self.added.items() if token in closing}
@@ -198,7 +200,7 @@ class _Chat:
         """By what a rendered prompt is known: the template's own tokens, how it begins, how it ends."""
         try:
             before, found, after = self._render([{"role": "user", "content": _REQUEST}]).partition(_REQUEST)
-        except Exception:  # as above
+        except RefusalError:  # as above
             return [], "", ""
         if not found:
             return [], "", ""

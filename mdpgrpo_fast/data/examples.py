@@ -15,6 +15,8 @@ from ..config import ConfigError, PromptConfig
 from .files import Source, read_rows, read_template
 from .forms import Found, literal, missing, recognise
 
+DEEP = 100  # lists and objects within one another; what is written of a row later may not meet a limit of Python's
+
 
 @dataclass(frozen=True)
 class Example:
@@ -96,12 +98,14 @@ def read_prompts(source: Source, config: PromptConfig | None = None, name: str =
                 raise row
             if not isinstance(row, dict):
                 raise ValueError(f"a row must be a JSON object; got {type(row).__name__}")
+            if _deeper(row, DEEP):
+                raise ValueError(f"is nested more than {DEEP} levels deep")
             found = recognise(row, config)
             examples.append(_example(found, where, config.rules))
         except ValueError as e:
-            bad.append(BadRow(where, str(e), _beginning(row, config.prompt_column)))
+            bad.append(BadRow(where, _one_line(e), _beginning(row, config.prompt_column)))
             if config.on_bad_row == "error":
-                raise ConfigError(f"{where}: {e}") from None
+                raise ConfigError(f"{where}: {_one_line(e)}") from None
         else:
             for form in found.forms:
                 seen[form] = seen.get(form, 0) + 1
@@ -160,6 +164,19 @@ def _example(found: Found, where: str, rules: str) -> Example:
     except UnicodeEncodeError as e:
         raise ValueError(f"holds {e.object[e.start]!a}, half of a surrogate pair, which is no text") from None
     return Example(prompt, ids, kwargs, columns, where)
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    """Whether lists and objects within one another are more than `levels`, those that are written as text apart."""
+    if isinstance(value, dict):
+        return levels == 0 or any(_deeper(item, levels - 1) for item in value.values())
+    return isinstance(value, list) and (levels == 0 or any(_deeper(item, levels - 1) for item in value))
+
+
+def _one_line(error: ValueError) -> str:
+    """What an error says, cut where a value of the row that it names is long."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 1000 else f"{text[:500]} … {text[-400:]}"
 
 
 def _prompt(prompt: Any, column: str) -> str | list[dict[str, Any]]:
@@ -229,9 +246,9 @@ def _whole(value: Any) -> Any:
 def _num_constraints(value: Any) -> int | None:
     if missing(value):
         return None
-    k = int(value) if isinstance(value, str) and value.isdecimal() else _whole(value)
-    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
-        raise ValueError(f"'num_constraints' must be a whole number of at least 1; got {value!r}")
+    k = int(value) if isinstance(value, str) and value.isdecimal() and len(value) < 20 else _whole(value)
+    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k < 2**31:
+        raise ValueError(f"'num_constraints' must be a whole number of at least 1 and below 2^31; got {value!r}")
     return k
 
 

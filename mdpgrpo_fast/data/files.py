@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import inspect
 import io
 import json
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError, needs_package
+from ..verifiers.packed import unpacked
 
 # Where a row stands ("file:line", "file row 3"), and the row, or the ValueError that says why there is none.
 Row = tuple[str, Any]
@@ -21,6 +21,7 @@ Row = tuple[str, Any]
 Source = str | Path | Iterable[Any]
 
 SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".parquet", ".gz", ".txt")
+FIELD = 2**27  # characters of a CSV field: a prompt may be longer than the default of 131,072
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
 
 
@@ -70,11 +71,11 @@ def _file(path: Path) -> Iterator[Row]:
         data = path.read_bytes()
         name = path.name.lower()
         if name.endswith(".gz"):
-            data, name = gzip.decompress(data), name.removesuffix(".gz")
+            data, name = unpacked(data), name.removesuffix(".gz")
         if name.endswith(".parquet"):
             return _parquet(path, data)
         text = data.decode("utf-8-sig")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as e:
+    except (OSError, EOFError, MemoryError, zlib.error, ValueError) as e:
         raise ConfigError(f"prompt file {str(path)!r} cannot be read: {_reason(e)}") from None
     if name.endswith(".csv"):
         return _csv(path, text)
@@ -110,10 +111,13 @@ def _numbered(path: object, rows: list[Any]) -> Iterator[Row]:
 
 def _csv(path: Path, text: str) -> Iterator[Row]:
     """All values are text: what looks like a number may be an answer's spelling."""
-    limit = csv.field_size_limit(2**31 - 1)  # a prompt may be longer than the default of 131,072 characters
+    limit = csv.field_size_limit(FIELD)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         header, line = next(reader, []), reader.line_num
+        twice = next((name for name in header if header.count(name) > 1), None)
+        if twice is not None:
+            raise ConfigError(f"{path}:1: the header has two columns {twice!r}")
         for fields in reader:
             where, line = f"{path}:{line + 1}", reader.line_num
             if len(fields) == len(header):

@@ -40,6 +40,7 @@ class EvaluateConfig(PromptConfig):
     reward_isolation: Literal["none", "process"] = knob_of(TrainConfig, "reward_isolation")
     reward_timeout: float | None = knob_of(TrainConfig, "reward_timeout")
     reward_workers: int = knob_of(TrainConfig, "reward_workers")
+    reward_memory: int = knob_of(TrainConfig, "reward_memory")
     reward_check: bool = knob_of(TrainConfig, "reward_check")
     on_bad_reward: Literal["error", "drop"] = knob_of(TrainConfig, "on_bad_reward")
     keep_special_tokens: bool = knob_of(TrainConfig, "keep_special_tokens")

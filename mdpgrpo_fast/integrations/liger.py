@@ -322,12 +322,13 @@ def _reference_head(_input: Tensor, ref_input: Any, ref_weight: Any) -> tuple[Te
     return ref_input, ref_weight
 
 
-def _importance_weight(ratio: Any, keep: Tensor, loss_type: str) -> Tensor | None:
+def _importance_weight(given: Any, keep: Tensor, loss_type: str) -> Tensor | None:
     """vllm_is_ratio as a weight of each row: that of a completion weighs each of its tokens.
 
     vespo takes the product of a completion's weights, in which one of the completion itself is to be once.
     """
-    check_tensor("vllm_is_ratio", ratio, optional=True)
+    check_tensor("vllm_is_ratio", given, optional=True)
+    ratio: Tensor | None = given
     check_shape("vllm_is_ratio", ratio, tuple(keep.shape), (len(keep), 1), (len(keep),))
     if ratio is None or ratio.shape == keep.shape:
         return ratio

@@ -59,7 +59,8 @@ def _library(path: Path) -> ctypes.CDLL:
 
 def variant(part: str) -> str:
     """Which of its variants a loaded part takes on this machine: the instruction set, or the architectures."""
-    return _library(file_of(part)).mdpgrpo_variant().decode()
+    name: bytes = _library(file_of(part)).mdpgrpo_variant()
+    return name.decode()
 
 
 # ---- inputs ---------------------------------------------------------------------------------------------------------

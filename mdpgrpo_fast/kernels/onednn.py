@@ -6,6 +6,7 @@ too, which does; the op is the one that its compiler takes. Sums are of the same
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -18,20 +19,38 @@ from torch import Tensor, nn
 
 def _op(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., K) weightᵀ (N, K) + bias."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return out
+
+
+# Most shapes that each cache of compiled kernels keeps. A shape takes 0.4 to 1.5 MB, and a run over packed
+# micro-batches, each of another number of tokens, fills all of the caches' own 1024. A kernel is made again in half a
+# millisecond.
+SHAPES = 128
+
+
+def _bound_caches() -> None:
+    """oneDNN's cache and that of PyTorch's calls of it, which read their bounds when they are first used; those that
+    the environment has stay."""
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(SHAPES))
 
 
 @cache
 def prefers_onednn() -> bool:
-    """Whether this is a CPU on which oneDNN was measured to be the faster one: AMD's with AVX-512."""
+    """Whether this is a CPU on which oneDNN was measured to be the faster one: AMD's with AVX-512. Where it is, the
+    caches of its kernels are bounded (`SHAPES`), as many lengths would fill memory with kernels of each."""
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
         return False
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise") or not torch.cpu._is_avx512_supported():
         return False
     try:
-        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        found = "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False
+    if found:
+        _bound_caches()
+    return found
 
 
 def _plain(*tensors: Tensor | None) -> bool:
@@ -77,7 +96,8 @@ def _forward(module: Any, x: Tensor) -> Tensor:
         return _op(x, packed_weight, bias)
     if other or not _plain(x, weight, bias):
         return nn.functional.linear(x, weight, bias)
-    return _Linear.apply(x, weight, bias, packed_weight)
+    out: Tensor = _Linear.apply(x, weight, bias, packed_weight)
+    return out
 
 
 def install(model: nn.Module) -> None:

@@ -42,10 +42,12 @@ def adapter_settings(source: str) -> dict[str, Any] | None:
         settings = None if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
     except OSError:  # no id of the hub either: what is wrong with it the loading of the model says
         return None
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ConfigError(f"adapter_config.json of {source!r} cannot be read: {reason_of(e)}") from None
-    if settings is None:
+    if found is None:
         return None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"adapter_config.json of {source!r} must hold an object; got {type(settings).__name__}")
     given = {name for name, value in settings.items() if value}
     more = sorted(
         name
@@ -66,7 +68,7 @@ def adapter_settings(source: str) -> dict[str, Any] | None:
         )
     if not settings.get("base_model_name_or_path"):
         raise ConfigError(f"adapter_config.json of {source!r} must name its base_model_name_or_path")
-    return settings  # type: ignore[no-any-return]
+    return settings
 
 
 def adapter_chain(source: str) -> tuple[str, list[str]]:

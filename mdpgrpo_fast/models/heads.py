@@ -59,7 +59,9 @@ def effective_weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:
 def _saved(module: Any) -> nn.Module:
     """The trained copy in peft's ModulesToSaveWrapper, or the original where adapters are off."""
     trained = [name for name in module.active_adapters if name in module.modules_to_save]
-    return module.modules_to_save[trained[0]] if trained and not module.disable_adapters else module.original_module
+    saved = module.modules_to_save[trained[0]] if trained and not module.disable_adapters else module.original_module
+    assert isinstance(saved, nn.Module)
+    return saved
 
 
 def _with_lora(module: Any) -> tuple[Tensor, Tensor | None]:

@@ -221,5 +221,5 @@ def merged_weight(weight: Tensor, state: Mapping[str, Tensor], prefix: str, laye
     """W + scaling · B A, of the shape, dtype and device of W."""
     a, b = (state[f"{prefix}.lora_{x}.{name}.weight"] for x in "AB")
     dtype = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
-    delta = layer.scaling[name] * (b.to(dtype) @ a.to(dtype))
+    delta: Tensor = layer.scaling[name] * (b.to(dtype) @ a.to(dtype))
     return (weight.to(dtype) + (delta.T if layer.fan_in_fan_out else delta)).to(weight.dtype)

@@ -180,7 +180,7 @@ class Packing:
 
     def _head_size(self) -> int:
         size = getattr(self.config, "head_dim", None)
-        return size or self.config.hidden_size // self.config.num_attention_heads
+        return int(size or self.config.hidden_size // self.config.num_attention_heads)
 
     def mode_for(self, longest: int) -> Mode | None:
         """What groups take whose longest prompt and completion together have so many positions; None: they cannot."""

@@ -46,12 +46,13 @@ def completion_logits(model: Any, prompt_ids: Tensor, prompt_mask: Tensor, token
     """
     width = tokens.shape[1]
     out = model(**_inputs(model, prompt_ids, prompt_mask, tokens, mask, logits_to_keep=width + 1))
-    return out.logits[:, -(width + 1) : -1]
+    logits: Tensor = out.logits
+    return logits[:, -(width + 1) : -1]
 
 
 def completion_states(body: Any, prompt_ids: Tensor, prompt_mask: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
     """Hidden states that predict the completion tokens: (B, L, D), a view. Arguments as of `completion_logits`."""
-    states = body(**_inputs(body, prompt_ids, prompt_mask, tokens, mask)).last_hidden_state
+    states: Tensor = body(**_inputs(body, prompt_ids, prompt_mask, tokens, mask)).last_hidden_state
     return states[:, -(tokens.shape[1] + 1) : -1]
 
 

@@ -76,6 +76,7 @@ class _SharedPromptAttention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float, kernels: Any
     ) -> Tensor:  # fmt: skip
         inputs = (query.detach(), key.detach(), value.detach())
+        out: Tensor
         out, lse, seeds = kernels.forward(*inputs, layout, scale, own=True)
         more, lse_more, seeds_more = kernels.forward(*inputs, layout, scale, own=False)
         for rows in kernels.rows(layout, query.device):
@@ -128,7 +129,8 @@ def shared_prompt_attention(
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     assert len(query) == 1 and query.shape[2] == layout.own[-1][1], "one packed row, of the layout's length"
     kernels = kernels or (_cuda if query.is_cuda else _cpu)
-    return _SharedPromptAttention.apply(query[0], key[0], value[0], layout, scale, kernels)[None]
+    out: Tensor = _SharedPromptAttention.apply(query[0], key[0], value[0], layout, scale, kernels)
+    return out[None]
 
 
 # ---- the CPU: a call for each block ---------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from .checks import (
     check_rewards,
     check_scalar,
     check_shape,
+    check_size,
     look,
     refuse,
 )
@@ -57,7 +58,9 @@ def advantages(
 
     Args:
         rewards: (P, G) float, the G rewards of each prompt's group; G = config.num_generations. With groups: (B,).
-            With parts: what the goal anchor takes; default: the weighted sum of the parts that apply.
+            With parts: what the goal anchor takes; default: the weighted sum of the parts that apply. Within ±1e6. One
+            that differs from its group's mean, or from the goal, by no more than 4 units in the last place of the
+            group's largest (G units where G > 4) is that mean, so that A = 0 has not the sign of a rounding.
         num_constraints: (P,) K, the number of constraints of each prompt, at least 1, or one number for all. Where the
             goal anchor is off (config.alpha = 0) it may be left out; δ is 0 then.
         config: the rule: statistics of the group, anchors, shaping, KL coefficients.
@@ -77,9 +80,9 @@ def advantages(
         backend: "auto", "torch", "triton", "cpu" or "cuda"; all but torch give float32.
 
     Returns: Advantages with mean, std (P,) and z, delta, advantage, kl_beta of the rewards' shape.
-    Raises: ValueError for an argument of a wrong type or shape, a non-finite reward, K < 1, a group that is not of size
-        G, an argument that the config has no use for or lacks, or a backend that cannot run here, with the reason;
-        ConfigError for an unknown backend.
+    Raises: ValueError for an argument of a wrong type or shape, a non-finite reward or one beyond ±1e6, K < 1, a group
+        that is not of size G, an argument that the config has no use for or lacks, or a backend that cannot run here,
+        with the reason; ConfigError for an unknown backend.
     """
     check_config(config)
     assert config is not None
@@ -140,7 +143,7 @@ def grouped(
     groups = None if groups is None else as_tensor("groups", groups, rewards.device, "of whole numbers")
     check_device(rewards, "rewards", num_constraints=num_constraints, valid=valid, groups=groups)
     if parts is not None:
-        check_device(rewards, "rewards", parts=parts[0], part_weights=parts[1])
+        check_device(rewards, "rewards", parts=parts[0])
         check_shape("parts", parts[0], (*rewards.shape, parts[0].shape[-1]))
     if groups is not None:
         check_groups(groups, rewards, size)
@@ -203,11 +206,14 @@ def _check_parts(
         refuse("parts", f"shape {tuple(rewards.shape)}", "of shape (P, G, R), or (B, R) where groups are given")
     if look(rewards, check_values) and bool(rewards.isinf().any()):
         refuse("parts", "infinity", "finite, or NaN where a reward does not apply")
+    if look(rewards, check_values):
+        check_size("parts", rewards)
     if batch is not None:
         check_pair("batch", batch)
     if part_weights is None:
         return rewards, rewards.new_ones(rewards.shape[-1])
     weights = as_tensor("part_weights", part_weights, device, "of numbers", rewards.dtype)
+    check_device(rewards, "parts", part_weights=weights)
     check_shape("part_weights", weights, (rewards.shape[-1],))
     weights = weights.to(rewards.dtype)
     if look(weights, check_values) and not bool(weights.isfinite().all()):

@@ -98,7 +98,9 @@ def interpreting() -> bool:
 @functools.cache
 def _crossovers() -> dict[str, list[dict[str, Any]]]:
     """GPU -> where the Hopper kernel was measured to be faster; `benchmarks/compiled/crossovers.py` writes it."""
-    return json.loads((Path(binaries.__file__).with_name("crossovers.json")).read_text(encoding="utf-8"))
+    text = Path(binaries.__file__).with_name("crossovers.json").read_text(encoding="utf-8")
+    found: dict[str, list[dict[str, Any]]] = json.loads(text)
+    return found
 
 
 def hopper_wins(device: torch.device, dtype: torch.dtype, vocab: int, n_rows: int) -> bool:

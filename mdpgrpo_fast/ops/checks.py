@@ -17,6 +17,7 @@ from ..config import ConfigError, MDPGRPOConfig
 from ..kernels.schemas import KNOBS, Rows
 
 Shape = tuple[int, ...]
+MAX_REWARD = 1e6
 Numbers = Tensor | Sequence[Any]
 
 
@@ -131,6 +132,12 @@ def as_constraints(num_constraints: Any, prompts: int, device: torch.device, con
     return k
 
 
+def check_size(name: str, rewards: Tensor) -> None:
+    """Beyond, float32 holds a reward to a sixteenth or worse, and from 1e19 on its square overflows."""
+    if rewards.numel() and (largest := float(rewards.abs().nan_to_num().max())) > MAX_REWARD:
+        refuse(name, f"{largest:g}", f"within ±{MAX_REWARD:g}, what float32 tells apart; divide them all by one number")
+
+
 def check_rewards(
     rewards: Tensor, num_constraints: Tensor, valid: Tensor | None, group_size: int, check_values: bool | None
 ) -> None:
@@ -148,6 +155,7 @@ def check_rewards(
         counted = rewards if valid is None else rewards.masked_fill(~valid, 0)
         if not bool(counted.isfinite().all()):
             refuse("rewards", "NaN or infinity", "finite (pass valid= to leave samples out)")
+        check_size("rewards", counted)
         if not bool((num_constraints >= 1).all()):
             refuse("num_constraints", num_constraints.tolist(), "at least 1")
 
@@ -320,7 +328,7 @@ def check_advantages(
             refuse(name, kind_of(extra), "given with rewards only")
 
 
-# ---- logits that have been overwritten ------------------------------------------------------------------------------
+# ---- logits that are to be overwritten -------------------------------------------------------------------------------
 
 
 def check_in_place(logits: Tensor) -> None:
@@ -337,28 +345,3 @@ def check_in_place(logits: Tensor) -> None:
             if stride < extent:
                 refuse("in_place", f"True with logits of stride {logits.stride()}", "off where rows overlap")
             extent = stride * size
-
-
-def _place(logits: Tensor) -> tuple[Tensor, tuple[object, ...]]:
-    """The tensor whose memory it is, and where in it: two views of one slice are the same place."""
-    base = logits if logits._base is None else logits._base
-    return base, (logits.storage_offset(), tuple(logits.shape), logits.stride())
-
-
-def mark_overwritten(logits: Tensor) -> None:
-    if torch.compiler.is_compiling() or logits.is_inference():  # inference tensors count no versions
-        return
-    base, place = _place(logits)
-    version, places = getattr(base, "_overwritten", (-1, []))
-    # The write has moved the version by one. By more, and someone has filled the memory again.
-    kept: list[object] = places if version + 1 == logits._version else []
-    base._overwritten = (logits._version, [*kept, place])  # type: ignore[attr-defined]
-
-
-def refuse_overwritten(logits: Tensor) -> None:
-    if torch.compiler.is_compiling() or logits.is_inference():  # inference tensors count no versions
-        return
-    base, place = _place(logits)
-    version, places = getattr(base, "_overwritten", (-1, []))
-    if version == logits._version and place in places:
-        refuse("logits", "logits that hold their gradient, after token_loss(in_place=True)", "logits")

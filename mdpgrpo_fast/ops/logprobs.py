@@ -11,7 +11,8 @@ from ..kernels.schemas import Rows
 from ..reference import Layout
 from . import fused
 from .backends import choose
-from .checks import check_flags, check_rows, check_tensor, refuse_overwritten
+from .checks import check_flags, check_rows, check_tensor
+from .overwritten import refuse_overwritten
 
 
 def token_logprobs(
@@ -31,7 +32,7 @@ def token_logprobs(
 
     logits (B, L, V), or (T, V); tokens, mask, temperature, softcap, logit_floor, check_values and backend as in
     `token_loss`; masked rows give 0 and cost no read. A temperature of one value per completion needs `completion`
-    (T,) for packed rows.
+    (T,) for packed rows. A token of logit -inf has ℓ = -inf; rows with +inf or NaN, or of -inf alone, have NaN.
     Raises as `token_loss` does.
     """
     check_tensor("logits", logits)

@@ -22,10 +22,9 @@ from .checks import (
     check_objective,
     check_rows,
     check_tensor,
-    mark_overwritten,
     refuse,
-    refuse_overwritten,
 )
+from .overwritten import mark_overwritten, refuse_overwritten
 
 
 def token_loss(
@@ -67,7 +66,9 @@ def token_loss(
 
     Args:
         logits: (B, L, V) or (T, V) float, the row at a token predicting it; the only input that gets a gradient. Any
-            strides with unit stride in V (others are copied).
+            strides with unit stride in V (others are copied). -inf is a token of no probability. Where the row's own
+            token has it (ℓ = -inf), or a row has +inf or NaN or nothing but -inf (ℓ = NaN), the loss is NaN, and so is
+            all of that row's gradient, whatever the advantage and the clip: such a token cannot have been drawn.
         tokens: rows of integers in [0, V); masked ones too.
         mask: rows of bool or number, non-zero where the token belongs to the completion; None: all. What masked rows of
             float inputs hold does not matter.
@@ -95,7 +96,10 @@ def token_loss(
         softcap: final logit soft-cap still to be applied (a model's own forward has applied it).
         denominator: what the sum is divided by, for the batch of all micro-batches and ranks; default: this one's.
         in_place: not with torch: the gradient overwrites the logits, which no one may use again; saves their memory.
-            Not for float16, whose gradient is kept in float32 until the loss scale has reached it.
+            This function and `token_logprobs` refuse them afterwards, and views of them, `detach()` and `.data`;
+            autograd refuses a backward pass that saved them. What copies them afterwards (`logits + 0`, `clone`,
+            NumPy) copies gradients, and no one sees it. Not for float16, whose gradient is kept in float32 until the
+            loss scale has reached it.
         check_values: look for tokens, rewards, temperatures out of range; default: where looking is free, on the CPU.
             Elsewhere they give a NaN loss.
         backend: "auto", "torch", "triton", "cpu" or "cuda".

@@ -15,6 +15,7 @@ from .groups import (
     kl_coefficient,
     prospect_shape,
     relative_anchor,
+    reward_noise,
 )
 from .losses import (
     KL_EXPONENT_MAX,
@@ -81,6 +82,7 @@ __all__ = [
     "linear_logits",
     "prospect_shape",
     "relative_anchor",
+    "reward_noise",
     "sapo_gate",
     "sapo_gate_slope",
     "scaled_logits",

@@ -44,15 +44,35 @@ def group_statistics(rewards: Tensor, valid: Tensor, group_std: str) -> tuple[Te
     return mean, std, constant
 
 
+def reward_noise(rewards: Tensor, valid: Tensor) -> Tensor:
+    """The distance from the mean that rounding alone makes: 4 units in the last place of the group's largest |r|, or n
+    where more than 4 completions are valid, as their sum may be off by n / 2. NaN where a reward is not finite. (P,)"""
+    if not rewards.shape[1]:
+        return rewards.new_zeros(len(rewards))
+    largest = rewards.masked_fill(~valid, 0).abs().amax(1)
+    return torch.finfo(rewards.dtype).eps * valid.sum(1).clamp(min=4) * (largest + (largest - largest))
+
+
+def distance(rewards: Tensor, centre: Tensor, noise: Tensor) -> Tensor:
+    """r - centre, exactly 0 where that is no more than the noise: its sign would be that of a rounding. (P, G)
+
+    centre, noise: (P,).
+    """
+    d = rewards - centre[:, None]
+    return torch.where(d.abs() <= noise[:, None], 0, d)
+
+
 def relative_anchor(
-    rewards: Tensor, mean: Tensor, std: Tensor | None, constant: Tensor, group_std: str, count: Tensor | None = None
-) -> Tensor:
-    """z = (r - μ) / max(σ, 1e-8), or TRL's (r - μ) / (s + 1e-4); exactly 0 in a constant group. (P, G)
+    rewards: Tensor, mean: Tensor, std: Tensor | None, constant: Tensor, noise: Tensor, group_std: str,
+    count: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """z = (r - μ) / max(σ, 1e-8), or TRL's (r - μ) / (s + 1e-4); exactly 0 in a constant group, and where r is μ but
+    for the noise of `reward_noise` (P,). (P, G)
 
     std: (P,) of the groups, or () of the batch; None: z = r - μ (Dr. GRPO). count: (P,) completions that μ is of, where
     it is to be that of the others: r - (nμ - r) / (n - 1) = (r - μ) n / (n - 1) (RLOO).
     """
-    z = rewards - mean[:, None]
+    z = distance(rewards, mean, noise)
     if std is not None:
         scale = std.clamp(min=1e-8) if group_std == "population" else std + 1e-4
         z = z / (scale[:, None] if scale.ndim else scale)
@@ -98,28 +118,38 @@ def decoupled_sums(parts: Tensor, weights: Tensor, valid: Tensor, config: MDPGRP
         rewards = parts[..., k].masked_fill(~own, 0)
         mean, std, constant = group_statistics(rewards, own, config.group_std)
         count = own.sum(1) if config.baseline == "leave_one_out" else None
-        z = relative_anchor(rewards, mean, std, constant, config.group_std, count)
+        noise = reward_noise(rewards, own)
+        z = relative_anchor(rewards, mean, std, constant, noise, config.group_std, count)
         total = total + weights[k] * z.masked_fill(~own, 0)
     return total
 
 
 def goal_anchor(
     rewards: Tensor, mean: Tensor, num_constraints: Tensor, goal_mean: str, goal_std: str,
-    running: tuple[float, float] | None = None,
+    running: tuple[float, float] | None = None, noise: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """δ = (r - m) / s (paper Eq. 4; s = sqrt(G/(4K)) as released, or the binomial sqrt(1/(4K))); running: m and s for
-    the choices of that name, the median and the standard deviation of rewards seen before. (P, G)"""
+    the choices of that name, the median and the standard deviation of rewards seen before. 0 where r is m but for the
+    noise of `reward_noise` (P,). (P, G)"""
     half, median, deviation = (torch.full_like(mean, x) for x in (0.5, *(running or (torch.nan, torch.nan))))
     m = {"half": half, "max_half_mean": torch.maximum(half, mean), "mean": mean, "running": median}[goal_mean]
     size = rewards.shape[1] if goal_std == "released" else 1
     s = deviation if goal_std == "running" else (size / (4 * num_constraints.to(rewards.dtype))).sqrt()
-    return (rewards - m[:, None]) / s[:, None].clamp(min=1e-8)
+    return distance(rewards, m, torch.zeros_like(m) if noise is None else noise) / s[:, None].clamp(min=1e-8)
 
 
 def prospect_shape(v: Tensor, beta: float, gain: float, loss: float) -> Tensor:
     """ψ(v) = λ₊ tanh(βv) for v >= 0, λ₋ tanh(βv) below (Kahneman and Tversky's loss aversion where λ₋ > λ₊)."""
     t = torch.tanh(beta * v)
     return torch.where(v >= 0, gain * t, loss * t)
+
+
+def mixed(relative: Tensor, goal: Tensor, count: Tensor) -> Tensor:
+    """Their sum (P, G), exactly 0 where the two terms cancel but for rounding: at 16 units in the last place of
+    |relative| + |goal|, or 4 n where more than 4 completions count, n of them (P,)."""
+    noise = 4 * torch.finfo(relative.dtype).eps * count.clamp(min=4)
+    total = relative + goal
+    return torch.where(total.abs() <= noise[:, None] * (relative.abs() + goal.abs()), 0, total)
 
 
 def kl_coefficient(advantage: Tensor, beta_pos: float, beta_neg: float) -> Tensor:
@@ -131,7 +161,8 @@ def advantages(
     rewards: Tensor, num_constraints: Tensor, config: MDPGRPOConfig, valid: Tensor | None = None,
     running: tuple[float, float] | None = None, batch_std: Tensor | None = None, relative: Tensor | None = None,
 ) -> Advantages:  # fmt: skip
-    """A = (1 - α) ψ(z) + α ψ(δ), clipped to ±advantage_clip, and the KL coefficient of every completion.
+    """A = (1 - α) ψ(z) + α ψ(δ), clipped to ±advantage_clip, and the KL coefficient of every completion. A is
+    exactly 0, and takes β₊, where it is 0 but for rounding: `reward_noise`, `mixed`.
 
     rewards (P, G) float; num_constraints (P,); valid (P, G) bool: completions whose reward counts (default all). The
     others get z = δ = A = 0 and take no part in the group's statistics. running: as of `goal_anchor`.
@@ -143,6 +174,7 @@ def advantages(
     mean, std, constant = group_statistics(rewards, valid, config.group_std)
     # Else the rounding between equal rewards would decide the sign of A, and with it the KL coefficient.
     rewards = torch.where(constant[:, None], mean[:, None], rewards)
+    noise = reward_noise(rewards, valid)
     if relative is None:
         scale: Tensor | None = std
         if config.scale_rewards == "batch":
@@ -150,16 +182,16 @@ def advantages(
         elif config.scale_rewards == "none":
             scale = None
         count = valid.sum(1) if config.baseline == "leave_one_out" else None
-        relative = relative_anchor(rewards, mean, scale, constant, config.group_std, count)
+        relative = relative_anchor(rewards, mean, scale, constant, noise, config.group_std, count)
     z = relative.to(rewards).masked_fill(~valid, 0)
-    delta = goal_anchor(rewards, mean, num_constraints, config.goal_mean, config.goal_std, running)
+    delta = goal_anchor(rewards, mean, num_constraints, config.goal_mean, config.goal_std, running, noise)
     delta = delta.masked_fill(~valid, 0)
 
     def shape(v: Tensor, on: bool) -> Tensor:
         return prospect_shape(v, config.prospect_beta, config.prospect_gain, config.prospect_loss) if on else v
 
     goal = shape(delta, config.prospect and config.prospect_on_goal)
-    advantage = (1 - config.alpha) * shape(z, config.prospect) + config.alpha * goal
+    advantage = mixed((1 - config.alpha) * shape(z, config.prospect), config.alpha * goal, valid.sum(1))
     if config.advantage_clip:
         advantage = advantage.clamp(-config.advantage_clip, config.advantage_clip)
     return Advantages(mean, std, z, delta, advantage, kl_coefficient(advantage, *config.betas))

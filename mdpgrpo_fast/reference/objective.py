@@ -151,6 +151,11 @@ def token_objective(
         if config.kl_gradient == "unbiased":
             kl = kl * kl_ratio
         per_token = per_token + kl_beta * kl
+    # A token that the policy cannot have drawn, or that a NaN is about: no term of it, however bounded, hides that.
+    drawn = logprobs > -torch.inf
+    per_token = torch.where(drawn, per_token, logprobs * torch.where(drawn, 0.0, torch.nan))
+    if old_logprobs is None:  # where ℓ is infinite too
+        ratio = torch.ones_like(ratio)
     return Objective(
         per_token=per_token.masked_fill(~keep, 0),
         kl=kl.detach() * mask,

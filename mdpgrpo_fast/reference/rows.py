@@ -60,6 +60,8 @@ def token_logprobs(
 
     logits (..., V), tokens (...); temperature: a number, or a tensor that broadcasts over the rows. logit_floor (...):
     the softmax is over a support, the logits (after the soft-cap) that are not under it, nor under the token's own.
+
+    ℓ of a token whose logit is -inf is -inf. A row that has +inf or NaN, or nothing but -inf, is no distribution: NaN.
     """
     x = scaled_logits(logits, temperature, softcap)
     if logit_floor is not None:
@@ -69,6 +71,7 @@ def token_logprobs(
             outside = z < floor
         x = x.masked_fill(outside, -torch.inf)
     lse = x.logsumexp(-1)
+    lse = lse * torch.where(lse == torch.inf, torch.nan, 1.0).to(lse.dtype)  # no distribution, and no ℓ of -inf
     target = x.gather(-1, tokens[..., None].long()).squeeze(-1)
     with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         p = (x - lse[..., None]).exp()

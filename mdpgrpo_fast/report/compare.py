@@ -10,6 +10,7 @@ from typing import Any
 
 from ..cli import Parser, report_errors
 from ..config import ConfigError
+from ..log import printable
 from .page import duration, listed, moment
 from .run import Run, Score, as_mapping, as_number, last_step, lookup, read_run, score, scores
 
@@ -182,8 +183,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError(f"output {str(options.output)!r} exists; --overwrite replaces it")
         text, said = write_comparison(options.runs, options.output)
         for note in said:
-            print(f"note: {note}", file=sys.stderr)
-        print(text)
+            print(printable(f"note: {note}"), file=sys.stderr)
+        print(printable(text))
         print(options.output)
     return 0
 

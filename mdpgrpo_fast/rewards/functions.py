@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import math
 import sys
 import sysconfig
 import traceback
@@ -19,6 +18,7 @@ from ..data import Example
 
 RewardFunction = Callable[..., Any]
 F = TypeVar("F", bound=Callable[..., Any])
+MOST = 1e6  # of a reward and of a weighted sum of them, either way
 PACKAGE = str(Path(__file__).resolve().parents[1])
 LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 # What TRL passes by these names is made by the trainer, whatever columns a row has.
@@ -77,7 +77,8 @@ def load_reward(spec: str) -> RewardFunction:
         raise ConfigError(f"reward {spec!r} cannot be loaded: {describe(e)}") from None
     if not callable(function):
         raise ConfigError(f"reward {spec!r} is not a function")
-    return function
+    found: RewardFunction = function
+    return found
 
 
 def _unwrapped(function: RewardFunction) -> RewardFunction:
@@ -122,14 +123,18 @@ class Arguments:
             ],
             "completion_ids": list(self.completion_ids),
             "trainer_state": self.state,
-            "log_metric": lambda name, value: self.metrics.setdefault(name, []).append(float(value)),
-            "log_extra": lambda column, values: self.extra.setdefault(column, []).extend(map(_plain, values)),
+            "log_metric": lambda name, value: self.metrics.setdefault(_plain(name), []).append(float(value)),
+            "log_extra": lambda column, values: self.extra.setdefault(_plain(column), []).extend(map(_plain, values)),
         }
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it, and as other processes can take it."""
-    return value if value is None or isinstance(value, (bool, int, float, str)) else _text(value)
+    """As JSON has it, and as other processes can take it: of these types themselves, as others are unpickled by code of
+    their own."""
+    if value is None or isinstance(value, bool):
+        return value
+    base: Any = next((t for t in (int, float, str) if isinstance(value, t)), None)
+    return _text(value) if base is None else base.__add__(value, base())
 
 
 def spec_of(function: RewardFunction) -> str:
@@ -206,5 +211,6 @@ def trace_of(e: BaseException) -> str:
     return f"Traceback (most recent call last):\n{frames}{type(e).__name__}: {_text(e)[:2000]}" if frames else ""
 
 
-def is_finite(value: float | None) -> bool:
-    return value is None or math.isfinite(value)
+def is_usable(value: float | None) -> bool:
+    """Whether advantages can be made of it in float32: 1e39 is infinite there."""
+    return value is None or abs(value) <= MOST

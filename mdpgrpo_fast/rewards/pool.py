@@ -14,7 +14,7 @@ from ..verifiers import CheckError, Mode
 from .constraints import ConstraintReward
 from .functions import Arguments, TrainerState, check_values, describe, load_reward, place_of, trace_of
 from .processes import Batch, Pool
-from .worker import Lost
+from .worker import Lost, lacks_memory
 
 
 @dataclass(frozen=True)
@@ -85,24 +85,32 @@ def _answer(
     try:
         return constraints.satisfied(job.example, job.answer, mode)
     except CheckError as e:
-        return Failure.of_check(e)
+        return _failed_check(e)
+
+
+def _failed_check(error: CheckError) -> Failure:
+    if lacks_memory(error):
+        raise error  # it says more of the process than of the constraint
+    return Failure.of_check(error)
 
 
 def _work(specs: list[str], constraints: ConstraintReward, job: Job) -> Verdict:
-    """Exceptions come back as text: many cannot be unpickled."""
+    """Exceptions come back as text: many cannot be unpickled. Raises one of memory, which costs the process."""
     reward: float | Failure | None = None
     flags = None
     if job.example.instruction_ids:
         try:
             reward, flags = constraints(job.example, job.answer)
         except CheckError as e:
-            reward = Failure.of_check(e)
+            reward = _failed_check(e)
     arguments = Arguments([job.example], [job.text], [job.token_ids], job.state)
     values: list[float | Failure | None] = []
     for spec in specs:
         try:
             values += check_values(_loaded(spec)(**arguments.keywords()), 1)
         except (Exception, SystemExit) as e:
+            if lacks_memory(e):
+                raise
             values.append(Failure.of(spec, e))
     return Verdict(values, flags, reward, arguments.metrics, arguments.extra)
 
@@ -119,9 +127,11 @@ class Workers:
     """Processes that score, started with their first job, and again with one after `stop`. They import the verifiers
     and the functions: no torch, and no threads copied in the middle of a lock."""
 
-    def __init__(self, specs: list[str], constraints: ConstraintReward, workers: int, timeout: float) -> None:
+    def __init__(
+        self, specs: list[str], constraints: ConstraintReward, workers: int, timeout: float, memory: int = 0
+    ) -> None:
         self.specs, self.constraints, self.count, self.timeout = specs, constraints, workers, timeout
-        self.pool = Pool(functools.partial(_load, specs, constraints), workers, timeout)
+        self.pool = Pool(functools.partial(_load, specs, constraints), workers, timeout, memory)
 
     def start(self, jobs: list[Job]) -> Batch:
         return self.pool.ask([(None, job) for job in jobs])

@@ -7,6 +7,7 @@ import contextlib
 import math
 import multiprocessing.context
 import os
+import signal
 import threading
 import time
 import weakref
@@ -55,11 +56,13 @@ class Pool:
 
     make: called once in each process, before any limit begins; gives the function that answers, or raises what its
     process ends with. limit: seconds for one question from when a process takes it; one that is late is killed and
-    replaced, one that ends costs the question that it had. None of it keeps the interpreter alive.
+    replaced, one that ends costs the question that it had. memory: MB that a process may take beyond what it holds once
+    made, 0 for any; the question that asks for more is lost, and its process replaced. What processes have started ends
+    with them. None of it keeps the interpreter alive.
     """
 
-    def __init__(self, make: Make, count: int, limit: float) -> None:
-        self.make, self.limit = make, limit
+    def __init__(self, make: Make, count: int, limit: float, memory: int = 0) -> None:
+        self.make, self.limit, self.memory = make, limit, memory
         self._late = Lost(f"the scoring process gave no answer within {limit:g} s", "worker timeout")
         self._lock = threading.Lock()  # of all below
         self._queue: deque[tuple[Batch, int]] = deque()
@@ -122,7 +125,7 @@ class Pool:
             for slot in slots:
                 slot.stopped = True
                 if slot.worker is not None:
-                    slot.worker.process.kill()
+                    slot.worker.stop()
         for thread in threads:
             thread.join(GRACE)
         for slot in slots:
@@ -196,14 +199,14 @@ class Pool:
 
     def _start(self, slot: _Slot) -> None:
         try:
-            worker = Worker(self.make, self.limit)
+            worker = Worker(self.make, self.limit, self.memory)
         except Exception as e:  # of the system, or of what cannot be pickled
             self._fail(slot, f"cannot be started: {describe(e)}")
             return
         with self._lock:
             slot.worker = worker
             if slot.stopped:
-                worker.process.kill()
+                worker.stop()
         try:
             self._unpack(worker.receive(math.inf))
             self._progress = time.monotonic()
@@ -236,19 +239,24 @@ class Pool:
             return self._late
         except (EOFError, OSError):
             code = self._end(slot)
-            return Lost(f"the scoring process died with exit code {code}", f"worker exit {code}")
+            maybe = f"; it may take reward_memory = {self.memory} MB" if self.memory and code == -signal.SIGABRT else ""
+            return Lost(f"the scoring process died with exit code {code}{maybe}", f"worker exit {code}")
         self._failures = 0
         try:
-            return self._unpack(found)
+            answer, last = self._unpack(found)
         except Exception as e:
             return Lost.by(e)
+        if last:
+            self._end(slot)
+        return answer
 
-    def _unpack(self, found: bytes) -> Any:
-        answer, said = ForkingPickler.loads(found)
+    def _unpack(self, found: bytes) -> tuple[Any, bool]:
+        """The answer, and whether its process ends now."""
+        answer, said, last = ForkingPickler.loads(found)
         with self._lock:  # or two threads say the same
             for level, text in said:
                 say_once(level, text)
-        return answer
+        return answer, last
 
     def _died(self, slot: _Slot) -> None:
         self._fail(slot, f"died {STARTS} times, the last with exit code {self._end(slot)}")

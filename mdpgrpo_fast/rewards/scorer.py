@@ -19,13 +19,14 @@ from ..verifiers import INSTRUCTIONS, Mode
 from .calls import CallTimeout, call_async, call_limited
 from .constraints import ConstraintReward
 from .functions import (
+    MOST,
     Arguments,
     RewardError,
     RewardFunction,
     TrainerState,
     check_values,
     is_async,
-    is_finite,
+    is_usable,
     load_reward,
     name_of,
     spec_of,
@@ -122,9 +123,9 @@ class Scorer:
 
     rewards: specs as of TrainConfig.reward, or functions. weights: one each, default 1. max_completion_length: what
     rewards of lengths take where their spec gives none. A call that raises, takes longer than timeout or returns no
-    numbers loses its completions: they come back with `total` None and the reason in `problem`. A NaN or infinite
-    reward raises RewardError with the row, or drops the sample where on_bad_reward is "drop". None is "not mine": the
-    other rewards are summed; where all are None the sample is dropped.
+    numbers loses its completions: they come back with `total` None and the reason in `problem`. A reward, or weighted
+    sum, that is NaN or beyond ±1e6 raises RewardError with the row, or drops the sample where on_bad_reward is "drop".
+    None is "not mine": the other rewards are summed; where all are None the sample is dropped.
     Use as a context manager; workers end with it. Raises ConfigError for a reward that cannot be loaded.
     """
 
@@ -139,6 +140,7 @@ class Scorer:
         isolation: str = TrainConfig.reward_isolation,
         timeout: float | None = TrainConfig.reward_timeout,
         workers: int = TrainConfig.reward_workers,
+        memory: int = TrainConfig.reward_memory,
         on_bad_reward: str = TrainConfig.on_bad_reward,
         trust_remote_code: bool = False,
         max_completion_length: int | None = None,
@@ -157,7 +159,7 @@ class Scorer:
         self.metrics: dict[str, list[float]] = {}
         constraints = ConstraintReward(rules, constraint_reward, instructions)
         constraints.load()
-        self._workers = Workers(self.specs, constraints, workers, timeout or COMPLETION_TIMEOUT)
+        self._workers = Workers(self.specs, constraints, workers, timeout or COMPLETION_TIMEOUT, memory)
 
     @classmethod
     def of(cls, run: Any, rewards: Sequence[str | RewardFunction] | None = None) -> Scorer:
@@ -171,6 +173,7 @@ class Scorer:
             isolation=run.reward_isolation,
             timeout=run.reward_timeout,
             workers=run.reward_workers,
+            memory=run.reward_memory,
             on_bad_reward=run.on_bad_reward,
             trust_remote_code=run.trust_remote_code,
             max_completion_length=run.max_completion_length,
@@ -343,19 +346,25 @@ class Scorer:
         failure = next((v for v in values if isinstance(v, Failure)), None)
         if failure is not None:
             return score(f"{failure.reason}, for {pair}", cause=failure.cause, trace=failure.trace)
-        bad = next((r for r in self.rewards if not is_finite(parts[r.name])), None)
-        if bad is not None:
-            problem = f"reward {bad.spec!r} gave {parts[bad.name]!r} for {pair}"
-            if not self.drop_bad:
-                raise RewardError(f"{problem}; on_bad_reward = drop leaves it out")
-            return replace(
-                score(problem, cause=f"{bad.spec} not finite"),
-                parts={n: v if is_finite(v) else None for n, v in parts.items()},
-            )
+        for reward, value in zip(self.rewards, parts.values(), strict=True):
+            if not is_usable(value):
+                return self._unusable(score, f"reward {reward.spec!r} gave", value, pair, reward.spec)
         if all(v is None for v in parts.values()):
             return score(f"no reward applies: all gave None for {pair}")
         total = sum(w * v for w, v in zip(self.weights, parts.values(), strict=True) if v is not None)
+        if not is_usable(total):
+            what = f"rewards {list(parts.values())} with weights {self.weights} sum up to"
+            return self._unusable(score, what, total, pair, "weighted sum")
         return replace(score(), total=total)
+
+    def _unusable(self, score: Callable[..., Score], what: str, value: float | None, pair: str, cause: str) -> Score:
+        assert value is not None
+        beyond = f", beyond the ±{MOST:,.0f} that advantages are made of" if math.isfinite(value) else ""
+        problem = f"{what} {value!r} for {pair}{beyond}"
+        if not self.drop_bad:
+            raise RewardError(f"{problem}; {'scale it, or ' * bool(beyond)}on_bad_reward = drop leaves it out")
+        found = score(problem, cause=f"{cause} not usable")
+        return replace(found, parts={n: v if is_usable(v) else None for n, v in found.parts.items()})
 
     def _say_unchecked(self, reward: float | Failure | None) -> None:
         """Where no reward loses its sample by it, that constraints cannot be checked would be lost in silence."""

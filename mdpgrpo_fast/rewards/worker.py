@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import multiprocessing
 import multiprocessing.connection
@@ -11,6 +12,8 @@ import multiprocessing.popen_spawn_posix
 import multiprocessing.process
 import multiprocessing.spawn
 import os
+import re
+import resource
 import selectors
 import signal
 import socket
@@ -21,10 +24,12 @@ import types
 from collections.abc import Callable
 from multiprocessing.connection import Connection, Pipe
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..log import log
 from .functions import describe
+from .guard import guarded
 
 Make = Callable[[], Callable[[Any], Any]]
 
@@ -56,7 +61,7 @@ class _Popen(multiprocessing.popen_spawn_posix.Popen):
 class _Process(multiprocessing.context.SpawnProcess):
     """Not a daemon, which may have no children, but nothing waits for it when the interpreter ends."""
 
-    _Popen = staticmethod(_Popen)  # type: ignore[assignment]
+    _Popen = staticmethod(_Popen)
 
     def start(self) -> None:
         with _CHILDREN:
@@ -71,63 +76,88 @@ class Lost(NamedTuple):
     kind: str
 
     @classmethod
-    def by(cls, error: BaseException) -> Lost:
+    def by(cls, error: BaseException, memory: int = 0) -> Lost:
+        """memory: the limit in MB, 0: none."""
+        if memory and lacks_memory(error):
+            return cls(f"the scoring process took more than reward_memory = {memory} MB: {describe(error)}", "memory")
         return cls(f"the scoring process raised {describe(error)}", f"worker {type(error).__name__}")
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an exception, or what it came from, is of memory that was refused: by Python, the system, or torch."""
+    return any(
+        isinstance(e, MemoryError)
+        or (isinstance(e, OSError) and e.errno == errno.ENOMEM)
+        or (isinstance(e, RuntimeError) and "can't allocate memory" in describe(e))
+        for e in (error, error.__cause__)
+    )
 
 
 class _Notes(logging.Handler):
     """The library's warnings in a process, which go with its next answer: each would say them all."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory: int) -> None:
         super().__init__(logging.WARNING)
+        self.memory = memory
         self.said: list[tuple[int, str]] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         self.said.append((record.levelno, record.getMessage()))
 
-    def pack(self, answer: Any) -> Any:
+    def pack(self, answer: Any, last: bool = False) -> Any:
+        """last: the process ends after this answer."""
         said, self.said = self.said, []
         try:
-            return ForkingPickler.dumps((answer, said))
+            return ForkingPickler.dumps((answer, said, last))
         except Exception as e:
-            return ForkingPickler.dumps((Lost.by(e), said))
+            return ForkingPickler.dumps((Lost.by(e, self.memory), said, last or lacks_memory(e)))
 
 
-def _end_with(parent: Any) -> None:
-    """Ends the process when the one that asks is gone, whatever it is busy with. A fork of that one keeps its pipes
-    open, so that their end alone does not tell."""
-    while os.getppid() == parent.pid and not multiprocessing.connection.wait([parent.sentinel], POLL):
-        pass
-    os._exit(1)
+def _limit_memory(megabytes: int) -> None:
+    """No more than that on top of what this process holds: of its own, written or to be written (RLIMIT_DATA), which
+    does not count what libraries only reserve. Processes that it starts have the same limit each."""
+    if not megabytes:
+        return
+    try:
+        (held,) = re.findall(r"^VmData:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+        most = int(held) * 1024 + megabytes * 2**20
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    except (OSError, ValueError) as e:
+        log.warning("reward_memory has no effect on this system: %s", describe(e))
 
 
-def _serve(connection: Connection, make: Make) -> None:
+def _serve(connection: Connection, make: Make, memory: int) -> None:
     """Runs in a process until its pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the program that is interrupted ends the others
-    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
-    notes = _Notes()
+    program: Any = multiprocessing.parent_process()
+    guarded(program.pid, program.sentinel, connection.close)
+    notes = _Notes(memory)
     log.addHandler(notes)
     log.propagate = False
     answer = make()
+    _limit_memory(memory)
     connection.send_bytes(notes.pack(None))
     with contextlib.suppress(EOFError, OSError):
-        while True:
+        last = False
+        while not last:
             data = connection.recv_bytes()
             try:
                 found = answer(ForkingPickler.loads(data))
             except BaseException as e:
-                found = Lost.by(e)
-            connection.send_bytes(notes.pack(found))
+                found, last = Lost.by(e, memory), lacks_memory(e)
+            connection.send_bytes(notes.pack(found, last))
 
 
 class Worker:
     """A process with the parent's end of its pipe."""
 
-    def __init__(self, make: Make, limit: float) -> None:
+    def __init__(self, make: Make, limit: float, memory: int) -> None:
         self.connection, theirs = Pipe()
         try:
             self._bound(limit)
-            self.process = _Process(target=_serve, args=(theirs, make))
+            self.process = _Process(target=_serve, args=(theirs, make, memory))
             self.process.start()
         finally:
             theirs.close()
@@ -161,11 +191,20 @@ class Worker:
             if time.monotonic() >= end:
                 raise TimeoutError
 
+    def stop(self) -> None:
+        """It is killed, with all that it has started: `end` waits for that."""
+        self.process.terminate()
+
     def end(self, late: bool = False) -> int | None:
         """Its exit code. It is killed, at once where it is late, else unless it ends by itself."""
         self.connection.close()
+        assert self.process.pid is not None
         with _CHILDREN:
             self.process.join(0 if late else POLL)
+            self.process.terminate()
+            self.process.join(GRACE)
+            with contextlib.suppress(OSError):  # of a guard that hangs or was killed
+                os.killpg(self.process.pid, signal.SIGKILL)
             self.process.kill()
             self.process.join(GRACE)
             code = self.process.exitcode

@@ -112,6 +112,12 @@ def _parameters(model: Any) -> set[str] | None:
     return names if "input_ids" in names else None
 
 
+def _last(out: Any) -> Tensor:
+    """Logits (B, V) of the last token."""
+    logits: Tensor = out.logits
+    return logits[:, -1]
+
+
 class Decoder:
     """Forward passes over rows that share prompts: `prefill`, `share`, then one token a row with `step`.
 
@@ -161,7 +167,7 @@ class Decoder:
         cache = self._found(out)
         if can_reorder(cache):
             self.cache = cache
-            return out.logits[:, -1].index_select(0, self.origin)
+            return _last(out).index_select(0, self.origin)
         kind = type(self.model).__name__
         self.is_shared = True
         ids = ids.index_select(0, self.origin)
@@ -169,11 +175,11 @@ class Decoder:
         if cache is None:
             say_once(logging.WARNING, f"{kind} returns no cache: every step runs over all tokens of its rows again")
             self.ids = ids
-            return self._forward(ids, False).logits[:, -1]
+            return _last(self._forward(ids, False))
         say_once(logging.WARNING, f"the cache of {kind} cannot be shared out: each row is prefilled by itself")
         out = self._forward(ids, True)
         self.cache = self._found(out)
-        return out.logits[:, -1]
+        return _last(out)
 
     def share(self) -> None:
         """Makes each prompt's cache that of its rows, as `step` needs it."""
@@ -197,7 +203,7 @@ class Decoder:
             self.mask = torch.cat([self.mask, torch.ones_like(new)], 1)
         if self.ids is not None:
             new = self.ids = torch.cat([self.ids, new], 1)
-        return self._forward(new, self.cache is not None).logits[:, -1]
+        return _last(self._forward(new, self.cache is not None))
 
     @property
     def can_drop_rows(self) -> bool:

@@ -209,4 +209,5 @@ def _by_length(
 
 def decode(rollout: Rollout, tokenizer: Any, skip_special_tokens: bool = True) -> list[str]:
     """The completions as text."""
-    return tokenizer.batch_decode(rollout.rows, skip_special_tokens=skip_special_tokens)
+    texts: list[str] = tokenizer.batch_decode(rollout.rows, skip_special_tokens=skip_special_tokens)
+    return texts

@@ -85,6 +85,8 @@ def generation_kwargs(run: TrainConfig) -> dict[str, Any] | None:
             values[name] = json.loads({"True": "true", "False": "false"}.get(text, text))
         except ValueError:
             values[name] = text
+        except RecursionError:
+            raise ConfigError(f"generation_kwargs: {name} is nested too deep") from None
     if run.repetition_penalty != 1:
         values["repetition_penalty"] = run.repetition_penalty
     return values or None

@@ -243,7 +243,8 @@ def replace_groups(rollout: Rollout, groups: list[int], by: Rollout, size: int) 
     rows = (torch.tensor(groups, device=device)[:, None] * size + torch.arange(size, device=device)).flatten()
 
     def replaced(name: str) -> Tensor:
-        old, new = getattr(rollout, name), getattr(by, name)
+        old: Tensor = getattr(rollout, name)
+        new: Tensor = getattr(by, name)
         if old.ndim == 2:
             width = max(old.shape[1], new.shape[1])
             on_the_left = name.startswith("prompt")

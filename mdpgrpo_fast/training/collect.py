@@ -268,7 +268,7 @@ class Collector:
         """Those of `net_rewards` that are valid."""
         if batch.kl is None:
             return [mapped(s.total, self.run.reward_range) for s in batch.scores if s.total is not None]
-        return self.net_rewards(batch)[batch.valid].tolist()  # type: ignore[no-any-return]
+        return self.net_rewards(batch)[batch.valid].tolist()
 
     def contributing(self, tokens: Tensor, adv: Advantages) -> Tensor:
         """(B,) tokens of each completion that the loss is to look at, of those that count."""

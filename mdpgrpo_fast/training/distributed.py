@@ -49,8 +49,8 @@ def lost_rank(error: Exception) -> RankLostError | None:
 def is_sharded(accelerator: Accelerator) -> bool:
     """Whether no rank holds all weights between forward passes."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return accelerator.state.deepspeed_plugin.zero_stage == 3
-    return accelerator.distributed_type == DistributedType.FSDP
+        return bool(accelerator.state.deepspeed_plugin.zero_stage == 3)
+    return bool(accelerator.distributed_type == DistributedType.FSDP)
 
 
 def accelerator(run: TrainConfig, path: Path, completions: int) -> Accelerator:
@@ -195,7 +195,8 @@ def _call_unsharded(model: Any, function: Callable[[], T], reshard: bool) -> T:
         return function()
 
     try:
-        return model.call(gathered)
+        found: T = model.call(gathered)
+        return found
     finally:
         model.set_reshard_after_forward(reshard)
         model.set_reshard_after_forward(False, recurse=False)  # the root, as torch itself has it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ def step_metrics(batch: Batch, updated: dict[str, Any], method: MDPGRPOConfig, m
         "truncated": 1 - rollout.finished.float().mean().item(),
         "staleness": batch.staleness,
         "dropped": sum(s.total is None for s in batch.scores),
+        "lost": dict(Counter(s.cause or "no reward applies" for s in batch.scores if s.total is None)),
         "problem": next((s.problem for s in batch.scores if s.total is None), None),
         "trace": next((s.trace for s in batch.scores if s.trace), None),
         "reward_min": min((s.total for s in batch.scores if s.total is not None), default=None),
@@ -157,13 +159,16 @@ def why_zero(
 def over_ranks(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """One metrics row of those of all ranks: means, but sums of SUMS, MAXIMA and MINIMA; nested ones by name.
 
-    None counts for nothing; text is the first there is. Lists have the same length.
+    None counts for nothing; text is the first there is; what was lost is summed by its cause. Lists have the same
+    length.
     """
     out: dict[str, Any] = {}
     for name in dict.fromkeys(name for row in rows for name in row):
         values = [v for row in rows if (v := row.get(name)) is not None]
         if not values or isinstance(values[0], str):
             out[name] = values[0] if values else None
+        elif name == "lost":
+            out[name] = dict(sum(map(Counter, values), Counter()))
         elif isinstance(values[0], dict):
             out[name] = over_ranks(values)
         elif isinstance(values[0], list):

@@ -128,7 +128,7 @@ def tracker_values(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
     for key, value in row.items():
         if key == "logged":  # names that a reward function chose
             flat.update(tracker_values(value, prefix))
-        elif isinstance(value, dict):
+        elif isinstance(value, dict) and key != "lost":
             flat.update(tracker_values(value, f"{prefix}{key}/"))
         elif key == "slots":
             for slot in value:
@@ -174,7 +174,9 @@ def completion_row(
 
 
 def training_rows(step: int, batch: Batch, limit: int) -> list[dict[str, Any]]:
-    """Lines of completions.jsonl for at most `limit` completions of a training step."""
+    """Lines of completions.jsonl for at most `limit` completions of a training step, and all others that are lost."""
+    shown = evenly_spaced(len(batch.responses), limit)
+    lost = [i for i, s in enumerate(batch.scores) if s.total is None and i not in shown]
     advantage = batch.adv.advantage.flatten().tolist()
     return [
         completion_row(
@@ -187,7 +189,7 @@ def training_rows(step: int, batch: Batch, limit: int) -> list[dict[str, Any]]:
             advantage[i],
             bool(batch.rollout.finished[i]),
         )
-        for i in evenly_spaced(len(batch.responses), limit)
+        for i in [*shown, *lost]
     ]
 
 

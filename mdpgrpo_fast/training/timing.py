@@ -117,7 +117,7 @@ class Work:
             getattr(config, "head_dim", None) or config.hidden_size // max(1, getattr(config, "num_attention_heads", 1))
         )
         attention = 4 * getattr(config, "num_hidden_layers", 0) * width * self.pairs
-        return 2.0 * body * self.tokens + 2.0 * config.vocab_size * config.hidden_size * self.rows + attention
+        return float(2 * body * self.tokens + 2 * config.vocab_size * config.hidden_size * self.rows + attention)
 
 
 def _size(parameter: torch.Tensor) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..config import ConfigError
+from ..log import printable
 from .own import load_instructions
 from .registry import INSTRUCTIONS, RULES
 from .scoring import score_files, strict_and_loose, table
@@ -91,7 +92,7 @@ def score(argv: list[str] | None = None) -> int:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        print(f"error: {message}", file=sys.stderr)
+        print(printable(f"error: {message}"), file=sys.stderr)
         sys.exit(2)
 
 
@@ -112,7 +113,7 @@ def _reported(work: Callable[[], None]) -> int:
     try:
         work()
     except (ConfigError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     return 0
 
@@ -121,7 +122,7 @@ def _show(args: argparse.Namespace) -> None:
     load_instructions(args.instructions)
     if args.list:
         found = types(args.rules)
-        print(json.dumps(found, indent=2) if args.json else "\n\n".join(map(show, found)))
+        print(json.dumps(found, indent=2) if args.json else printable("\n\n".join(map(show, found))))
         return
     if args.get_punkt or args.get_data:
         get_punkt()
@@ -144,8 +145,8 @@ def _score(args: argparse.Namespace) -> None:
         lines = [json.dumps(asdict(row)) + "\n" for row in scored]
         Path(args.verdicts).write_text("".join(lines), encoding="utf-8")
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
-    print(json.dumps(result, indent=2) if args.json else table(result))
+        print(printable(f"note: {note}"), file=sys.stderr)
+    print(json.dumps(result, indent=2) if args.json else printable(table(result)))
 
 
 if __name__ == "__main__":

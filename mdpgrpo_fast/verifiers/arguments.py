@@ -63,7 +63,7 @@ def _relation(value: Any, rules: str) -> str:
     known = tuple(RELATIONS) if rules == "mdpgrpo" else TWO_RELATIONS
     if value not in known:
         raise expected("one of " + ", ".join(map(repr, known)), value)
-    return value
+    return str(value)
 
 
 def _phrase(value: Any, rules: str) -> str:
@@ -87,7 +87,7 @@ def _letter(value: Any, rules: str) -> str:
 def _language(value: Any, rules: str) -> str:
     if value not in LANGUAGES:
         raise expected("a language code that langdetect knows, such as 'de' or 'zh-cn'", value)
-    return value
+    return str(value)
 
 
 _ESCAPE_OR_CLASS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
@@ -101,9 +101,9 @@ def _pattern(value: Any, rules: str) -> str:
         raise ValueError(f"{value!r} is read as a regular expression and may not repeat (* + {{}}); put a \\ before")
     try:
         re.compile(value)
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"{value!r} is read as a regular expression and is none: {error}") from None
-    return value
+    return str(value)
 
 
 def list_of(kind: Kind) -> Kind:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import zlib
 from collections.abc import Iterator, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError
+from .packed import unpacked
 from .registry import CheckError, check_rules
 from .verify import THINK_TAGS, answer_of, last_answer, opening_of, validate, verify_all
 
@@ -177,10 +177,10 @@ def _names(row: dict[str, Any]) -> str:
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         data = path.read_bytes()
-        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
+        text = (unpacked(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"file {str(path)!r} does not exist") from None
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+    except (OSError, EOFError, MemoryError, zlib.error, ValueError) as error:
         raise ConfigError(f"file {str(path)!r} cannot be read: {error}") from None
     if text.lstrip().startswith("["):
         texts, where = [text], str(path)

@@ -170,6 +170,25 @@ def unpicklable(completions, **columns):
     raise Unpicklable("cannot be rebuilt", lambda: 0)
 
 
+class Hangs(str):
+    """Text that never unpickles."""
+
+    def __reduce__(self):
+        return time.sleep, (1000,)
+
+
+@per_completion
+def logs_what_hangs(completions, log_extra, log_metric, **columns):
+    log_extra(Hangs("said"), [Hangs("so")])
+    log_metric(Hangs("number"), 2)
+    return [1.0]
+
+
+@per_completion
+def takes_memory(completions, **columns):
+    return [len(bytearray(int(completions[0]) * 2**20))]
+
+
 def nan(prompts, completions, **columns):
     return [float("nan") if c == "bad" else 0.5 for c in completions]
 

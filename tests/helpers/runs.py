@@ -61,6 +61,7 @@ def make_trainer(tmp_path: Path, method: MDPGRPOConfig | None = None, name: str 
     AcceleratorState._reset_state(True)  # one per process; a test may want another precision than the last
     run = TrainConfig(**{**SMALL, "log_completions": 2, "output_dir": str(tmp_path / name), **knobs})
     out = RunDir(run.output_dir, create=not run.resume)
+    out.release()  # a trainer that is not needed any more may still be there
     weights = run.reward_weights and tuple(run.reward_weights)
     scorer = _scorer(
         tuple(run.reward), weights, run.reward_timeout, run.on_bad_reward, run.constraint_reward, run.reward_isolation
@@ -73,7 +74,6 @@ def run_small(tmp_path: Path, method: MDPGRPOConfig | None = None, name: str = "
     """The trainer of `make_trainer` after its run; the trained model is saved where save_model is asked for."""
     trainer = make_trainer(tmp_path, method, name, **{"save_model": False, **knobs})
     trainer.train()
-    trainer.out.release()
     return trainer
 
 

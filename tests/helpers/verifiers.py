@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import string
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -187,6 +188,9 @@ def hostile(length: int = LONG) -> dict[str, str]:
         "a long namespace": f'<l xmlns:p="{"u" * half}">' + '<a p:a=""/>' * (length // 22) + "</l>",
         "open comments": "<!DOCTYPE l [" + repeated("<!--", length),
         "open quotes": "<!DOCTYPE l [" + repeated("<!ENTITY a '\"", length),
+        "punctuation": drawn(string.punctuation),
+        "punctuation and blanks": drawn(string.punctuation + " \n"),
+        "printable": drawn(string.printable),
     }
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ from helpers.inputs import make_model, make_tokenizer
 from helpers.runs import run_small
 
 from mdpgrpo_fast.config import ConfigError
+from mdpgrpo_fast.demo import SEED_POLICY
 from mdpgrpo_fast.log import reason_of
 from mdpgrpo_fast.models.heads import find_head, other_parts
 from mdpgrpo_fast.models.load import load
@@ -301,3 +304,37 @@ def test_code_that_is_trusted_runs(tmp_path: Path, tokenizer: Any, monkeypatch: 
 def test_reasons_are_one_line(error: Exception, said: str) -> None:
     found = reason_of(error)
     assert re.fullmatch(said, found) and len(found) <= 300, found
+
+
+class _Executed:
+    """What writes a file where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("files", [("pytorch_model.bin",), ("adapter_config.json", "adapter_model.bin")])
+def test_weights_that_are_a_pickle_are_never_executed(tmp_path: Path, files: tuple[str, ...]) -> None:
+    place, executed = tmp_path / "model", tmp_path / "executed"
+    shutil.copytree(SEED_POLICY, place)
+    settings = {"peft_type": "LORA", "base_model_name_or_path": str(SEED_POLICY), "r": 8, "target_modules": ["q_proj"]}
+    for name in files:
+        data = json.dumps(settings).encode() if name.endswith(".json") else pickle.dumps({"a": _Executed(executed)})
+        (place / name).write_bytes(data)
+    (place / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"cannot be loaded: .*Weights only load failed") as e:
+        load(str(place))
+    assert "\n" not in str(e.value) and not executed.exists()
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[1]", "null", '{"a": ' + "9" * 5000 + "}", '"\\ud800"'])
+def test_an_adapter_config_from_anywhere_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(
+        ConfigError, match=r"adapter_config\.json of .* (cannot be read: |must hold an object; got )"
+    ) as e:
+        load(str(tmp_path))
+    assert "\n" not in str(e.value)

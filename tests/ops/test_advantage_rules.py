@@ -150,7 +150,7 @@ def test_single_rewards_by_a_map_and_without_some_completions(backend: str) -> N
     valid = torch.ones(3, 4, dtype=torch.bool)
     valid[0, 1] = False
     base = compute(backend, config, num_constraints=2, parts=parts, valid=valid)
-    assert base.advantage[0, 1] == 0
+    assert base.advantage[0, 1] == 0 and base.advantage[1, 2] == 0, "valid, but no reward applies"
     dirty = parts.clone()
     dirty[0, 1] = 1e6
     assert_equal(compute(backend, config, num_constraints=2, parts=dirty, valid=valid, rewards=parts.nansum(-1)), base)
@@ -179,6 +179,50 @@ def test_single_rewards_are_for_one_rule(backend: str, name: str) -> None:
         compute(backend, config_for(), **REWARDS, **{name: value})
     with pytest.raises(ValueError, match=r"^parts must be given for multi_objective_aggregation = normalize"):
         compute(backend, config_for(**GDPO), **REWARDS)
+
+
+PLAIN: dict[str, Any] = {"rewards": torch.zeros(3, 4), "num_constraints": 2}
+PARTS: dict[str, Any] = {"parts": torch.zeros(3, 4, 2), "num_constraints": 2}
+
+
+@pytest.mark.parametrize(
+    ("knobs", "arguments", "said"),
+    [
+        ({"goal_mean": "running"}, PLAIN, "^running must be .median"),
+        ({}, {"num_constraints": 2}, "^rewards must be of shape"),
+        (GDPO, {**PARTS, "parts": torch.zeros(3)}, "^parts must be of shape .P, G, R.*got shape"),
+        (GDPO, {**PARTS, "parts": torch.zeros(3, 4, 0)}, "^parts must be of shape .P, G, R"),
+        (GDPO, {**PARTS, "parts": torch.full((3, 4, 2), math.inf)}, "^parts must be finite, or NaN"),
+        (GDPO, {**PARTS, "parts": torch.zeros(3, 4, 2, dtype=torch.long)}, "^parts must be .*float"),
+        (GDPO, {**PARTS, "rewards": torch.zeros(2, 4)}, r"^parts must be of shape \(2, 4, 2\)"),
+        (GDPO, {**PARTS, "part_weights": [1.0]}, r"^part_weights must be of shape \(2,\)"),
+        (GDPO, {**PARTS, "part_weights": [1.0, math.inf]}, "^part_weights must be finite"),
+        (GDPO, {**PARTS, "part_weights": torch.ones(2, device="meta")}, "^part_weights must be on"),
+        (GDPO, {**PARTS, "batch": (0.0, "1")}, "^batch must be"),
+        (GDPO, {**PARTS, "valid": torch.ones(3, 3, dtype=torch.bool)}, r"^valid must be of shape \(3, 4\)"),
+        (GDPO, {**PARTS, "valid": torch.ones(3, 4)}, "^valid must be .*bool"),
+        ({}, {**PLAIN, "valid": torch.ones(3, 4, device="meta")}, "^valid .*on"),
+        ({"scale_rewards": "batch"}, {**PLAIN, "batch_std": -1.0}, "^batch_std"),
+        ({}, {**PLAIN, "rewards": torch.full((3, 4), math.inf)}, "^rewards must be finite"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(knobs: dict[str, Any], arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        mdpgrpo_fast.advantages(config=config_for(num_generations=4, **knobs), backend="torch", **arguments)
+
+
+def test_dtypes_of_single_rewards() -> None:
+    """float64 stays; less than float32, and whole numbers of a list, become float32."""
+    config, parts = config_for(num_generations=4, **GDPO), torch.arange(24.0).view(3, 4, 2) ** 2 % 7
+    base = mdpgrpo_fast.advantages(config=config, backend="torch", num_constraints=2, parts=parts)
+    for same, dtype in (
+        (parts.double(), torch.float64),
+        (parts.bfloat16(), torch.float32),
+        (parts.int().tolist(), None),
+    ):
+        got = mdpgrpo_fast.advantages(config=config, backend="torch", num_constraints=2, parts=same)
+        assert got.advantage.dtype == (dtype or torch.float32)
+        torch.testing.assert_close(got.advantage.float(), base.advantage, rtol=1e-5, atol=1e-6)
 
 
 @all_backends

@@ -111,6 +111,10 @@ def test_rewards_equal_but_for_rounding_are_a_constant_group(backend: str) -> No
         got = compute(backend, rewards, k, config)
         assert (got.z == 0).all() and (got.advantage == 0).all() and (got.kl_beta == got.kl_beta[0, 0]).all(), knobs
         assert got.kl_beta[0, 0] == torch.tensor(config.kl_beta_pos)
+    # Four units in the last place are rounding, five are not.
+    eps = torch.finfo(torch.float32).eps
+    edge = compute(backend, torch.tensor([[1.0, 1 - 4 * eps] * 2, [1.0, 1 - 5 * eps] * 2]), k.repeat(2), config)
+    assert (edge.z[0] == 0).all() and (edge.std > 0).tolist() == [False, True]
     real = compute(backend, torch.tensor([[0.7, 0.7, 0.7, 0.7001]]), k, config)
     assert real.z[0, 3] > 0.4, "the smallest step of a real reward is far above it"
 

@@ -53,6 +53,7 @@ ADVANTAGES: Refusals = [
     ("rewards", {"rewards": torch.zeros(2, 1)}, r"\(P, G\) with G = num_generations = 2; got G = 1"),
     ("rewards", {"rewards": torch.tensor([[0.0, math.nan]] * 2)}, "finite .*; got NaN or infinity"),
     ("rewards", {"rewards": torch.tensor([[0.0, math.inf]] * 2)}, "finite .*; got NaN or infinity"),
+    ("rewards", {"rewards": torch.tensor([[0.0, -1.5e6]] * 2)}, r"within ±1e\+06, .*; got 1.5e\+06"),
     ("num_constraints", {"num_constraints": torch.ones(3)}, r"of shape \(2,\); got shape \(3,\)"),
     ("num_constraints", {"num_constraints": torch.tensor([1, 0])}, r"at least 1; got \[1, 0\]"),
     ("valid", {"valid": torch.ones(2, dtype=torch.bool)}, r"of shape \(2, 2\); got shape \(2,\)"),
@@ -225,6 +226,11 @@ def test_overwritten_logits_are_refused(backend: str) -> None:
     for again in (
         lambda: call(backend, one, config_for(), in_place=True),
         lambda: call("torch", one, config_for()),
+        lambda: call(backend, replace(one, logits=one.logits.detach()), config_for()),
+        lambda: call(backend, replace(one, logits=one.logits.data), config_for()),
+        lambda: call(backend, replace(one, logits=one.logits[:2]).rows(slice(0, 2)), config_for()),
+        lambda: mdpgrpo_fast.token_logprobs(one.logits.detach()[1:], one.tokens.to(DEVICE)[1:], backend=backend),
+        lambda: mdpgrpo_fast.token_logprobs(one.logits.view(-1, one.logits.shape[-1]), one.tokens.flatten().to(DEVICE)),
         lambda: mdpgrpo_fast.token_logprobs(one.logits, one.tokens.to(DEVICE), backend=backend),
     ):
         with pytest.raises(ValueError, match=r"^logits must be logits.*; got .* gradient"):
@@ -245,6 +251,23 @@ def test_the_same_slice_again_is_refused_and_another_is_not(backend: str) -> Non
     for half in (slice(0, b), slice(b, 2 * b)):
         with pytest.raises(ValueError, match=r"^logits must be logits; got logits that hold their gradient"):
             mdpgrpo_fast.token_logprobs(whole[half], batch.tokens.to(DEVICE), backend=backend)
+
+
+@fused_backends
+def test_other_columns_of_overwritten_logits_are_logits(backend: str) -> None:
+    """Parts of the width lie between each other in memory, and are no one another's."""
+    batch, config = make_batch(3, (4, 4)), config_for()
+    whole = batch.logits.to(DEVICE).requires_grad_() * 1
+
+    def part(whole: torch.Tensor, columns: slice) -> LossInputs:
+        kwargs = {n: x[:, columns] for n, x in batch.kwargs.items()}
+        return LossInputs(whole[:, columns], batch.tokens[:, columns], batch.mask[:, columns], batch.advantage,
+                          batch.kl_beta, kwargs)  # fmt: skip
+
+    for columns in (slice(0, None, 2), slice(1, None, 2)):
+        call(backend, part(whole, columns), config, in_place=True)
+    del whole
+    assert call(backend, make_batch(3, (4, 4)), config).loss.isfinite(), "new memory, where the old may have been"
 
 
 # ---- wrong types ----------------------------------------------------------------------------------------------------

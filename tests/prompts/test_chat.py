@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from helpers.inputs import make_tokenizer
 from helpers.prompts import TOKENS, chat_tokenizer, stops
 
 from mdpgrpo_fast.config import ConfigError, PromptConfig
-from mdpgrpo_fast.data import Example, Prompts, read_prompts, tokenize
+from mdpgrpo_fast.data import Example, Prompts, read_prompts, rendering, tokenize
 
 SYSTEM, USER = {"role": "system", "content": "Be kind."}, {"role": "user", "content": "Say hi."}
 PREFILL = {"role": "assistant", "content": "Hi there "}
@@ -332,3 +333,50 @@ def test_a_prompt_without_tokens_and_one_that_ends_with_eos() -> None:
 def test_a_prompt_without_a_place_is_counted() -> None:
     with pytest.raises(ConfigError, match="prompt 2: the prompt has 3 tokens"):
         tokenize(Prompts([Example("a"), Example("xyz")]), make_tokenizer(), PromptConfig(max_prompt_length=2))
+
+
+# ---- templates from anywhere ----------------------------------------------------------------------------------------
+
+
+LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+DOUBLES = "{% set n = namespace(x='xxxx') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (LOOPS, "f:1: the tokenizer's chat template takes over 0.3 s, and 0.1 s more for each prompt"),
+        ("{{ 'x' * 10**10 }}", "f:1: the tokenizer's chat template takes over 64 MiB for one prompt"),
+        ("{{ 'x'.ljust(10**10) }}", "f:1: the tokenizer's chat template takes over 64 MiB for one prompt"),
+        ("{{ (10 ** 9) ** (10 ** 9) }}", "f:1: the tokenizer's chat template takes over 0.3 s"),
+        (DOUBLES, "f:1: the tokenizer's chat template takes over 64 MiB for one prompt"),
+        ("{{ 'x' * 10**6 }}", "f:1: the tokenizer's chat template makes 1000000 characters of a prompt with 48"),
+        ("{{ '\\ud800' }}", "f:1: the tokenizer's chat template refuses it: it writes '\\ud800', half of a surrogate"),
+        (
+            "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+            "f:1: the tokenizer's chat template refuses it: maximum rec",
+        ),
+        (
+            "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+            "f:1: the tokenizer's chat template refuses it: maximum recurs",
+        ),
+        (
+            "{{ ''.__class__.__mro__ }}",
+            "f:1: the tokenizer's chat template refuses it: access to attribute '__class__'",
+        ),
+    ],
+)
+def test_a_hostile_template_is_one_line(monkeypatch, template: str, message: str) -> None:
+    monkeypatch.setattr(rendering, "SECONDS", 0.3)
+    monkeypatch.setattr(rendering, "MEMORY", 2**26)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    assert refused(tokenizer, [USER]).startswith(message)
+
+
+def test_a_template_that_ends_its_process_is_one_line() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.apply_chat_template = lambda **_: os._exit(7)
+    message = "f:1: the tokenizer's chat template ended the process that renders it, with status 7"
+    assert refused(tokenizer, [USER]) == message

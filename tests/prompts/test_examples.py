@@ -119,7 +119,10 @@ def user(content: Any) -> dict[str, Any]:
         ({**GOOD, "kwargs": ["a"]}, r":2: each entry of 'kwargs' must be an object"),
         ({**GOOD, "instruction_id_list": 3}, r":2: 'kwargs' must be a list .*instruction_id_list is no list"),
         ({**GOOD, "instruction_id_list": "punctuation:no_comma"}, r":2: .*instruction_id_list is no list"),
-        ({"prompt": "x", "num_constraints": 0}, r":2: 'num_constraints' must be a whole number of at least 1; got 0"),
+        (
+            {"prompt": "x", "num_constraints": 0},
+            r":2: 'num_constraints' must be a whole number of at least 1 and below 2.31; got 0",
+        ),
         ({"prompt": "x", "num_constraints": 1.5}, r":2: 'num_constraints' must be a whole number .* got 1.5"),
         ({"prompt": "x", "num_constraints": True}, r":2: 'num_constraints' must be a whole number .* got True"),
         ({"prompt": "x", "num_constraints": "x"}, r":2: 'num_constraints' must be a whole number"),
@@ -127,6 +130,11 @@ def user(content: Any) -> dict[str, Any]:
         ({**GOOD, "instruction_id_list": ["punctuation:no_coma"]}, r":2: unknown instruction id .*no_comma"),
         ({**GOOD, "instruction_id_list": [3]}, r":2: unknown instruction id 3"),
         ({**GOOD, "instruction_id_list": [WORDS]}, r":2: .*(num_words|relation)"),
+        ({"prompt": "x", "num_constraints": 2**63}, r":2: 'num_constraints' must be .* below 2.31; got 9223372036"),
+        ({"prompt": "x", "num_constraints": "9" * 5000}, r":2: 'num_constraints' must be .* below 2.31; got '999"),
+        ({"prompt": "x", "num_constraints": 1e300}, r":2: 'num_constraints' must be .* below 2.31; got 1e.300"),
+        ('{"prompt": "x", "a": ' + "[" * 101 + "]" * 101 + "}", r":2: is nested more than 100 levels deep"),
+        ('{"prompt": [{"role": "user", "content": "x", "a": ' + "[" * 950 + "]" * 950 + "}]}", r":2: is nested more"),
         ('{"prompt": "half \\ud83d"}', r":2: holds '\\ud83d', half of a surrogate pair, which is no text"),
         ('{"prompt": "x", "answer": ["\\ude00"]}', r":2: holds '\\ude00'"),
         (

@@ -15,8 +15,10 @@ from helpers.inputs import needed
 from helpers.prompts import GOOD, write
 
 from mdpgrpo_fast.config import ConfigError, PromptConfig
-from mdpgrpo_fast.data import read_prompts
+from mdpgrpo_fast.data import files, read_prompts
 from mdpgrpo_fast.data.files import read_rows
+from mdpgrpo_fast.verifiers import packed
+from mdpgrpo_fast.verifiers.scoring import score_files
 
 ROWS = [{"prompt": "one", "n": 1}, {"prompt": "two\u2028still two", "n": 2}]
 LINES = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
@@ -82,6 +84,8 @@ def test_csv_of_pandas_has_lists_as_python_prints_them(tmp_path: Path) -> None:
         ("e.json", b"[]", "holds no prompts"),
         ("u.jsonl", b'{"prompt": "\xff"}', "cannot be read: 'utf-8' codec"),
         ("a.json", b'[{"prompt": "x"},\n {"prompt" "y"}]', r"a\.json:2: not a JSON array: Expecting ':' delimiter"),
+        ("c.csv", b"prompt,a,prompt\nx,y,z\n", "c.csv:1: the header has two columns 'prompt'"),
+        ("p.pkl", b"\x80\x04cos\nsystem\n(X\x02\x00\x00\x00idtR.", "cannot be read: 'utf-8' codec can't decode"),
         ("g.jsonl.gz", b"plain", "cannot be read: Not a gzipped file"),
         ("g.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:-9], "cannot be read: Compressed file ended"),
         ("p.parquet", b"PAR1 no", "cannot be read: .*[Pp]arquet"),
@@ -99,6 +103,26 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path, name: str, data: bytes,
     with pytest.raises(ConfigError, match=message) as e:
         read_prompts(tmp_path / name)
     assert "\n" not in str(e.value)
+
+
+def test_what_unpacks_to_far_more_than_text_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "UNPACKED", 1000)
+    path = tmp_path / "g.jsonl.gz"
+    path.write_bytes(gzip.compress(LINES.encode() + b" " * 1_000_000))
+    with pytest.raises(ConfigError, match=r"g\.jsonl\.gz' cannot be read: its \d+ bytes unpack to more than \d+"):
+        read_prompts(path)
+    with pytest.raises(ConfigError, match=r"g\.jsonl\.gz' cannot be read: its \d+ bytes unpack to more than \d+"):
+        score_files(path, path)
+
+
+def test_a_field_of_a_table_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "FIELD", 200_000)
+    path = tmp_path / "c.csv"
+    path.write_text("prompt\n" + "x" * 199_999 + "\n")
+    assert len(read_prompts(path).examples[0].text) == 199_999
+    path.write_text("prompt\nx\n" + "x" * 200_001 + "\n")
+    with pytest.raises(ConfigError, match=r"c\.csv:\d: not CSV: field larger than field limit"):
+        read_prompts(path)
 
 
 @pytest.mark.parametrize("name", ["none.jsonl", "none.json.gz", "/nowhere/none", "../none", "a/b/c", "~/x y"])

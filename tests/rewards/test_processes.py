@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import logging
 import os
@@ -19,17 +20,20 @@ from typing import Any
 import pytest
 from helpers import questions
 from helpers.inputs import ROOT
+from helpers.stress import stress
 
 from mdpgrpo_fast.rewards import processes
 from mdpgrpo_fast.rewards.processes import Pool
-from mdpgrpo_fast.rewards.worker import Lost
+from mdpgrpo_fast.rewards.worker import Lost, lacks_memory
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # spawned processes inherit it
 
 
 @contextlib.contextmanager
-def pool(count: int = 1, limit: float = 20.0, make: Callable[[], Any] = questions.make) -> Iterator[Pool]:
-    made = Pool(make, count, limit)
+def pool(
+    count: int = 1, limit: float = 20.0, make: Callable[[], Any] = questions.make, memory: int = 0
+) -> Iterator[Pool]:
+    made = Pool(make, count, limit, memory)
     try:
         yield made
     finally:
@@ -94,6 +98,36 @@ def test_a_process_that_ends_costs_its_question_and_says_its_exit_code(kind: str
     with pool(1, limit=5.0) as made:
         died, fine = asked(made, (kind, 7), ("echo", 1))
     assert died == Lost("the scoring process died with exit code 7", "worker exit 7") and fine == 1
+
+
+@pytest.mark.parametrize(
+    ("then", "kind"),
+    [
+        (("compiled", 0), "worker timeout"), (("exit", 7), "worker exit 7"), (("killed", 0), "worker exit -9"),
+        (("echo", 1), None),
+    ],
+)  # fmt: skip
+def test_what_a_process_has_started_ends_with_it(tmp_path: Path, then: tuple[str, Any], kind: str | None) -> None:
+    with pool(1, limit=1.0) as made:
+        (answer,) = asked(made, ("family, and then", (tmp_path / "pids", then)))
+        pids = list(map(int, (tmp_path / "pids").read_text().split()))
+        assert len(pids) == 4 and (kind is None or answer.kind == kind)
+        if kind is None:
+            assert answer == 1 and not any(map(is_gone, pids))
+            made.stop()
+    assert all(is_gone(pid) or is_zombie(pid) for pid in pids)
+
+
+def test_memory_has_a_limit() -> None:
+    with pool(1, memory=200) as made:
+        (first,) = asked(made, ("pid", 0))
+        fine, lost, second, again = asked(made, ("take", 100), ("take", 300), ("pid", 0), ("take", 100))
+        assert fine == again == 100 * 2**20 and second != first and is_gone(first)
+        assert lost.reason.startswith("the scoring process took more than reward_memory = 200 MB: MemoryError (")
+        assert "questions.py" in lost.reason and lost.kind == "memory"
+    refused = OSError(errno.ENOMEM, "Cannot allocate memory")
+    assert lacks_memory(refused) and not lacks_memory(OSError(errno.ENOENT, ""))
+    assert lacks_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."))
 
 
 def test_what_cannot_be_sent_is_said() -> None:
@@ -297,21 +331,22 @@ def test_the_interpreter_ends_whatever_processes_do(tmp_path: Path, kind: str) -
         assert program.returncode == 0 and not err and is_gone(int(out))
 
 
-@pytest.mark.parametrize("kind", ["sleep", "spin"])
-@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(("kind", "end"), [("sleep", signal.SIGTERM), ("compiled", signal.SIGKILL)])
 def test_processes_end_with_a_program_that_is_killed(tmp_path: Path, kind: str, end: signal.Signals) -> None:
     # A fork that lives on holds the program's pipes open.
     fork = "if os.fork() == 0:\n    time.sleep(60)\n    os._exit(0)\n"
-    more = f"pool.ask([({kind!r}, 60)])\ntime.sleep(0.3)\n{fork}os.kill(os.getpid(), {int(end)})\n"
+    found = "print(*pool.answers(pool.ask([('family', 0)]), 60)[0], flush=True)\n"
+    more = f"{found}pool.ask([({kind!r}, 60)])\ntime.sleep(0.3)\n{fork}os.kill(os.getpid(), {int(end)})\n"
     with script(tmp_path, more) as program:
         assert program.stdout is not None
-        pid = int(program.stdout.readline())
+        program.stdout.readline()
+        pids = list(map(int, program.stdout.readline().split()))
         try:
-            assert program.wait(20) == -end
-            deadline = time.monotonic() + 6
-            while not (gone := is_gone(pid) or is_zombie(pid)) and time.monotonic() < deadline:
+            assert program.wait(20) == -end and len(pids) == 4
+            deadline = time.monotonic() + 2
+            while (left := [p for p in pids if not (is_gone(p) or is_zombie(p))]) and time.monotonic() < deadline:
                 time.sleep(0.1)
-            assert gone
+            assert not left
         finally:
             os.killpg(program.pid, signal.SIGKILL)
 
@@ -338,3 +373,8 @@ def test_ctrl_c_ends_a_program_and_says_it_once(tmp_path: Path) -> None:
         os.killpg(program.pid, signal.SIGINT)
         assert program.stderr.read().count("Traceback") == 1, "that of the program alone"
         assert program.wait(20) and is_gone(pid)
+
+
+def test_bad_events_cost_their_questions_alone() -> None:
+    counts = stress(10, 2, 1.0, 10, seed=3)
+    assert counts.total() >= 10 and {kind.partition(" ")[0] for kind in counts} >= {"idle", "worker"}

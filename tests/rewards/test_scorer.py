@@ -288,6 +288,40 @@ def test_nan_is_an_error_unless_dropped() -> None:
     assert [r.total for r in rows] == [0.5, None] and dropped == 1 and rows[1].parts == {"nan": None}
 
 
+def huge(completions: list[str], **columns: Any) -> list[float]:
+    return [1e39 if c == "bad" else -1e6 for c in completions]
+
+
+def test_a_reward_beyond_float32_is_an_error_unless_dropped() -> None:
+    message = (
+        r"huge' gave 1e\+39 for prompt 'Say hi\.', response 'bad', beyond the ±1,000,000 that advantages are made of; "
+    )
+    with pytest.raises(RewardError, match=rf"{message}scale it, or on_bad_reward = drop leaves it out"):
+        score([huge], ["fine", "bad"], FREE)
+    rows, dropped = score([huge], ["fine", "bad"], FREE, on_bad_reward="drop")
+    assert [r.total for r in rows] == [-1e6, None] and dropped == 1 and rows[1].parts == {"huge": None}
+    assert rows[1].problem is not None and re.search(message[:-2], rows[1].problem)
+    with pytest.raises(
+        RewardError, match=r"rewards \[-1000000\.0\] with weights \[2\.0\] sum up to -2000000\.0 for prompt"
+    ):
+        score([huge], ["fine"], FREE, weights=[2.0])
+
+
+def test_what_a_worker_logs_is_plain() -> None:
+    with Scorer([helper("logs_what_hangs")], workers=1) as scorer:
+        (row,) = scorer([FREE], ["a"])
+        assert row.total == 1.0 and row.extra == {"said": "so"} and scorer.take_metrics() == {"number": 2.0}
+
+
+def test_a_reward_that_takes_too_much_memory_loses_its_sample() -> None:
+    with Scorer([helper("takes_memory")], workers=1, memory=100) as scorer:
+        lost, fine = scorer([FREE] * 2, ["200", "0"])
+    assert fine.total == 0 and lost.total is None and lost.problem is not None
+    assert re.match(
+        r"the scoring process took more than reward_memory = 100 MB: MemoryError \(.*takes_memory", lost.problem
+    )
+
+
 def test_constraints_reward_needs_constraints_where_it_is_alone() -> None:
     free = Example("free")
     with Scorer(["constraints"]) as scorer, pytest.raises(ConfigError, match="prompt 2 has no instruction_id_list"):

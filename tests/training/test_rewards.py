@@ -12,6 +12,7 @@ from helpers.runs import make_trainer, rows, run_small
 
 import mdpgrpo_fast.train as train
 from mdpgrpo_fast.rewards import RewardError
+from mdpgrpo_fast.training.metrics import over_ranks
 from mdpgrpo_fast.training.run_dir import tracker_values
 from mdpgrpo_fast.training.show.end import last_line
 from mdpgrpo_fast.training.show.progress import progress_values
@@ -59,6 +60,12 @@ def test_a_failing_scorer_costs_samples_not_the_run(tmp_path: Path) -> None:
     trainer = run_small(tmp_path, **knobs)
     dropped = sum(r["dropped"] for r in rows(trainer))
     assert 0 < dropped <= summary_of(trainer.out.path)["dropped_samples"], "which counts the held-out samples too"
+    causes = [(cause, count) for r in rows(trainer) for cause, count in r["lost"].items()]
+    assert sum(count for _, count in causes) == dropped and all("flaky KeyError" in cause for cause, _ in causes)
+    written = [json.loads(x) for x in (trainer.out.path / "completions.jsonl").read_text().splitlines()]
+    reasons = [row["problem"] for row in written if row["phase"] == "train" and row["reward"] is None]
+    assert len(reasons) == dropped and all("raised KeyError: 'flaky'" in reason for reason in reasons)
+    assert over_ranks([{"lost": {"a": 1}}, {"lost": {"a": 2, "b": 1}}]) == {"lost": {"a": 3, "b": 1}}
 
 
 def test_a_step_without_a_reward_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

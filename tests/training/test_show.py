@@ -158,8 +158,7 @@ def test_the_lines_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     ]
     went_on = summary(eval_file="embedded", resumed_after=100)
     assert end.last_line(went_on).endswith(" in 140 steps, 40 of them now, 1 min 23 s")
-    (out / "checkpoints" / "checkpoint_30").mkdir(parents=True)
-    (out / "checkpoints" / "checkpoint_30" / "progress.json").touch()
+    monkeypatch.setattr(end, "newest", lambda path: path / "checkpoints" / "checkpoint_30")
     command = f"train --config '{out}/config.yaml' --resume (from step 30)"
     assert end.end_lines(stopped, run, report)[-1] == f"go on   mdpgrpo {command}"
     several = f"torchrun --nproc-per-node 2 -m mdpgrpo_fast.{command}"
@@ -241,7 +240,7 @@ def test_an_interrupted_run_says_how_to_go_on(
         patch.setattr(TrainingLoop, "step", interrupted)
         assert train.main(argv) == 130
     said = capsys.readouterr()
-    assert said.err.splitlines()[-1] == "interrupted after step 1"
+    assert said.err.splitlines()[-1] == "interrupted after step 1; --resume goes on from checkpoint_1"
     assert said.out.splitlines()[-1] == f"go on   mdpgrpo train --config {out}/config.yaml --resume (from step 1)"
     assert train.main(["--config", f"{out}/config.yaml", "--resume", "--steps", "2"]) == 0, "the command works"
     assert "resumed after 1 of 3 steps; now 2: the learning rate goes on from 0.0001" in capsys.readouterr().err

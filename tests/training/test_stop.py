@@ -166,6 +166,7 @@ def test_where_a_signal_is_looked_at() -> None:
         time.sleep(0.01)
         state = torch.get_rng_state()
         late.raise_()
+    assert late.half_done
     assert torch.equal(torch.get_rng_state(), state), "a step that has changed something is not taken back"
 
 

@@ -140,9 +140,10 @@ class FusedGRPOTrainer(GRPOTrainer):
         trains, batch = torch.is_grad_enabled(), (input_ids, attention_mask, logits_to_keep, batch_size)
         if trains and compute_entropy and self._entropy_bonus_enabled:
             say_once(logging.WARNING, "an entropy bonus in a loss of one's own takes TRL's head: ours has no gradient")
-            return super()._get_per_token_logps_and_entropies(
+            given: tuple[Tensor, Tensor | None, Tensor | None] = super()._get_per_token_logps_and_entropies(
                 model, *batch, compute_entropy, compute_aux_loss, **images
-            )  # fmt: skip
+            )
+            return given
         temperatures = [self.temperature] if trains else self.logprob_temperatures(model)
         found: list[list[Tensor]] = [[] for _ in temperatures]
         entropies: list[Tensor] = []
@@ -229,7 +230,8 @@ class FusedGRPOTrainer(GRPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         if not self.fuses_loss:
-            return super()._compute_loss(model, inputs)
+            loss: Tensor = super()._compute_loss(model, inputs)
+            return loss
         mode = "train" if self.model.training else "eval"
         attended = inputs["completion_mask"]
         mask = attended * inputs.get("tool_mask", 1)

@@ -81,14 +81,15 @@ class _Unrounded(torch.autograd.Function):
         return found.view_as(found)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
 
 
 def unrounded(returned: Tensor, found: Tensor) -> Tensor:
     """What a `Score` found, with the gradient of what the model's pass returned of it: FSDP2 rounds that to 16 bits in
     mixed precision, and its weights are whole in the backward pass only of what went through the model."""
-    return _Unrounded.apply(returned, found.detach())  # type: ignore[no-any-return]
+    out: Tensor = _Unrounded.apply(returned, found.detach())
+    return out
 
 
 def _load_balancing_loss(config: Any, router_logits: Any, attention_mask: Tensor | None) -> Tensor:

@@ -35,7 +35,7 @@ class TemperaturePerRow(LogitsProcessor):
     def __init__(self, temperatures: Tensor) -> None:
         self.temperatures = temperatures
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         beams = len(scores) // len(self.temperatures)  # of each row, which follow on each other
         return scores / self.temperatures.to(scores).repeat_interleave(beams)[:, None]
 

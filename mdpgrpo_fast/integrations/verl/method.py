@@ -119,4 +119,4 @@ def options_in(config: Any) -> dict[str, Any]:
     found = config.get("mdp_grpo") if config is not None else None
     if found is None:
         raise ConfigError("algorithm.mdp_grpo is missing: use our configs (python -m mdpgrpo_fast.integrations.verl)")
-    return OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else dict(found)  # type: ignore[return-value]
+    return OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else dict(found)

@@ -45,10 +45,16 @@ def _prospect_shape(v, settings):
 
 
 @triton.jit
-def _relative_anchor(r, mean, std, n, groups, settings):
-    """z of rewards of a group of n that is not constant: their distance from μ, or from that of the others, over the
-    deviation of the group, of the batch, or none."""
-    z = r - mean
+def _distance(r, centre, noise):
+    """r - centre, 0 where that is no more than the noise: its sign would be that of a rounding."""
+    d = r - centre
+    return tl.where(tl.abs(d) <= noise, 0.0, d)
+
+
+@triton.jit
+def _relative_anchor(z, std, n, groups, settings):
+    """z of distances from μ in a group of n that is not constant, or from the μ of the others, over the deviation of
+    the group, of the batch, or none."""
     if settings.scale == SCALE_BATCH:
         std = tl.load(groups.batch_std).to(tl.float32)
     if settings.scale != SCALE_NONE:
@@ -76,7 +82,8 @@ def _group_advantages(groups, settings, prompt, G, BLOCK_G: tl.constexpr):
     top = tl.max(tl.where(valid, r, NEG_INF), axis=0)
     bottom = tl.min(tl.where(valid, r, -NEG_INF), axis=0)
     # Four units in the last place of float32: equal rewards, summed in another order.
-    constant = (top - bottom <= 4.76837158203125e-07 * tl.maximum(tl.abs(top), tl.abs(bottom))) | (n == 0)
+    unit = 1.1920928955078125e-07 * tl.maximum(tl.abs(top), tl.abs(bottom))
+    constant = (top - bottom <= 4.0 * unit) | (n == 0)
     # Division rounds to nearest, as elsewhere: the mean of 0, 0.5, 0.5, 1 is 0.5 and not almost.
     total = tl.sum(kept, axis=0)
     mean = tl.where(constant & (n > 0), top, tl.div_rn(total, tl.maximum(n, 1.0)))
@@ -87,7 +94,8 @@ def _group_advantages(groups, settings, prompt, G, BLOCK_G: tl.constexpr):
     std = tl.where(constant, 0.0, tl.sqrt_rn(tl.div_rn(square, divisor)))
     # Equal rewards become the mean, so that rounding does not decide a sign.
     r = tl.where(constant, mean, kept)
-    z = _relative_anchor(r, mean, std, n, groups, settings)
+    noise = tl.maximum(n, 4.0) * unit
+    z = _relative_anchor(_distance(r, mean, noise), std, n, groups, settings)
     z = tl.where(valid, tl.where(constant, 0.0, z), 0.0)
     goal = 0.5
     if settings.goal_mean == MAX_HALF_MEAN:
@@ -95,13 +103,18 @@ def _group_advantages(groups, settings, prompt, G, BLOCK_G: tl.constexpr):
     elif settings.goal_mean == MEAN:
         goal = mean
     factor = 1.0 if settings.binomial else G.to(tl.float32)
-    delta = tl.where(valid, (r - goal) / tl.sqrt_rn(tl.div_rn(factor, 4.0 * k)), 0.0)
+    delta = tl.where(valid, _distance(r, goal, noise) / tl.sqrt_rn(tl.div_rn(factor, 4.0 * k)), 0.0)
     relative, absolute = z, delta
     if settings.prospect:
         relative = _prospect_shape(z, settings)
         if settings.prospect_on_goal:
             absolute = _prospect_shape(delta, settings)
-    advantage = (1.0 - settings.alpha) * relative + settings.alpha * absolute
+    relative *= 1.0 - settings.alpha
+    absolute *= settings.alpha
+    advantage = relative + absolute
+    # Terms that cancel but for rounding.
+    cancelled = 4.0 * 1.1920928955078125e-07 * tl.maximum(n, 4.0) * (tl.abs(relative) + tl.abs(absolute))
+    advantage = tl.where(tl.abs(advantage) <= cancelled, 0.0, advantage)
     if settings.advantage_clip is not None:
         advantage = _bounded(advantage, -settings.advantage_clip, settings.advantage_clip)
     beta = tl.where(advantage < 0, settings.kl_beta_neg, settings.kl_beta_pos)
@@ -328,9 +341,9 @@ def _token_objective(
             ratio, advantage, rows, is_per_row, settings, completion, row, mask
         )
         c = -coupled_slope if settings.sequence else -weight * slope * ratio_slope
-    # On-policy the ratio is 1 whatever ℓ is: a NaN must not get lost on the way.
-    loss = tl.where(logprob == logprob, -weight * value, logprob)
-    c = tl.where(logprob == logprob, c, logprob)
+    # A token that the policy cannot have drawn, or that a NaN is about: no term of it, however bounded, hides that.
+    loss = tl.where(logprob > NEG_INF, -weight * value, float("nan"))
+    c = tl.where(logprob > NEG_INF, c, float("nan"))
     bonus = 0.0
     if rows.entropy_coef is not None or settings.entropy_coef is not None:
         bonus = _knob(rows.entropy_coef, is_per_row.entropy_coef, settings.entropy_coef, completion, row, mask)

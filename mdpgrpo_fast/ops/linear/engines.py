@@ -218,8 +218,7 @@ class TorchRows:
         weights = [c, c_kl] if s.two_temperatures else [c + c_kl]
         if s.has_bonus(rows):
             weights.append(parts.gate.to(self.dtype) * given["entropy_coef"])
-        loss = torch.where(logprobs.isnan(), logprobs, parts.per_token)
-        per_row = torch.stack([logprobs, statistics[ENTROPY], parts.kl, parts.ratio, loss * share])
+        per_row = torch.stack([logprobs, statistics[ENTROPY], parts.kl, parts.ratio, parts.per_token * share])
         marks = torch.stack([parts.clipped_low, parts.clipped_high, parts.kl_clamped])
         return Weighed(per_row, marks, (torch.stack(weights) * share).masked_fill(~keep, 0))
 
@@ -260,8 +259,8 @@ class TorchRows:
         kl_exponent = exponent if name != "gmpo" else log_ratio
         kl_through = kl_through.masked_fill(kl_exponent > reference.RATIO_EXPONENT_MAX, 0)
         c = direct + through.masked_fill(is_over, 0) + kl_through
-        # On-policy the slope does not depend on ℓ, but a NaN of it must not get lost.
-        return torch.where(logprobs.isnan(), logprobs, c)
+        # As `reference.token_objective` has it of ℓ that is -inf or NaN.
+        return torch.where(logprobs > -torch.inf, c, torch.nan)
 
     def _value(self, name: str, x: Tensor | None, keep: Tensor) -> Tensor | float | None:
         """A member of rows, 0 where a row is not kept; the number of the settings, or None, where it is not given."""
@@ -291,13 +290,14 @@ class KernelRows:
         return self.settings.temperature if rows.temperature is None else rows.temperature
 
     def score(self, z: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        return self.launch.logprobs(z[None], _without_completions(rows), self.settings, 0, **self.launch.options(z))
+        known = _without_completions(rows), self.settings, 0
+        found: tuple[Tensor, Tensor] = self.launch.logprobs(z[None], *known, **self.launch.options(z))
+        return found
 
     def unit(self, z: Tensor, gradient: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        settings = self.settings._replace(two_temperatures=0)
-        return self.launch.logprobs(
-            z[None], _without_completions(rows), settings, 0, gradient[None], **self.launch.options(z)
-        )
+        known = _without_completions(rows), self.settings._replace(two_temperatures=0), 0, gradient[None]
+        found: tuple[Tensor, Tensor] = self.launch.logprobs(z[None], *known, **self.launch.options(z))
+        return found
 
     def mix(self, logits: Tensor, gradient: Tensor, statistics: Tensor, weights: Tensor, rows: Rows) -> None:
         two = self.settings.two_temperatures
@@ -315,7 +315,8 @@ class KernelRows:
         return Weighed(*self.launch.objective(*given))
 
     def totals(self, per_row: Tensor, marks: Tensor, rows: Rows, num_completions: int) -> tuple[Tensor, Tensor, Tensor]:
-        return self.launch.totals(per_row, marks, _with_bytes(rows), num_completions)
+        found: tuple[Tensor, Tensor, Tensor] = self.launch.totals(per_row, marks, _with_bytes(rows), num_completions)
+        return found
 
 
 def _with_bytes(rows: Rows) -> Rows:

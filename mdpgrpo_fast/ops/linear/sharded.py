@@ -33,7 +33,7 @@ class _MeanGradient(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient / ctx.ranks, None
 
 
@@ -47,8 +47,10 @@ def whole(x: Tensor) -> Tensor:
     from torch.distributed.tensor import Partial
 
     mesh = x.device_mesh  # type: ignore[attr-defined]
-    full = x.full_tensor(grad_placements=[Partial()] * mesh.ndim)  # type: ignore[attr-defined]
-    return _MeanGradient.apply(full, mesh.size()) if full.requires_grad else full
+    full: Tensor = x.full_tensor(grad_placements=[Partial()] * mesh.ndim)  # type: ignore[attr-defined]
+    if full.requires_grad:
+        full = _MeanGradient.apply(full, mesh.size())
+    return full
 
 
 @contextmanager

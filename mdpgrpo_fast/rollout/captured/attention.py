@@ -33,7 +33,8 @@ def plain_attention(
     if softcap is not None:
         scores = softcap * (scores / softcap).tanh()
     weights = scores.masked_fill(~allowed[:, None, None], -torch.inf).softmax(-1, dtype=_sum_dtype(scores))
-    return (weights.to(values.dtype) @ values).flatten(1, 2)
+    out: Tensor = (weights.to(values.dtype) @ values).flatten(1, 2)
+    return out
 
 
 def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:

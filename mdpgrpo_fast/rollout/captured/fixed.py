@@ -133,7 +133,8 @@ class FixedSteps:
                 past_key_values=Cache(layers=[*layers]),
                 use_cache=True,
             )
-        return out.logits[:, -1]
+        logits: Tensor = out.logits
+        return logits[:, -1]
 
     def step(self, model: Any, num_rows: int) -> None:
         """One more token of each row."""

@@ -43,7 +43,7 @@ class Merged:
             self.x, self.parts = x, self(x).split(self.sizes, -1)
         if x is not self.x:
             return nn.functional.linear(x, self.layers[i].weight, self.layers[i].bias)
-        found = self.parts[i]
+        found: Tensor = self.parts[i]
         if i == len(self.layers) - 1:
             self.x = self.parts = None
         return found

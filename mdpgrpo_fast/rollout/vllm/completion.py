@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+MOST = 1e30  # of a log-prob, either way: float32 holds it
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def completion(
     """
     if finish_reason not in ("stop", "length"):
         raise ValueError(f"finish_reason must be stop or length; got {finish_reason!r}")
-    if not tokens or len(tokens) != len(logprobs) or not all(map(math.isfinite, logprobs)):
+    if not tokens or len(tokens) != len(logprobs) or not all(abs(x) < MOST for x in logprobs):
         raise ValueError(f"a completion must have a finite log-prob per token; got {len(logprobs)} for {len(tokens)}")
     found = set(labels)
     return Completion(list(tokens), list(logprobs), finish_reason == "stop", found.pop() if len(found) == 1 else None)

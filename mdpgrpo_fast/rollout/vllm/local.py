@@ -151,7 +151,7 @@ class VLLMEngine(RolloutEngine):
         return kept
 
     def _rpc(self, method: str, *args: Any) -> list[Any]:
-        return self._llm.collective_rpc(method, args=args)
+        return list(self._llm.collective_rpc(method, args=args))
 
     def _send(self, update: str, weights: list[tuple[str, Tensor]]) -> list[Any]:
         return self._rpc("mdpgrpo_load", update, weights)

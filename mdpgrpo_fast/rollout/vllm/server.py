@@ -5,10 +5,13 @@ The server's environment has this package installed, and `mdpgrpo vllm-serve MOD
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import random
 import socket
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -33,20 +36,26 @@ MAX_PAUSE = 30.0  # seconds between two attempts
 CONNECT = 10.0  # seconds until a connection must stand
 KEEP_ALIVE = 2.0  # seconds that an idle connection is kept: vLLM closes it after 5
 RETRIED = (408, 429)  # of the client errors, the two that may pass
+MOST_BYTES = 64 << 20  # of an answer: the largest that is known lists all tensors of a model
+COMPLETION_BYTES, TOKEN_BYTES = (
+    1 << 20,
+    1 << 10,
+)  # of a completion, and more for each token asked for: about 100 are used
+MOST_SHOWN = 300  # characters of what a server says
 
 
 class VLLMServer(RolloutEngine):
     """The client of one server. Rows are sent one request each; weights through files that both sides see.
 
     Where the environment has a VLLM_API_KEY, each request brings it. Certificates of https are verified, redirects not
-    followed.
+    followed, compressed answers not taken.
 
-    url: as http://host:8000. device: of the Rollout's tensors. timeout: seconds that an answer may take, a whole
-    completion among them. retries: attempts after the first. backoff: seconds before the second attempt, doubled with
-    each, less up to half at random. sync_dir: directory for the weights on their way, /dev/shm on one machine or a
-    shared file system, both sides being the same user; None: the system's for temporary files. concurrency: most
-    requests at once. run_id: what the weights are labelled with on the server, the same on all ranks. lora_rank: of the
-    adapters that `sync_adapter` brings; None: it is not called.
+    url: as http://host:8000. device: of the Rollout's tensors. timeout: seconds from a request to the end of its
+    answer, however that comes: a completion comes whole. retries: attempts after the first. backoff: seconds before the
+    second attempt, doubled with each, less up to half at random. sync_dir: directory for the weights on their way,
+    /dev/shm on one machine or a shared file system, both sides being the same user; None: the system's for temporary
+    files. concurrency: most requests at once. run_id: what the weights are labelled with on the server, the same on all
+    ranks. lora_rank: of the adapters that `sync_adapter` brings; None: it is not called.
 
     Raises: ConfigError for a bad setting or a server that `mdpgrpo vllm-serve` did not start; RolloutError where none
     answers, or one refuses.
@@ -73,7 +82,7 @@ class VLLMServer(RolloutEngine):
         self.url, self.timeout, self.retries, self.backoff = url.rstrip("/"), timeout, retries, backoff
         self.sync_dir, self.concurrency = sync_dir, concurrency
         limits = httpx2.Limits(max_keepalive_connections=concurrency, keepalive_expiry=KEEP_ALIVE)
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        headers = {"Accept-Encoding": "identity", **({"Authorization": f"Bearer {key}"} if key else {})}
         local = {f"all://{f'[{host}]' if ':' in host else host}": None} if is_loopback(host) else {}  # through no proxy
         connect = httpx2.Timeout(timeout, connect=min(timeout, CONNECT))  # which `close` cannot end
         self._http = httpx2.Client(
@@ -81,6 +90,7 @@ class VLLMServer(RolloutEngine):
         )
         weakref.finalize(self, self._http.close)
         self._lock, self._closed, self._stop = threading.Lock(), False, threading.Event()
+        self._end = threading.local()  # of the request of a thread
         self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         if key and not url.lower().startswith("https:") and not is_loopback(host):
             log.warning("vllm_url %s: without https, whoever is on the way can read the key in %s", url, KEY)
@@ -90,13 +100,13 @@ class VLLMServer(RolloutEngine):
         settings = self._call("/server_info?config_format=json", None, _read_settings)
         for flag, expected in (("--logprobs-mode", LOGPROBS_MODE), ("--worker-extension-cls", EXTENSION)):
             if settings[flag] != expected:
-                raise ConfigError(f"vLLM server {url}: {flag} must be {expected}; got {settings[flag]!r}")
+                raise ConfigError(f"vLLM server {url}: {flag} must be {expected}; got {settings[flag][:80]!r}")
         if settings["--data-parallel-size"] > 1:
             raise ConfigError(
                 f"vLLM server {url}: --data-parallel-size must be 1: of several engines only the first tells what it "
                 "holds"
             )
-        if lora_rank is not None and (settings["--max-lora-rank"] or 0) < lora_rank:
+        if lora_rank is not None and settings["--max-lora-rank"] < lora_rank:
             raise ConfigError(
                 f"vLLM server {url}: --enable-lora and --max-lora-rank {lora_rank} or more must be given with "
                 f"vllm_lora = adapter; got {settings['--max-lora-rank'] or 'no --enable-lora'}"
@@ -110,22 +120,25 @@ class VLLMServer(RolloutEngine):
                 f"vLLM server {url}: --enable-scale-out must be given: `mdpgrpo vllm-serve` does"
             ) from None
 
-    def _call(self, path: str, payload: Any, read: Callable[[Any], T], stop: threading.Event | None = None) -> T:
+    def _call(
+        self, path: str, payload: Any, read: Callable[[Any], T], stop: threading.Event | None = None,
+        most: int = MOST_BYTES,
+    ) -> T:  # fmt: skip
         """read() of the JSON that answers a GET, or a POST of the payload where there is one.
 
-        Tried again, unless stop is set: no connection, no answer in time, half an answer, one that read() cannot use, a
-        server's error.
+        Tried again, unless stop is set: no connection, no whole answer in time, half an answer, one of more bytes than
+        `most` or that read() cannot use, a server's error.
         """
         stop, method = stop or threading.Event(), "GET" if payload is None else "POST"
         for attempt in range(self.retries + 1):
             try:
                 if self._closed:
                     raise RolloutError(f"vLLM server {self.url} is asked for nothing more: the run has ended")
-                answer = self._http.request(method, self.url + path, json=payload, extensions={"trace": self._watch})
+                answer, data = self._request(method, path, payload, most)
                 if answer.is_success:
                     as_json = answer.headers.get("Content-Type", "").startswith("application/json")
-                    return read(answer.json() if as_json else answer.text)
-                reason = f"HTTP {answer.status_code} {_first_line(answer)}"
+                    return read(json.loads(data) if as_json else data.decode(errors="replace"))
+                reason = f"HTTP {answer.status_code} {_first_line(answer, data)}"
                 if answer.status_code < 500 and answer.status_code not in RETRIED:
                     raise RolloutError(f"vLLM server {self.url} refuses {path}: {reason}{self._hint(answer, path)}")
             except httpx2.TimeoutException:
@@ -135,14 +148,28 @@ class VLLMServer(RolloutEngine):
                 if "CERTIFICATE_VERIFY_FAILED" in reason:
                     trust = "SSL_CERT_FILE may name the file of an authority of your own"
                     raise RolloutError(f"vLLM server {self.url} is not trusted: {reason}; {trust}") from None
-            except (ValueError, LookupError, TypeError) as e:
+            except RecursionError:
+                reason = "an answer that cannot be used: it is nested too deeply"
+            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
                 reason = f"an answer that cannot be used ({type(e).__name__}: {e})"
             pause = min(self.backoff * 2**attempt, MAX_PAUSE) * random.uniform(0.5, 1.0)
             if attempt == self.retries or self._closed or stop.wait(pause):
                 break
-        raise RolloutError(
-            f"vLLM server {self.url} failed {attempt + 1} times at {path}, the last because {' '.join(reason.split())}"
-        )
+        reason = " ".join(reason.split())[:MOST_SHOWN]
+        raise RolloutError(f"vLLM server {self.url} failed {attempt + 1} times at {path}, the last because {reason}")
+
+    def _request(self, method: str, path: str, payload: Any, most: int) -> tuple[httpx2.Response, bytes]:
+        """An answer and its body, whole. Raises ValueError where that is longer than `most` bytes."""
+        self._end.at, data = time.monotonic() + self.timeout, bytearray()
+        url, extensions = self.url + path, {"trace": self._watch}
+        with self._http.stream(method, url, json=payload, extensions=extensions) as answer:
+            if answer.headers.get("Content-Encoding", "identity") != "identity":
+                raise ValueError("it is compressed, which was not asked for")
+            for piece in answer.iter_raw():
+                data += piece
+                if len(data) > most:
+                    raise ValueError(f"it is longer than {most:,} bytes")
+        return answer, bytes(data)
 
     def _hint(self, answer: httpx2.Response, path: str) -> str:
         """What to do about a refusal, where that is known."""
@@ -162,7 +189,8 @@ class VLLMServer(RolloutEngine):
                 "sampling_params": {**row, "detokenize": False},
             }
             try:
-                return self._call(GENERATE, payload, _read_completion, stop)
+                most = COMPLETION_BYTES + TOKEN_BYTES * row["max_tokens"]
+                return self._call(GENERATE, payload, lambda a: _read_completion(a, row["max_tokens"]), stop, most)
             except RolloutError as e:
                 if self.adapter and "HTTP 404" in str(e):
                     raise RestartedError(
@@ -189,10 +217,12 @@ class VLLMServer(RolloutEngine):
         return [f.result() for f in futures]
 
     def _watch(self, event: str, found: dict[str, Any]) -> None:
-        """httpcore's trace of a request: keeps the socket of each new connection, for `close`."""
+        """httpcore's trace of a request: bounds each new connection, and keeps its socket for `close`."""
         if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
+            stream = found["return_value"]
+            stream.read, stream.write = _until(self._end, stream.read), _until(self._end, stream.write)
             with self._lock:
-                connected = found["return_value"].get_extra_info("socket")
+                connected = stream.get_extra_info("socket")
                 self._sockets.add(connected)
                 if self._closed:
                     _shut(connected)
@@ -242,6 +272,18 @@ class VLLMServer(RolloutEngine):
         self._call("/update_weight_version", {"new_version": label}, lambda answer: answer["success"])
 
 
+def _until(end: threading.local, transfer: Callable[[Any, float | None], T]) -> Callable[[Any, float | None], T]:
+    """A stream's read or write that waits no longer than the thread's request may take: httpcore's limit is of each."""
+
+    def limited(what: Any, timeout: float | None = None) -> T:
+        left = getattr(end, "at", math.inf) - time.monotonic()
+        if left <= 0:
+            raise httpx2.ReadTimeout("the request's time is over")
+        return transfer(what, left if timeout is None else min(left, timeout))
+
+    return limited
+
+
 def _shut(connected: socket.socket) -> None:
     """Ends a connection under a thread that waits for it. Of the class: that of TLS would take its state away first."""
     with suppress(OSError):  # it is closed
@@ -251,27 +293,29 @@ def _shut(connected: socket.socket) -> None:
 def _read_settings(answer: Any) -> dict[str, Any]:
     config = answer["vllm_config"]
     return {
-        "--data-parallel-size": config["parallel_config"]["data_parallel_size"],
-        "--max-lora-rank": (config["lora_config"] or {}).get("max_lora_rank"),
-        "--logprobs-mode": config["model_config"]["logprobs_mode"],
-        "--worker-extension-cls": config["parallel_config"]["worker_extension_cls"],
+        "--data-parallel-size": int(config["parallel_config"]["data_parallel_size"]),
+        "--max-lora-rank": int((config["lora_config"] or {}).get("max_lora_rank") or 0),
+        "--logprobs-mode": str(config["model_config"]["logprobs_mode"]),
+        "--worker-extension-cls": str(config["parallel_config"]["worker_extension_cls"]),
     }
 
 
-def _read_completion(answer: Any) -> Completion:
+def _read_completion(answer: Any, max_tokens: int) -> Completion:
     (choice,) = answer["choices"]
     tokens, drawn = choice["token_ids"], choice["logprobs"]["content"]
+    if len(tokens) > max_tokens or not all(type(t) is int and 0 <= t < 2**31 for t in tokens):
+        raise ValueError(f"a completion must be at most {max_tokens} tokens")
     if tokens != [step["token_id"] for step in drawn]:
         raise ValueError("the log-probs are of other tokens")
-    labels = [span["version"] for span in choice["weight_versions"]]
+    labels = [str(span["version"])[:MOST_SHOWN] for span in choice["weight_versions"]]
     return completion(tokens, [step["logprob"] for step in drawn], choice["finish_reason"], labels)
 
 
-def _first_line(answer: httpx2.Response) -> str:
+def _first_line(answer: httpx2.Response, data: bytes) -> str:
     """What the server says about its error: its message where it answers in JSON."""
     try:
-        said = answer.json()
+        said = json.loads(data)
         text = str(said["error"]["message"] if "error" in said else said["detail"])
-    except (ValueError, LookupError, TypeError):
-        text = answer.text
-    return (text.strip() or answer.reason_phrase).partition("\n")[0][:300]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        text = data[: 4 * MOST_SHOWN].decode(errors="replace")
+    return (text.strip() or answer.reason_phrase).partition("\n")[0][:MOST_SHOWN]

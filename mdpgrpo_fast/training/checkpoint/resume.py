@@ -14,10 +14,10 @@ from . import manifest
 # something may take:
 FREE_KNOBS = (
     "output_dir", "resume", "save_every", "eval_every", "log_completions", "report_to", "profile", "save_model",
-    "reward_timeout", "reward_workers", "reward_isolation", "reward_check", "on_bad_reward", "max_dropped",
-    "keep_best", "push_to_hub", "hub_model_id", "hub_private_repo", "vllm_url", "vllm_memory", "vllm_sleep",
-    "vllm_timeout", "vllm_retries", "vllm_sync_dir", "vllm_lora", "rank_timeout", "trust_remote_code", "preset",
-    "max_bad_steps", "allow_random_weights",
+    "reward_timeout", "reward_workers", "reward_memory", "reward_isolation", "reward_check", "on_bad_reward",
+    "max_dropped", "keep_best", "push_to_hub", "hub_model_id", "hub_private_repo", "vllm_url", "vllm_memory",
+    "vllm_sleep", "vllm_timeout", "vllm_retries", "vllm_sync_dir", "vllm_lora", "rank_timeout", "trust_remote_code",
+    "preset", "max_bad_steps", "allow_random_weights",
 )  # fmt: skip
 # Where the prompts come from, whose fingerprint decides.
 DATA_KNOBS = ("train_file", "eval_file", "split", "eval_split", "prompt_column", "on_bad_row", "eval_samples")

@@ -25,8 +25,8 @@ from .start import Facts
 SCORES = {"HSR": "hsr", "SSR": "ssr", "reward": "reward"}
 # Settings of rewards that decide a score, which `mdpgrpo evaluate` has by the same names.
 OF_SCORES = (
-    "reward", "reward_weights", "constraint_reward", "reward_isolation", "reward_timeout", "on_bad_reward",
-    "keep_special_tokens",
+    "reward", "reward_weights", "constraint_reward", "reward_isolation", "reward_timeout", "reward_memory",
+    "on_bad_reward", "keep_special_tokens",
 )  # fmt: skip
 NO_INTERVALS = dict.fromkeys(SCORES.values())
 

@@ -9,6 +9,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ...config import MDPGRPOConfig, TrainConfig
+from ...log import printable
 from ..metrics import step_notes
 
 
@@ -29,7 +30,7 @@ class Progress:
     def step(self, row: dict[str, Any], completions: list[dict[str, Any]]) -> None:
         """One more step is done. row: its metrics; completions: some of its lines of completions.jsonl."""
         self.bar.update()
-        self.bar.set_postfix_str(progress_values(row), refresh=False)
+        self.bar.set_postfix_str(printable(progress_values(row)), refresh=False)
         number = row["step"]
         for kind, text in step_notes(row, self.run, self.method):
             if kind not in self.notes:
@@ -42,7 +43,7 @@ class Progress:
 def say(text: str, visible: bool = True) -> None:
     """A line on stderr, above the progress bar where there is one."""
     if visible:
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write(printable(text), file=sys.stderr)
 
 
 def progress_values(row: dict[str, Any]) -> str:
@@ -71,7 +72,7 @@ def sample_table(rows: list[dict[str, Any]], limit: int = 4) -> str:
         reward = "dropped" if row["reward"] is None else f"{row['reward']:.2f}"
         cut = "" if row["finished"] else "cut "
         head = f"  τ {row['temperature']:<4g} r {reward:<5} {marks:<6} {cut}"
-        text = " ".join(row["response"].split())
+        text = printable(" ".join(row["response"].split()))
         room = width - len(head) - 1
         lines.append(head + (text if len(text) <= room else text[: room - 1] + "…"))
     return "\n".join(lines)

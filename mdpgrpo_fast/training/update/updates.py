@@ -237,7 +237,7 @@ class Updates:
         """Of the tokens of an update's micro-batches (TOTALS of each), over all ranks."""
         tokens, entropy = totals[:, TOTALS.index("tokens")], totals[:, TOTALS.index("entropy")]
         found = self.accelerator.reduce(torch.stack([(tokens * entropy).sum(), tokens.sum()]), "sum")
-        return (found[0] / found[1].clamp(min=1)).item()
+        return float(found[0] / found[1].clamp(min=1))
 
     def forward_backward(
         self, micro_batch: MicroBatch, old: Tensor | None, ref: Tensor | None, denominator: Tensor | None, scale: float,
@@ -251,7 +251,7 @@ class Updates:
         reduced = acc.sync_gradients or distributed.is_sharded(acc)
         with nullcontext() if reduced else acc.no_sync(self.model):
             with clock.stage("forward"):
-                out = self.model(
+                out: TokenLoss = self.model(
                     micro_batch.inputs, micro_batch.mask, method, micro_batch.lengths, **micro_batch.objective,
                     max_completion_length=method.horizon or self.run.max_completion_length, old_logprobs=old,
                     ref_logprobs=ref, denominator=denominator, backend=self.run.backend, **self.entropy.objective(),

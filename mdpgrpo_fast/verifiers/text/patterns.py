@@ -9,7 +9,7 @@ from typing import Any
 
 from .scan import up_to
 
-WAYS = 100  # in which a keyword may be tried at one place of a text, and one more for each |
+STEPS, EACH = 450, 55  # that a keyword may take at one place of a text, some nanoseconds, and more for each |
 
 _SPECIAL = re.compile(r"[.^$*+?{}\[\]\\|()]|[^\x00-\x7f]")
 _LETTERS_AT_BOTH_ENDS = re.compile(r"\w(?:.*\w)?", re.DOTALL)
@@ -25,15 +25,15 @@ _PART = re.compile(
 
 @functools.lru_cache(maxsize=4096)
 def compiled(pattern: str, flags: int = 0) -> re.Pattern[str]:
-    """`pattern` compiled. Raises ValueError, which says why, where it cannot be or asks for more than `WAYS`."""
+    """`pattern` compiled. Raises ValueError, which says why, where it cannot be or may take more than `STEPS`."""
     try:
         found = re.compile(pattern, flags)
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"is none: {error}") from None
     if _VERBOSE.search(pattern):
         raise ValueError("may not be verbose (?x)")
-    if _ways(pattern) > WAYS + pattern.count("|"):
-        raise ValueError(f"may not be tried in more than {WAYS} ways at one place, as choice after choice has to be")
+    if _steps(pattern) > STEPS + EACH * pattern.count("|"):
+        raise ValueError("may not be so long, or have choice after choice: a response could take seconds to search")
     return found
 
 
@@ -58,27 +58,37 @@ def plain(pattern: str) -> bool:
     return _SPECIAL.search(pattern) is None
 
 
-def _ways(pattern: str) -> int:
-    """In how many ways `pattern`, which repeats nothing, can be tried at one place; not less."""
-    # Of each group that is open: the ways of its alternatives so far, of the last one, and of the last item of that.
-    groups = [[0, 1, 1]]
+def _steps(pattern: str) -> int:
+    """What it may take to try `pattern`, which repeats nothing, at one place; no less, in nanoseconds more or less."""
+    steps, groups = 0, [_Group(1)]
     for part in _PART.finditer(pattern):
         kind, group = part.lastgroup, groups[-1]
         if kind == "open":
-            groups.append([0, 1, 1])
+            steps += 5 * group.ways
+            groups.append(_Group(group.ways))
         elif kind == "bar":
-            group[:] = [group[0] + group[1], 1, 1]
+            steps += 10 * group.entry
+            group.done, group.ways = group.done + group.ways, group.entry
         elif kind == "maybe":
-            group[1], group[2] = group[1] // group[2] * (group[2] + 1), 1
-        elif kind == "back":  # groups that repeat one another grow as fast as choices do
-            group[1], group[2] = group[1] * 2, 2
+            steps += 10 * group.before
+            group.ways += group.before
         elif kind == "close" and len(groups) > 1:
-            ways = group[0] + group[1]
             groups.pop()
-            groups[-1][1], groups[-1][2] = groups[-1][1] * ways, ways
+            groups[-1].before, groups[-1].ways = groups[-1].ways, group.done + group.ways
         elif kind != "note":
-            group[2] = 1
-    return sum(ways for done, last, _ in groups for ways in (done, last))
+            group.before = group.ways
+            steps += (3 if len(part[0]) == 1 else 5) * group.ways
+            group.ways *= 2 if kind == "back" else 1  # groups that repeat one another grow as fast as choices do
+    return steps
+
+
+class _Group:
+    """Part of a pattern that is read: in how many ways one comes to its start, its end so far, and before its last
+    item, and through its alternatives before this one."""
+
+    def __init__(self, entry: int) -> None:
+        self.entry = self.ways = self.before = entry
+        self.done = 0
 
 
 def begins(text: str, phrase: str) -> bool:

@@ -113,11 +113,13 @@ class Splitter:
         plain = len(word) > 1 and word.isalpha() and follows != "." and word.lower() not in self._special
         if follows and (plain or context[length - 1] != "."):
             return True
-        first, second = self._word.match(context), self._word.search(context, length)
-        if first and first.end() == length and second and not second[0].isspace():
-            ends = self._ends(first[0], second[0])
-            if ends or second.end() == len(context):
-                return ends
+        first = self._word.match(context)
+        if first and first.end() == length:
+            second = self._word.search(context, length)
+            if second and not second[0].isspace():
+                ends = self._ends(first[0], second[0])
+                if ends or second.end() == len(context):
+                    return ends
         words = self._word.findall(context) if "\n" not in context else self._words(context)
         for word, after in pairwise(words):  # noqa: SIM110  a generator takes a fifth longer
             if word[-1] in ".?!" and self._ends(word, after):

@@ -8,11 +8,19 @@ import sys
 from collections.abc import Iterable
 from itertools import islice
 from types import ModuleType
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def up_to(stop: int, found: Iterable[object]) -> int:
     """The number of items in `found`, at most `stop`."""
     return sum(1 for _ in islice(found, min(stop, sys.maxsize)))
+
+
+def nth(number: int, found: Iterable[T]) -> T | None:
+    """The item `number`, from 1, of `found`; None where there are fewer."""
+    return next(islice(found, min(number - 1, sys.maxsize), None), None)
 
 
 def engine_of(pattern: object) -> ModuleType:
@@ -24,7 +32,8 @@ def engine_of(pattern: object) -> ModuleType:
         return re
     import regex
 
-    return regex
+    engine: ModuleType = regex
+    return engine
 
 
 @functools.lru_cache(maxsize=2)

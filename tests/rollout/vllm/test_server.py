@@ -114,6 +114,71 @@ def test_an_answer_that_does_not_come_in_time(server: FakeServer) -> None:
     held.set()
 
 
+def dripping(handler: Any, first: bytes, drop: bytes) -> None:
+    """A server that always sends something in time, and is never done."""
+    handler.wfile.write(first)
+    while True:
+        handler.wfile.write(drop)
+        time.sleep(0.05)
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+ENDLESS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "a body that drips": (lambda h: dripping(h, HEAD + b"Content-Length: 999\r\n\r\n", b" "), "no answer within 0.5 s"),
+    "headers that drip": (lambda h: dripping(h, HEAD + b"X: ", b"x"), "no answer within 0.5 s"),
+    "a status that drips": (lambda h: dripping(h, b"HTTP/1.1 200 ", b"x"), "no answer within 0.5 s"),
+    "many headers": (lambda h: h.wfile.write(HEAD + b"X: y\r\n" * 10**6), "too large|too long|Receive buffer"),
+    "an endless body": (
+        lambda h: h.wfile.write(HEAD + b"\r\n") and [h.wfile.write(b" " * 2**16) for _ in range(10**6)],
+        r"it is longer than 1,052,672 bytes",
+    ),
+    "an endless error": (
+        lambda h: h.wfile.write(b"HTTP/1.1 500 No\r\n\r\n") and [h.wfile.write(b"x" * 2**16) for _ in range(10**6)],
+        r"it is longer than 1,052,672 bytes",
+    ),
+    "a body that unpacks": (
+        lambda h: h.wfile.write(HEAD + b"Content-Encoding: gzip\r\nContent-Length: 2\r\n\r\nxx"), "it is compressed",
+    ),
+    "100,000 brackets": (lambda h: h.send(b"[" * 100_000), "it is nested too deeply"),
+    "100,000 brackets in an error": (lambda h: h.send(b'{"detail":' + b"[" * 100_000, 503), r"HTTP 503 \{"),
+    "a number beyond floats": (
+        lambda h: h.send({"choices": [choice([3], [10**400], "stop")]}), "a finite log-prob per token; got 1 for 1"
+    ),
+    "a log-prob beyond float32": (
+        lambda h: h.send({"choices": [choice([3], [-1e39], "stop")]}), "a finite log-prob per token; got 1 for 1"
+    ),
+    "a token that is none": (
+        lambda h: h.send({"choices": [choice([2**70], [-1.0], "stop")]}), "a completion must be at most 4 tokens"
+    ),
+    "more tokens than asked": (
+        lambda h: h.send({"choices": [choice([3] * 5, [-1.0] * 5, "stop")]}), "a completion must be at most 4 tokens"
+    ),
+    "a long reason": (
+        lambda h: h.send({"choices": [choice([3], [-1.0], "x" * 10**5)]}), "finish_reason must be stop or length"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_no_answer_takes_more_time_or_room_than_it_may(server: FakeServer, name: str) -> None:
+    fault, reason = ENDLESS[name]
+    engine = client(server, timeout=0.5 if "drip" in name else 20.0, retries=0)
+    server.fault = failing(99, GENERATE, fault)
+    began = time.monotonic()
+    with pytest.raises(RolloutError, match=reason) as e:
+        engine.generate(PROMPTS[:1], temperature=None, eos=EOS, max_new_tokens=4)
+    assert time.monotonic() - began < 10 and len(str(e.value)) < 500 and "\n" not in str(e.value)
+
+
+def test_a_request_after_a_late_one_has_its_own_time(server: FakeServer) -> None:
+    engine = client(server, timeout=0.5, retries=1, concurrency=1)
+    server.fault = failing(1, GENERATE, lambda h: dripping(h, HEAD, b"x"))
+    row = {"temperature": None, "eos": EOS, "max_new_tokens": 4}
+    assert engine.generate(PROMPTS[:1], **row).lengths.tolist() == [4]
+    time.sleep(0.6)
+    assert engine.generate(PROMPTS[:1], **row).lengths.tolist() == [4]
+
+
 def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with socket.socket() as s:  # a port that nothing listens on

@@ -10,13 +10,13 @@ import re
 import string
 from collections import Counter
 from collections.abc import Iterator
-from itertools import groupby, islice, pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 from ...arguments import Count, Phrase, Positive
 from ...registry import MissingRequirementError, package
 from ...text import sentences
-from ...text.scan import up_to
+from ...text.scan import nth, up_to
 from ...text.words import first_tokens, tokens
 from .kinds import MARKS, ifbench
 from .tables import WITHOUT_PUNCTUATION
@@ -38,7 +38,7 @@ def _each_sentence(text: str) -> Iterator[str]:
 
 
 def _nth_sentence(text: str, n: int) -> str | None:
-    return next(islice(_each_sentence(text), n - 1, None), None)
+    return nth(n, _each_sentence(text))
 
 
 @ifbench("words:alphabet")
@@ -129,7 +129,7 @@ def _is_odd(word: str) -> bool:
 def _count_is_odd(word: str) -> bool:
     import syllapy
 
-    return syllapy.count(word) % 2 == 1
+    return bool(syllapy.count(word) % 2 == 1)
 
 
 _remembered = functools.lru_cache(maxsize=1 << 14)(_count_is_odd)
@@ -177,7 +177,7 @@ def keyword_at(text: str, keyword: Phrase, n: Positive, m: Positive) -> bool:
     if sentence is None:
         return False
     words = (token for token in tokens(sentence) if any(map(str.isalnum, token)))
-    word = next(islice(words, m - 1, None), None)
+    word = nth(m, words)
     return word is not None and word.lower() == keyword.strip().lower()
 
 

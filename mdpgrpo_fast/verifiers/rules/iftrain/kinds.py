@@ -20,7 +20,7 @@ _ESCAPED = re.compile(r"\\[^\w\s]")
 def _word(value: Any, rules: str) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str) and value:
         value = value[0]  # the original reads a list so
-    return _PHRASE.parse(value, rules)
+    return str(_PHRASE.parse(value, rules))
 
 
 def _repeated(value: Any, rules: str) -> str:
@@ -33,7 +33,7 @@ def _repeated(value: Any, rules: str) -> str:
             raise ValueError(
                 f"{word!r} is read as a regular expression, of which only . and ? are known; put a \\ before"
             )
-    return value
+    return str(value)
 
 
 Word = Annotated[str, Kind(_word, "a word, or a list whose first item counts", "island")]
