@@ -497,7 +497,7 @@ def faults(kind: str, o: Operation, base: str = "") -> list[Trial]:
     return found
 
 
-# What ten kills and five faults are of: kind, moment, operation.
+# What ten kills and six faults are of: kind, moment, operation.
 FEW = [
     ("kill", "before", "rename run/checkpoints/checkpoint_N"), ("kill", "midway", "write run/metrics.jsonl"),
     ("kill", "midway", r"write run/checkpoints/checkpoint_N\S*/optimizer"), ("kill", "before", "rename run/model"),
@@ -507,7 +507,7 @@ FEW = [
     ("fault", "EIO midway", "write run/completions.jsonl"),
     ("fault", "EIO", r"write run/checkpoints/\S*/tokenizer.json"),
     ("fault", "ENOSPC", r"write run/checkpoints/\S*/optimizer"), ("fault", "EIO", "fsync run/checkpoints"),
-    ("fault", "ENOSPC midway", "write run/model"),
+    ("fault", "ENOSPC midway", "write run/model"), ("fault", "ENOSPC", r"open run/model/README"),
 ]  # fmt: skip
 
 
@@ -605,7 +605,7 @@ def main() -> int:
     parser.add_argument("kinds", nargs="*")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--few", action="store_true", help="ten kills and five faults")
+    parser.add_argument("--few", action="store_true", help="ten kills and six faults")
     parser.add_argument("--seconds", type=float, default=math.inf, help="no trial begins later than this")
     options = parser.parse_args()
     if "file_operations" not in os.environ.get("LD_PRELOAD", ""):
@@ -618,6 +618,7 @@ def main() -> int:
             return subprocess.run([sys.executable, __file__, *sys.argv[1:]], env=env).returncode
     started = time.perf_counter()
     folder = Path(os.environ["CHAOS_FOLDER"])
+    output = options.output and options.output.resolve()  # before prepare() goes to another folder
     prepare(folder)
     gc.freeze()
     load_what_a_run_loads(folder)
@@ -626,10 +627,10 @@ def main() -> int:
     print(f"{len(bench.logs[''])} operations, {len(trials)} trials; {bench.seconds:.1f} s a run", flush=True)
     results = carry_out(bench, trials, options.jobs, started + options.seconds, lambda line: print(line, flush=True))
     found = document(bench, results, len(trials), time.perf_counter() - started)
-    if options.output:
+    if output:
         import harness
 
-        harness.write_json(options.output, found)
+        harness.write_json(output, found)
     print(f"{found['kills']} kills, {found['faults']} faults, {found['failed']} trials fail; {found['seconds']} s")
     return int(found["failed"] > 0 or not results)
 

@@ -26,6 +26,7 @@ from mdpgrpo_fast.durable import StorageError
 from mdpgrpo_fast.models.load import load
 from mdpgrpo_fast.training import checkpoint
 from mdpgrpo_fast.training.checkpoint import manifest, tree
+from mdpgrpo_fast.training.checkpoint import rows as rows_of_steps
 from mdpgrpo_fast.training.checkpoint.data import fingerprint, weights_fingerprint
 from mdpgrpo_fast.training.checkpoint.state import random_state, set_random_state
 from mdpgrpo_fast.training.loop import TrainingLoop
@@ -129,6 +130,24 @@ def test_where_none_is_whole_it_is_one_line(copy: Path, done: TrainingLoop) -> N
         missing(folder / "model.safetensors")
     with pytest.raises(ConfigError, match=r"there is none: checkpoint_3 is damaged: model.safetensors is missing$"):
         checkpoint.check_resume(TrainConfig(output_dir=str(copy)), preset("exact"))
+
+
+def test_a_disk_that_does_not_give_a_whole_one_is_one_line(
+    copy: Path, done: TrainingLoop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("unable to open file in read-only mode: Input/output error (5)")
+
+    monkeypatch.setattr(done.checkpoints.state, "read", fails)
+    with pytest.raises(ConfigError, match=r"checkpoint_3' cannot be read: unable to open"):
+        done.checkpoints.load(3)
+    monkeypatch.setattr(tree, "safe_open", fails)
+    with pytest.raises(ConfigError, match="cannot be read: RuntimeError"):
+        tree.read(copy / "checkpoints" / "checkpoint_3" / "state" / "run.safetensors")
+    assert manifest.hash_damage(tmp_path) == "manifest.json is missing"
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl' cannot be read: Is a directory"):
+        rows_of_steps.metrics(tmp_path, 1)
 
 
 def test_other_data_is_refused(copy: Path, done: TrainingLoop, monkeypatch: pytest.MonkeyPatch) -> None:
