@@ -7,11 +7,12 @@ DEMO   := mdpgrpo_fast/demo
 ARGS   ?=
 JOBS   ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: help setup train test test-fast test-vllm test-verl vllm-sources faults fuzz chaos mutation coverage audit licences metamorphic check install-check wheel install-sizes sanitize gpu-bundle seed-policy bench clean
+.PHONY: help setup train test test-all test-fast test-vllm test-verl vllm-sources faults fuzz chaos mutation coverage audit licences metamorphic check install-check wheel install-sizes sanitize gpu-bundle seed-policy bench clean
 
 help:
 	@echo "make train        install, then train the embedded demonstration into $(OUTPUT) (ARGS=... adds flags)"
-	@echo "make test         install, then run the whole test suite (ARGS=... goes to pytest)"
+	@echo "make test         install, then run the test suite (ARGS=... goes to pytest)"
+	@echo "make test-all     the tests that are marked long too: further settings of what the suite shows"
 	@echo "make test-fast    the core in under 90 seconds: reference, ops on torch and cpu, config, data, cli, layers, verifiers"
 	@echo "make test-vllm    what runs against a real vLLM, in an environment of its own; RECORD=file keeps versions and seconds"
 	@echo "make test-verl    the same of a real verl on Ray"
@@ -60,6 +61,9 @@ train: $(VENV)/.setup
 
 test: $(VENV)/.setup-test
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-all: $(VENV)/.setup-test
+	$(MAKE) --no-print-directory test ARGS="--long $(ARGS)"
 
 # Without Triton's interpreter, compilers, other processes and measurements of memory.
 FAST := $(addprefix tests/,test_reference.py test_reference_advantages.py test_config.py test_cli.py test_layers.py prompts verifiers ops)
@@ -127,7 +131,7 @@ mutation: $(VENV)/.setup-test
 
 coverage: $(VENV)/.setup-test
 	rm -rf build/coverage && mkdir -p build/coverage && touch build/coverage/begin
-	$(BIN)/coverage run --data-file=build/coverage/data -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/coverage run --data-file=build/coverage/data -m pytest --long -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 	$(BIN)/coverage combine --quiet --data-file=build/coverage/data build/coverage
 	$(BIN)/python benchmarks/tables/coverage_result.py build/coverage/data $(or $(RECORD),build/coverage.json)
 

@@ -677,7 +677,17 @@ def build(root: Path) -> None:
 
 
 def run_tests(root: Path, tests: str) -> tuple[int, str]:
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "--tb=line", *shlex.split(tests)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--long",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "--tb=line",
+        *shlex.split(tests),
+    ]
     try:
         done = subprocess.run(
             command, cwd=root, env=environment(root), capture_output=True, text=True, timeout=LIMIT

@@ -258,6 +258,7 @@ def check_halves(ranks: list[dict[str, Any]], case: str) -> None:
         assert ours["entropy"] == pytest.approx(plain["entropy"], rel=2**-7) and ours["kl"] == 0, case
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kinds", [("fsdp1", "fsdp2"), ("zero2", "zero3")], ids=["fsdp", "zero"])
 def test_sharded(
     kinds: tuple[str, str], model_dirs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

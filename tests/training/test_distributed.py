@@ -200,7 +200,10 @@ def test_no_rank_waits_for_one_that_cannot_answer_or_save(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("reward", "said"),
-    [("boom_later", "all 24 samples of step 2 were lost like this"), ("nan_elsewhere", "gave nan for prompt")],
+    [
+        ("boom_later", "all 24 samples of step 2 were lost like this"),
+        pytest.param("nan_elsewhere", "gave nan for prompt", marks=pytest.mark.long),
+    ],
 )
 def test_ranks_stop_together_and_after_all_is_written(tmp_path: Path, reward: str, said: str) -> None:
     """Whether a reward fails on all of them or on one."""
@@ -255,7 +258,14 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Ten
     return one["parameters"], losses(folder / "run")
 
 
-@pytest.mark.parametrize(("kind", "ranks"), [("ddp", 2), ("ddp", 3), ("fsdp2", 2), ("zero2", 2), ("zero3", 2)])
+@pytest.mark.parametrize(
+    ("kind", "ranks"),
+    [
+        ("ddp", 2),
+        ("fsdp2", 2),
+        *(pytest.param(k, n, marks=pytest.mark.long) for k, n in (("ddp", 3), ("zero2", 2), ("zero3", 2))),
+    ],
+)
 def test_more_processes_make_the_same_steps(
     kind: str, ranks: int, alone: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,6 +290,7 @@ def in_parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.
     return one["parameters"], losses(folder / "run")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["fsdp2", "zero3"])
 def test_parts_of_a_batch_have_their_updates_on_shards_too(
     kind: str, in_parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -301,13 +312,14 @@ def moving_reference(rank: int, ranks: int, kind: str, folder: str) -> str:
     return "it ran"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "said"), [("ddp", "it ran"), ("fsdp2", "sync_reference needs one process or DDP")])
 def test_the_reference_moves_where_ranks_have_whole_weights(kind: str, said: str, tmp_path: Path) -> None:
     for message in spawn(moving_reference, 2, tmp_path, kind, str(tmp_path / "run")):
         assert message.startswith(said)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp2", marks=pytest.mark.long)])
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(kind: str, tmp_path: Path) -> None:
     """To the bit, sampling included: weights, AdamW's state, schedule, random state of each rank, order of prompts.
 
@@ -335,6 +347,7 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(kind: str, tmp_path:
     assert expected[0]["tokens"] != expected[1]["tokens"]
 
 
+@pytest.mark.long
 def test_deepspeed_resumes_to_the_bit_from_files_that_are_no_pickles(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -387,6 +400,7 @@ def fleets(tmp_path_factory: pytest.TempPathFactory, peer: Any) -> tuple[Path, d
     return folder, found
 
 
+@pytest.mark.long
 def test_adapters_on_shards_are_those_of_one_process(fleets: Any) -> None:
     folder, found = fleets
     assert {f["kind"] for f in found["fsdp2 lora"]} == {"FSDP"}
@@ -400,6 +414,7 @@ def test_adapters_on_shards_are_those_of_one_process(fleets: Any) -> None:
     assert all(x.abs().max() > 1e-2 for n, x in alone.items() if "lora_B" in n), "they start at 0"
 
 
+@pytest.mark.long
 def test_the_adapters_of_shards_are_saved_whole(fleets: Any) -> None:
     """peft finds all of them, and they add up to the merged model."""
     from peft import PeftModel
@@ -418,6 +433,7 @@ def test_the_adapters_of_shards_are_saved_whole(fleets: Any) -> None:
     assert_equal(dict(adapted.merge_and_unload().state_dict()), dict(merged.state_dict()), 1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_bfloat16_on_two_ranks_is_that_of_one(kind: str, fleets: Any) -> None:
     """To bfloat16's rounding, of the residual stream too under FSDP2: the same gradients, and moves of the weights."""
@@ -434,6 +450,7 @@ def test_bfloat16_on_two_ranks_is_that_of_one(kind: str, fleets: Any) -> None:
     assert one.norm() > 0.1 and torch.cosine_similarity(one, two, dim=0) > {"ddp": 0.99, "fsdp2": 0.8}[kind]
 
 
+@pytest.mark.long
 def test_a_resumed_run_with_adapters_on_shards_in_bfloat16_ends_as_one(fleets: Any) -> None:
     folder, found = fleets
     for resumed, (whole, stopped) in zip(found["resumed"], found["parts"], strict=True):
@@ -443,6 +460,7 @@ def test_a_resumed_run_with_adapters_on_shards_in_bfloat16_ends_as_one(fleets: A
     assert losses(folder / "parts") == losses(folder / "whole") and len(losses(folder / "whole")) == 3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["ddp", "zero3"])
 def test_ranks_without_a_token_that_counts_take_part(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -506,6 +524,7 @@ def test_torchrun_on_the_cpu(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["processes"] == 2
 
 
+@pytest.mark.long
 def test_an_error_of_one_rank_alone_is_not_lost_to_the_saving_of_shards(tmp_path: Path) -> None:
     """Which all ranks would have to take part in: a save of one would end its process before the traceback."""
     script = tmp_path / "script.py"

@@ -83,6 +83,7 @@ def alone(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.long
 def test_fsdp2_on_two_hosts_makes_the_steps_of_one(hosts: Hosts, alone: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     both = hosts.start_both(lambda h: [*accelerate("fsdp2", *of_host(h)), *train(run, "--steps", "2")])
@@ -96,6 +97,7 @@ def test_fsdp2_on_two_hosts_makes_the_steps_of_one(hosts: Hosts, alone: Path, tm
         torch.testing.assert_close(found[name], x, rtol=0, atol=1e-5)
 
 
+@pytest.mark.long
 def test_a_rank_that_dies_ends_all_and_slurm_goes_on(hosts: Hosts, alone: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = [
