@@ -130,6 +130,13 @@ def test_memory_has_a_limit() -> None:
     assert lacks_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."))
 
 
+def test_a_question_too_large_for_the_memory_costs_itself_alone() -> None:
+    with pool(1, memory=20) as made:
+        *fine, lost, last = asked(made, *[("echo", i) for i in range(3)], ("echo", "x" * (30 << 20)), ("echo", 3))
+    assert fine == [0, 1, 2] and last == 3
+    assert lost == Lost("a completion and its row take more than reward_memory = 20 MB", "memory")
+
+
 def test_what_cannot_be_sent_is_said() -> None:
     with pool(1) as made:
         back, there, raised, fine = asked(
