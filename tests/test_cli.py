@@ -435,6 +435,7 @@ _LAUGHS = "".join(f"a{i + 1}: &a{i + 1} {{<<: [{', '.join([f'*a{i}'] * 10)}]}}\n
         ("seed: 0x" + "f" * 9000, "cannot be read: Exceeds the limit"),
         ("a: 2001-13-45\n", "cannot be read: month must be in 1..12"),
         ("a: !!timestamp b\n", "cannot be read: AttributeError"),
+        ("a: !!int ''\n", "cannot be read: string index out of range"),
         ("a: !!python/object/apply:os.system [id]\n", "cannot be read: could not determine a constructor for the tag"),
         ("steps: 5\0", "cannot be read: unacceptable character #x0000"),
         ('output_dir: "\\ud800"\n', "holds '\\ud800', half of a surrogate pair, which is no text"),

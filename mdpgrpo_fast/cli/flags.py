@@ -87,7 +87,7 @@ class _BoolOr:
         try:
             return _bool(text)
         except ArgumentTypeError:
-            raise ArgumentTypeError(f"must be true, false or {' or '.join(self.choices)}; got {text!r}") from None
+            raise ArgumentTypeError(f"must be true, false or {' or '.join(self.choices)}; got {_short(text)}") from None
 
 
 def _bool(text: str) -> bool:

@@ -41,7 +41,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{where} holds {e.object[e.start]!a}, half of a surrogate pair, which is no text") from None
     except RecursionError:
         raise ConfigError(f"{where} cannot be read: it is nested too deep, or holds itself") from None
-    except (OSError, MemoryError, ValueError, TypeError, AttributeError, yaml.YAMLError) as e:
+    except (OSError, MemoryError, ValueError, TypeError, AttributeError, LookupError, yaml.YAMLError) as e:
         if isinstance(e, ConfigError):
             raise
         raise ConfigError(f"{where} cannot be read: {reason_of(e)}") from None  # constructors raise all of these

@@ -8,6 +8,7 @@ import io
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ def _csv(path: Path, text: str) -> Iterator[Row]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         header, line = next(reader, []), reader.line_num
-        twice = next((name for name in header if header.count(name) > 1), None)
+        twice = next((name for name, count in Counter(header).items() if name and count > 1), None)
         if twice is not None:
             raise ConfigError(f"{path}:1: the header has two columns {twice!r}")
         for fields in reader:

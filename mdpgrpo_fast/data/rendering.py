@@ -34,7 +34,7 @@ class Renderer:
         self._tokenizer = tokenizer
         self._pid = 0
 
-    def render(self, messages: Any, **arguments: Any) -> str:
+    def render(self, messages: Any, /, **arguments: Any) -> str:
         """One conversation as text.
 
         Raises: RefusalError for what the template raises; ConfigError where it exceeds a limit or ends its process.
@@ -58,7 +58,8 @@ class Renderer:
     def close(self) -> None:
         """Ends the process."""
         if self._pid:
-            os.kill(self._pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it ended, where nobody waits for children
+                os.kill(self._pid, signal.SIGKILL)
             self._end()
 
     def __enter__(self) -> Renderer:
@@ -85,9 +86,11 @@ class Renderer:
         for pipe in (self._requests, self._answers):
             with contextlib.suppress(OSError):
                 pipe.close()
-        _, status = os.waitpid(self._pid, 0)
-        self._pid = 0
-        number = os.waitstatus_to_exitcode(status)
+        pid, self._pid = self._pid, 0
+        try:
+            number = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        except ChildProcessError:  # this program was started with SIGCHLD ignored
+            return "ended the process that renders it, or took too long"
         if number == -signal.SIGALRM:
             return f"takes over {SECONDS:g} s, and {EACH:g} s more for each prompt"
         return f"ended the process that renders it, with status {number}"
@@ -97,6 +100,7 @@ def _serve(tokenizer: Any, requests: BinaryIO, answers: BinaryIO) -> NoReturn:
     """Answers until there are no more requests; the process ends here."""
     try:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
         left = SECONDS

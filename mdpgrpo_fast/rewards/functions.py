@@ -134,7 +134,7 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, bool):
         return value
     base: Any = next((t for t in (int, float, str) if isinstance(value, t)), None)
-    return _text(value) if base is None else base.__add__(value, base())
+    return text_of(value) if base is None else base.__add__(value, base())
 
 
 def spec_of(function: RewardFunction) -> str:
@@ -174,19 +174,19 @@ def _number(value: Any, place: int) -> float:
 
 
 def _shown(value: Any) -> str:
-    return f"{type(value).__name__} {_text(value, repr)[:80]}" if value is not None else "None"
+    return f"{type(value).__name__} {text_of(value, repr)[:80]}" if value is not None else "None"
 
 
-def _text(value: Any, how: Callable[[Any], str] = str) -> str:
+def text_of(value: Any, how: Callable[[Any], str] = str) -> str:
     try:
-        return how(value)
+        return str.__add__(how(value), "")  # of str itself, whatever __str__ gave
     except Exception:  # a __repr__ of the user's
         return "that cannot be shown"
 
 
 def describe(e: BaseException) -> str:
     """An exception in one line: type, message, and the line of the user's code that it came from."""
-    text, where = " ".join(_text(e).split())[:300], place_of(e)
+    text, where = " ".join(text_of(e).split())[:300], place_of(e)
     where = f" ({where})" if where else ""
     return f"{type(e).__name__}: {text}{where}" if text else f"{type(e).__name__}{where}"
 
@@ -208,7 +208,7 @@ def user_frames(e: BaseException) -> list[traceback.FrameSummary]:
 def trace_of(e: BaseException) -> str:
     """The traceback inside the user's code."""
     frames = "".join(traceback.format_list(user_frames(e)))
-    return f"Traceback (most recent call last):\n{frames}{type(e).__name__}: {_text(e)[:2000]}" if frames else ""
+    return f"Traceback (most recent call last):\n{frames}{type(e).__name__}: {text_of(e)[:2000]}" if frames else ""
 
 
 def is_usable(value: float | None) -> bool:

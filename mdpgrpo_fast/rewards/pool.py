@@ -12,7 +12,7 @@ from ..config import ConfigError
 from ..data import Example
 from ..verifiers import CheckError, Mode
 from .constraints import ConstraintReward
-from .functions import Arguments, TrainerState, check_values, describe, load_reward, place_of, trace_of
+from .functions import Arguments, TrainerState, check_values, describe, load_reward, place_of, text_of, trace_of
 from .processes import Batch, Pool
 from .worker import Lost, lacks_memory
 
@@ -40,7 +40,7 @@ class Failure:
     @classmethod
     def of(cls, name: str, error: BaseException) -> Failure:
         """A reward that raised, or returned what `check_values` refuses."""
-        text = str(error) if isinstance(error, ValueError) else ""
+        text = text_of(error) if isinstance(error, ValueError) else ""
         said = text if text.startswith("returned ") else f"raised {describe(error)}"
         return cls(f"reward {name!r} {said}", f"{name} {type(error).__name__} {place_of(error)}", trace_of(error))
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..log import say_once
 from .functions import describe
-from .worker import GRACE, Lost, Make, Worker
+from .worker import GRACE, NO_ROOM, Lost, Make, Worker
 
 STARTS = 4  # that fail, whatever the process, before what is asked is given up
 _UNANSWERED = object()
@@ -211,7 +211,7 @@ class Pool:
             self._unpack(worker.receive(math.inf))
             self._progress = time.monotonic()
         except (EOFError, OSError):
-            self._died(slot)
+            self._died(slot, self._end(slot))
 
     def _asked(self, slot: _Slot, question: Any) -> Any:
         """The answer, or Lost; _UNANSWERED where the process was gone before it took the question."""
@@ -230,7 +230,10 @@ class Pool:
             self._end(slot, late=True)
             return self._late
         except OSError:
-            self._died(slot)
+            code = self._end(slot)
+            if code == NO_ROOM:
+                return Lost(f"a completion and its row take more than reward_memory = {self.memory} MB", "memory")
+            self._died(slot, code)
             return _UNANSWERED
         try:
             found = worker.receive(max(0.0, end - time.monotonic()))
@@ -258,8 +261,8 @@ class Pool:
                 say_once(level, text)
         return answer, last
 
-    def _died(self, slot: _Slot) -> None:
-        self._fail(slot, f"died {STARTS} times, the last with exit code {self._end(slot)}")
+    def _died(self, slot: _Slot, code: int | None) -> None:
+        self._fail(slot, f"died {STARTS} times, the last with exit code {code}")
 
     def _fail(self, slot: _Slot, how: str) -> None:
         """Counts a process that ended before it was asked; after a few, everything that waits is lost."""

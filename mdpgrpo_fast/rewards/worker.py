@@ -34,6 +34,7 @@ from .guard import guarded
 Make = Callable[[], Callable[[Any], Any]]
 
 POLL = 1.0  # seconds between two looks at a process whose pipes a child of its own may hold open
+NO_ROOM = 75  # exit code of a process whose memory limit leaves no room for a question
 GRACE = 5.0  # seconds for a process that was killed to be gone
 _CHILDREN = threading.RLock()  # multiprocessing starts and reaps children without a lock
 
@@ -142,7 +143,10 @@ def _serve(connection: Connection, make: Make, memory: int) -> None:
     with contextlib.suppress(EOFError, OSError):
         last = False
         while not last:
-            data = connection.recv_bytes()
+            try:
+                data = connection.recv_bytes()
+            except MemoryError:
+                os._exit(NO_ROOM)
             try:
                 found = answer(ForkingPickler.loads(data))
             except BaseException as e:

@@ -6,6 +6,7 @@ import gzip
 import io
 
 UNPACKED, TIMES = 2**26, 200  # bytes that a file may unpack to, and more for each of its own
+PIECE = 2**20
 
 
 def unpacked(data: bytes) -> bytes:
@@ -14,9 +15,10 @@ def unpacked(data: bytes) -> bytes:
     Raises: ValueError where they are far more than text that was packed can be; OSError, EOFError or zlib.error where
         it is damaged.
     """
-    limit = UNPACKED + TIMES * len(data)
+    limit, found = UNPACKED + TIMES * len(data), io.BytesIO()
     with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
-        found = file.read(limit + 1)
-    if len(found) > limit:
-        raise ValueError(f"its {len(data)} bytes unpack to more than {limit}")
-    return found
+        while piece := file.read(PIECE):  # one read of `limit` would ask for as much memory at once
+            if found.tell() + len(piece) > limit:
+                raise ValueError(f"its {len(data)} bytes unpack to more than {limit}")
+            found.write(piece)
+    return found.getvalue()

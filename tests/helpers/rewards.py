@@ -177,9 +177,23 @@ class Hangs(str):
         return time.sleep, (1000,)
 
 
+class ShownAsHangs:
+    def __str__(self):
+        return Hangs("so")
+
+
+class Unshowable(ValueError):
+    def __str__(self):
+        raise KeyError("no text")
+
+
+def unshowable(completions, **columns):
+    raise Unshowable
+
+
 @per_completion
 def logs_what_hangs(completions, log_extra, log_metric, **columns):
-    log_extra(Hangs("said"), [Hangs("so")])
+    log_extra(Hangs("said"), [ShownAsHangs()])
     log_metric(Hangs("number"), 2)
     return [1.0]
 

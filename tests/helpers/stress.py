@@ -14,6 +14,7 @@ import re
 import signal
 import sys
 import time
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,9 @@ def stress(
 ) -> collections.Counter[str]:
     """Counts by what was lost. Raises AssertionError where an event cost more than its question, or was not said."""
     draw, counts = random.Random(seed), collections.Counter() if counts is None else counts
+    resource_tracker.ensure_running()  # which keeps a pipe
+    before = len(os.listdir("/proc/self/fd"))
     pool = Pool(questions.make, workers, limit, memory=1000)
-    before = 0
     try:
         while sum(counts.values()) < events:
             asked = [draw.choice(EVENTS) if draw.random() < 0.5 else None for _ in range(batch)]
@@ -68,7 +70,6 @@ def stress(
                         os.kill(pid, signal.SIGKILL)
                     process.join(10)
                     counts[f"idle {of} killed"] += 1
-            before = before or len(os.listdir("/proc/self/fd"))
     finally:
         pool.stop()
     assert len(os.listdir("/proc/self/fd")) <= before, "files are left open"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -367,11 +370,47 @@ DOUBLES = "{% set n = namespace(x='xxxx') %}{% for i in range(60) %}{% set n.x =
     ],
 )
 def test_a_hostile_template_is_one_line(monkeypatch, template: str, message: str) -> None:
-    monkeypatch.setattr(rendering, "SECONDS", 0.3)
+    if "over 0.3 s" in message:
+        monkeypatch.setattr(rendering, "SECONDS", 0.3)
     monkeypatch.setattr(rendering, "MEMORY", 2**26)
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
     assert refused(tokenizer, [USER]).startswith(message)
+
+
+@pytest.mark.parametrize("name", ["messages", "self"])
+def test_template_args_by_names_that_are_taken_are_one_line(name: str) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ messages }}"
+    said = f"f:1: the tokenizer's chat template refuses it: TypeError: .*multiple values for .*argument '{name}"
+    assert re.match(said, refused(tokenizer, [USER], template_args=[f"{name}=1"]))
+
+
+def test_a_template_is_ended_whatever_its_program_does_with_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendering, "SECONDS", 0.3)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = LOOPS
+    said: list[str] = []
+
+    def render() -> None:
+        with pytest.raises(ConfigError) as e:
+            renderer.render([USER])
+        said.append(str(e.value))
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        with rendering.Renderer(tokenizer) as renderer:
+            thread = threading.Thread(target=render, daemon=True)
+            thread.start()
+            thread.join(20)
+        tokenizer.chat_template = "{{ messages[0].content }}"
+        with rendering.Renderer(tokenizer) as renderer:
+            assert renderer.render([USER]) == "Say hi."
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+    assert said == ["the tokenizer's chat template ended the process that renders it, or took too long"]
 
 
 def test_a_template_that_ends_its_process_is_one_line() -> None:

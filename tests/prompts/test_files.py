@@ -115,6 +115,18 @@ def test_what_unpacks_to_far_more_than_text_is_refused(tmp_path: Path, monkeypat
         score_files(path, path)
 
 
+def test_unpacking_asks_for_no_more_memory_than_it_fills(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "TIMES", 2**40)
+    assert packed.unpacked(gzip.compress(LINES.encode())) == LINES.encode()
+
+
+def test_a_header_has_many_columns_and_some_without_a_name(tmp_path: Path) -> None:
+    path = tmp_path / "c.csv"
+    path.write_text("prompt,,," + ",".join(f"c{i}" for i in range(100_000)) + "\nx,1,2" + ",y" * 100_000 + "\n")
+    (example,) = read_prompts(path).examples
+    assert example.text == "x" and len(example.columns) > 100_000
+
+
 def test_a_field_of_a_table_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "FIELD", 200_000)
     path = tmp_path / "c.csv"

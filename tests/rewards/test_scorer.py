@@ -313,6 +313,13 @@ def test_what_a_worker_logs_is_plain() -> None:
         assert row.total == 1.0 and row.extra == {"said": "so"} and scorer.take_metrics() == {"number": 2.0}
 
 
+def test_an_error_that_cannot_be_shown_loses_its_samples() -> None:
+    with Scorer([helper("unshowable")]) as scorer:
+        (row,) = scorer([FREE], ["a"])
+    assert row.total is None and row.problem is not None
+    assert "unshowable' raised Unshowable: that cannot be shown (" in row.problem
+
+
 def test_a_reward_that_takes_too_much_memory_loses_its_sample() -> None:
     with Scorer([helper("takes_memory")], workers=1, memory=100) as scorer:
         lost, fine = scorer([FREE] * 2, ["200", "0"])

@@ -18,7 +18,7 @@ from helpers.verifiers import ARGUMENTS, HOSTILE, arguments, hostile, installed,
 
 from mdpgrpo_fast.verifiers import INSTRUCTIONS, ArgumentError, validate, verify
 from mdpgrpo_fast.verifiers.registry import clean
-from mdpgrpo_fast.verifiers.text import markup
+from mdpgrpo_fast.verifiers.text import markup, patterns
 
 SMALL = [
     "", " ", "\n", "\n\n", "\r\n", "\x00", "\ud800", "\udfff\ud800", "\u200f", "\u202e abc", "\ufeff", "*", "**",
@@ -184,6 +184,7 @@ def test_a_circle_of_entities_is_no_xml() -> None:
         r"\w?" * 5 + "Z",
         "((((a|b)?)?)?)?" * 2 + "Z",
         "[ab]" * 150,
+        "[" + "".join(chr(0x1F000 + i) for i in range(500)) + "]",  # which re compares one by one
         "(" * 9000 + "a" + ")" * 9000,
         "a?" * 10 + "a" * 10,
         "(a|(b|(c|d)?)?)" + "(?:a|b|c)" * 5,
@@ -218,8 +219,21 @@ def test_keywords_have_to_compile_as_the_check_writes_them(instruction_id: str, 
         validate(instruction_id, kwargs)
 
 
+def test_characters_by_number_or_name_count_as_they_are() -> None:
+    with pytest.raises(ValueError, match="a response could take seconds"):
+        patterns.compiled(r"[\U0001F600\N{GRINNING FACE}]" * 60)
+
+
 def test_keywords_with_some_choice_are_taken() -> None:
-    for keyword in ("colou?r", "(a|b)(c|d)?", "|".join(f"word{i}" for i in range(300)), "what?", r"(\w)\1", "(?i:z)"):
+    for keyword in (
+        "colou?r",
+        "(a|b)(c|d)?",
+        "|".join(f"word{i}" for i in range(300)),
+        "what?",
+        r"(\w)\1",
+        "(?i:z)",
+        "[😀😁😂]",
+    ):
         with no_hang(10):
             assert verify("keywords:existence", HOSTILE["a"], {"keywords": [keyword]}) in (True, False)
 

@@ -77,9 +77,14 @@ def _steps(pattern: str) -> int:
             groups[-1].before, groups[-1].ways = groups[-1].ways, group.done + group.ways
         elif kind != "note":
             group.before = group.ways
-            steps += (3 if len(part[0]) == 1 else 5) * group.ways
+            steps += (3 if len(part[0]) == 1 else 5 + 2 * _compared(part[0])) * group.ways
             group.ways *= 2 if kind == "back" else 1  # groups that repeat one another grow as fast as choices do
     return steps
+
+
+def _compared(part: str) -> int:
+    """How many characters of [...] are compared one by one: those beyond 16 bits, which `re` has no table for."""
+    return sum(c > "\uffff" for c in part) + part.count("\\U") + part.count("\\N") if part[0] == "[" else 0
 
 
 class _Group:
