@@ -108,6 +108,16 @@ def replace_folder(new: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def put_back_folder(path: Path) -> None:
+    """The folder of before under its name again, where `replace_folder` was killed or failed while none had it. Raises:
+    StorageError."""
+    old = path.with_name(path.name + OLD)
+    if not path.exists() and old.is_dir():
+        with storing(path):
+            os.rename(old, path)
+            sync_folder(path.parent)
+
+
 def remove_folder(path: Path) -> None:
     """Removes a folder, first its name, so that none is found there in parts. Raises: StorageError."""
     old = path.with_name(path.name + OLD)

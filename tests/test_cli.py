@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import os
+import pty
 import re
 import subprocess
 import sys
@@ -19,6 +21,7 @@ import mdpgrpo_fast.__main__ as console
 import mdpgrpo_fast.train as train
 from mdpgrpo_fast import __version__, evaluate, explain
 from mdpgrpo_fast.cli import foreign, parse, read_yaml
+from mdpgrpo_fast.cli.ending import _unread
 from mdpgrpo_fast.config import (
     ADVANCED,
     GROUPS,
@@ -544,3 +547,15 @@ def test_a_reader_that_goes_away_ends_nothing(tmp_path: Path) -> None:
         running.stdin.close()
         said = running.stderr.read()
     assert running.returncode == 3 and (tmp_path / "done").exists() and said == "y\n" * 99
+
+
+def test_a_terminal_that_is_closed_ends_nothing() -> None:
+    reader, terminal = pty.openpty()
+    with open(terminal, "w", encoding="utf-8", buffering=1) as stream:
+        out = _unread(stream)
+        assert out.isatty() and out.line_buffering
+        print("first", file=out)
+        assert os.read(reader, 99) == b"first\r\n"
+        os.close(reader)
+        print("second", file=out)
+        print("third", file=out)

@@ -105,6 +105,17 @@ def test_a_folder_is_the_one_before_or_the_one_after(tmp_path: Path, monkeypatch
     assert os.listdir(tmp_path) == []
 
 
+def test_a_folder_that_lost_its_name_has_it_again(tmp_path: Path) -> None:
+    path, old = tmp_path / "best", tmp_path / "best.old"
+    old.mkdir()
+    (old / "file").write_text("before")
+    durable.put_back_folder(path)
+    assert (path / "file").read_text() == "before" and not old.exists()
+    old.mkdir()  # of a kill after the new one had the name
+    durable.put_back_folder(path)
+    assert (path / "file").read_text() == "before"
+
+
 def test_space_is_looked_at(tmp_path: Path) -> None:
     free = durable.free_bytes(tmp_path / "not" / "there")
     assert free > 0

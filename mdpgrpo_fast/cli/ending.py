@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -29,7 +30,7 @@ def end(command: Callable[[], int]) -> NoReturn:
     gloo's threads take the GIL to free tensors of finished work: at the interpreter's shutdown they abort, and while a
     process group is destroyed they may wait for ever. So a process of several under gloo ends without either.
     """
-    # `mdpgrpo train | head`: what is written after the reader has gone is lost, and the run is not.
+    # `mdpgrpo train | head`, a terminal that is closed: what is written after that is lost, and the run is not.
     sys.stdout, sys.stderr = _unread(sys.stdout), _unread(sys.stderr)
     try:
         code = command()
@@ -49,12 +50,19 @@ def end(command: Callable[[], int]) -> NoReturn:
 
 
 class _Unread(io.FileIO):
-    """A standard stream; once its reader has closed it, what is written goes nowhere, from child processes too."""
+    """A standard stream; once its reader has closed it, or its terminal has gone, what is written goes nowhere, from
+    child processes too."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number, "w", closefd=False)
+        self._gone = {errno.EPIPE, errno.EIO} if self.isatty() else {errno.EPIPE}
 
     def write(self, data: Any) -> int:
         try:
             return super().write(data)
-        except BrokenPipeError:
+        except OSError as e:
+            if e.errno not in self._gone:
+                raise
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)
@@ -63,13 +71,13 @@ class _Unread(io.FileIO):
 
 def _unread(stream: TextIO) -> TextIO:
     try:
-        number, terminal = stream.fileno(), stream.isatty()
+        number = stream.fileno()
     except (AttributeError, OSError, ValueError):  # of a test, or closed
         return stream
-    if terminal or not isinstance(stream, io.TextIOWrapper):
+    if not isinstance(stream, io.TextIOWrapper):
         return stream
     stream.flush()
-    raw = io.BufferedWriter(_Unread(number, "w", closefd=False))
+    raw = io.BufferedWriter(_Unread(number))
     return io.TextIOWrapper(
         raw, stream.encoding, stream.errors, line_buffering=stream.line_buffering, write_through=stream.write_through
     )

@@ -7,6 +7,7 @@ import resource
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -119,6 +120,8 @@ def _write_folder(path: Path, write: Callable[[Path], None]) -> None:
         durable.replace_folder(new, path)
     except durable.StorageError:
         shutil.rmtree(new, ignore_errors=True)
+        with suppress(durable.StorageError):
+            durable.put_back_folder(path)
         raise
 
 

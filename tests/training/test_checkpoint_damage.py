@@ -197,6 +197,12 @@ def test_files_beside_the_checkpoints_are_cut_whole_and_read_or_refused(
         with pytest.raises(StorageError, match=r"metrics.jsonl' cannot be written: no"):
             checkpoint.drop_what_came_later(copy, 2)
     assert (copy / "metrics.jsonl").read_text() == lines, "as it was"
+    (copy / "bad_steps.jsonl").write_text('{"step": 2}\n{"step": 3}\n')
+    (copy / "best.old").mkdir()  # of a kill between two renames
+    checkpoint.drop_what_came_later(copy, 2)
+    assert (copy / "bad_steps.jsonl").read_text() == '{"step": 2}\n'
+    assert (copy / "best").is_dir() and not (copy / "best.old").exists()
+    shutil.rmtree(copy / "best")
     for text in ("", "{", '{"step": 1}', "[]", '{"step": null, "score": 1}'):
         (copy / "best.json").write_text(text)
         with pytest.raises(ConfigError, match=r"best.json' as it was written, or not at all: it cannot be read$"):

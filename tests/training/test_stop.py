@@ -126,6 +126,15 @@ def test_what_is_ignored_stays_so_and_a_thread_has_no_handlers(tmp_path: Path) -
             assert signal.getsignal(signal.SIGTERM) == inside._handle
     finally:
         signal.signal(signal.SIGHUP, before)
+    handlers = [signal.signal(n, signal.SIG_IGN) for n in stop.SIGNALS]
+    try:
+        with Stop(True, str):
+            pass
+        assert signal.set_wakeup_fd(-1) == -1
+        assert "mdpgrpo-signals" not in [t.name for t in threading.enumerate()]
+    finally:
+        for n, handler in zip(stop.SIGNALS, handlers, strict=True):
+            signal.signal(n, handler)
     seen: list[Any] = []
 
     def enter() -> None:

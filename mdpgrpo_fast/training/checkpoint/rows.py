@@ -1,4 +1,4 @@
-"""The JSON lines of a run that goes on: those of the steps that it goes on from."""
+"""The files of a run that goes on: JSON lines of the steps that it goes on from, whole folders of models."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from .checkpoints import set_aside_later
 
 
 def drop_what_came_later(path: Path, step: int) -> None:
-    """Take lines of later steps, and of the evaluation at the end, out of the run's JSON lines.
+    """Takes lines of later steps, and of the evaluation at the end, out of the run's JSON lines; a model that a kill
+    left without its name has it again.
 
     Raises: StorageError.
     """
     with durable.storing(path):
         set_aside_later(path, step)
-    for name in ("metrics.jsonl", "completions.jsonl"):
+    for name in ("model", "adapters", "best"):
+        durable.put_back_folder(path / name)
+    for name in ("metrics.jsonl", "completions.jsonl", "bad_steps.jsonl"):
         file = path / name
         if file.exists():
             durable.write_text(file, "".join(line + "\n" for line in _lines(file) if _row(line, step) is not None))

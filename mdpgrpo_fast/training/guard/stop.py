@@ -47,15 +47,18 @@ class Stop:
     def __enter__(self) -> Stop:
         if threading.current_thread() is not threading.main_thread() or "ipykernel" in sys.modules:
             return self
+        found = {number: signal.getsignal(number) for number in SIGNALS}
+        self._before = {n: handler for n, handler in found.items() if handler not in (None, signal.SIG_IGN)}
+        if not self._before:
+            return self
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         # The thread sees a signal even where the main thread is in a call that does not return.
         self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._watcher = threading.Thread(target=self._watch, daemon=True, name="mdpgrpo-signals")
         self._watcher.start()
-        for number in SIGNALS:
-            if signal.getsignal(number) not in (None, signal.SIG_IGN):
-                self._before[number] = signal.signal(number, self._handle)
+        for number in self._before:
+            signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exc: object) -> None:
