@@ -69,8 +69,9 @@ def _unseen(logits: Tensor) -> bool:
 def mark_overwritten(logits: Tensor) -> None:
     if _unseen(logits):
         return
-    for key in [k for k, x in _found.items() if x.storage.expired()]:
-        del _found[key]
+    # Other threads may do so too.
+    for key in [k for k, x in list(_found.items()) if x.storage.expired()]:
+        _found.pop(key, None)
     storage, version = logits.untyped_storage(), logits._version
     known = _found.get(storage._cdata)
     # The write has moved the version by one. By more, and someone has filled the memory again.
