@@ -95,8 +95,8 @@ def decoupled_anchor(
     """z of several rewards, each normalised in its group and then summed, over the batch's deviation (GDPO); exactly 0
     in a group whose sums are, as where it is constant in all its rewards. (P, G)
 
-    parts (P, G, R): rewards, NaN where one does not apply; weights (R,). batch: mean and deviation of the sums over the
-    batch, where that is more than these; see `decoupled_sums`, whose mean is 0 but for rounding. Default: 0, of these.
+    parts (P, G, R): rewards, NaN where one does not apply; weights (R,). batch: mean, which is 0 but for rounding, and
+    deviation of `decoupled_sums` over the batch, where that is more than these. Default: 0, and that of these.
     """
     sums = decoupled_sums(parts, weights, valid, config)
     if batch is None:

@@ -274,6 +274,21 @@ def test_other_columns_of_overwritten_logits_are_logits(backend: str) -> None:
     assert call(backend, make_batch(3, (4, 4)), config).loss.isfinite(), "new memory, where the old may have been"
 
 
+@fused_backends
+def test_overwritten_logits_that_are_filled_again_are_logits(backend: str) -> None:
+    batch, _ = not_a_leaf(make_batch(3, (4, 4)))
+    logits = batch.logits
+    tokens, seen = batch.tokens.to(DEVICE), (lambda x: x, lambda x: x.detach(), lambda x: x[:1], lambda x: x.data)
+    call(backend, replace(batch, logits=logits[:]), config_for(), in_place=True)
+    for view in seen:
+        with pytest.raises(ValueError, match=r"^logits must be logits"):
+            mdpgrpo_fast.token_logprobs(view(logits), tokens[: len(view(logits))], backend=backend)
+    with torch.no_grad():
+        logits.fill_(0.5)
+    for view in seen:
+        mdpgrpo_fast.token_logprobs(view(logits), tokens[: len(view(logits))], backend=backend)
+
+
 def test_threads_mark_logits_at_the_same_time() -> None:
     stop, logits = time.monotonic() + 0.5, [torch.zeros(2, 3) for _ in range(400)]
 
