@@ -428,3 +428,30 @@ def test_the_goal_of_rewards_seen_before() -> None:
         config = MDPGRPOConfig(num_generations=2, multi_temperature=False, goal_mean=mean, goal_std=std)
         got = reference.advantages(rewards, k, config, running=running)
         assert got.delta.tolist() == [pytest.approx(expected)], (mean, std)
+
+
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_single_rewards_that_cancel_leave_no_sign_of_a_rounding(dtype: torch.dtype, baseline: Any) -> None:
+    """The deviation of a batch whose sums are all noise would make them as large as any."""
+    config = MDPGRPOConfig(num_generations=7, multi_temperature=False, dual_anchor=False, baseline=baseline,
+                           kl_beta_neg=0.5, multi_objective_aggregation="normalize_then_sum")  # fmt: skip
+    one = torch.tensor([[0.1, 0.2, 0.3, 0.7, 0.4, 0.9, 0.15]], dtype=dtype)
+    opposed = torch.stack([one, 1 - 3 * one], -1)
+    thirds = torch.tensor([[0.0, 1.0, 2.0, 1.0, 0.0, 1.0, 2.0]], dtype=dtype)[..., None] / 3  # 1/3 is their mean
+    got = mdpgrpo_fast.advantages(config=config, parts=opposed, backend="torch")
+    assert (got.z == 0).all() and (got.advantage == 0).all() and (got.kl_beta == got.kl_beta[0, 0]).all()
+    got = mdpgrpo_fast.advantages(config=config, parts=thirds, backend="torch")
+    assert got.z[0].sign().tolist() == [-1, 0, 1, 0, -1, 0, 1] and got.kl_beta[0, 1] == got.kl_beta[0, 2]
+    real = mdpgrpo_fast.advantages(config=config, parts=opposed + torch.tensor([0, 1e-4]) * thirds, backend="torch")
+    assert real.z[0, 2] > 0.1 and real.z[0, 0] < -0.1, "what is above the noise is not"
+
+
+def test_the_noise_is_of_the_dtype_of_the_rewards() -> None:
+    """float16 holds no unit in the last place of a float64."""
+    torch.set_default_dtype(torch.float16)
+    try:
+        noise = reference.reward_noise(torch.ones(1, 8, dtype=torch.float64), torch.ones(1, 8, dtype=torch.bool))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert noise.tolist() == [8 * torch.finfo(torch.float64).eps]

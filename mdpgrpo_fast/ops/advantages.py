@@ -75,7 +75,8 @@ def advantages(
             (B, R), the single rewards, NaN where one does not apply. Computed in PyTorch on every backend.
         part_weights: (R,) weights of the single rewards; default: all 1.
         batch: mean and standard deviation of the weighted sums of normalised rewards (of
-            `mdpgrpo_fast.reference.decoupled_sums`) over more than these, as of all ranks. Default: of these.
+            `mdpgrpo_fast.reference.decoupled_sums`, whose mean is 0 but for rounding: give 0) over more than these, as
+            of all ranks. Default: 0, and of these.
         check_values: look for non-finite rewards and K < 1; default: where looking is free, on the CPU.
         backend: "auto", "torch", "triton", "cpu" or "cuda"; all but torch give float32.
 

@@ -8,6 +8,7 @@ through a tensor that counts its versions makes it logits again.
 from __future__ import annotations
 
 from typing import NamedTuple
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -49,6 +50,7 @@ class _Rows(NamedTuple):
 
 class _Overwritten(NamedTuple):
     storage: StorageWeakRef
+    tensor: ReferenceType[Tensor]  # whose version its views share
     version: int
     rows: list[_Rows]
 
@@ -69,21 +71,26 @@ def _unseen(logits: Tensor) -> bool:
 def mark_overwritten(logits: Tensor) -> None:
     if _unseen(logits):
         return
-    for key in [k for k, x in _found.items() if x.storage.expired()]:
-        del _found[key]
+    # Other threads may do so too.
+    for key in [k for k, x in list(_found.items()) if x.storage.expired()]:
+        _found.pop(key, None)
     storage, version = logits.untyped_storage(), logits._version
     known = _found.get(storage._cdata)
     # The write has moved the version by one. By more, and someone has filled the memory again.
     kept = known.rows if known is not None and known.version + 1 == version else []
-    _found[storage._cdata] = _Overwritten(StorageWeakRef(storage), version, [*kept, _rows_of(logits)])
+    tensor = ref(logits if logits._base is None else logits._base)
+    _found[storage._cdata] = _Overwritten(StorageWeakRef(storage), tensor, version, [*kept, _rows_of(logits)])
 
 
 def refuse_overwritten(logits: Tensor) -> None:
     if not _found or _unseen(logits):
         return
     known = _found.get(logits.untyped_storage()._cdata)
+    if known is None or known.storage.expired():
+        return
     # Views and detach() share a counter; that of `.data` begins at 0.
-    if known is None or known.storage.expired() or logits._version > known.version:
+    tensor = known.tensor()
+    if max(logits._version, 0 if tensor is None else tensor._version) > known.version:
         return
     rows = _rows_of(logits)
     if any(rows.meets(x) for x in known.rows):

@@ -50,7 +50,8 @@ def reward_noise(rewards: Tensor, valid: Tensor) -> Tensor:
     if not rewards.shape[1]:
         return rewards.new_zeros(len(rewards))
     largest = rewards.masked_fill(~valid, 0).abs().amax(1)
-    return torch.finfo(rewards.dtype).eps * valid.sum(1).clamp(min=4) * (largest + (largest - largest))
+    n = valid.sum(1).clamp(min=4).to(rewards.dtype)
+    return torch.finfo(rewards.dtype).eps * n * (largest + (largest - largest))
 
 
 def distance(rewards: Tensor, centre: Tensor, noise: Tensor) -> Tensor:
@@ -94,25 +95,23 @@ def decoupled_anchor(
     """z of several rewards, each normalised in its group and then summed, over the batch's deviation (GDPO); exactly 0
     in a group whose sums are, as where it is constant in all its rewards. (P, G)
 
-    parts (P, G, R): rewards, NaN where one does not apply; weights (R,). batch: mean and deviation of the sums over the
-    batch, where that is more than these; see `decoupled_sums`.
+    parts (P, G, R): rewards, NaN where one does not apply; weights (R,). batch: mean, which is 0 but for rounding, and
+    deviation of `decoupled_sums` over the batch, where that is more than these. Default: 0, and that of these.
     """
     sums = decoupled_sums(parts, weights, valid, config)
     if batch is None:
-        mean, std, _ = (x.squeeze(0) for x in group_statistics(
-            sums.reshape(1, -1), valid.reshape(1, -1), config.group_std
-        ))  # fmt: skip
+        mean, std = sums.new_zeros(()), batch_deviation(sums, valid, config.group_std)
     else:
         mean, std = (x.to(sums) for x in batch)
     scale = std.clamp(min=1e-8) if config.group_std == "population" else std + 1e-4
-    # The mean is 0 but for rounding, which would be all that such a group learns from.
     constant = (sums == 0).all(1, keepdim=True)
     return torch.where((std == 0) | constant, 0, (sums - mean) / scale).masked_fill(~valid, 0)
 
 
 def decoupled_sums(parts: Tensor, weights: Tensor, valid: Tensor, config: MDPGRPOConfig) -> Tensor:
-    """Σ_k w_k z_k over rewards, z_k that of reward k in its group alone. (P, G)"""
-    total = torch.zeros_like(parts[..., 0])
+    """Σ_k w_k z_k over rewards, z_k that of reward k in its group alone; exactly 0 where they cancel but for the
+    rounding of their means. (P, G)"""
+    total, rounding = torch.zeros_like(parts[..., 0]), torch.zeros_like(parts[..., 0])
     for k in range(parts.shape[2]):
         own = valid & ~parts[..., k].isnan()
         rewards = parts[..., k].masked_fill(~own, 0)
@@ -120,8 +119,10 @@ def decoupled_sums(parts: Tensor, weights: Tensor, valid: Tensor, config: MDPGRP
         count = own.sum(1) if config.baseline == "leave_one_out" else None
         noise = reward_noise(rewards, own)
         z = relative_anchor(rewards, mean, std, constant, noise, config.group_std, count)
-        total = total + weights[k] * z.masked_fill(~own, 0)
-    return total
+        term = weights[k] * z.masked_fill(~own, 0)
+        share = noise[:, None] / (rewards - mean[:, None]).abs()  # of z, which is 0 where that is above 1
+        total, rounding = total + term, rounding + torch.where(term == 0, 0, term.abs() * share)
+    return torch.where(total.abs() <= rounding, 0, total)
 
 
 def goal_anchor(
@@ -147,7 +148,7 @@ def prospect_shape(v: Tensor, beta: float, gain: float, loss: float) -> Tensor:
 def mixed(relative: Tensor, goal: Tensor, count: Tensor) -> Tensor:
     """Their sum (P, G), exactly 0 where the two terms cancel but for rounding: at 16 units in the last place of
     |relative| + |goal|, or 4 n where more than 4 completions count, n of them (P,)."""
-    noise = 4 * torch.finfo(relative.dtype).eps * count.clamp(min=4)
+    noise = 4 * torch.finfo(relative.dtype).eps * count.clamp(min=4).to(relative.dtype)
     total = relative + goal
     return torch.where(total.abs() <= noise[:, None] * (relative.abs() + goal.abs()), 0, total)
 

@@ -110,11 +110,13 @@ def token_objective(
     def rows(x: Tensor) -> Tensor:
         return x.detach().to(mask.dtype).masked_fill(~keep, 0)
 
-    old = logprobs.detach() if old_logprobs is None else rows(old_logprobs)
+    # On-policy ρ is 1, also of an ℓ that is infinite or NaN.
+    policy = logprobs.masked_fill(~logprobs.isfinite(), 0) if old_logprobs is None else logprobs
+    old = policy.detach() if old_logprobs is None else rows(old_logprobs)
     weight = None if importance_weight is None else rows(importance_weight)
     bounds = {"epsilon_low": epsilon_low, "epsilon_high": epsilon_high}
-    log_ratio = (logprobs - old).masked_fill(~keep, 0)
-    kl_ratio = ratio = losses.importance_ratio(logprobs, old, mask, layout, config.importance_level)
+    log_ratio = (policy - old).masked_fill(~keep, 0)
+    kl_ratio = ratio = losses.importance_ratio(policy, old, mask, layout, config.importance_level)
     low = high = torch.zeros_like(keep)
     if config.loss in ("ppo_clip", "luspo"):
         objective, low, high = losses.clipped_objective(ratio, advantage, delta=delta, **bounds)
@@ -154,8 +156,6 @@ def token_objective(
     # A token that the policy cannot have drawn, or that a NaN is about: no term of it, however bounded, hides that.
     drawn = logprobs > -torch.inf
     per_token = torch.where(drawn, per_token, logprobs * torch.where(drawn, 0.0, torch.nan))
-    if old_logprobs is None:  # where ℓ is infinite too
-        ratio = torch.ones_like(ratio)
     return Objective(
         per_token=per_token.masked_fill(~keep, 0),
         kl=kl.detach() * mask,

@@ -85,6 +85,19 @@ def test_advantages_are_the_methods(
     assert list(trainer._logs["advantages"]) == pytest.approx(found.advantage.flatten().tolist())
 
 
+def test_a_reward_that_is_the_mean_has_not_the_sign_of_a_rounding(model_dirs: dict[str, str], tmp_path: Path) -> None:
+    """TRL's own advantages too: 3/7 less the mean of 1/7, 2/7, 3/7 and 6/7 is -3e-8 there, and would take β₋."""
+
+    def sevenths(completions: list[str], **_: Any) -> list[float]:
+        return [(1, 2, 3, 6)[i % 4] / 7 for i in range(len(completions))]
+
+    rows = needed("datasets").Dataset.from_list([{"prompt": p} for p in PROMPTS])
+    config = ours.MDPGRPOConfig(**arguments(tmp_path), **{**OFF, "asymmetric_kl": True}, beta=0.1, kl_beta_neg=0.25)
+    batch = generation(ours.MDPGRPOTrainer(model_dirs["llama"], sevenths, config, rows))
+    assert batch["advantages"].sign().tolist() == [-1, -1, 0, 1] * 2
+    torch.testing.assert_close(batch["kl_beta"], torch.tensor([0.25, 0.25, 0.1, 0.1] * 2))
+
+
 def test_several_rewards_and_ones_that_do_not_apply(model_dirs: dict[str, str], tmp_path: Path) -> None:
     def other(completions: list[str], **_: Any) -> list[float | None]:
         return [None if i == 1 else i / 8 for i in range(len(completions))]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +30,7 @@ from helpers.losses import (
 
 import mdpgrpo_fast
 from mdpgrpo_fast.config import ConfigError
+from mdpgrpo_fast.ops import overwritten
 
 all_backends = pytest.mark.parametrize("backend", ALL_BACKENDS)
 fused_backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -268,6 +272,41 @@ def test_other_columns_of_overwritten_logits_are_logits(backend: str) -> None:
         call(backend, part(whole, columns), config, in_place=True)
     del whole
     assert call(backend, make_batch(3, (4, 4)), config).loss.isfinite(), "new memory, where the old may have been"
+
+
+@fused_backends
+def test_overwritten_logits_that_are_filled_again_are_logits(backend: str) -> None:
+    batch, _ = not_a_leaf(make_batch(3, (4, 4)))
+    logits = batch.logits
+    tokens, seen = batch.tokens.to(DEVICE), (lambda x: x, lambda x: x.detach(), lambda x: x[:1], lambda x: x.data)
+    call(backend, replace(batch, logits=logits[:]), config_for(), in_place=True)
+    for view in seen:
+        with pytest.raises(ValueError, match=r"^logits must be logits"):
+            mdpgrpo_fast.token_logprobs(view(logits), tokens[: len(view(logits))], backend=backend)
+    with torch.no_grad():
+        logits.fill_(0.5)
+    for view in seen:
+        mdpgrpo_fast.token_logprobs(view(logits), tokens[: len(view(logits))], backend=backend)
+
+
+def test_threads_mark_logits_at_the_same_time() -> None:
+    stop, logits = time.monotonic() + 0.5, [torch.zeros(2, 3) for _ in range(400)]
+
+    def mark() -> None:
+        while time.monotonic() < stop:
+            for _ in range(50):
+                overwritten.mark_overwritten(torch.zeros(2, 3))
+
+    for x in logits:  # which keep the dictionary long
+        overwritten.mark_overwritten(x)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for done in [pool.submit(mark) for _ in range(4)]:
+                done.result()
+    finally:
+        sys.setswitchinterval(interval)
 
 
 # ---- wrong types ----------------------------------------------------------------------------------------------------

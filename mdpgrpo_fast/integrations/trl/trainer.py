@@ -145,6 +145,8 @@ class MDPGRPOTrainer(FusedGRPOTrainer):
             for _ in everyone:
                 logged.pop()
             logged.extend(everyone.tolist())
+        else:  # TRL's own have the sign of a rounding where rewards are the mean
+            batch["advantages"] = batch["advantages"].masked_fill(found.advantage.flatten()[own] == 0, 0)
         some = bool((self.accelerator.gather(batch["advantages"]) != 0).any())
         self.has_learned = some or bool(self.has_learned)
         if method.asymmetric_kl and self.beta != 0:

@@ -41,9 +41,9 @@ def step_advantages(
     parts = torch.tensor(table, device=rewards.device).view(*rewards.shape, len(weights))
     shares = torch.tensor(weights, device=rewards.device)
     sums = reference.decoupled_sums(parts, shares, valid, method)
-    everyone, theirs = (x.reshape(1, -1) for x in _gathered(accelerator, sums, valid))
-    mean, std, _ = (x.squeeze(0) for x in reference.group_statistics(everyone, theirs, method.group_std))
-    return advantages(rewards, num_constraints, method, parts=parts, part_weights=shares, batch=(mean, std), **common)
+    everyone, theirs = _gathered(accelerator, sums, valid)
+    std = reference.batch_deviation(everyone, theirs, method.group_std)
+    return advantages(rewards, num_constraints, method, parts=parts, part_weights=shares, batch=(0.0, std), **common)
 
 
 def _gathered(accelerator: Accelerator | None, rewards: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
