@@ -194,7 +194,7 @@ class TrainingLoop:
                     self.keeper.at_interrupt(self.done, e)
                 try:
                     if weights and (alike or whole):
-                        self.save()
+                        self.save(alone=not alike)
                 except StorageError as full:  # no reason to lose the other
                     self.say(str(full))
                 raise
@@ -380,10 +380,10 @@ class TrainingLoop:
         if self.run.report_to:
             self.accelerator.log(tracker_values(row), step=row["step"])
 
-    def save(self, best: bool = False) -> None:
-        """The model as it stands, in from_pretrained form."""
+    def save(self, best: bool = False, alone: bool = False) -> None:
+        """The model as it stands, in from_pretrained form. alone: the other ranks may not come here."""
         if self.run.save_model or best:
-            check_weights(self.accelerator, self.model, self.done)
+            check_weights(self.accelerator, self.model, self.done, alone)
             with self.stop.writing():
                 state = distributed.whole_state(self.accelerator, self.model)
                 if self.accelerator.is_main_process:

@@ -12,6 +12,7 @@ import torch
 from helpers.runs import PLAIN, make_trainer, parameters, rows
 
 import mdpgrpo_fast.train as train
+from mdpgrpo_fast.training import distributed
 from mdpgrpo_fast.training.guard.finite import BadSteps, BadStepsError, check_weights, why_bad
 from mdpgrpo_fast.training.update.updates import Updates
 
@@ -107,6 +108,20 @@ def test_which_weight_is_not_finite(tmp_path: Path) -> None:
         model[0].bias[1] = -math.inf
     with pytest.raises(FloatingPointError, match=r"weights are not finite after step 3 \(0.bias is the first\)"):
         check_weights(Accelerator(cpu=True), model, 3)
+
+
+def test_a_rank_that_fails_alone_asks_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may be in another collective call, and would wait for each other."""
+    trainer = make_trainer(tmp_path, PLAIN, steps=1, eval_samples=1, save_every=0)
+
+    def fail(row: dict[str, Any]) -> None:
+        monkeypatch.setattr(distributed, "max_over_ranks", lambda *_: pytest.fail("the others are asked"))
+        raise KeyError("of on_step")
+
+    trainer.on_step = fail
+    with pytest.raises(KeyError, match="of on_step"):
+        trainer.train()
+    assert trainer.saved and (trainer.out.path / "model" / "model.safetensors").exists()
 
 
 def test_the_schedule_waits_where_float16s_scale_was_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

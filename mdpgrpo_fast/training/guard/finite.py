@@ -51,8 +51,9 @@ def why_bad(loss: float, norm: float, clipped: bool) -> str | None:
 
 
 @torch.no_grad()
-def check_weights(accelerator: Accelerator, model: nn.Module, step: int) -> None:
-    """Called by all ranks. Raises FloatingPointError on all where a trained weight of one is not finite."""
+def check_weights(accelerator: Accelerator, model: nn.Module, step: int, alone: bool = False) -> None:
+    """Called by all ranks, unless `alone`. Raises FloatingPointError on all where a trained weight of one is not
+    finite."""
     norms, names = [], []
     for name, p in model.named_parameters():
         own: Any = getattr(p, "ds_tensor", p)  # ZeRO-3's shard, else FSDP's
@@ -61,6 +62,6 @@ def check_weights(accelerator: Accelerator, model: nn.Module, step: int) -> None
             norms.append(torch.linalg.vector_norm(own.detach(), torch.inf).float())
             names.append(name)
     bad = torch.stack(norms).isfinite().logical_not().nonzero().flatten().tolist() if norms else []
-    if distributed.max_over_ranks(accelerator, len(bad)):
+    if len(bad) if alone else distributed.max_over_ranks(accelerator, len(bad)):
         first = f" ({names[bad[0]]} is the first)" if bad else ""
         raise FloatingPointError(f"weights are not finite after step {step}{first}: nothing of them is saved")
