@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from helpers.runs import PLAIN, make_trainer, parameters, rows
 
 import mdpgrpo_fast.train as train
@@ -122,6 +124,25 @@ def test_a_rank_that_fails_alone_asks_no_other(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(KeyError, match="of on_step"):
         trainer.train()
     assert trainer.saved and (trainer.out.path / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("precision", ["fp16", "no"])
+def test_an_update_that_deepspeed_skips_is_bad_unless_float16_overflowed(precision: str) -> None:
+    calls: list[str] = []
+    optimizer = SimpleNamespace(
+        step_was_skipped=True, step=lambda: calls.append("step"), zero_grad=lambda: calls.append("zero")
+    )
+    updates: Any = SimpleNamespace(
+        accelerator=SimpleNamespace(scaler=None, distributed_type=DistributedType.DEEPSPEED), optimizer=optimizer,
+        scheduler=SimpleNamespace(step=lambda: calls.append("scheduler")), begin_change=lambda: None,
+        run=SimpleNamespace(max_grad_norm=1.0, mixed_precision=precision),
+    )  # fmt: skip
+    why = None if precision == "fp16" else "its gradient is not finite"
+    assert Updates.step(updates, 1.0, 1.0) == (False, why) and "scheduler" not in calls and calls[-1] == "zero"
+    optimizer.step_was_skipped = False
+    assert Updates.step(updates, 1.0, 1.0) == (True, None) and "scheduler" in calls
+    with pytest.raises(FloatingPointError, match="DeepSpeed has made an update that spoils the weights: its loss"):
+        Updates.step(updates, 1.0, math.nan)
 
 
 def test_the_schedule_waits_where_float16s_scale_was_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

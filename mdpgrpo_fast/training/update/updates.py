@@ -216,9 +216,11 @@ class Updates:
         scaler, bad = self.accelerator.scaler, why_bad(loss, norm, self.run.max_grad_norm > 0)
         self.begin_change()
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            if bad and not self.optimizer.step_was_skipped:  # of float16
+            skipped = self.optimizer.step_was_skipped
+            if bad and not skipped:
                 raise FloatingPointError(f"DeepSpeed has made an update that spoils the weights: {bad}")
-            bad = None
+            # Its norm is that of an earlier update then.
+            bad = "its gradient is not finite" if skipped and self.run.mixed_precision != "fp16" else None
         if bad is None:
             self.optimizer.step()
         elif scaler is not None:
