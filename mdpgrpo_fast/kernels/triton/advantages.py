@@ -9,17 +9,19 @@ from torch import Tensor
 
 from ..schemas import Groups, Settings
 from .completions import ADVANTAGES
-from .method import _group_advantages
+from .method import _advantages, _group_statistics, _rewards
 from .tiles import FP_FUSION, kernel_groups, kernel_settings, on_device
 
 
 @triton.jit(do_not_specialize=["n_prompts", "G"])
 def _advantages_kernel(groups, settings, per_group_ptr, per_completion_ptr, n_prompts, G, BLOCK_G: tl.constexpr):
     prompt = tl.program_id(0).to(tl.int64)
-    mean, std, z, delta, advantage, beta = _group_advantages(groups, settings, prompt, G, BLOCK_G)
-    tl.store(per_group_ptr + prompt, mean)
-    tl.store(per_group_ptr + n_prompts + prompt, std)
+    statistics = _group_statistics(groups, settings, prompt, G, BLOCK_G)
+    tl.store(per_group_ptr + prompt, statistics[0])
+    tl.store(per_group_ptr + n_prompts + prompt, statistics[1])
     slots = tl.arange(0, BLOCK_G)
+    r, valid = _rewards(groups, prompt * G + slots, slots < G)
+    z, delta, advantage, beta = _advantages(r, valid, statistics, groups, settings, prompt, G)
     out = per_completion_ptr + prompt * G + slots
     step = n_prompts * G
     tl.store(out, z, mask=slots < G)

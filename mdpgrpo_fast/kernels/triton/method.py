@@ -67,16 +67,19 @@ def _relative_anchor(z, std, n, groups, settings):
 
 
 @triton.jit
-def _group_advantages(groups, settings, prompt, G, BLOCK_G: tl.constexpr):
-    """Statistics, anchors, A and KL coefficient of one prompt's G completions: μ, σ scalars, the others (BLOCK_G,)."""
-    slots = tl.arange(0, BLOCK_G)
-    inside = slots < G
-    r = tl.load(groups.rewards + prompt * G + slots, mask=inside, other=0.0).to(tl.float32)
-    valid = inside
+def _rewards(groups, place, inside):
+    """Rewards at a place or several, and which of them count."""
+    r = tl.load(groups.rewards + place, mask=inside, other=0.0).to(tl.float32)
     if groups.valid is not None:
-        valid = inside & (tl.load(groups.valid + prompt * G + slots, mask=inside, other=0) != 0)
-    k = tl.load(groups.num_constraints + prompt).to(tl.float32)
-    k = tl.where(k >= 1, k, float("nan"))
+        inside = inside & (tl.load(groups.valid + place, mask=inside, other=0) != 0)
+    return r, inside
+
+
+@triton.jit
+def _group_statistics(groups, settings, prompt, G, BLOCK_G: tl.constexpr):
+    """μ, σ and number of one prompt's rewards, whether they are equal, and what one unit in the last place is."""
+    slots = tl.arange(0, BLOCK_G)
+    r, valid = _rewards(groups, prompt * G + slots, slots < G)
     n = tl.sum(valid.to(tl.float32), axis=0)
     kept = tl.where(valid, r, 0.0)
     top = tl.max(tl.where(valid, r, NEG_INF), axis=0)
@@ -92,8 +95,17 @@ def _group_advantages(groups, settings, prompt, G, BLOCK_G: tl.constexpr):
     square = tl.sum(tl.where(valid, (kept - mean) * (kept - mean), 0.0), axis=0)
     divisor = tl.maximum(n - 1.0, 1.0) if settings.sample_std else tl.maximum(n, 1.0)
     std = tl.where(constant, 0.0, tl.sqrt_rn(tl.div_rn(square, divisor)))
+    return mean, std, n, constant, unit
+
+
+@triton.jit
+def _advantages(r, valid, statistics, groups, settings, prompt, G):
+    """z, δ, A and KL coefficient of a reward, or several, of one prompt, by `_group_statistics`."""
+    mean, std, n, constant, unit = statistics
+    k = tl.load(groups.num_constraints + prompt).to(tl.float32)
+    k = tl.where(k >= 1, k, float("nan"))
     # Equal rewards become the mean, so that rounding does not decide a sign.
-    r = tl.where(constant, mean, kept)
+    r = tl.where(constant, mean, tl.where(valid, r, 0.0))
     noise = tl.maximum(n, 4.0) * unit
     z = _relative_anchor(_distance(r, mean, noise), std, n, groups, settings)
     z = tl.where(valid, tl.where(constant, 0.0, z), 0.0)
@@ -118,13 +130,7 @@ def _group_advantages(groups, settings, prompt, G, BLOCK_G: tl.constexpr):
     if settings.advantage_clip is not None:
         advantage = _bounded(advantage, -settings.advantage_clip, settings.advantage_clip)
     beta = tl.where(advantage < 0, settings.kl_beta_neg, settings.kl_beta_pos)
-    return mean, std, z, delta, advantage, beta
-
-
-@triton.jit
-def _pick(x, slot, BLOCK_G: tl.constexpr):
-    """One element of a (BLOCK_G,) vector as a scalar."""
-    return tl.sum(tl.where(tl.arange(0, BLOCK_G) == slot, x, 0.0), axis=0)
+    return z, delta, advantage, beta
 
 
 @triton.jit
@@ -134,8 +140,11 @@ def _advantage_of(rows, is_per_row, groups, settings, G, completion, row, mask, 
         place = completion
         if groups.slots is not None:
             place = tl.load(groups.slots + completion).to(tl.int64)
-        _, _, _, _, advantages, betas = _group_advantages(groups, settings, place // G, G, BLOCK_G)
-        return _pick(advantages, place % G, BLOCK_G), _pick(betas, place % G, BLOCK_G)
+        prompt = place // G
+        statistics = _group_statistics(groups, settings, prompt, G, BLOCK_G)
+        r, valid = _rewards(groups, place, place >= 0)
+        _, _, advantage, beta = _advantages(r, valid, statistics, groups, settings, prompt, G)
+        return advantage, beta
     else:
         return (
             _knob(rows.advantage, is_per_row.advantage, 0.0, completion, row, mask),
@@ -343,8 +352,9 @@ def _token_objective(
         )
         c = -coupled_slope if settings.sequence else -weight * slope * ratio_slope
     # A token that the policy cannot have drawn, or that a NaN is about: no term of it, however bounded, hides that.
-    loss = tl.where(logprob > NEG_INF, -weight * value, float("nan"))
-    c = tl.where(logprob > NEG_INF, c, float("nan"))
+    undrawn = tl.where(logprob > NEG_INF, 0.0, float("nan"))
+    loss = undrawn - weight * value
+    c += undrawn
     bonus = 0.0
     if rows.entropy_coef is not None or settings.entropy_coef is not None:
         bonus = _knob(rows.entropy_coef, is_per_row.entropy_coef, settings.entropy_coef, completion, row, mask)
