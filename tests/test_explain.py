@@ -149,6 +149,7 @@ def test_every_advantage_knob_is_a_flag_and_no_other_of_the_method(capsys):
         (["--rewards", "0,one", "--constraints", "2"], "'one'"),
         (["--rewards", "0,,1", "--constraints", "2"], "got ''"),
         (["--rewards", "0,nan", "--constraints", "2"], "finite; got 'nan'"),
+        (["--rewards", "0,2e6", "--constraints", "2"], "within ±1e+06; got '2e6'"),
         (["--rewards", "0.5", "--constraints", "2"], "at least two"),
         (["--rewards", "0,1", "--constraints", "0"], "--constraints must be from 1"),
         (["--rewards", "0,1", "--constraints", "9" * 30], "--constraints must be a whole number below 2^63"),
