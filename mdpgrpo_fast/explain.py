@@ -19,6 +19,7 @@ from . import reference
 from .cli import parse, report_errors
 from .config import PRESETS, ConfigError, MDPGRPOConfig, knob, preset, require
 from .ops.advantages import advantages
+from .ops.checks import MAX_REWARD
 
 ADVANTAGE_KNOBS = (
     "group_std",
@@ -66,7 +67,7 @@ class Explained:
 def explain_group(rewards: list[float], num_constraints: int, config: MDPGRPOConfig) -> Explained:
     """All quantities of one group of G = config.num_generations rewards of a prompt with K constraints.
 
-    Raises: ValueError for a number of rewards other than G, a non-finite reward or K < 1.
+    Raises: ValueError for a number of rewards other than G, a non-finite reward or one beyond ±1e6, or K < 1.
     """
     r, k = torch.tensor([rewards], dtype=torch.float64), torch.tensor([num_constraints])
     ours = advantages(r, k, config)
@@ -299,6 +300,7 @@ def _rewards(words: list[str]) -> list[float]:
         except ValueError:
             raise ConfigError(f"--rewards must be numbers, by commas; got {word.strip()!r}") from None
         require(math.isfinite(rewards[-1]), "--rewards", word.strip(), "finite")
+        require(abs(rewards[-1]) <= MAX_REWARD, "--rewards", word.strip(), f"within ±{MAX_REWARD:g}")
     if len(rewards) < 2:
         raise ConfigError("--rewards needs at least two: a group of one has no relative anchor")
     return rewards

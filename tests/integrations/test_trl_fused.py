@@ -32,9 +32,10 @@ def same(path: str, tmp: Path, kernels: dict[str, Any] | None = None, tolerance:
 @pytest.mark.parametrize("loss_type", TYPES)
 def test_ten_steps_of_every_loss_type(model_dirs: dict[str, str], tmp_path: Path, loss_type: str, level: str) -> None:
     correct = not (loss_type == "vespo" and level == "sequence")  # which is refused: see below
+    # A gradient of norm 32 at the second step of vespo spreads what steps differ by in rounding.
     _, log = same(
         model_dirs["llama"], tmp_path, loss_type=loss_type, importance_sampling_level=level, max_steps=10,
-        use_bias_correction_kl=correct,
+        use_bias_correction_kl=correct, tolerance=5e-5 if loss_type == "vespo" else 1e-5,
     )  # fmt: skip
     assert len(log) == 10 and any(abs(row["loss"]) > 1e-4 for row in log) and log[-1]["kl"] > 0
 

@@ -119,7 +119,7 @@ def test_the_loss_measures_drift_by_an_engines_log_probs(tmp_path: Path, packing
         assert ("sampling_logprobs" in m.objective) == handed
         if handed:
             assert torch.equal(m.objective["sampling_logprobs"], m.of(rollout.sampling_logprobs))
-            trainer.updates.forward_backward(m, None, None, None, 1.0, _clock())
+            trainer.updates.forward_backward(m, None, None, None, 1.0, torch.zeros(()), _clock())
 
 
 @pytest.mark.parametrize("packing", ["on", "off"])
