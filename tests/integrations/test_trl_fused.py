@@ -28,7 +28,9 @@ def same(path: str, tmp: Path, kernels: dict[str, Any] | None = None, tolerance:
     return trainer, mine
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    "level", [level if level == "token" else pytest.param(level, marks=pytest.mark.long) for level in LEVELS]
+)
 @pytest.mark.parametrize("loss_type", TYPES)
 def test_ten_steps_of_every_loss_type(model_dirs: dict[str, str], tmp_path: Path, loss_type: str, level: str) -> None:
     correct = not (loss_type == "vespo" and level == "sequence")  # which is refused: see below

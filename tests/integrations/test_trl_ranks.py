@@ -203,6 +203,7 @@ DDP: dict[str, tuple[Any, ...]] = {
 }
 
 
+@pytest.mark.long
 def test_ddp(model_dirs: dict[str, str], tmp_path: Path) -> None:
     """Losses, gradient norms and all else that is logged are TRL's own. Advantages are over whole groups, although a
     rank holds a part, and temperatures by the place in the group."""

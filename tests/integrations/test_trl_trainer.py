@@ -293,11 +293,13 @@ def embedded() -> Any:
 
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+ALL = [*itertools.product(LOSS_TYPES, (False, True), (False,)), *((t, t == "dapo", True) for t in LOSS_TYPES)]
+FEW = [("grpo", False, True), ("dapo", True, True), ("cispo", False, False), ("sapo", True, False)]
 
 
 @pytest.mark.parametrize(
     ("loss_type", "lora", "vllm"),
-    [*itertools.product(LOSS_TYPES, (False, True), (False,)), *((t, t == "dapo", True) for t in LOSS_TYPES)],
+    [x if x in FEW else pytest.param(*x, marks=pytest.mark.long) for x in ALL],
 )
 def test_ten_steps_of_the_seed_policy(
     embedded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss_type: str, lora: bool, vllm: bool

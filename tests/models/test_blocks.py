@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from mdpgrpo_fast.training.update.updates import Updates
 
 
-@pytest.mark.parametrize("packing", ["on", "off"])
+@pytest.mark.parametrize("packing", ["on", pytest.param("off", marks=pytest.mark.long)])
 def test_memory_and_speed_options_change_no_result(tmp_path: Path, packing: str) -> None:
     plain = run_small(tmp_path, name="plain", packing=packing, learning_rate=1e-4)
     for i, knobs in enumerate((

@@ -393,16 +393,26 @@ def compiled(folder: Path, *arguments: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def machine_code(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Of every architecture; an odd vocabulary has rows that are not aligned, and code of its own."""
-    folder = tmp_path_factory.mktemp("resources")
-    return compiled(folder, "--vocab", "32000") + compiled(folder, "--vocab", "32001", "--sm", "90", "--rows-only")
+    """Of Hopper; an odd vocabulary has rows that are not aligned, and code of its own."""
+    folder, hopper = tmp_path_factory.mktemp("resources"), ("--sm", "90")
+    return compiled(folder, "--vocab", "32000", *hopper) + compiled(folder, "--vocab", "32001", *hopper, "--rows-only")
 
 
-def test_kernels_compile_without_spills(machine_code: list[dict[str, Any]]) -> None:
+@pytest.fixture(scope="module")
+def other_machine_code(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return compiled(tmp_path_factory.mktemp("resources"), "--vocab", "32000", "--sm", "80", "100", "120")
+
+
+@pytest.mark.parametrize(
+    ("found", "architectures"),
+    [("machine_code", {90}), pytest.param("other_machine_code", {80, 100, 120}, marks=pytest.mark.long)],
+)
+def test_kernels_compile_without_spills(found: str, architectures: set[int], request: pytest.FixtureRequest) -> None:
+    machine_code: list[dict[str, Any]] = request.getfixturevalue(found)
     kernels = (*KERNELS, attention._attention_kernel, attention._combine_kernel, blocks._rms_norm_kernel,
                blocks._rotate_kernel, blocks._append_kernel, blocks._gated_kernel)  # fmt: skip
     names = [k.fn.__name__.strip("_").removesuffix("_kernel") for k in kernels]
-    assert {(r["kernel"], r["sm"]) for r in machine_code} == {(n, sm) for n in names for sm in (80, 90, 100, 120)}
+    assert {(r["kernel"], r["sm"]) for r in machine_code} == {(n, sm) for n in names for sm in architectures}
     most = {"full, entropy bonus": 32, "per row, two temperatures, support": 32, "gmpo, off-policy": 16}
     allowed = [most.get(r["case"].split(", ", 1)[1], 0) for r in machine_code]
     assert [r for r, n in zip(machine_code, allowed, strict=True) if r["spilled"] > n] == []
@@ -426,8 +436,9 @@ def test_a_logit_costs_few_instructions(machine_code: list[dict[str, Any]]) -> N
         assert {case: n for case, n in cost.items() if n > limits[case]} == {}
 
 
-@pytest.mark.parametrize("sm", [80, 90, 100, 120])
-def test_rows_are_read_and_written_in_128_bit_pieces(machine_code: list[dict[str, Any]], sm: int) -> None:
+@pytest.mark.parametrize("sm", [90, *(pytest.param(sm, marks=pytest.mark.long) for sm in (80, 100, 120))])
+def test_rows_are_read_and_written_in_128_bit_pieces(sm: int, request: pytest.FixtureRequest) -> None:
+    machine_code = request.getfixturevalue("machine_code" if sm == 90 else "other_machine_code")
     sweeping = {"token_loss", "logprobs", "logprobs_backward", "scale", "sample"}
     rows = [r for r in machine_code if r["sm"] == sm and r["kernel"] in sweeping and "V=32000 " in r["case"]]
     assert {r["kernel"] for r in rows} == sweeping

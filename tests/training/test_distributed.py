@@ -510,6 +510,7 @@ def on_two(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
 
 
+@pytest.mark.long
 def test_torchrun_keeps_all_of_a_run_that_stops(tmp_path: Path) -> None:
     done = torchrun(tmp_path / "run", "--steps", "3", "--reward", "helpers.rewards:boom_later")
     assert done.returncode != 0 and done.stderr.count("error: reward 'helpers.rewards:boom_later' raised") == 1
