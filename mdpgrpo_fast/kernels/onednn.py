@@ -70,8 +70,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        rows = x.reshape(-1, x.shape[-1])
-        return _op(rows, weight if packed is None else packed, bias).view(*x.shape[:-1], len(weight))
+        return _op(x, weight if packed is None else packed, bias)  # no view: models write into what they get
 
     @staticmethod
     @torch.autograd.function.once_differentiable

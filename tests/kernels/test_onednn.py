@@ -50,6 +50,14 @@ def test_forward_and_gradients(bias: bool, leading: tuple[int, ...]) -> None:
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_model_may_write_into_what_a_layer_gives() -> None:
+    """As Llama 4's router does."""
+    plain, ours = pair()
+    x = torch.randn(2, 3, 17)
+    found = [torch.autograd.grad(layer(x).mul_(2).sum(), layer.weight)[0] for layer in (plain, ours)]
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
 def test_strided_inputs_and_gradients() -> None:
     plain, ours = pair()
     x = torch.randn(17, 6).t().requires_grad_()

@@ -207,7 +207,7 @@ def continued(tmp_path: Path, adapter: Path, **knobs: Any) -> Any:
     run = resolve_adapter(TrainConfig(model=str(adapter)))
     file = str(SEED_POLICY.parent / "train.jsonl")
     given = {n: getattr(run, n) for n in ("model", "lora", "lora_r", "lora_alpha", "lora_target_modules")}
-    return {**given, "train_file": file, "learning_rate": 1e-2, "eval_samples": 0, **knobs}
+    return {**given, "train_file": file, "learning_rate": 1e-2, "eval_samples": 0, "cpu_linear": "torch", **knobs}
 
 
 def test_the_reference_is_the_adapter_that_the_run_began_with(tmp_path: Path, seed_adapter: Path) -> None:

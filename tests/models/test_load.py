@@ -97,6 +97,7 @@ def train(tmp_path: Path, model: str, **knobs: Any) -> Any:
     data = tmp_path / "p.jsonl"
     data.write_text("\n".join(json.dumps({"prompt": f"number {i}"}) for i in range(4)) + "\n")
     more = {"reward": ["helpers.rewards:vowels"], "max_prompt_length": 64, "prompts_per_step": 1, "save_model": True}
+    more["cpu_linear"] = "torch"  # as the models that it is compared with to the bit
     return run_small(tmp_path, **{"model": model, "train_file": str(data), "steps": 1, **more, **knobs})
 
 

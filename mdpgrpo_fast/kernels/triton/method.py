@@ -227,7 +227,7 @@ def _sapo_gate(ratio, advantage, settings):
 def _gmpo_log_ratios(log_ratio, advantage, rows, is_per_row, settings, completion, row, mask):
     """log ρ bounded on the side that A has, NaN where a bound is; and where its lower or its upper bound holds."""
     low, high = _epsilons(rows, is_per_row, settings, completion, row, mask)
-    log_ratio = tl.where((low != low) | (high != high), low + high, log_ratio)
+    log_ratio = tl.where(low != low, low, tl.where(high != high, high, log_ratio))
     is_low = tl.where(advantage < 0, log_ratio, -low) < -low
     is_high = tl.where(advantage > 0, log_ratio, high) > high
     return tl.where(is_low, -low, tl.where(is_high, high, log_ratio)), is_low, is_high
