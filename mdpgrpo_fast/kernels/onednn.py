@@ -70,7 +70,9 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _op(x, weight if packed is None else packed, bias)  # no view: models write into what they get
+        out = _op(x.reshape(-1, x.shape[-1]), weight if packed is None else packed, bias)
+        found: Tensor = torch.ops.aten._unsafe_view(out, [*x.shape[:-1], len(weight)])
+        return found  # none that autograd takes for a view: models write into what they get
 
     @staticmethod
     @torch.autograd.function.once_differentiable
