@@ -27,6 +27,7 @@ def test_memory_and_speed_options_change_no_result(tmp_path: Path, packing: str)
         torch.testing.assert_close(parameters(other), parameters(plain), rtol=0, atol=1e-5)
 
 
+@pytest.mark.long
 def test_compiled_blocks_take_other_lengths_without_compiling_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -448,6 +448,7 @@ def test_rows_are_read_and_written_in_128_bit_pieces(sm: int, request: pytest.Fi
         assert (r["stores"].get("128", 0) > 0) == writes, r["case"]
 
 
+@pytest.mark.long
 def test_rows_of_wider_buffers_are_read_and_written_in_128_bit_pieces(tmp_path: Path) -> None:
     """As of a chunk of an odd vocabulary; and of strides that are multiples of 8 elements, but not of 16."""
     for vocab, stride in ((32001, 32016), (32008, 32008)):

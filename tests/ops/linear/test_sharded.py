@@ -257,6 +257,7 @@ def zero3_step(rank: int, logprobs: bool) -> Any:
     return loss.detach(), moved, empty
 
 
+@pytest.mark.long
 def test_zero3_under_the_real_deepspeed(tmp_path: Path) -> None:
     if importlib.util.find_spec("deepspeed") is None and not (DEEPSPEED / "deepspeed").exists():
         unavailable(f"peer deepspeed is neither installed nor in {DEEPSPEED} (see constraints-test-deepspeed.txt)")

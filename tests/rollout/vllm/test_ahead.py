@@ -333,6 +333,7 @@ def run_on_a_rank(rank: int, ranks: int, url: str, folder: str) -> dict[str, Any
         return {"steps": trainer.done, "said": said, "staleness": [r["staleness"] for r in trainer.history]}
 
 
+@pytest.mark.long
 def test_ranks_sample_ahead_together_and_stop_together(server: FakeServer, tmp_path: Path) -> None:
     lock, under_way, disturbed = threading.Lock(), [0], []
     whole = 2 * 3 * PER_STEP  # requests of the first run; the second has one refused in its second step
