@@ -327,3 +327,8 @@ def test_a_setting_of_another_type_is_named() -> None:
     run = TrainConfig(output_dir=Path("a") / "b", report_to="none", reward="m:f", learning_rate=1)  # type: ignore[arg-type]
     assert (run.output_dir, run.report_to, run.reward) == (str(Path("a/b")), [], ["m:f"])
     assert isinstance(run.learning_rate, float)
+
+
+def test_a_long_value_is_cut_in_its_error() -> None:
+    with pytest.raises(ConfigError, match=r"^template_args must be name=value; got '9{299}…$"):
+        TrainConfig(template_args=["9" * 5000])

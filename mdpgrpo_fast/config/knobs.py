@@ -103,4 +103,5 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
 
 def require(ok: bool, name: str, value: Any, expected: str) -> None:
     if not ok:
-        raise ConfigError(f"{name} must be {expected}; got {value!r}")
+        got = repr(value)
+        raise ConfigError(f"{name} must be {expected}; got {got if len(got) <= 300 else got[:300] + '…'}")

@@ -63,6 +63,12 @@ def test_every_prompt_of_the_data_sets_is_valid(rules: str) -> None:
     assert len(known) == {"ifeval": 25, "mdpgrpo": 26}[rules]
 
 
+@pytest.mark.parametrize(("n_words", "held"), [(3, True), (2**70, False)])
+def test_a_count_beyond_64_bits_is_a_count(n_words: int, held: bool) -> None:
+    text, kwargs = "One two. *** Three four. *** Five six.", {"n_sent": 1, "n_words": n_words}
+    assert verify("count:counting_composition", text, kwargs, rules="iftrain") is held
+
+
 def test_counts_of_types() -> None:
     known = Counter(rules for entry in INSTRUCTIONS.values() for rules in entry.rules)
     assert (known["ifeval"], known["mdpgrpo"]) == (25, 26)

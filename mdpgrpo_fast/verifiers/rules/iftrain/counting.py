@@ -52,7 +52,7 @@ def _composed(paragraph: str, n_sent: int, n_words: int) -> bool:
         return False
     # A run of non-blanks is a word at least: no need to look for the words of a sentence with too many.
     return all(
-        len(sentence.split(None, n_words)) <= n_words and len(words.tokens(sentence)) == n_words
+        len(sentence.split(None, min(n_words, len(sentence)))) <= n_words and len(words.tokens(sentence)) == n_words
         for sentence in sentences
     )
 
