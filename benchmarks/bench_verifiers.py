@@ -108,14 +108,22 @@ def of_process(instruction_id: str, rules: str, text: str) -> float:
     return min(times)
 
 
-def bounds(instruction_id: str, rules: str) -> dict[str, Any]:
-    """The slowest hostile texts of one type at both lengths."""
+def loaded(instruction_id: str, rules: str) -> dict[str, Any]:
+    """The head of a type's row, once what the type needs is loaded; with "skipped" where that is missing."""
     row: dict[str, Any] = {"type": instruction_id, "rules": rules}
     try:
         validate(instruction_id, arguments(instruction_id), rules)
     except MissingRequirementError as error:
         return row | {"skipped": str(error)}
     verify(instruction_id, "Loads what the type needs. Twice.", arguments(instruction_id), rules=rules)
+    return row
+
+
+def bounds(instruction_id: str, rules: str) -> dict[str, Any]:
+    """The slowest hostile texts of one type at both lengths."""
+    row = loaded(instruction_id, rules)
+    if "skipped" in row:
+        return row
     case = FITTED[instruction_id] if instruction_id.startswith("change_case:english") else str
     names = list(long_hostile())
     for length in BOUNDS:
@@ -276,12 +284,9 @@ def rule_sets(instruction_id: str) -> Iterator[str]:
 
 
 def measure(instruction_id: str, rules: str, peers: dict[str, Any], seconds: float) -> dict[str, Any]:
-    row: dict[str, Any] = {"type": instruction_id, "rules": rules}
-    try:
-        validate(instruction_id, arguments(instruction_id), rules)
-    except MissingRequirementError as error:
-        return row | {"skipped": str(error)}
-    verify(instruction_id, "Loads what the type needs. Twice.", arguments(instruction_id), rules=rules)
+    row = loaded(instruction_id, rules)
+    if "skipped" in row:
+        return row
     row["long_ms"] = long_responses(instruction_id, rules)
     for mode in ("strict", "loose"):
         row[mode] = many_responses(instruction_id, rules, peers, mode, seconds)

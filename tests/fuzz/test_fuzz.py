@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import pytest
 from fuzz import kernels, targets
@@ -19,19 +20,29 @@ def ready() -> Iterator[dict[str, targets.Target]]:
         yield found
 
 
+def fails(target: Callable[[Any], object], inputs: Iterable[Any]) -> dict[Any, str]:
+    """The inputs that a target raises for, and what."""
+    found = {}
+    for given in inputs:
+        try:
+            target(given)
+        except Exception as e:
+            found[given] = f"{type(e).__name__}: {e}"
+    return found
+
+
 @pytest.mark.parametrize(
     "name", ["verifiers_beside_lm_eval", "verifiers_of_all_rules", "arguments_of_verifiers", "data_reader",
              "configuration", "templates", "answers_of_vllm"],
 )  # fmt: skip
 def test_random_inputs(ready: dict[str, targets.Target], name: str) -> None:
     rng = random.Random(f"suite {name}")
-    for _ in range(INPUTS.get(name, 800)):
-        targets.timed(ready[name], rng.randbytes(rng.randrange(200)))
+    inputs = [rng.randbytes(rng.randrange(200)) for _ in range(INPUTS.get(name, 800))]
+    assert fails(lambda data: targets.timed(ready[name], data), inputs) == {}
 
 
 def test_kernels() -> None:
-    for seed in range(40):
-        (kernels.token_loss if seed % 8 == 0 else kernels.logprobs)(seed)
+    assert fails(lambda seed: (kernels.token_loss if seed % 8 == 0 else kernels.logprobs)(seed), range(40)) == {}
 
 
 @pytest.mark.parametrize("n", [2**63, 10**30])

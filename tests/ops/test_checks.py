@@ -307,6 +307,9 @@ def test_threads_mark_logits_at_the_same_time() -> None:
                 done.result()
     finally:
         sys.setswitchinterval(interval)
+    for x in logits:
+        with pytest.raises(ValueError, match=r"^logits must be logits"):
+            overwritten.refuse_overwritten(x)
 
 
 # ---- wrong types ----------------------------------------------------------------------------------------------------
