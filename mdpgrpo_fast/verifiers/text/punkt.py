@@ -61,11 +61,13 @@ class Splitter:
         # without any such place from being tried again at each of its characters.
         self._place = re.compile(rf"(?<![^{_BLANK}])[^{_BLANK}]*[.?!](?=({apart})|[{s}]+([^{s}]+))")
         self._place_at_once = re.compile(rf"[.?!](?=({apart})|[{s}]+([^{s}]+))")
-        first, inside = rf"[^{s}(\"`{{\[:;&#*@)}}\]\-,]", rf"[^{s})\";}}\]*:@'({{\[!?{tables.curly}\-.,]+"
+        single, inside = r"(\"`{\[:;&#*@)}\],", rf"[^{s})\";}}\]*:@'({{\[!?{tables.curly}\-.,]*"
         period, comma = rf"\.(?!\.|[{s}]\.[{s}]\.)", rf",(?!$|[{s}]|{apart}|{many})"
-        self._word = re.compile(rf"{many}|{first}(?:{inside}|-(?!-)|{period}|{comma})*|[^{s}]")
+        rest = rf"{inside}(?:(?:-(?!-)|{period}|{comma}){inside})*"
+        self._word = re.compile(rf"[{single}]|[^{s}{single}\-.]{rest}|{many}|\.{rest}|-")
         self._closing = re.compile(rf"[\"')\]}}{tables.curly}]+?(?:[{s}]+|(?=--)|$)", re.MULTILINE)
         self._known: dict[str, bool] = {}  # context -> whether it breaks
+        self._runs: dict[str, tuple[str, str, bool]] = {}  # what `_look` finds
         self._ends = functools.lru_cache(_KNOWN)(self._decide)
 
     def spans(self, text: str) -> Iterator[tuple[int, int]]:
@@ -93,12 +95,12 @@ class Splitter:
             # NLTK looks twice at a run that begins with an end mark, unless one blank is all that precedes it.
             if end > run + 1 and run != 1 and text[run] in ".?!":
                 first = self._place_at_once.match(text, run)
-                if first and self._is_break(text[run : first.end(first.lastindex or 0)], 1):
+                if first and self._is_break(text[run : first.end(first.lastindex or 0)], 1, first[first.lastindex or 0]):
                     yield run + 1, run + 1 if first.lastindex == 1 else first.start(2)
             context = text[run : place.end(after)]
             is_break = known.get(context)
             if is_break is None:
-                is_break = self._is_break(context, end - run)
+                is_break = self._is_break(context, end - run, place[after])
                 if len(context) < 100:
                     if len(known) >= _KNOWN:
                         known.clear()
@@ -106,21 +108,33 @@ class Splitter:
             if is_break:
                 yield end, end if after == 1 else place.start(2)
 
-    def _is_break(self, context: str, length: int) -> bool:
-        """Whether a sentence ends in `context`: `length` characters up to an end mark, and what follows."""
-        # The first two answers are those of the loop below, and settle nearly all texts.
-        word, follows = context[: length - 1], context[length:].lstrip()[:1]
-        plain = len(word) > 1 and word.isalpha() and follows != "." and word.lower() not in self._special
-        if follows and (plain or context[length - 1] != "."):
+    def _is_break(self, context: str, length: int, follows: str) -> bool:
+        """Whether a sentence ends in `context`: `length` characters up to an end mark, blanks, and what follows."""
+        if follows[0] == "." or follows.isspace():  # may be one word with the marks before, or none
+            return self._breaks_within(self._words(context))
+        if context[length - 1] != ".":
             return True
-        first = self._word.match(context)
-        if first and first.end() == length:
-            second = self._word.search(context, length)
-            if second and not second[0].isspace():
-                ends = self._ends(first[0], second[0])
-                if ends or second.end() == len(context):
-                    return ends
-        words = self._word.findall(context) if "\n" not in context else self._words(context)
+        word = context[max(0, context.rfind("'", 0, length)) : length - 1]  # a quote is inside of no word
+        letters = word.lstrip("'")
+        if len(word) > 1 and letters[:1].isalpha() and letters.isalnum() and word.lower() not in self._special:
+            return True
+        _, last, broken = self._look(context[:length])
+        after, _, breaks = self._look(follows)
+        return broken or breaks or self._ends(last, after)
+
+    def _look(self, run: str) -> tuple[str, str, bool]:
+        """The first and the last word of a run without blanks, and whether a sentence ends inside."""
+        found = self._runs.get(run)
+        if found is None:
+            words = self._word.findall(run)
+            found = words[0], words[-1], self._breaks_within(words)
+            if len(run) < 100:
+                if len(self._runs) >= _KNOWN:
+                    self._runs.clear()
+                self._runs[run] = found
+        return found
+
+    def _breaks_within(self, words: list[str]) -> bool:
         for word, after in pairwise(words):  # noqa: SIM110  a generator takes a fifth longer
             if word[-1] in ".?!" and self._ends(word, after):
                 return True
