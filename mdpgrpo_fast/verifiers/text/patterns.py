@@ -9,7 +9,8 @@ from typing import Any
 
 from .scan import up_to
 
-STEPS, EACH = 450, 55  # that a keyword may take at one place of a text, some nanoseconds, and more for each |
+# What a keyword may take at one place of a text, some nanoseconds; what more for each |, and for how many of them.
+STEPS, EACH, MOST = 450, 55, 128
 
 _SPECIAL = re.compile(r"[.^$*+?{}\[\]\\|()]|[^\x00-\x7f]")
 _LETTERS_AT_BOTH_ENDS = re.compile(r"\w(?:.*\w)?", re.DOTALL)
@@ -32,7 +33,7 @@ def compiled(pattern: str, flags: int = 0) -> re.Pattern[str]:
         raise ValueError(f"is none: {error}") from None
     if _VERBOSE.search(pattern):
         raise ValueError("may not be verbose (?x)")
-    if _steps(pattern) > STEPS + EACH * pattern.count("|"):
+    if _steps(pattern) > STEPS + EACH * min(pattern.count("|"), MOST):
         raise ValueError("may not be so long, or have choice after choice: a response could take seconds to search")
     return found
 

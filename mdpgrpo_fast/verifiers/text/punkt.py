@@ -95,12 +95,12 @@ class Splitter:
             # NLTK looks twice at a run that begins with an end mark, unless one blank is all that precedes it.
             if end > run + 1 and run != 1 and text[run] in ".?!":
                 first = self._place_at_once.match(text, run)
-                if first and self._is_break(text[run : first.end(first.lastindex or 0)], 1, first[first.lastindex or 0]):
+                if first and self._is_break(text[run : first.end(first.lastindex or 0)], 1, first[1] or first[2]):
                     yield run + 1, run + 1 if first.lastindex == 1 else first.start(2)
             context = text[run : place.end(after)]
             is_break = known.get(context)
             if is_break is None:
-                is_break = self._is_break(context, end - run, place[after])
+                is_break = self._is_break(context, end - run, place[1] or place[2])
                 if len(context) < 100:
                     if len(known) >= _KNOWN:
                         known.clear()
