@@ -29,7 +29,7 @@ from .batch import budget_and_notes
 from .collect import Collector
 from .guard.finite import BadSteps, BadStepsError, check_weights
 from .guard.keeper import Keeper
-from .guard.stop import Stop
+from .guard.stop import Stop, Stopped
 from .held_out import answer_and_score
 from .hub.card import write_cards
 from .metrics import over_ranks, step_metrics
@@ -299,9 +299,12 @@ class TrainingLoop:
         mine, then = self.of_this_rank(rows), self.of_this_rank(following)
         problem = None
         try:
-            batch = distributed.call_whole(acc, self.model, lambda: self.collector.collect(mine, number, clock, then))
+            with self.stop.apart(self.collector.engine is None and not distributed.is_sharded(acc)):
+                batch = distributed.call_whole(
+                    acc, self.model, lambda: self.collector.collect(mine, number, clock, then)
+                )
             failed = why_all_failed(batch.scores)
-        except (RewardError, RolloutError, FloatingPointError) as e:
+        except (RewardError, RolloutError, FloatingPointError, Stopped) as e:
             problem = e
         with clock.stage("generate"):  # the others' wait for the slowest
             raise_on_all_ranks(acc, self.stop.problem() or problem)

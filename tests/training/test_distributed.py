@@ -250,6 +250,24 @@ def whole_and_interrupted(
     )
 
 
+def stuck(rank: int, ranks: int, folder: str) -> dict[str, Any]:
+    """Every rank gets a signal while it samples, which takes longer than it is waited for."""
+    from mdpgrpo_fast.training.collect import Collector
+
+    sample, calls = Collector.sample, [0]
+
+    def sampled(self: Collector, *args: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1000)
+        return sample(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Collector, "sample", sampled)
+        return train(rank, ranks, "ddp", folder, {"steps": 3}, False)
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Tensor], list[float]]:
     """Three steps in one process."""
@@ -317,6 +335,12 @@ def moving_reference(rank: int, ranks: int, kind: str, folder: str) -> str:
 def test_the_reference_moves_where_ranks_have_whole_weights(kind: str, said: str, tmp_path: Path) -> None:
     for message in spawn(moving_reference, 2, tmp_path, kind, str(tmp_path / "run")):
         assert message.startswith(said)
+
+
+def test_ranks_drop_what_they_sample_at_a_signal(tmp_path: Path) -> None:
+    found = spawn(stuck, 2, tmp_path, str(tmp_path / "run"))
+    assert [f["signal"] for f in found] == [signal.SIGTERM] * 2 and [len(f["tokens"]) for f in found] == [1, 1]
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["checkpoint_1"]
 
 
 @pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp2", marks=pytest.mark.long)])

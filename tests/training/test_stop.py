@@ -165,6 +165,17 @@ def test_where_a_signal_is_looked_at() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
             problem = rank.problem()
         assert isinstance(problem, Stopped)
+        with pytest.raises(Stopped, match="SIGTERM"), rank.droppable(cpu), rank.apart(True):
+            raise AssertionError("nothing is begun any more")
+        with rank.apart(False):
+            pass
+    with Stop(False, str) as rank:
+        with pytest.raises(Stopped, match="SIGHUP"), rank.droppable(cpu), rank.apart(True):
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(60)
+        with rank.apart(False):
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert rank.problem()
         with pytest.raises(Stopped, match="SIGINT"):
             Stop(False, str).raise_(signal.SIGINT)
         rank.settle()

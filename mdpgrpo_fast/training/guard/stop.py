@@ -127,6 +127,18 @@ class Stop:
                 set_random_states(before, device)
             raise
 
+    @contextmanager
+    def apart(self, waits_for_none: bool) -> Iterator[None]:
+        """Inside, where a rank of several waits for no other, a signal raises Stopped at once on it too."""
+        before = self._open
+        try:
+            self._open = before or waits_for_none
+            if self._open:
+                self.raise_()
+            yield
+        finally:
+            self._open = self._open and before
+
     def _handle(self, signum: int, frame: object) -> None:
         self.signum = self.signum or signum
         if self._open:
