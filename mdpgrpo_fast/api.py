@@ -123,8 +123,8 @@ class Trainer:
             if reward_weights is not None:
                 changed["reward_weights"] = reward_weights
             run = resolve_adapter(replace(run, preset=nearest_preset(config, run.preset), **changed))
-            run = resolve_resume(run)
             config = with_correction(run, config)
+            run = resolve_resume(run, config)
             self.run, self.config, self._trained = run, config, False
             self.result: TrainResult | None = None  # of train(), also where the upload after it failed
             self.unwritten: str | None = None  # why there is no report
@@ -199,13 +199,13 @@ class Trainer:
                 if loop.ended:
                     # A rank that ends first would take the one that writes with it.
                     loop.accelerator.wait_for_everyone()
+            self.result = TrainResult(out.path, summary, loop.history)
+            repo_id = loop.task.repo_id
+            if repo_id is not None and not self.result.interrupted:
+                self.result = replace(self.result, hub_url=upload(self.run, loop.lm, repo_id))
+            return self.result
         finally:
             out.release()
-        self.result = TrainResult(out.path, summary, loop.history)
-        repo_id = loop.task.repo_id
-        if repo_id is not None and not self.result.interrupted:
-            self.result = replace(self.result, hub_url=upload(self.run, loop.lm, repo_id))
-        return self.result
 
     def _begin(self) -> None:
         """The directory of a new run, which the first rank makes. Raises: ConfigError, on all ranks."""

@@ -82,7 +82,14 @@ def main(argv: list[str] | None = None) -> int:
                 run, method, given = read(sys.argv[1:] if argv is None else argv)
                 notes = without_effect(run, method, given) if os.environ.get("RANK", "0") == "0" else []
                 print(*(f"{line}\n" for line in notes), sep="", end="", file=sys.stderr)
-                trainer = Trainer(config=method, run=run)
+                from .training.checkpoint import FinishedError
+
+                try:
+                    trainer = Trainer(config=method, run=run)
+                except FinishedError as e:
+                    if os.environ.get("RANK", "0") == "0":
+                        print(e)
+                    return 0
             result = trainer.train_and_return()
     except KeyboardInterrupt:  # before the run had begun, or a second one while it ended
         if trainer is not None and trainer.loop.done:

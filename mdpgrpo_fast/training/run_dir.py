@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
@@ -27,6 +26,7 @@ from ..models.lora import save_adapters, save_merged
 from ..rewards import Score
 from ..rollout.vllm.completion import RolloutError
 from .batch import Batch
+from .checkpoint.resume import config_text
 from .guard.claim import Claim, claim_new
 
 T = TypeVar("T")
@@ -73,9 +73,7 @@ class RunDir:
         return None if self._claim is None else self._claim.problem
 
     def write_config(self, run: TrainConfig, method: MDPGRPOConfig) -> None:
-        # With --config this file goes on with the run, or repeats it, as the command line says.
-        text = yaml.safe_dump({"run": {**asdict(run), "resume": False}, "method": asdict(method)}, sort_keys=False)
-        durable.write_text(self.path / "config.yaml", text)
+        durable.write_text(self.path / "config.yaml", config_text(run, method))
 
     def append(self, name: str, *rows: dict[str, Any]) -> None:
         durable.append_text(self.path / name, "".join(f"{to_json(row)}\n" for row in rows))

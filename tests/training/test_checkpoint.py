@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from helpers.runs import SMALL, make_trainer, parameters, rows, run_small
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mdpgrpo_fast.train as train
-from mdpgrpo_fast import evaluate
+from mdpgrpo_fast import api, evaluate
 from mdpgrpo_fast.config import ConfigError, MDPGRPOConfig, TrainConfig, preset
 from mdpgrpo_fast.demo import DEMO_DIR
 from mdpgrpo_fast.models.load import load
@@ -95,7 +95,7 @@ def test_checkpoints_of_another_kind_or_not_whole_are_refused(tmp_path: Path, na
     (tmp_path / "checkpoints" / name).mkdir(parents=True)
     with pytest.raises(ConfigError, match=said):
         checkpoint.check_resume(TrainConfig(output_dir=str(tmp_path)), preset("exact"))
-    asked = checkpoint.resolve_resume(TrainConfig(output_dir=str(tmp_path), resume="auto"))
+    asked = checkpoint.resolve_resume(TrainConfig(output_dir=str(tmp_path), resume="auto"), preset("exact"))
     assert asked.resume is not name.endswith(".bak/model"), "auto begins anew only where nothing would be lost"
 
 
@@ -313,7 +313,7 @@ def test_the_best_needs_something_to_be_compared_by(tmp_path: Path) -> None:
         make_trainer(tmp_path, keep_best=True, train_file=file)
 
 
-def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path) -> None:
+def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--output-dir", str(tmp_path / "run"), "--steps", "1", "--max-completion-length", "8", "--save-every", "1",
              "--prompts-per-step", "1", "--eval-samples", "1"]  # fmt: skip
     assert train.main([*flags, "--resume", "auto"]) == 0, "there is none yet"
@@ -321,3 +321,20 @@ def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["resumed_after"] == 1
     assert not (tmp_path / "run.1").exists()
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 1
+    shutil.rmtree(tmp_path / "run" / "checkpoints")  # so short that none was due
+    capsys.readouterr()
+    assert train.main([*flags, "--resume", "auto"]) == 0
+    said = f"output_dir {str(tmp_path / 'run')!r} holds this run, which is finished: nothing is left to do\n"
+    assert capsys.readouterr().out == said and not (tmp_path / "run.1").exists()
+    asked = train.read([*flags, "--resume", "auto"])[:2]
+    with pytest.raises(checkpoint.FinishedError):
+        api.Trainer(run=asked[0], config=asked[1])
+    for unlike in ({"steps": 2}, {"push_to_hub": True}):
+        assert checkpoint.resolve_resume(replace(asked[0], **unlike), asked[1]).resume is False
+    for name, text in (("summary.json", "[]"), ("summary.json", '{"interrupted": true}'), ("config.yaml", "[")):
+        whole = (tmp_path / "run" / name).read_text()
+        (tmp_path / "run" / name).write_text(text)
+        assert checkpoint.resolve_resume(*asked).resume is False
+        (tmp_path / "run" / name).write_text(whole)
+    (tmp_path / "run" / "report.html").unlink()
+    assert checkpoint.resolve_resume(*asked).resume is False

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from ...config import ConfigError, MDPGRPOConfig, TrainConfig
 from . import manifest
@@ -42,12 +45,38 @@ FIXED_KNOBS = (
 BNPO_KNOBS = ("micro_batch_size", "tokens_per_micro_batch", "packing")
 
 
-def resolve_resume(run: TrainConfig) -> TrainConfig:
-    """The run with resume True or False where it is "auto": False while output_dir has no checkpoint of any kind."""
+class FinishedError(ConfigError):
+    """With resume "auto": output_dir holds this very run, and nothing of it is left to do."""
+
+
+def resolve_resume(run: TrainConfig, method: MDPGRPOConfig) -> TrainConfig:
+    """The run with resume True or False where it is "auto": False while output_dir has no checkpoint of any kind.
+
+    Raises: FinishedError where it has none because the run was over before the first was due.
+    """
     if run.resume != "auto":
         return run
     path = Path(run.output_dir)
-    return replace(run, resume=bool(manifest.folders(path)) or _has_earlier(path))
+    found = replace(run, resume=bool(manifest.folders(path)) or _has_earlier(path))
+    if not found.resume and _is_finished(path, found, method):
+        raise FinishedError(f"output_dir {run.output_dir!r} holds this run, which is finished: nothing is left to do")
+    return found
+
+
+def config_text(run: TrainConfig, method: MDPGRPOConfig) -> str:
+    """What config.yaml holds: with --config it goes on with the run, or repeats it, as the command line says."""
+    return yaml.safe_dump({"run": {**asdict(run), "resume": False}, "method": asdict(method)}, sort_keys=False)
+
+
+def _is_finished(path: Path, run: TrainConfig, method: MDPGRPOConfig) -> bool:
+    """Whether it has come to its end with these settings; what only failed to be uploaded has not."""
+    try:
+        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+        settings = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+        same = settings == yaml.safe_load(config_text(run, method))
+        return same and summary["interrupted"] is False and (path / "report.html").exists() and not run.push_to_hub
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError):
+        return False
 
 
 def _has_earlier(path: Path) -> bool:
