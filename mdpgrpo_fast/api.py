@@ -259,24 +259,27 @@ class Trainer:
     def save(self, path: str | Path) -> Path:
         """Writes the model as it is by now in from_pretrained form, LoRA adapters merged, with its tokenizer.
 
-        Raises: ConfigError where the path exists.
+        Raises: ConfigError where the path exists; StorageError where it cannot be written, and nothing is there then.
         """
-        from .models.lora import save_merged
+        from .durable import StorageError
+        from .rollout.engine import raise_on_all_ranks
         from .training.distributed import max_over_ranks, whole_state
+        from .training.run_dir import write_pretrained
         from .training.show.quiet import quiet
 
         path, loop, acc = Path(path), self.loop, self.loop.accelerator
         # As the first rank sees it, before that writes.
         if max_over_ranks(acc, int(acc.is_main_process and path.exists())):
             raise ConfigError(f"path {str(path)!r} exists; a model is written into a new directory")
+        problem = None
         with quiet():
             state = whole_state(acc, loop.model)
-            if acc.is_main_process and self.run.lora:
-                save_merged(loop.lm, self.tokenizer, path, state)
-            elif acc.is_main_process:
-                loop.lm.save_pretrained(path, state_dict=state)
-                self.tokenizer.save_pretrained(path)
-        acc.wait_for_everyone()
+            try:
+                if acc.is_main_process:
+                    write_pretrained(path, loop.lm, self.tokenizer, state, self.run.lora)
+            except StorageError as e:
+                problem = e
+        raise_on_all_ranks(acc, problem)
         return path
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import errno
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from helpers.inputs import ROOT
 
 import mdpgrpo_fast
 from mdpgrpo_fast import ConfigError, RewardError, TrainConfig, Trainer, TrainResult, api, preset
+from mdpgrpo_fast.durable import StorageError
 
 ROWS = [{"prompt": f"Say number {i}.", "answer": str(i)} for i in range(6)]
 
@@ -51,7 +55,7 @@ def test_one_call_with_functions_lambdas_and_a_callback(tmp_path: Path) -> None:
     )
 
 
-def test_a_trainer_evaluates_trains_and_saves(tmp_path: Path) -> None:
+def test_a_trainer_evaluates_trains_and_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoModelForCausalLM
 
     # Another length for every completion: a reward with a spread.
@@ -72,6 +76,14 @@ def test_a_trainer_evaluates_trains_and_saves(tmp_path: Path) -> None:
     assert trainer.tokenizer.eos_token is not None and (tmp_path / "saved" / "tokenizer.json").exists()
     with pytest.raises(ConfigError, match=r"path '.*saved' exists; a model is written into a new directory"):
         trainer.save(tmp_path / "saved")
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(StorageError, match="saved too' cannot be written: No space left"),
+    ):
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        patch.setattr(trainer.tokenizer, "save_pretrained", mock.Mock(side_effect=full))
+        trainer.save(tmp_path / "saved too")
+    assert not list(tmp_path.glob("saved too*"))
     with pytest.raises(ConfigError, match="prompts must be given where the run has no eval_prompts"):
         trainer.evaluate()
     with pytest.raises(RuntimeError, match=r"train\(\) runs once"):

@@ -86,13 +86,6 @@ class RunDir:
         state: of the model, gathered, where its own is sharded.
         """
 
-        def write(folder: Path) -> None:
-            if lora:
-                save_merged(model, tokenizer, folder, state)
-            else:
-                model.save_pretrained(folder, state_dict=state)
-                tokenizer.save_pretrained(folder)
-
         def write_adapters(folder: Path) -> None:
             save_adapters(model, folder, state)
             tokenizer.save_pretrained(folder)
@@ -100,12 +93,25 @@ class RunDir:
         whole = self.path / ("best" if best else "model")
         weights = model.parameters() if state is None else state.values()
         durable.need_space(self.path, sum(x.numel() * x.element_size() for x in weights), f"{whole.name}/")
-        _write_folder(whole, write)
+        write_pretrained(whole, model, tokenizer, state, lora)
         if lora and not best:
             _write_folder(self.path / "adapters", write_adapters)
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         durable.write_text(self.path / name, to_json(value, indent=2) + "\n")
+
+
+def write_pretrained(path: Path, model: Any, tokenizer: Any, state: dict[str, Tensor] | None, lora: bool) -> None:
+    """The model, adapters merged, and its tokenizer as a folder that is whole or not there. Raises: StorageError."""
+
+    def write(folder: Path) -> None:
+        if lora:
+            save_merged(model, tokenizer, folder, state)
+        else:
+            model.save_pretrained(folder, state_dict=state)
+            tokenizer.save_pretrained(folder)
+
+    _write_folder(path, write)
 
 
 def _write_folder(path: Path, write: Callable[[Path], None]) -> None:
