@@ -58,7 +58,7 @@ class Group(NamedTuple):
 
 
 REFERENCE = ("tests/test_reference.py", "tests/test_reference_advantages.py", "tests/test_reference_losses.py")
-OPS = tuple(f"tests/ops/test_{name}.py" for name in ("advantages", "advantage_rules"))
+OPS = tuple(f"tests/ops/test_{name}.py" for name in ("advantages", "advantage_rules", "edges", "signs"))
 LOSSES = tuple(f"tests/ops/test_{name}.py" for name in ("token_loss", "token_loss_choices"))
 VERIFIERS = tuple(
     f"tests/{name}.py"

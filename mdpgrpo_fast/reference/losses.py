@@ -39,6 +39,7 @@ def gmpo_log_ratios(
         torch.as_tensor(x, dtype=log_ratio.dtype, device=log_ratio.device)
         for x in (advantage, epsilon_low, epsilon_high)
     )
+    log_ratio = log_ratio.masked_fill((low + high).isnan(), torch.nan)
     is_low, is_high = (log_ratio < -low) & (advantage < 0), (log_ratio > high) & (advantage > 0)
     return torch.where(is_low, -low, torch.where(is_high, high, log_ratio)), is_low, is_high
 
@@ -71,7 +72,8 @@ def clipped_objective(
     ratio: Tensor, advantage: Tensor | float, epsilon_low: Tensor | float, epsilon_high: Tensor | float,
     delta: Tensor | float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """J = min(ρA, clip(ρ)A), ρ capped at delta first (0: not); and where the lower or the upper clip holds."""
+    """J = min(ρA, clip(ρ)A), ρ capped at delta first (0: not); and where the lower or the upper clip holds. NaN where a
+    bound is."""
     low_bound, high_bound = _bounds(ratio, epsilon_low, epsilon_high)
     # Sequence level has one ratio per completion, but bounds may be per row.
     cap = _cap(delta, ratio)
@@ -81,7 +83,7 @@ def clipped_objective(
     advantage = torch.as_tensor(advantage)
     low = (ratio < low_bound) & (advantage < 0)
     high = (ratio > high_bound) & (advantage > 0)
-    return torch.where(clipped < free, clipped, free), low, high
+    return torch.where((clipped < free) | clipped.isnan(), clipped, free), low, high
 
 
 def clipped_objective_slope(
