@@ -31,6 +31,11 @@ def folders(rules: str) -> list[Path]:
     return verifiers.oracle_data() if rules in OFFICIAL else [verifiers.punkt_folder()]
 
 
+@pytest.mark.parametrize("rules", OFFICIAL)
+def test_names(rules: str) -> None:
+    assert set(table(rules)) == {id for name, id in TYPES if name == rules}
+
+
 @pytest.mark.parametrize(("rules", "id"), TYPES)
 def test_labels(rules: str, id: str) -> None:
     with verifiers.nltk_data(*folders(rules)):
