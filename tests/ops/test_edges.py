@@ -120,6 +120,28 @@ def test_a_bonus_of_one_and_a_denominator_below_two(backend: str) -> None:
 
 
 @every_backend
+def test_a_bonus_reaches_the_gradient_of_a_head_as_number_and_as_tensor(backend: str) -> None:
+    hidden = torch.tensor([[[1.0, -0.5]], [[0.25, 2.0]]], device=DEVICE).requires_grad_()
+    weight = torch.tensor([[0.5, 1.0], [-1.0, 0.5], [0.25, -0.75]], device=DEVICE)
+    chosen = torch.zeros(2, 1, dtype=torch.long, device=DEVICE)
+
+    def slope(logits: bool, **more: Any) -> Tensor:
+        config = config_for(**{k: v for k, v in more.items() if isinstance(v, float)})
+        given = {k: v for k, v in more.items() if isinstance(v, Tensor)}
+        given |= {"advantage": torch.zeros(2, device=DEVICE), "kl_beta": 0.0}
+        if logits:
+            out = mdpgrpo_fast.token_loss(hidden @ weight.T, chosen, None, config, backend="torch", **given)
+        else:
+            out = mdpgrpo_fast.linear_token_loss(hidden, weight, chosen, None, config, backend=backend, **given)
+        return torch.autograd.grad(out.loss, hidden)[0].cpu()
+
+    expected = slope(True, entropy_coef=0.5)
+    assert expected.abs().sum() > 0.1
+    for given in ({"entropy_coef": 0.5}, {"entropy_coef": torch.full((2,), 0.5, device=DEVICE)}):
+        torch.testing.assert_close(slope(False, **given), expected, rtol=1e-5, atol=1e-7)
+
+
+@every_backend
 def test_the_threshold_is_of_the_mean_drift(backend: str) -> None:
     """Drifts 0, 1.5 and a mean of 0.75: kept at a threshold of 0.75, left out below it. A = 0 is never left out."""
     for threshold, kept in ((0.75, True), (0.5, False)):
