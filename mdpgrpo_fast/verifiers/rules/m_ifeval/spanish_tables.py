@@ -70,11 +70,13 @@ SPECIALS: dict[str, tuple[str, ...]] = {
 class Patterns(NamedTuple):
     """What a word is cut by: at its start, at its end, inside; and what a host name looks like.
 
-    `prefixes` and `suffixes` are the characters that surely are one, whatever stands beside them.
+    `prefixes` and `suffixes` are the characters that surely are one, whatever stands beside them; `ends` those that any
+    other suffix ends with.
     """
 
     prefixes: frozenset[str]
     suffixes: frozenset[str]
+    ends: frozenset[str]
     prefix: re.Pattern[str]
     suffix: re.Pattern[str]
     infix: re.Pattern[str]
@@ -95,6 +97,7 @@ def patterns() -> Patterns:
     return Patterns(
         prefixes=frozenset(single + _PREFIX_MARKS),
         suffixes=frozenset(single) - {"…"},  # …… is one suffix
+        ends=frozenset(".…+").union(unit[-1] for unit in (_CURRENCIES + _UNITS).split()),
         prefix=re.compile(rf"\.\.+|(?:US|C|A)\$|[{marks}{re.escape(_PREFIX_MARKS)}{icons}]|\+(?![0-9])"),
         suffix=re.compile(
             rf"(?:\.\.+|……|[{marks}{icons}]|(?<=[0-9])(?:\+|{units})|(?<=°[FfCcKk])\."

@@ -17,7 +17,6 @@ from .spanish_tables import SPECIALS, patterns
 LONGEST = 1_000_000  # characters; spaCy's models refuse more
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _PIECE = re.compile(r"\s+|\S+")
-_DIGIT = re.compile("[0-9]")
 _SCHEME = re.compile(r"[\w+\-.]{2,}://")
 _LONGEST_SPECIAL = max(map(len, SPECIALS))
 _KNOWN = 8192
@@ -77,15 +76,27 @@ def _split_once(piece: str) -> tuple[str, ...]:
 
 def _split(piece: str, specials: Mapping[str, tuple[str, ...]]) -> list[str]:
     """The tokens of `piece`, which holds no blanks: what is cut off at its ends, and the rest cut inside."""
-    start, end, size = 0, len(piece), 0
+    prefixes, suffixes, ends = patterns().prefixes, patterns().suffixes, patterns().ends
+    start, end, size, whole = 0, len(piece), 0, 0
     before: list[str] = []
     behind: list[str] = []
-    while start < end and end - start != size and not _is_special(piece, start, end, specials):
-        size = end - start
-        rest, stop = _prefix_end(piece, start, end), end
-        if start == rest or rest == end or not _is_special(piece, rest, end, specials):
-            stop = _suffix_start(piece, rest, end)
-            if start < stop < end and _is_special(piece, start, stop, specials):
+    while start < end and end - start != size:
+        if end - start <= _LONGEST_SPECIAL and piece[start:end] in specials:
+            break
+        rest, stop, size = start, end, end - start
+        if piece[start] in prefixes:
+            rest += 1
+        elif piece[start] in ".+UCA":
+            rest = _prefix_end(piece, start, end)
+        if start == rest or rest == end or end - rest > _LONGEST_SPECIAL or piece[rest:end] not in specials:
+            if rest == end:
+                pass
+            elif piece[end - 1] in suffixes:
+                stop -= 1
+            elif end != whole and piece[end - 1] in ends:
+                stop = _suffix_start(piece, rest, end)
+                whole = end if stop == end else 0  # a later start makes none
+            if start < stop < end and stop - start <= _LONGEST_SPECIAL and piece[start:stop] in specials:
                 rest = start  # then the prefix stays
         if start < rest:
             before.append(piece[start:rest])
@@ -97,28 +108,15 @@ def _split(piece: str, specials: Mapping[str, tuple[str, ...]]) -> list[str]:
     return before + behind[::-1]
 
 
-def _is_special(piece: str, start: int, end: int, specials: Mapping[str, tuple[str, ...]]) -> bool:
-    return end - start <= _LONGEST_SPECIAL and piece[start:end] in specials
-
-
 def _prefix_end(piece: str, start: int, end: int) -> int:
-    """Where the prefix of piece[start:end] ends; `start` where there is none."""
-    if piece[start] in patterns().prefixes:
-        return start + 1
-    found = patterns().prefix.match(piece, start, end) if piece[start] in ".+UCA" else None
+    """Where a prefix of piece[start:end] that is no mark alone ends; `start` where there is none."""
+    found = patterns().prefix.match(piece, start, end)
     return found.end() if found else start
 
 
 def _suffix_start(piece: str, start: int, end: int) -> int:
-    """Where the suffix of piece[start:end] starts; `end` where there is none."""
-    if start == end:
-        return end
-    last, tail = piece[end - 1], piece[max(start, end - 8) : end]
-    if last in patterns().suffixes:
-        return end - 1
-    if last not in ".…" and not _DIGIT.search(tail):  # units follow a digit
-        return end
-    found = patterns().suffix.search(tail)
+    """Where a suffix of piece[start:end] that is no mark alone starts; `end` where there is none."""
+    found = patterns().suffix.search(piece[max(start, end - 8) : end])
     if not found:
         return end
     if found[0].startswith(".."):
@@ -144,7 +142,7 @@ def _inner(core: str, specials: Mapping[str, tuple[str, ...]]) -> list[str]:
 
 def _is_address(core: str) -> bool:
     """Whether it is an address of the web or of mail; after a / ? or # it may go on in any way."""
-    if "." not in core:
+    if "." not in core[:-2]:  # two letters follow, or more dots
         return False
     scheme = _SCHEME.match(core)
     starts = {0, scheme.end() if scheme else 0}
