@@ -77,7 +77,9 @@ GROUPS = {
     ),
     "advantages": Group(("mdpgrpo_fast/ops/advantages.py",), (*OPS, "tests/ops/test_checks.py"), SLOW, True),
     "rules": Group(("mdpgrpo_fast/verifiers/rules/**/*.py",), VERIFIERS, SLOW, loaded=TYPES),
-    "text": Group(("mdpgrpo_fast/verifiers/text/*.py",), VERIFIERS, SLOW, loaded=TYPES),
+    "text": Group(
+        ("mdpgrpo_fast/verifiers/text/*.py",), (*VERIFIERS, "tests/verifiers/test_hostile.py"), SLOW, loaded=TYPES
+    ),
     "scoring": Group(("mdpgrpo_fast/verifiers/scoring.py",), VERIFIERS, SLOW, loaded=TYPES),
     "cpp": Group(("csrc/method.h", "csrc/cpu/objective.h"), (*LOSSES, *OPS), f"cpu and {SLOW}"),
 }
