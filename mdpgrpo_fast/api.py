@@ -73,7 +73,8 @@ class Trainer:
         its last step.
 
     Everything that can be wrong is found here, before anything is written. Raises: ConfigError for what cannot be used,
-    in one line that names the argument; RewardError where a reward fails on two sample rows.
+    in one line that names the argument, and its subclass FinishedError where run.resume is "auto" and output_dir holds
+    this very run with nothing left to do; RewardError where a reward fails on two sample rows.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class Trainer:
             from .rewards import Scorer, named_spec
             from .rollout.vllm.completion import RolloutError
             from .training.before.checks import check
-            from .training.checkpoint import resolve_resume
+            from .training.checkpoint import check_unfinished, resolve_resume
             from .training.checkpoint.data import fingerprint
             from .training.loop import TrainingLoop
             from .training.run_dir import RunDir
@@ -123,8 +124,9 @@ class Trainer:
             if reward_weights is not None:
                 changed["reward_weights"] = reward_weights
             run = resolve_adapter(replace(run, preset=nearest_preset(config, run.preset), **changed))
+            by_name = model is None and functions is None  # what these do, no file says
+            run, asked = resolve_resume(run), run.resume
             config = with_correction(run, config)
-            run = resolve_resume(run, config)
             self.run, self.config, self._trained = run, config, False
             self.result: TrainResult | None = None  # of train(), also where the upload after it failed
             self.unwritten: str | None = None  # why there is no report
@@ -145,6 +147,8 @@ class Trainer:
                         "on_step given": on_step is not None,
                     },
                 )
+                if asked == "auto" and by_name:
+                    check_unfinished(run, config, task)
                 if run.resume and os.environ.get("RANK", "0") == "0":
                     self.out.resume()
                 self.loop = TrainingLoop(task, run, config, self.out, self.scorer, on_step)
@@ -264,7 +268,7 @@ class Trainer:
         from .durable import StorageError
         from .rollout.engine import raise_on_all_ranks
         from .training.distributed import max_over_ranks, whole_state
-        from .training.run_dir import write_pretrained
+        from .training.run_dir import write_new_folder, write_pretrained
         from .training.show.quiet import quiet
 
         path, loop, acc = Path(path), self.loop, self.loop.accelerator
@@ -276,7 +280,8 @@ class Trainer:
             state = whole_state(acc, loop.model)
             try:
                 if acc.is_main_process:
-                    write_pretrained(path, loop.lm, self.tokenizer, state, self.run.lora)
+                    tokenizer, lora = self.tokenizer, self.run.lora
+                    write_new_folder(path, lambda folder: write_pretrained(folder, loop.lm, tokenizer, state, lora))
             except StorageError as e:
                 problem = e
         raise_on_all_ranks(acc, problem)

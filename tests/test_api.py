@@ -83,7 +83,11 @@ def test_a_trainer_evaluates_trains_and_saves(tmp_path: Path, monkeypatch: pytes
         full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         patch.setattr(trainer.tokenizer, "save_pretrained", mock.Mock(side_effect=full))
         trainer.save(tmp_path / "saved too")
-    assert not list(tmp_path.glob("saved too*"))
+    assert not list(tmp_path.glob("*saved too*"))
+    for name in ("beside.old", "beside.new"):
+        (tmp_path / name).mkdir()
+    trainer.save(tmp_path / "beside")
+    assert all((tmp_path / name).is_dir() for name in ("beside", "beside.old", "beside.new"))
     with pytest.raises(ConfigError, match="prompts must be given where the run has no eval_prompts"):
         trainer.evaluate()
     with pytest.raises(RuntimeError, match=r"train\(\) runs once"):

@@ -127,7 +127,7 @@ def token_objective(
         objective = losses.sapo_gate(ratio, advantage, config) * advantage
     elif config.loss == "gmpo":
         bounded, low, high = losses.gmpo_log_ratios(log_ratio, advantage, **bounds)
-        ratio = losses.bounded_exp(layout.mean(bounded * mask, mask))
+        ratio = losses.bounded_exp(layout.mean(bounded.masked_fill(~keep, 0), mask))
         objective = ratio * advantage
     else:
         log_weight = losses.vespo_log_weight(log_ratio, weight, mask, layout)

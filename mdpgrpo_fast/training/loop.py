@@ -70,7 +70,7 @@ class TrainingLoop:
         )
         # Data order is the same on every rank, sampling differs (trl#2824).
         torch.manual_seed(run.seed + self.accelerator.process_index)
-        data = task.fingerprints(run, method)
+        data = self.fingerprints = task.fingerprints(run, method)
         policy = make_policy(task.model, run, self.accelerator.device)
         self.budget, notes = budget_and_notes(policy.packing, list(map(len, task.train_ids)), run, method)
         per_step = self.prompts_per_step = run.prompts_per_step * self.accelerator.num_processes
@@ -225,7 +225,8 @@ class TrainingLoop:
             started=started_at, train_seconds=round(train_seconds, 2),
             total_seconds=round(time.perf_counter() - started, 2),
             dropped_samples=self.dropped, dropped_rows=len(self.task.dropped), interrupted=interrupted,
-            best=self.best.found, **({} if failure is None else {"failure": str(failure)}),
+            best=self.best.found, fingerprints=self.fingerprints,
+            **({} if failure is None else {"failure": str(failure)}),
         )  # fmt: skip
         try:
             if acc.is_main_process:
@@ -299,6 +300,7 @@ class TrainingLoop:
         mine, then = self.of_this_rank(rows), self.of_this_rank(following)
         problem = None
         try:
+            # vLLM's weights and shards are gathered by all ranks: one that left would be waited for.
             with self.stop.apart(self.collector.engine is None and not distributed.is_sharded(acc)):
                 batch = distributed.call_whole(
                     acc, self.model, lambda: self.collector.collect(mine, number, clock, then)

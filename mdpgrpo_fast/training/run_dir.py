@@ -6,6 +6,7 @@ import math
 import resource
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
@@ -93,7 +94,7 @@ class RunDir:
         whole = self.path / ("best" if best else "model")
         weights = model.parameters() if state is None else state.values()
         durable.need_space(self.path, sum(x.numel() * x.element_size() for x in weights), f"{whole.name}/")
-        write_pretrained(whole, model, tokenizer, state, lora)
+        _write_folder(whole, lambda folder: write_pretrained(folder, model, tokenizer, state, lora))
         if lora and not best:
             _write_folder(self.path / "adapters", write_adapters)
 
@@ -102,16 +103,25 @@ class RunDir:
 
 
 def write_pretrained(path: Path, model: Any, tokenizer: Any, state: dict[str, Tensor] | None, lora: bool) -> None:
-    """The model, adapters merged, and its tokenizer as a folder that is whole or not there. Raises: StorageError."""
+    """The model, adapters merged, and its tokenizer in from_pretrained form."""
+    if lora:
+        save_merged(model, tokenizer, path, state)
+    else:
+        model.save_pretrained(path, state_dict=state)
+        tokenizer.save_pretrained(path)
 
-    def write(folder: Path) -> None:
-        if lora:
-            save_merged(model, tokenizer, folder, state)
-        else:
-            model.save_pretrained(folder, state_dict=state)
-            tokenizer.save_pretrained(folder)
 
-    _write_folder(path, write)
+def write_new_folder(path: Path, write: Callable[[Path], None]) -> None:
+    """The folder that write(path) makes, where there is none of that name: whole, or not there. What stands beside it
+    is not touched. Raises: StorageError."""
+    with durable.storing(path, SafetensorError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as aside:
+            new = Path(aside) / path.name
+            write(new)
+            durable.sync_tree(new)
+            new.rename(path)
+        durable.sync_folder(path.parent)
 
 
 def _write_folder(path: Path, write: Callable[[Path], None]) -> None:

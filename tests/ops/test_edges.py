@@ -44,13 +44,14 @@ def tokens(backend: str, advantage: Any, knobs: dict[str, Any] | None = None, **
     advantage = torch.as_tensor(advantage, dtype=torch.float32)
     size = (len(advantage), more.pop("length", 1))
     logits = torch.tensor([ELL, 0.0]).expand(*size, 2).clone().to(DEVICE).requires_grad_()
+    mask = torch.arange(size[1], device=DEVICE).expand(size) < more.pop("counts", size[1])
     given = {
         k: torch.as_tensor(v, dtype=torch.float32).expand(size).to(DEVICE) if k.endswith("logprobs") else v
         for k, v in more.items()
     }
     config = config_for(**{"kl_beta_pos": 1.0, "kl_beta_neg": 1.0, "aggregation": "dapo", **(knobs or {})})
     out = mdpgrpo_fast.token_loss(
-        logits, torch.zeros(size, dtype=torch.long, device=DEVICE), None, config, advantage=advantage.to(DEVICE),
+        logits, torch.zeros(size, dtype=torch.long, device=DEVICE), mask, config, advantage=advantage.to(DEVICE),
         kl_beta=torch.ones(len(advantage), device=DEVICE), backend=backend, **{"denominator": 1.0, **given},
     )  # fmt: skip
     return Tokens(out, torch.autograd.grad(out.loss, logits)[0][..., 0].cpu())
@@ -78,6 +79,9 @@ def test_a_bound_that_is_nan_shows_in_the_loss(backend: str, loss: Any) -> None:
     for name in ("epsilon_low", "epsilon_high"):
         got = tokens(backend, [1.0, -1.0], {"loss": loss}, old_logprobs=ELL - 1, check_values=False, **{name: nan})
         assert got.out.loss.isnan()
+        masked = {name: torch.tensor([[0.2, NAN]], device=DEVICE)}
+        got = tokens(backend, [1.0], {"loss": loss}, length=2, counts=1, check_values=False, old_logprobs=ELL, **masked)
+        assert got.out.loss.isfinite() and got.slope.isfinite().all()
 
 
 @every_backend
@@ -139,6 +143,21 @@ def test_a_bonus_reaches_the_gradient_of_a_head_as_number_and_as_tensor(backend:
     assert expected.abs().sum() > 0.1
     for given in ({"entropy_coef": 0.5}, {"entropy_coef": torch.full((2,), 0.5, device=DEVICE)}):
         torch.testing.assert_close(slope(False, **given), expected, rtol=1e-5, atol=1e-7)
+
+
+@every_backend
+def test_an_entropy_on_its_floor_is_not_under_it(backend: str) -> None:
+    def loss(floor: Tensor | None) -> Any:
+        logits = torch.tensor([[[0.3, -1.0, 2.0], [0.0, 0.1, 0.2], [1.5, 1.0, -2.0]]], device=DEVICE)
+        return mdpgrpo_fast.token_loss(
+            logits, torch.zeros(1, 3, dtype=torch.long, device=DEVICE), None, config_for(entropy_coef=1.0),
+            advantage=torch.ones(1, device=DEVICE), kl_beta=0.0, entropy_floor=floor, backend=backend,
+        )  # fmt: skip
+
+    free = loss(None)
+    assert loss(free.entropy).loss == free.loss
+    above = torch.nextafter(free.entropy, torch.full_like(free.entropy, INF))
+    assert loss(above).loss == 0
 
 
 @every_backend

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -95,7 +96,7 @@ def test_checkpoints_of_another_kind_or_not_whole_are_refused(tmp_path: Path, na
     (tmp_path / "checkpoints" / name).mkdir(parents=True)
     with pytest.raises(ConfigError, match=said):
         checkpoint.check_resume(TrainConfig(output_dir=str(tmp_path)), preset("exact"))
-    asked = checkpoint.resolve_resume(TrainConfig(output_dir=str(tmp_path), resume="auto"), preset("exact"))
+    asked = checkpoint.resolve_resume(TrainConfig(output_dir=str(tmp_path), resume="auto"))
     assert asked.resume is not name.endswith(".bak/model"), "auto begins anew only where nothing would be lost"
 
 
@@ -314,27 +315,33 @@ def test_the_best_needs_something_to_be_compared_by(tmp_path: Path) -> None:
 
 
 def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where settings, prompts and weights are its own, with checkpoints and without."""
     flags = ["--output-dir", str(tmp_path / "run"), "--steps", "1", "--max-completion-length", "8", "--save-every", "1",
-             "--prompts-per-step", "1", "--eval-samples", "1"]  # fmt: skip
-    assert train.main([*flags, "--resume", "auto"]) == 0, "there is none yet"
-    assert train.main([*flags, "--resume", "auto"]) == 0
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["resumed_after"] == 1
-    assert not (tmp_path / "run.1").exists()
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 1
-    shutil.rmtree(tmp_path / "run" / "checkpoints")  # so short that none was due
+             "--prompts-per-step", "1", "--eval-samples", "1", "--resume", "auto"]  # fmt: skip
+    assert train.main(flags) == 0, "there is none yet"
+    written = (tmp_path / "run" / "summary.json").read_bytes()
     capsys.readouterr()
-    assert train.main([*flags, "--resume", "auto"]) == 0
-    said = f"output_dir {str(tmp_path / 'run')!r} holds this run, which is finished: nothing is left to do\n"
-    assert capsys.readouterr().out == said and not (tmp_path / "run.1").exists()
-    asked = train.read([*flags, "--resume", "auto"])[:2]
+    for _ in range(2):
+        assert train.main(flags) == 0
+        said = f"output_dir {str(tmp_path / 'run')!r} holds this run, which is finished: nothing is left to do\n"
+        assert capsys.readouterr().out == said and not (tmp_path / "run.1").exists()
+        assert (tmp_path / "run" / "summary.json").read_bytes() == written
+        shutil.rmtree(tmp_path / "run" / "checkpoints", ignore_errors=True)
+    run, method, _ = train.read(flags)
     with pytest.raises(checkpoint.FinishedError):
-        api.Trainer(run=asked[0], config=asked[1])
+        api.Trainer(run=run, config=method)
+    own = json.loads(written)["fingerprints"]
+    task: Any = SimpleNamespace(fingerprints=lambda run, method: own)
+    with pytest.raises(checkpoint.FinishedError):
+        checkpoint.check_unfinished(run, method, task)
     for unlike in ({"steps": 2}, {"push_to_hub": True}):
-        assert checkpoint.resolve_resume(replace(asked[0], **unlike), asked[1]).resume is False
+        checkpoint.check_unfinished(replace(run, **unlike), method, task)
+    other: Any = SimpleNamespace(fingerprints=lambda run, method: {**own, "training prompts": "others"})
+    checkpoint.check_unfinished(run, method, other)
     for name, text in (("summary.json", "[]"), ("summary.json", '{"interrupted": true}'), ("config.yaml", "[")):
         whole = (tmp_path / "run" / name).read_text()
         (tmp_path / "run" / name).write_text(text)
-        assert checkpoint.resolve_resume(*asked).resume is False
+        checkpoint.check_unfinished(run, method, task)
         (tmp_path / "run" / name).write_text(whole)
     (tmp_path / "run" / "report.html").unlink()
-    assert checkpoint.resolve_resume(*asked).resume is False
+    checkpoint.check_unfinished(run, method, task)

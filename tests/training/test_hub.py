@@ -22,6 +22,7 @@ import mdpgrpo_fast.train as train
 from mdpgrpo_fast.api import Trainer
 from mdpgrpo_fast.config import ConfigError, TrainConfig, preset, without_effect
 from mdpgrpo_fast.demo import SEED_POLICY
+from mdpgrpo_fast.training.guard.claim import check_unused
 from mdpgrpo_fast.training.hub import card, repository
 from mdpgrpo_fast.training.hub.names import data_set_id, hub_id, public
 from mdpgrpo_fast.training.loop import TrainingLoop
@@ -166,6 +167,22 @@ def test_a_run_uploads_its_model_once_it_is_done(
     order = [asked.rpartition("/")[2] for asked in hub.asked if "agent" not in asked]
     assert order[:2] == ["create", "write"], "the rights are known before the run"
     assert hub.asked[-1].endswith("commit/main")
+
+
+def test_a_directory_is_locked_while_its_model_is_uploaded(
+    tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload, out = repository.upload, tmp_path / "run"
+
+    def asked(*given: Any) -> str:
+        with pytest.raises(ConfigError, match="is in use by another run"):
+            check_unused(out)
+        return upload(*given)
+
+    monkeypatch.setattr(repository, "upload", asked)
+    assert train.main([*SMALL, "--output-dir", str(out), "--push-to-hub"]) == 0
+    check_unused(out)
+    assert hub.files
 
 
 def test_an_upload_that_fails_says_how_it_is_done_later(

@@ -169,13 +169,14 @@ def test_where_a_signal_is_looked_at() -> None:
             raise AssertionError("nothing is begun any more")
         with rank.apart(False):
             pass
+    with Stop(False, str) as rank, pytest.raises(Stopped, match="SIGHUP"), rank.droppable(cpu), rank.apart(True):
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(60)
+    with Stop(False, str) as rank, rank.apart(False):
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert isinstance(rank.problem(), Stopped)
+        rank.settle()
     with Stop(False, str) as rank:
-        with pytest.raises(Stopped, match="SIGHUP"), rank.droppable(cpu), rank.apart(True):
-            os.kill(os.getpid(), signal.SIGHUP)
-            time.sleep(60)
-        with rank.apart(False):
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert rank.problem()
         with pytest.raises(Stopped, match="SIGINT"):
             Stop(False, str).raise_(signal.SIGINT)
         rank.settle()

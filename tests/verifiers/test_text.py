@@ -134,10 +134,9 @@ def test_a_keyword_may_take_so_many_steps_and_no_more() -> None:
     assert patterns.compiled("a" * 150).pattern == "a" * 150
     with pytest.raises(ValueError, match="may not be so long"):
         patterns.compiled("a" * 151)
-    for count, width in ((1, 82), (3, 93)):  # 450 and 55 for each |, of which each letter is 3 and a | 10
-        text = "a" * (width * (count + 1))
+    for count in (1, 3):  # 450 and 55 for each |, of which each letter is 3 and a | 10
         spread = "|".join(["a" * ((450 + 45 * count) // 3 - count * 10)] + ["a" * 10] * count)
-        assert patterns.compiled(spread).search(text) is not None
+        assert patterns.compiled(spread).search("a" * 200) is not None
         with pytest.raises(ValueError, match="may not be so long"):
             patterns.compiled("a" * 4 + spread)
     with pytest.raises(ValueError, match=r"may not be verbose \(\?x\)"):

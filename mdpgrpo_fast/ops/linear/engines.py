@@ -245,7 +245,7 @@ class TorchRows:
             through = -w * reference.sapo_gate_slope(parts.ratio, advantage, config) * advantage * parts.ratio
         elif name == "gmpo":
             bounded, low, high = reference.gmpo_log_ratios(log_ratio, advantage, **bounds)
-            exponent = layout.mean(bounded * mask, mask)
+            exponent = layout.mean(bounded.masked_fill(~keep, 0), mask)
             through = layout.mean((-w * advantage * parts.ratio).masked_fill(~keep, 0), mask).masked_fill(low | high, 0)
         else:
             slope = reference.clipped_objective_slope(parts.ratio, advantage, delta=given["delta"], **bounds)

@@ -7,7 +7,7 @@ adapter folder; under FSDP and DeepSpeed they are in shards, which only a resume
 from .best import Best
 from .checkpoints import Checkpoints, Loaded
 from .manifest import newest
-from .resume import FinishedError, check_resume, follow_schedule, resolve_resume
+from .resume import FinishedError, check_resume, check_unfinished, follow_schedule, resolve_resume
 from .rows import drop_what_came_later, first_evaluation, logged_rows, lost_rows
 from .state import State
 
@@ -18,6 +18,7 @@ __all__ = [
     "Loaded",
     "State",
     "check_resume",
+    "check_unfinished",
     "drop_what_came_later",
     "first_evaluation",
     "follow_schedule",

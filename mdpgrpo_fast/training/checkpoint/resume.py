@@ -6,12 +6,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from ...config import ConfigError, MDPGRPOConfig, TrainConfig
 from . import manifest
+
+if TYPE_CHECKING:
+    from ..task import Task
 
 # Each knob is in exactly one of these classes. What is written, what is looked at beside the training, and how long
 # something may take:
@@ -46,37 +49,38 @@ BNPO_KNOBS = ("micro_batch_size", "tokens_per_micro_batch", "packing")
 
 
 class FinishedError(ConfigError):
-    """With resume "auto": output_dir holds this very run, and nothing of it is left to do."""
+    """With resume "auto": output_dir holds this very run, and nothing of it is left to do. The command line says so and
+    ends with status 0."""
 
 
-def resolve_resume(run: TrainConfig, method: MDPGRPOConfig) -> TrainConfig:
-    """The run with resume True or False where it is "auto": False while output_dir has no checkpoint of any kind.
-
-    Raises: FinishedError where it has none because the run was over before the first was due.
-    """
+def resolve_resume(run: TrainConfig) -> TrainConfig:
+    """The run with resume True or False where it is "auto": False while output_dir has no checkpoint of any kind."""
     if run.resume != "auto":
         return run
     path = Path(run.output_dir)
-    found = replace(run, resume=bool(manifest.folders(path)) or _has_earlier(path))
-    if not found.resume and _is_finished(path, found, method):
+    return replace(run, resume=bool(manifest.folders(path)) or _has_earlier(path))
+
+
+def check_unfinished(run: TrainConfig, method: MDPGRPOConfig, task: Task) -> None:
+    """Raises: FinishedError where output_dir holds the run of these settings, prompts and weights, whole with its
+    report. What is uploaded at its end is not: nothing says that it has been."""
+    path = Path(run.output_dir)
+    try:
+        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+        same = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")) == yaml.safe_load(
+            config_text(run, method)
+        )
+        whole = same and summary["interrupted"] is False and (path / "report.html").exists() and not run.push_to_hub
+        finished = whole and summary["fingerprints"] == task.fingerprints(run, method)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError):
+        return
+    if finished:
         raise FinishedError(f"output_dir {run.output_dir!r} holds this run, which is finished: nothing is left to do")
-    return found
 
 
 def config_text(run: TrainConfig, method: MDPGRPOConfig) -> str:
     """What config.yaml holds: with --config it goes on with the run, or repeats it, as the command line says."""
     return yaml.safe_dump({"run": {**asdict(run), "resume": False}, "method": asdict(method)}, sort_keys=False)
-
-
-def _is_finished(path: Path, run: TrainConfig, method: MDPGRPOConfig) -> bool:
-    """Whether it has come to its end with these settings; what only failed to be uploaded has not."""
-    try:
-        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-        settings = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-        same = settings == yaml.safe_load(config_text(run, method))
-        return same and summary["interrupted"] is False and (path / "report.html").exists() and not run.push_to_hub
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError):
-        return False
 
 
 def _has_earlier(path: Path) -> bool:

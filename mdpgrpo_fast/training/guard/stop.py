@@ -31,9 +31,9 @@ class Stop:
     """Inside, a signal of SIGNALS is kept until `droppable` or `raise_` asks; a second one ends the process at once, as
     does one that nothing asks for within PATIENCE seconds.
 
-    alone: one process, which may leave a step by itself; ranks agree on it. last_words: what the process says before it
-    ends at once. Where the interpreter has no handler to give, in a notebook and in threads, nothing is done; handlers
-    are as before afterwards, and what is ignored stays so.
+    alone: one process, which may leave a step by itself; ranks agree on it, but for what is `apart`. last_words: what
+    the process says before it ends at once. Where the interpreter has no handler to give, in a notebook and in threads,
+    nothing is done; handlers are as before afterwards, and what is ignored stays so.
     """
 
     def __init__(self, alone: bool, last_words: Callable[[], str]) -> None:

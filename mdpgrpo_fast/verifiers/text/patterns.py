@@ -9,8 +9,8 @@ from typing import Any
 
 from .scan import up_to
 
-# What a keyword may take at one place of a text, some nanoseconds; what more for each |, and for how many of them.
-STEPS, EACH, MOST = 450, 55, 128
+# Nanoseconds, more or less, that a keyword may take at one place of a text; each of its first MOST | adds EACH.
+STEPS, EACH, MOST = 450, 55, 32
 
 _SPECIAL = re.compile(r"[.^$*+?{}\[\]\\|()]|[^\x00-\x7f]")
 _LETTERS_AT_BOTH_ENDS = re.compile(r"\w(?:.*\w)?", re.DOTALL)
