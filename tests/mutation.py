@@ -64,8 +64,8 @@ VERIFIERS = tuple(
     f"tests/{name}.py"
     for name in (
         "helpers/labels", "verifiers/test_ifbench", "verifiers/test_language", "verifiers/test_punkt",
-        "verifiers/test_rules", "verifiers/test_scoring", "verifiers/test_verify", "verifiers/test_words",
-        "peers/test_lm_eval", "peers/test_lm_eval_scores",
+        "verifiers/test_rules", "verifiers/test_scoring", "verifiers/test_text", "verifiers/test_verify",
+        "verifiers/test_words", "peers/test_lm_eval", "peers/test_lm_eval_scores",
     )
 )  # fmt: skip
 # Not of interest here: compilers and other processes, which are slow; and what helpers/labels has type by type.
