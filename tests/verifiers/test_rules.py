@@ -78,6 +78,7 @@ CASES: list[tuple[str, str, str, dict[str, Any], bool]] = [
     ("ifeval", "detectable_format:json_format", "```JSON\n[1]\n```", {}, True),
     ("ifeval", "detectable_format:json_format", "```\n[1]\n```", {}, True),
     ("mdpgrpo", "detectable_format:xml_format", "```XML\n<a>b</a>\n```", {}, True),
+    ("mdpgrpo", "detectable_format:xml_format", "```xMl\n<a>b</a>\n```", {}, True),
     ("mdpgrpo", "detectable_format:xml_format", "```xml <a>b</a>```", {}, True),
     ("mdpgrpo", "detectable_format:xml_format", "```XML<a>b</a>```", {}, True),
     ("mdpgrpo", "detectable_format:xml_format", "```<a>b</a>```", {}, True),
@@ -139,6 +140,7 @@ def test_every_verdict_is_a_bool() -> None:
     [
         ("iftrain", "count:count_increment_word", {"keyword1": "(", "keyword2": "a"}),
         ("iftrain", "count:count_increment_word", {"keyword1": "a", "keyword2": "("}),
+        ("iftrain", "count:count_increment_word", {"keyword1": "a\\ ", "keyword2": "b"}),
         ("iftrain", "new:copy_span_idx", {"prompt_to_repeat": "ab      cd", "n_start": 2, "n_end": 8}),
         ("ifbench", "repeat:repeat_span", {"prompt_to_repeat": "ab      cd", "n_start": 2, "n_end": 7}),
         ("m-ifeval", "es:keywords:letter_frequency", {"letter": "[", "let_frequency": 1, "let_relation": "al menos"}),
