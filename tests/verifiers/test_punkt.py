@@ -74,7 +74,8 @@ def test_get_punkt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     fetched = []
     with nltk_data() as patch:
 
-        def download(name: str, **kwargs: object) -> bool:
+        def download(name: str, quiet: bool, raise_on_error: bool, **kwargs: object) -> bool:
+            assert quiet and raise_on_error
             fetched.append(name)
             patch.setattr(nltk.data, "path", [str(punkt_folder())])
             return True

@@ -24,7 +24,7 @@ def test_sentences_by_any_model_are_those_of_nltk(seed: int, monkeypatch: pytest
     lower = [*sorted({word.lower() for word in WORDS}), "##number##"]
     model = punkt.PunktParameters()
     model.abbrev_types = set(rng.sample(lower, 5))
-    model.collocations = {(rng.choice(lower), rng.choice(lower)) for _ in range(8)}
+    model.collocations = {(rng.choice(lower), rng.choice([*lower, ".", ""])) for _ in range(12)}
     model.sent_starters = set(rng.sample(lower, 5))
     for word in lower:
         bits = (1 << rng.randint(1, 6) for _ in range(2))
@@ -90,14 +90,16 @@ def test_entities_within_entities_go_to_a_depth_of_100() -> None:
 
 
 def test_declared_attributes_and_elements_come_to_a_million() -> None:
-    """Of n attributes and m elements n (n + m): 999 and 2, with the tags that end them."""
-    declared = "<!ATTLIST l " + " ".join(f"a{n} CDATA #IMPLIED" for n in range(999)) + ">"
-    assert not markup._exceeds(document(declared, "")) and markup._exceeds(document(declared, "<b/>"))
-    assert markup.well_formed(document(declared, "")) and not markup.well_formed(document(declared, "<b/>"))
-    assert not markup._exceeds(document(declared, "#"))
+    """Of n attributes and m elements n (n + m): 800 and 450, with the two tags of the outer one."""
+    declared = "<!ATTLIST l " + " ".join(f"a{n} CDATA #IMPLIED" for n in range(800)) + ">"
+    within, beyond = document(declared, "<b/>" * 448), document(declared, "<b/>" * 449)
+    assert not markup._exceeds(within) and markup._exceeds(beyond)
+    assert markup.well_formed(within) is True and markup.well_formed(beyond) is False
+    assert not markup._exceeds(document(declared, "#" + "<b/>" * 448))
     # An element within an entity counts as often as it could stand there.
     entity = '<!ENTITY e "<i/>">'
-    assert markup._exceeds(document(declared + entity, "&e;"))
+    assert markup._exceeds(document(declared + entity, "&e;" + "<b/>" * 448))
+    assert markup._exceeds(document(declared + entity, "&e;" * 449))
 
 
 def test_namespaces_of_attributes_come_to_the_limit() -> None:
@@ -112,6 +114,9 @@ def test_namespaces_of_attributes_come_to_the_limit() -> None:
     assert markup.well_formed(plain), "a name without a prefix is in no namespace"
     spelt = f'<!ENTITY e "<i p:b=\'\'/>"><!ATTLIST l xmlns:p CDATA "{"u" * 9000}">'
     assert markup._exceeds(document(spelt, "&e;" * 400)) and not markup._exceeds(document(spelt, "&e;" * 40))
+    inner = document("<!ENTITY e \"<i p:b=''/>\">", f'<b xmlns:p="{"u" * 9000}">%s</b>')
+    assert markup._exceeds(inner % ("&e;" * 400)) and not markup._exceeds(inner % ("&e;" * 40))
+    assert markup.well_formed("no XML") is False
     assert markup._exceeds(document('<!ENTITY e "' + "u" * 4000 + '">', "<b xmlns:p='&e;' p:a=''/>" * 400))
 
 

@@ -56,5 +56,14 @@ def test_alphanumeric_tokens_are_those_of_nltk() -> None:
     assert [found[0] for found in words.each_alphanumeric("a _b 3½")] == nltks("a _b 3½")
 
 
+@pytest.mark.parametrize(
+    "text", ["g\u0131mme", "G\u0131MME 't\u0131\u017f", "'t\u0131s", "i\u0307sn't g\u0130mme", "'twa\u017f"]
+)
+def test_contractions_with_letters_that_re_takes_for_i_and_s(text: str) -> None:
+    from nltk import word_tokenize
+
+    assert words.tokens(text) == word_tokenize(text)
+
+
 def test_capital_words_are_counted() -> None:
     assert words.capitals("NASA's I'M DON'T X-RAY, É é ½") == 7  # NASA I 'M DO N'T X-RAY É
