@@ -14,7 +14,7 @@ import pytest
 from mdpgrpo_fast.config import ConfigError
 from mdpgrpo_fast.verifiers import INSTRUCTIONS, RULES, MissingRequirementError, validate
 from mdpgrpo_fast.verifiers.__main__ import main, score
-from mdpgrpo_fast.verifiers.scoring import score_files
+from mdpgrpo_fast.verifiers.scoring import _opens_block, accuracy, score_files, strict_and_loose, table
 
 PROMPTS = [
     {
@@ -213,3 +213,75 @@ def test_own_types_are_scored(tmp_path: Path, capsys: pytest.CaptureFixture) -> 
     lines(tmp_path / "prompts.jsonl", [{**rows[0], "instruction_id_list": ["my:emphasis"]}])
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "unknown instruction id 'my:emphasis'" in done.stderr
+
+
+# ---- on the edge ----------------------------------------------------------------------------------------------------
+
+
+def test_accuracies_of_nothing_and_of_lists_that_do_not_fit() -> None:
+    nothing = {"hsr": None, "ssr": None, "instruction": None, "count": 0, "types": {}}
+    assert accuracy([], []) == nothing == accuracy([[], []], [[], []])
+    got = strict_and_loose([["a", "b"], ["a"]], [[True, False], [True]], [[True, True], [True]])
+    assert got == {
+        "prompt_strict": 0.5, "instruction_strict": 2 / 3, "prompt_loose": 1.0, "instruction_loose": 1.0, "hsr": 0.5,
+        "ssr": 0.75, "count": 2,
+        "types": {"a": {"strict": 1.0, "loose": 1.0, "count": 2}, "b": {"strict": 0.0, "loose": 1.0, "count": 1}},
+    }  # fmt: skip
+    for ids, verdicts in (([["a"]], []), ([["a", "b"]], [[True]])):
+        with pytest.raises(ValueError, match="zip"):
+            accuracy(ids, verdicts)
+    assert table(got).split("\n") == [
+        "2 prompts",
+        f"{'':42}  strict   loose",
+        f"{'prompt level (all constraints, HSR)':42}   0.500   1.000",
+        f"{'instruction level':42}   0.667   1.000",
+        f"{'share per prompt (SSR)':42}   0.750",
+        f"  {'a':34}    2    1.000   1.000",
+        f"  {'b':34}    1    0.000   1.000",
+    ]
+
+
+def test_blank_lines_null_responses_and_what_each_row_was(tmp_path: Path) -> None:
+    prompts = "\n\n".join(map(json.dumps, PROMPTS)) + "\n"
+    answers = [{"key": 1, "response": None}, {"key": 2, "response": "b"}, {"key": 3, "response": "c"}]
+    (tmp_path / "p.jsonl").write_text(prompts)
+    (tmp_path / "r.jsonl").write_text("\n" + "\n \n".join(map(json.dumps, answers)))
+    scored, notes = score_files(tmp_path / "p.jsonl", tmp_path / "r.jsonl")
+    assert [(s.key, s.prompt, s.response) for s in scored] == [
+        (1, "Write two words.", ""), (2, "Quote.", "b"), (3, "No commas.", "c"),
+    ]  # fmt: skip
+    assert notes == []
+    with pytest.raises(AttributeError):
+        scored[0].key = 2  # type: ignore[misc]
+    with pytest.raises(ValueError, match="rules: expected one of"):
+        score_files(tmp_path / "none", tmp_path / "none", rules="no such")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "responses", "message"),
+    [
+        ("[2]", "", "p.json: a row must be a JSON object; got int"),
+        ('[{"instruction_id_list": [], "kwargs": []}]', "", r"p.json row 1: expected prompt \(or key\); got 'instr"),
+        ('[{"instruction_id_list": [], "kwargs": []}]', "", "got 'instruction_id_list', 'kwargs'$"),
+        ("[]", '[{"key": 1, "response": ""}, {}]', r"r.json row 2: expected prompt \(or key\) and .*; got no columns$"),
+        ("[]", '[{"response": ""}]', r"r.json row 1: expected prompt \(or key\) and response; got 'response'$"),
+        ('{"key": 1}', "", "p.json:1: instruction_id_list and kwargs must be lists of one length; got NoneType and N"),
+        ('{"key": 1, "instruction_id_list": ["no:such"], "kwargs": [{}]}', '{"key": 1, "response": ""}', "no:such"),
+    ],
+)
+def test_rows_that_are_none(tmp_path: Path, prompts: str, responses: str, message: str) -> None:
+    (tmp_path / "p.json").write_text(prompts)
+    (tmp_path / "r.json").write_text(responses or '[{"key": 1, "response": ""}]')
+    with pytest.raises(ConfigError, match=message):
+        score_files(tmp_path / "p.json", tmp_path / "r.json")
+
+
+def test_a_chat_opens_a_think_block_where_its_last_message_ends_in_one() -> None:
+    said = {"role": "user", "content": "a"}
+    opened, closed = ({"role": "assistant", "content": text} for text in ("So: <think>\n", "<think> b </think>"))
+    for chat, inside in (
+        ([said, opened], True), ([opened, said], False), ([said, closed], False), ([], False), (["<think>"], False),
+        ([said, {"role": "assistant", "content": None}], False), ([opened, said, said], False),
+        ([said, said, opened], True), ([{"role": "assistant"}], False),
+    ):  # fmt: skip
+        assert _opens_block(chat) is inside, chat

@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ET
 import pytest
 from helpers.verifiers import nltk_data, punkt_folder
 
-from mdpgrpo_fast.verifiers.text import markup, patterns, sentences
+from mdpgrpo_fast.verifiers.text import english, markup, patterns, sentences
 from mdpgrpo_fast.verifiers.text.punkt import Splitter
 
 WORDS = ["a", "B", "foo", "Bar", "x.y", "1", "-2", "3,5", "I", "j", "e.g", "ab-cd", "Foo", "bar", "BAR", "z-foo", "'s"]
@@ -47,6 +47,14 @@ def test_a_splitter_forgets_and_finds_the_same() -> None:
     assert not any(len(known) >= 100 for known in (*splitter._known, *splitter._runs))
 
 
+def test_the_built_in_model_knows_abbreviations_and_what_starts_a_sentence() -> None:
+    splitter = Splitter(english.TABLES)
+    for text, sizes in (
+        ("We saw it etc. He came.", [14, 8]), ("We saw Dr. Fox. In it", [15, 5]), ("It is 3 p.m. Then it is", [12, 10]),
+    ):  # fmt: skip
+        assert [stop - start for start, stop in splitter.spans(text)] == sizes, text
+
+
 # ---- XML ------------------------------------------------------------------------------------------------------------
 
 
@@ -63,6 +71,10 @@ def test_entities_may_come_to_the_limit_and_no_further() -> None:
         assert not markup.well_formed(document(entity, "&a;" * 2049))
     predefined = document(f'<!ENTITY amp "&#38;#38;"><!ENTITY a "{"x" * 1024}">', "&amp;" * 3000 + "&a;")
     assert markup.well_formed(predefined)
+    for name in ("lt", "gt", "amp", "quot", "apos"):
+        assert not markup._exceeds(document(f'<!ENTITY {name} "{"x" * 1024}">', f"&{name};" * 3000)), name
+    default = f'<!ENTITY a "{"x" * 1024}"><!ATTLIST l b CDATA "{"&a;" * 2049}">'
+    assert markup._exceeds(document(default, "")) and not markup._exceeds(document(default.replace("&a;", "&b;"), ""))
     assert not markup.well_formed(predefined.replace("amp ", "hash ").replace("&amp;", "&hash;").replace("#38;#", "#"))
 
 
@@ -135,6 +147,11 @@ def test_the_steps_of_a_keyword(pattern: str) -> None:
     assert patterns._steps(pattern) == STEPS[pattern]
 
 
+def _words(letters: int) -> str:
+    """34 of them behind 33 bars, of which 32 add to what is allowed: 450 + 32 · 55 steps = 33 · 10 + 3 · 626 + 2."""
+    return "|".join(["a"] * 33 + ["a" * (letters - 33)])
+
+
 def test_a_keyword_may_take_so_many_steps_and_no_more() -> None:
     assert patterns.compiled("a" * 150).pattern == "a" * 150
     with pytest.raises(ValueError, match="may not be so long"):
@@ -144,6 +161,10 @@ def test_a_keyword_may_take_so_many_steps_and_no_more() -> None:
         assert patterns.compiled(spread).search("a" * 200) is not None
         with pytest.raises(ValueError, match="may not be so long"):
             patterns.compiled("a" * 4 + spread)
+    for refused, taken in ((r"\.\." + "a" * 147, r"\.\." + "a" * 146), (_words(627), _words(626))):
+        assert patterns.compiled(taken)
+        with pytest.raises(ValueError, match="may not be so long"):
+            patterns.compiled(refused)
     with pytest.raises(ValueError, match=r"may not be verbose \(\?x\)"):
         patterns.compiled("(?ix)a")
     assert patterns.compiled("(?i)ax").search("AX")
