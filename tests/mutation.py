@@ -7,8 +7,8 @@ or die is killed. Of a group with more mutants than N, N are drawn. Each mutant 
 torch is loaded: one inside a function, after the tests are collected too, and only the tests that run its lines, found
 by coverage.py, the fastest first; one that matters at import starts anew; one of C++ is compiled. Outcomes are kept in
 build/mutation/ for as long as a source stays as it is, so that a second call runs what is new, with `--again` what had
-survived too. Why a mutant survives, where it is known, is in tests/data/mutation_survivors.json. Exits 1 where less
-than 90 % of a group are killed.
+survived for no known reason too: those are in tests/data/mutation_survivors.json. Exits 1 where less than 90 % of a
+group are killed, without those that are equivalent.
 """
 
 from __future__ import annotations
@@ -488,14 +488,16 @@ def summary(found: list[tuple[Mutant, str]], of: int) -> dict[str, Any]:
         for m in lost
     ]  # fmt: skip
     killed = len(counted) - len(lost)
+    equivalent = sum(s["reason"].startswith("equivalent") for s in survivors)
     return {
         "of": of,
         "mutants": len(counted),
         "killed": killed,
         "timeouts": sum(o == "timeout" for _, o in counted),
         "share": round(killed / max(1, len(counted)), 4),
+        "score": round(killed / max(1, len(counted) - equivalent), 4),  # without those that change nothing
         **({"interval": interval(killed, len(counted))} if of > len(found) and counted else {}),
-        "equivalent": sum(s["reason"].startswith("equivalent") for s in survivors),
+        "equivalent": equivalent,
         "modules": dict(sorted(modules.items())),
         "survivors": survivors,
     }
@@ -507,7 +509,7 @@ def main() -> int:
     parser.add_argument("--sample", type=int, default=400, help="most mutants of a group (400)")
     parser.add_argument("--seed", type=int, default=0, help="of the sample (0)")
     parser.add_argument("--jobs", type=int, default=1, help="groups at once (1)")
-    parser.add_argument("--again", action="store_true", help="run those again that had survived")
+    parser.add_argument("--again", action="store_true", help="run those again that had survived for no known reason")
     parser.add_argument("--kept", action="store_true", help="run nothing: what has been found so far")
     parser.add_argument("--only", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help="a result file for benchmarks/results/")
@@ -540,7 +542,12 @@ def main() -> int:
             found.append((m, outcome))
             seconds += took
         groups[name] = summary(found, len(everything))
-        print(f"{name}: {groups[name]['killed']} of {groups[name]['mutants']} killed ({groups[name]['share']:.1%})")
+        row = groups[name]
+        print(
+            f"{name}: {row['killed']} of {row['mutants']} killed, {row['share']:.1%}, or {row['score']:.1%} without ",
+            end="",
+        )
+        print(f"the {row['equivalent']} that change nothing")
         for row in groups[name]["survivors"]:
             why = row["reason"] or "no reason is known"
             print(f"    {row['path']}: {row['line']}\n        {row['old']}  ->  {row['new']}    ({why})")
@@ -550,14 +557,19 @@ def main() -> int:
         document = provenance(f"python tests/mutation.py --sample {options.sample} --seed {options.seed}")
         document["versions"]["coverage"] = metadata.version("coverage")
         write_json(options.output, document | {"seconds": round(seconds), "groups": groups})
-    return int(any(g["share"] < LEAST for g in groups.values()))
+    return int(any(g["score"] < LEAST for g in groups.values()))
 
 
 def only(name: str, sample: int, seed: int, again: bool) -> int:
     """Runs what of a group has not been run."""
-    everything, kept = of_group(GROUPS[name]), Kept(name)
-    redo = ("survived", "not run") if again else ()
-    left = [m for m in drawn(everything, sample, seed) if kept.found.get(kept.key(m), (None,))[0] in (None, *redo)]
+    everything, kept, reasons = of_group(GROUPS[name]), Kept(name), known()
+
+    def is_left(m: Mutant) -> bool:
+        outcome = kept.found.get(kept.key(m), (None,))[0]
+        survived = outcome in ("survived", "not run") and (m.path, m.text, m.old, m.new) not in reasons
+        return outcome is None or (again and survived)
+
+    left = list(filter(is_left, drawn(everything, sample, seed)))
     if left:
         print(f"{name}: {len(left)} of {len(everything)} mutants", flush=True)
         run_group(name, left, kept.add)

@@ -60,7 +60,7 @@ def killed(*groups: str) -> Callable[[dict[str, Any]], str]:
             f" ({rows[0]['interval'][0]:.1%} to {rows[0]['interval'][1]:.1%})" if len(rows) == 1 and drawn else ""
         )
         share = f"{count(dead)} of {count(n)} mutants killed, {dead / n:.1%}{interval}{drawn}"
-        return f"{share}; of the others {same} change nothing"
+        return f"{share}; without the {same} that change nothing {dead / (n - same):.1%}"
 
     return figure
 
