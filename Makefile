@@ -131,7 +131,7 @@ mutation: $(VENV)/.setup-test
 
 coverage: $(VENV)/.setup-test
 	rm -rf build/coverage && mkdir -p build/coverage && touch build/coverage/begin
-	$(BIN)/coverage run --data-file=build/coverage/data -m pytest --long -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/coverage run --data-file=build/coverage/data -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 	$(BIN)/coverage combine --quiet --data-file=build/coverage/data build/coverage
 	$(BIN)/python benchmarks/tables/coverage_result.py build/coverage/data $(or $(RECORD),build/coverage.json)
 

@@ -138,7 +138,7 @@ FAULTS = [
               "torch.where(positive, config.sapo_temperature_pos, config.sapo_temperature_neg).to(like.dtype)", "sapo"),
     reference("(log_ratio > high) & (advantage > 0)", "(log_ratio > high)", "gmpo"),
     reference("(log_ratio < -low) & (advantage < 0)", "(log_ratio < -low)", "gmpo"),
-    reference("ratio = losses.bounded_exp(layout.mean(bounded * mask, mask))",
+    reference("ratio = losses.bounded_exp(layout.mean(bounded.masked_fill(~keep, 0), mask))",
               "ratio = losses.bounded_exp(bounded)", "gmpo"),
     reference("log_ratio = log_ratio.detach().clamp(-VESPO_LOG_MAX, VESPO_LOG_MAX)",
               "log_ratio = log_ratio.clamp(-VESPO_LOG_MAX, VESPO_LOG_MAX)", "vespo"),

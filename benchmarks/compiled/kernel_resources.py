@@ -64,7 +64,7 @@ class Launch:
 
 # Bytes per thread, of rows with more at once than three programs of a multiprocessor have registers for; and of the
 # sums over a completion, which are not of logits.
-MAY_SPILL = {"full, entropy bonus": 32, "per row, two temperatures, support": 32, "gmpo, off-policy": 16}
+MAY_SPILL = {"full, entropy bonus": 32, "per row, two temperatures, support": 32, "gmpo, off-policy": 24}
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,7 @@ def test_what_is_ignored_stays_so_and_a_thread_has_no_handlers(tmp_path: Path) -
     thread = threading.Thread(target=enter)
     thread.start()
     thread.join()
-    assert seen == [signal.SIG_DFL]
+    assert seen == [signal.getsignal(signal.SIGTERM)]
 
 
 def test_where_a_signal_is_looked_at() -> None:
