@@ -53,9 +53,12 @@ def test_commands_of_promises_are_there(tool: ModuleType) -> None:
 def test_figures_of_promises_are_counted(tool: ModuleType) -> None:
     group = {"mutants": 200, "killed": 190, "of": 400, "interval": [0.91, 0.97], "equivalent": 4}
     found = tool.killed("cpp")({"groups": {"cpp": group}})
-    assert found == "190 of 200 mutants killed, 95.0% (91.0% to 97.0%), drawn from 400; of the others 4 change nothing"
+    assert (
+        found
+        == "190 of 200 mutants killed, 95.0% (91.0% to 97.0%), drawn from 400; without the 4 that change nothing 96.9%"
+    )
     both = tool.killed("cpp", "text")({"groups": {"cpp": group, "text": {**group, "mutants": 400, "of": 400}}})
-    assert both == "380 of 600 mutants killed, 63.3%, drawn from 800; of the others 8 change nothing"
+    assert both == "380 of 600 mutants killed, 63.3%, drawn from 800; without the 8 that change nothing 64.2%"
     row = {"inputs": {"random": 1000, "atheris": 234}, "crashes": 1, "differences": 2}
     fuzz = tool.fuzzed("data")({"targets": {"data_reader": row, "templates": row}})
     assert fuzz == "1,234 inputs, 1 crashes, 2 differences"

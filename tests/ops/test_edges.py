@@ -248,6 +248,18 @@ def test_how_far_from_the_mean_rounding_reaches(backend: str) -> None:
     assert z(*[1.0] * 9, 1 + 10 * EPS)[-1] == 0  # 9 ε from the mean of ten: no more than 10 units
 
 
+@every_backend
+@pytest.mark.parametrize("scale", ["group", "batch"])
+def test_a_reward_that_is_nan_does_not_count(backend: str, scale: Any) -> None:
+    config, k = config_for(num_generations=3, scale_rewards=scale), torch.ones(2, device=DEVICE)
+    rewards = torch.tensor([[0.0, 1.0, NAN], [0.5, 0.25, 1.0]], device=DEVICE)
+    valid = rewards.isfinite()
+    got = mdpgrpo_fast.advantages(rewards, k, config, valid=valid, backend=backend)
+    assert got.advantage.isfinite().all() and got.z[0].tolist()[2] == 0 and got.z[0, 1] > 0
+    default = mdpgrpo_fast.advantages(rewards, k, config, valid=valid)
+    torch.testing.assert_close(default.advantage, got.advantage, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("backend", ["reference", *ALL_BACKENDS])
 def test_how_far_rounding_reaches_where_two_terms_cancel(backend: str) -> None:
     """z = -1 and δ near 1: A is 0 at 16 units in the last place of |z| + |δ|, and the sum beyond."""

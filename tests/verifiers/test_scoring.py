@@ -251,6 +251,9 @@ def test_blank_lines_null_responses_and_what_each_row_was(tmp_path: Path) -> Non
         (1, "Write two words.", ""), (2, "Quote.", "b"), (3, "No commas.", "c"),
     ]  # fmt: skip
     assert notes == []
+    (tmp_path / "p.jsonl").write_text(json.dumps({k: v for k, v in PROMPTS[2].items() if k != "key"}))
+    (tmp_path / "r.jsonl").write_text(json.dumps({"prompt": PROMPTS[2]["prompt"], "response": "by its prompt"}))
+    assert [s.response for s in score_files(tmp_path / "p.jsonl", tmp_path / "r.jsonl")[0]] == ["by its prompt"]
     with pytest.raises(AttributeError):
         scored[0].key = 2  # type: ignore[misc]
     with pytest.raises(ValueError, match="rules: expected one of"):
@@ -262,6 +265,7 @@ def test_blank_lines_null_responses_and_what_each_row_was(tmp_path: Path) -> Non
     [
         ("[2]", "", "p.json: a row must be a JSON object; got int"),
         ('[{"instruction_id_list": [], "kwargs": []}]', "", r"p.json row 1: expected prompt \(or key\); got 'instr"),
+        ('{"key": 1, "instruction_id_list": [], "kwargs": []}\n[{}]', "", "p.json:2: a row must be .* got list"),
         ('[{"instruction_id_list": [], "kwargs": []}]', "", "got 'instruction_id_list', 'kwargs'$"),
         ("[]", '[{"key": 1, "response": ""}, {}]', r"r.json row 2: expected prompt \(or key\) and .*; got no columns$"),
         ("[]", '[{"response": ""}]', r"r.json row 1: expected prompt \(or key\) and response; got 'response'$"),
