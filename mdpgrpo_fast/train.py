@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
                     trainer = Trainer(config=method, run=run)
                 except FinishedError as e:
                     if os.environ.get("RANK", "0") == "0":
-                        print(e)
+                        print(e, file=sys.stderr)
                     return 0
             result = trainer.train_and_return()
     except KeyboardInterrupt:  # before the run had begun, or a second one while it ended

@@ -303,7 +303,8 @@ def go_on(folder: Path, fresh: bool = False) -> tuple[str, list[str]]:
     """Brings a run to its end as a script does that starts it again. Returns how it went on, and what went wrong."""
     ended = run(argv(folder / "run", *settings(fresh), "--resume", "auto"), folder, fresh=fresh)
     after = re.search(r"resumed after (\d+)", ended.stderr)
-    how = f"after step {after[1]}" if after else "from the beginning"
+    finished = "nothing is left to do" in ended.stderr
+    how = f"after step {STEPS if finished else after[1] if after else 0}"
     return how, [] if ended.status == 0 else [f"status {ended.status} of the run that goes on: {ended.last}"]
 
 
@@ -383,7 +384,7 @@ class Bench:
             how, wrong = go_on(folder, trial.fresh)
             problems += wrong
             least = self.whole_before(trial) if trial.action else 0
-            if not wrong and (int(how.split()[-1]) if how.startswith("after") else 0) < least:
+            if not wrong and int(how.split()[-1]) < least:
                 problems.append(f"went on {how}, where the checkpoint of step {least} was whole")
             if not wrong:
                 problems += self._different(path, trial)
