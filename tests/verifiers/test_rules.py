@@ -76,6 +76,9 @@ SPANISH = {
     "X$5": "X$5",
     "U.S$": "U.S$",
     "XAv.": "XAv .",
+    "((((((((((((etc.": "( ( ( ( ( ( ( ( ( ( ( ( etc.",
+    "((((((((((((etc.)": "( ( ( ( ( ( ( ( ( ( ( ( etc. )",
+    "x(((((((((((etc.": "x(((((((((((etc .",
 }  # fmt: skip
 _QUESTIONS = "".join(f"Question {n}. {'?' * (n - 1)}\n" + "".join(f"{a}. x\n" for a in "ABCDE") for n in (1, 2, 3, 4))
 _COMPOSED = " *** ".join(["I met Bob {}. today."] * 3)
