@@ -18,6 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from harness import ROOT, installed, provenance, write_json
 
 LEAST = 92.0
+# Whose lines run where nothing is counted: verl's parts in an environment of verl's own, scoring processes and their
+# guards up to a kill.
+UNSEEN = {"integrations/verl": "make test-verl", "rewards": "processes that end by a kill"}
 PACKAGE = ROOT / "mdpgrpo_fast"
 
 
@@ -41,6 +44,7 @@ def measured(data: str) -> dict[str, dict[str, Any]]:
         _, lines, _, missed, _ = run.analysis2(str(path))
         inside = path.relative_to(PACKAGE)
         name = inside.parts[0] if len(inside.parts) > 1 else "."
+        name = next((x for x in UNSEEN if inside.as_posix().startswith(f"{x}/")), name)
         entry = found.setdefault(name, {"lines": 0, "covered": 0, "missed": {}})
         entry["lines"] += len(lines)
         entry["covered"] += len(lines) - len(missed)
@@ -61,13 +65,15 @@ def main() -> int:
     if begin.exists():
         document["seconds"] = round(time.time() - begin.stat().st_mtime)
     document |= {"lines": lines, "covered": covered, "percent": round(100 * covered / lines, 2), "packages": packages}
-    low = [name for name, p in packages.items() if p["percent"] < LEAST]
+    for name, why in UNSEEN.items():
+        packages[name]["unseen"] = why
+    low = [name for name, p in packages.items() if p["percent"] < LEAST and name not in UNSEEN]
     out = io.StringIO()
     for name, p in packages.items():
-        print(f"{name:14}{p['covered']:7} of {p['lines']:6}  {p['percent']:6.2f} %", file=out)
+        print(f"{name:18}{p['covered']:7} of {p['lines']:6}  {p['percent']:6.2f} %", file=out)
         if name in low:
             print("".join(f"    {path}: {text}\n" for path, text in p["missed"].items()), end="", file=out)
-    print(out.getvalue() + f"{'all':14}{covered:7} of {lines:6}  {document['percent']:6.2f} %")
+    print(out.getvalue() + f"{'all':18}{covered:7} of {lines:6}  {document['percent']:6.2f} %")
     for name, p in packages.items():
         if name not in low:
             del p["missed"]

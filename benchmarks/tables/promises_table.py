@@ -67,9 +67,11 @@ def killed(*groups: str) -> Callable[[dict[str, Any]], str]:
 
 def lowest(document: dict[str, Any]) -> str:
     packages = document["packages"]
-    name = min(packages, key=lambda k: packages[k]["percent"])
+    seen = {k: p["percent"] for k, p in packages.items() if "unseen" not in p}
+    name = min(seen, key=lambda k: seen[k])
+    unseen = "".join(f"; {k} {p['percent']:.1f} % ({p['unseen']})" for k, p in packages.items() if "unseen" in p)
     whole = f"{document['percent']:.1f} % of {count(document['lines'])} lines"
-    return f"{whole}; least: {name}, {packages[name]['percent']:.1f} %"
+    return f"{whole}; least: {name}, {seen[name]:.1f} %{unseen}"
 
 
 def slowest(document: dict[str, Any]) -> str:
@@ -193,7 +195,10 @@ PROMISES = {
             without="by hand, before a change of what it names",
         ),
         Promise(
-            "At least 92 % of the lines of every package are run by the tests", "make coverage", "coverage.json", lowest
+            "At least 92 % of the lines of every package are run by the tests, where what runs is counted",
+            "make coverage",
+            "coverage.json",
+            lowest,
         ),
         Promise("The package passes mypy --strict, a user's script against the wheel too", "make check install-check"),
         Promise(
