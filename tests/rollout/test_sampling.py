@@ -290,7 +290,9 @@ def test_kernel_greedy() -> None:
     torch.testing.assert_close(policy, logits.log_softmax(1).amax(1), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("vocab", [131, 136], ids=["off 16 bytes", "on 16 bytes"])
+@pytest.mark.parametrize(
+    "vocab", [pytest.param(131, marks=pytest.mark.long, id="off 16 bytes"), pytest.param(136, id="on 16 bytes")]
+)
 def test_kernel_frequencies(vocab: int) -> None:
     torch.manual_seed(0)
     n = 250
