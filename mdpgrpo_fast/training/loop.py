@@ -230,7 +230,7 @@ class TrainingLoop:
         )  # fmt: skip
         try:
             if acc.is_main_process:
-                self.out.write_json("summary.json", summary)
+                self.out.write_summary(summary)
                 if self.saved:
                     write_cards(self.out.path, run, self.method, summary, self.lm, self.task.repo_id)
         except StorageError as e:

@@ -98,8 +98,12 @@ class RunDir:
         if lora and not best:
             _write_folder(self.path / "adapters", write_adapters)
 
-    def write_json(self, name: str, value: dict[str, Any]) -> None:
-        durable.write_text(self.path / name, to_json(value, indent=2) + "\n")
+    def write_summary(self, value: dict[str, Any]) -> None:
+        """summary.json, which tells a finished run: the rows that it is of are on the disk before it."""
+        for path in self.path.glob("*.jsonl"):
+            with durable.storing(path):
+                durable.sync_file(path)
+        durable.write_text(self.path / "summary.json", to_json(value, indent=2) + "\n")
 
 
 def write_pretrained(path: Path, model: Any, tokenizer: Any, state: dict[str, Tensor] | None, lora: bool) -> None:
