@@ -134,14 +134,14 @@ def stopped(rank: int, ranks: int, folder: str, reward: str) -> tuple[str, bool]
     from mdpgrpo_fast.rewards import RewardError
     from mdpgrpo_fast.training.run_dir import RunDir
 
-    write = RunDir.write_json
+    write = RunDir.write_summary
 
-    def slow_write(self: RunDir, name: str, value: dict[str, Any]) -> None:
+    def slow_write(self: RunDir, value: dict[str, Any]) -> None:
         time.sleep(2)
-        write(self, name, value)
+        write(self, value)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunDir, "write_json", slow_write)
+        patch.setattr(RunDir, "write_summary", slow_write)
         try:
             train(rank, ranks, "ddp", folder, {"reward": [f"helpers.rewards:{reward}"], "steps": 3}, False)
         except RewardError as e:

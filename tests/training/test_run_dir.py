@@ -42,7 +42,7 @@ def test_only_an_earlier_run_is_moved(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(ConfigError, match=said):
         RunDir(tmp_path / "other")
 
-    RunDir(tmp_path / "run").write_json("summary.json", {})
+    RunDir(tmp_path / "run").write_summary({})
     monkeypatch.chdir(tmp_path / "run")
     for name in (".", "../run", "..", str(tmp_path)):
         with pytest.raises(ConfigError, match=r"current directory|no earlier run"):
@@ -52,7 +52,7 @@ def test_only_an_earlier_run_is_moved(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_an_earlier_run_gets_the_first_free_number(tmp_path: Path) -> None:
     for text in ("first", "second"):
-        RunDir(tmp_path / "r").write_json("summary.json", {"text": text})
+        RunDir(tmp_path / "r").write_summary({"text": text})
     third = RunDir(tmp_path / "r")
     assert third.moved == tmp_path / "r.2" and [p.name for p in third.path.iterdir()] == [MARKER]
     assert json.loads((tmp_path / "r.1" / "summary.json").read_text())["text"] == "first"
@@ -75,7 +75,7 @@ def _race(path: str, start: Any, results: Any) -> None:
     said = None
     try:
         run = RunDir(path)
-        run.write_json("summary.json", {"pid": os.getpid()})
+        run.write_summary({"pid": os.getpid()})
     except ConfigError as e:
         said = str(e)
     results.put(said)
@@ -112,7 +112,7 @@ def test_of_runs_that_begin_at_once_one_has_the_directory(tmp_path: Path) -> Non
         path, results, start = tmp_path / f"run{earlier}", fork.Queue(), fork.Barrier(4)
         if earlier:
             old = RunDir(path)
-            old.write_json("summary.json", {"pid": 0})
+            old.write_summary({"pid": 0})
             old.release()
         racers = [fork.Process(target=_race, args=(str(path), start, results)) for _ in range(4)]
         for p in racers:
@@ -137,7 +137,7 @@ def test_files_have_no_nan_and_no_half_of_a_line(tmp_path: Path, monkeypatch: py
     out = RunDir(tmp_path / "run")
     row = {"step": 1, "loss": float("nan"), "slots": [{"kl": float("inf")}], "text": "NaN"}
     out.append("metrics.jsonl", row)
-    out.write_json("summary.json", row)
+    out.write_summary(row)
     found = [json.loads((out.path / name).read_text()) for name in ("metrics.jsonl", "summary.json")]
     assert found == [{"step": 1, "loss": None, "slots": [{"kl": None}], "text": "NaN"}] * 2
     out.write_config(TrainConfig(), preset("paper"))
