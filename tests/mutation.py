@@ -288,7 +288,7 @@ class Collected:
             from _pytest import main
 
             session.config.pluginmanager.register(Watch())
-            session.config.option.maxfail = 0
+            session.config.option.maxfail = 0  # of the baseline all that fail are to be known
             with contextlib.suppress(session.Failed):
                 main.pytest_runtestloop(session)
             self.coverage.stop()

@@ -8,14 +8,14 @@ import pickle
 
 import pytest
 import torch
+from helpers.inputs import unavailable
 from torch import nn
 
 from mdpgrpo_fast.kernels import onednn
 from mdpgrpo_fast.kernels.onednn import install, mm, packed, prefers_onednn
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this build of PyTorch has no oneDNN"
-)
+if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    unavailable("this build of PyTorch has no oneDNN")
 
 
 @pytest.fixture(autouse=True)
